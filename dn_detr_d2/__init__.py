@@ -1,0 +1,31 @@
+"""DN-DETR for Detectron2: query denoising, the detectors it trains, and everything needed to use them.
+
+Importing this package registers its models and the embedded data set with Detectron2.
+"""
+
+from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from .config import add_dn_detr_config, setup_cfg
+from .denoising import DenoisingGenerator, NoisedTargets
+from .errors import CheckpointError, ConfigError, DatasetError, UserError
+from .layers import MultiScaleDeformableAttention, ms_deform_attn
+from .modeling import DenoisingDETR, HungarianMatcher, SetCriterion
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DatasetError",
+    "DenoisingDETR",
+    "DenoisingGenerator",
+    "HungarianMatcher",
+    "MultiScaleDeformableAttention",
+    "NoisedTargets",
+    "SetCriterion",
+    "UserError",
+    "add_dn_detr_config",
+    "cxcywh_to_xyxy",
+    "ms_deform_attn",
+    "setup_cfg",
+    "xyxy_to_cxcywh",
+]

@@ -1,0 +1,63 @@
+"""Box arithmetic on plain tensors.
+
+Naming: *cxcywh* is (centre x, centre y, width, height), *xyxy* is (x0, y0, x1, y1). Inside the model boxes are cxcywh in
+[0, 1] of the unpadded image, float32; absolute pixels exist only in the data mapper and the post-processor.
+"""
+
+import torch
+from torch import Tensor
+
+# Clamp of logit() in DAB-DETR, DN-DETR and DINO: a box coordinate closer than this to 0 or 1 is not told apart.
+LOGIT_EPS = 1e-3
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) cxcywh -> (..., 4) xyxy, in the same unit."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) xyxy -> (..., 4) cxcywh, in the same unit."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], -1)
+
+
+def image_scale(image_size: tuple[int, int], like: Tensor) -> Tensor:
+    """(4,) factors (width, height, width, height) of an image given as (height, width)."""
+    height, width = image_size
+    return like.new_tensor([width, height, width, height])
+
+
+def logit(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
+    """Inverse of the sigmoid with both ends clamped: log(max(x, eps) / max(1 - x, eps)).
+
+    Numerator and denominator are clamped one by one, as in the official code, so the ends differ by about ``eps``.
+    Values outside [0, 1] are taken as 0 or 1; NaN stays NaN.
+    """
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def _intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of xyxy boxes that broadcast against each other."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    area_a, area_b = (a[..., 2:] - a[..., :2]).prod(-1), (b[..., 2:] - b[..., :2]).prod(-1)
+    return intersection, area_a + area_b - intersection
+
+
+def giou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+    """Generalized IoU (Rezatofighi et al., CVPR 2019) of xyxy boxes, element by element with broadcasting.
+
+    Args:
+        a, b: (..., 4) xyxy with x1 >= x0 and y1 >= y0; for all pairs pass ``a[:, None]`` and ``b[None]``.
+        eps: added to the union and to the enclosing area, as DAB-DETR, DN-DETR and DINO do.
+
+    Returns:
+        Tensor: broadcast shape without the last dimension, in (-1, 1]. Degenerate boxes give a finite value.
+    """
+    intersection, union = _intersection_union(a, b)
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    enclosing = (high - low).prod(-1)
+    return intersection / (union + eps) - (enclosing - union) / (enclosing + eps)

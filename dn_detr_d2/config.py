@@ -1,0 +1,282 @@
+"""Every configuration key that this project adds to Detectron2, and how a complete config is put together.
+
+Each key says what it does, its unit, the paper's symbol where there is one, and where its default comes from. "DN" is
+DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable DETR.
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from .data.coco_custom import class_names, register_coco_json
+from .errors import ConfigError
+
+
+def add_dn_detr_config(cfg: CfgNode) -> None:
+    """Adds this project's keys to a Detectron2 config, in place (Detectron2's convention for projects)."""
+    cfg.MODEL.META_ARCHITECTURE = "DenoisingDETR"
+    # Where the model runs. Detectron2's default is "cuda"; ours is what this machine has.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    # Per-channel mean and standard deviation in 0..255, RGB: torchvision's statistics, which all DETRs use.
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.INPUT.FORMAT = "RGB"
+
+    cfg.MODEL.DN_DETR = CfgNode()
+    node = cfg.MODEL.DN_DETR
+    # Number of classes P. null (or "auto", which setup_cfg() takes for null) means the classes of DATASETS.TRAIN.
+    node.NUM_CLASSES = None
+    # Names of the classes in order of their ids. Filled in by training and kept in config.yaml, so that pictures have
+    # names where the data set is not at hand.
+    node.CLASS_NAMES = []
+    # Anchors per image; the number of queries is this times max(QUERY_SOURCE.NUM_PATTERNS, 1). 300 in DAB and DN.
+    node.NUM_QUERIES = 300
+    # Channels C of the transformer. 256 in all published models.
+    node.HIDDEN_DIM = 256
+    # Backbone maps that enter the neck, high resolution first. DN: ["res5"]; deformable: ["res3", "res4", "res5"].
+    node.IN_FEATURES = ["res5"]
+    # Levels L of the pyramid; levels beyond IN_FEATURES are made by stride-2 convolutions. DN: 1; DD: 4.
+    node.NUM_FEATURE_LEVELS = 1
+
+    node.NECK = CfgNode()
+    # Norm after each projection: "" (DETR, DAB, DN) or "GN" with 32 groups (DD).
+    node.NECK.NORM = ""
+    # Temperature T of the sine encoding of image cells. 20 in DAB and DN, 10000 in DD.
+    node.NECK.POSITION_TEMPERATURE = 20.0
+    # Added to the 1-based cell count before it is normalised. 0 in DAB and DN, -0.5 (cell centre) in DD.
+    node.NECK.POSITION_OFFSET = 0.0
+
+    node.QUERY_SOURCE = CfgNode()
+    # Class that makes the queries.
+    node.QUERY_SOURCE.NAME = "LearnedAnchors"
+    # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable).
+    node.QUERY_SOURCE.CONTENT = "unknown"
+    # Content patterns that share each anchor; 0 = none. 3 in the "3pat" models.
+    node.QUERY_SOURCE.NUM_PATTERNS = 0
+
+    node.ENCODER = CfgNode()
+    # DenseEncoder (DAB, DN) or DeformableEncoder (DD).
+    node.ENCODER.NAME = "DenseEncoder"
+    # Layers, attention heads, width of the feed-forward blocks: 6, 8, 2048 in DAB and DN.
+    node.ENCODER.NUM_LAYERS = 6
+    node.ENCODER.NUM_HEADS = 8
+    node.ENCODER.FFN_DIM = 2048
+    # Dropout probability. 0 in DAB and DN, 0.1 in DETR and DD.
+    node.ENCODER.DROPOUT = 0.0
+    # Sampling points K per head and level of deformable attention. 4 in DD; dense attention ignores it.
+    node.ENCODER.NUM_POINTS = 4
+
+    node.DECODER = CfgNode()
+    # LookForwardTwiceDecoder (DAB, DN: final norm, gradient also to the layer before) or RefiningDecoder (deformable).
+    node.DECODER.NAME = "LookForwardTwiceDecoder"
+    # ConditionalDecoderLayer (DAB, DN) or DeformableDecoderLayer (DD).
+    node.DECODER.LAYER = "ConditionalDecoderLayer"
+    # As for the encoder.
+    node.DECODER.NUM_LAYERS = 6
+    node.DECODER.NUM_HEADS = 8
+    node.DECODER.FFN_DIM = 2048
+    node.DECODER.DROPOUT = 0.0
+    node.DECODER.NUM_POINTS = 4
+    # One class and box head for all layers (DAB, DN) or one each (deformable).
+    node.DECODER.SHARE_HEADS = True
+    # Start of the width and height logits of the first box head. 0 in DAB and DN, -2 in DD: begin with small boxes.
+    node.DECODER.FIRST_SIZE_BIAS = 0.0
+
+    node.DENOISING = CfgNode()
+    # Class that makes the noised targets; "" trains by matching alone (DAB).
+    node.DENOISING.NAME = "DenoisingGenerator"
+    # Groups of noised copies ("scalar" in the official code). 5 in DN.
+    node.DENOISING.NUM_GROUPS = 5
+    # Chance that a label is redrawn, gamma in DN Sec. 4.1; 0.2 in the official code, which does not halve it.
+    node.DENOISING.LABEL_NOISE_PROB = 0.2
+    # Largest centre shift in half widths and heights, lambda1 in DN Sec. 4.1; 0.4 in the official code.
+    node.DENOISING.CENTER_NOISE_SCALE = 0.4
+    # Largest change of width and height in widths and heights, lambda2 in DN Sec. 4.1; 0.4 in the official code.
+    node.DENOISING.SIZE_NOISE_SCALE = 0.4
+    # Hard limit on denoising queries; 0 = none. Above it each group gets a fresh random subset of an image's objects.
+    # The official code has none: its memory grows with the fullest image.
+    node.DENOISING.MAX_QUERIES = 0
+    # Hide padded slots from the real queries of their group. Off in the official code, which lets them be seen.
+    node.DENOISING.MASK_PADDING = False
+    # Factor of all denoising losses. 1 in DN.
+    node.DENOISING.LOSS_WEIGHT = 1.0
+    # What denoising losses are divided by: noised objects averaged over ranks ("global"), or of this rank ("local",
+    # the official code). The same with one process.
+    node.DENOISING.NORMALIZER = "global"
+
+    node.MATCHER = CfgNode()
+    # Weights of the matching costs: focal class cost, L1 of cxcywh in [0, 1], GIoU. 2, 5, 2 in DAB and DN.
+    node.MATCHER.CLASS_COST = 2.0
+    node.MATCHER.L1_COST = 5.0
+    node.MATCHER.GIOU_COST = 2.0
+
+    node.LOSS = CfgNode()
+    # Weights of the losses, the same for every decoder layer: 1, 5, 2 in DAB and DN.
+    node.LOSS.CLASS_WEIGHT = 1.0
+    node.LOSS.L1_WEIGHT = 5.0
+    node.LOSS.GIOU_WEIGHT = 2.0
+    # Focal loss: weight alpha of positives and exponent gamma. 0.25 and 2 everywhere.
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+
+    # COCO-format data sets to register: [[name, annotation json, image folder], ...], paths relative to the environment
+    # variable DETECTRON2_DATASETS (default ./datasets) unless absolute.
+    cfg.DATASETS.COCO_JSON = []
+    # Crop branch of the training augmentation (DETR): with probability 0.5 the image is resized so that its shorter side
+    # is one of RESIZE, then cropped to a width and a height drawn from SIZE (pixels), before the usual resize.
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.TYPE = "absolute_range"
+    cfg.INPUT.CROP.SIZE = [384, 600]
+    cfg.INPUT.CROP.RESIZE = [400, 500, 600]
+    # Images without boxes are trained on, as the official code does; Detectron2's default drops them.
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    # Batches of like aspect ratio would change the order of the data; the official code has none.
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+
+    # Only "ADAMW" is known.
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    # Learning rate: 1e-4, and what the backbone's and the deformable projections' rates are multiplied with. DN: 0.1
+    # and 1; DD multiplies sampling offsets and reference points by 0.1.
+    cfg.SOLVER.BASE_LR = 1e-4
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0
+    # Weight decay, also of norms and biases as in the official code. 1e-4 in DN.
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 1e-4
+    cfg.SOLVER.WARMUP_ITERS = 0
+    # "full_model" clips the norm of all gradients together at CLIP_VALUE; 0.1 in DN. Detectron2's "value" and "norm" work
+    # on each parameter by itself.
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
+    # Precision under SOLVER.AMP.ENABLED: "fp16" (with loss scaling) or "bf16".
+    cfg.SOLVER.AMP.DTYPE = "bf16"
+
+    # Detections per image; 300 in DAB and DN.
+    cfg.TEST.DETECTIONS_PER_IMAGE = 300
+
+
+def setup_cfg(config_file: str = "", opts: list | None = None, *, read_datasets: bool = True) -> CfgNode:
+    """A complete config from a YAML file and overrides, checked; data sets of ``DATASETS.COCO_JSON`` registered.
+
+    Args:
+        config_file: path of a YAML file, or "" for the defaults.
+        opts: [key, value, key, value, ...] that override the file.
+        read_datasets: resolve ``NUM_CLASSES: auto`` and compare class counts with the training data. Pass False where the
+            data may be absent, as in a demo with the config.yaml of a finished training.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a value that cannot work, or class counts that contradict.
+        DatasetError: an annotation file that cannot be used.
+    """
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    if config_file and not Path(config_file).is_file():
+        raise ConfigError(f"config file {config_file!r} does not exist (looked in {os.getcwd()})")
+    try:
+        if config_file:
+            cfg.merge_from_other_cfg(_read_yaml(config_file))
+        cfg.merge_from_list(_without_auto(opts or []))
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ConfigError(_explain_merge(error, cfg, config_file)) from None
+    check_config(cfg)
+    for entry in cfg.DATASETS.COCO_JSON:
+        if len(entry) != 3:
+            raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {list(entry)}")
+        register_coco_json(*entry, must_exist=read_datasets)
+    if read_datasets:
+        resolve_classes(cfg)
+    return cfg
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
+    positive = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MAX_ITER", "TEST.DETECTIONS_PER_IMAGE")
+    for key in positive:
+        if _get(cfg, key) <= 0:
+            raise ConfigError(f"{key} must be positive, got {_get(cfg, key)}")
+    choices = {
+        "SOLVER.OPTIMIZER": ("ADAMW",),
+        "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
+        "INPUT.FORMAT": ("RGB", "BGR"),
+    }
+    for key, known in choices.items():
+        if _get(cfg, key) not in known:
+            raise ConfigError(f"{key} must be one of {known}, got {_get(cfg, key)!r}")
+    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute_range":
+        raise ConfigError(f"INPUT.CROP.TYPE must be 'absolute_range' for DETR's crop, got {cfg.INPUT.CROP.TYPE!r}")
+    if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
+
+
+def resolve_classes(cfg: CfgNode) -> None:
+    """Fills in NUM_CLASSES and CLASS_NAMES from DATASETS.TRAIN and compares them with what the config says.
+
+    Raises:
+        ConfigError: the class lists of the data sets differ, or NUM_CLASSES is not their number, or nothing says it.
+    """
+    node = cfg.MODEL.DN_DETR
+    names = {name: class_names(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    known = {name: classes for name, classes in names.items() if classes}
+    if len({tuple(classes) for classes in known.values()}) > 1:
+        lists = "; ".join(f"{name}: {len(classes)} {classes[:8]}" for name, classes in known.items())
+        raise ConfigError(f"DATASETS.TRAIN and DATASETS.TEST must have the same classes, got {lists}")
+    classes = next(iter(known.values()), None)
+    if node.NUM_CLASSES is None:
+        if classes is None:
+            raise ConfigError(
+                "MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of DATASETS.TRAIN "
+                f"{tuple(cfg.DATASETS.TRAIN)} names its classes; set the number"
+            )
+        node.NUM_CLASSES = len(classes)
+    # 91 keeps raw COCO ids, as the official checkpoints do; it is larger than any class list that it is used with.
+    elif classes is not None and node.NUM_CLASSES < len(classes):
+        raise ConfigError(
+            f"MODEL.DN_DETR.NUM_CLASSES = {node.NUM_CLASSES}, but {next(iter(known))} has {len(classes)} classes "
+            f"{classes[:8]}; set it to {len(classes)} or to auto"
+        )
+    if classes is not None:
+        node.CLASS_NAMES = list(classes)
+
+
+def _read_yaml(config_file: str) -> CfgNode:
+    """A YAML file and its bases, with ``NUM_CLASSES: auto`` as null: yacs would let no number replace a string."""
+    content = CfgNode(CfgNode.load_yaml_with_base(config_file, allow_unsafe=False))
+    node = content.get("MODEL", {}).get("DN_DETR", {})
+    if node.get("NUM_CLASSES") == "auto":
+        node["NUM_CLASSES"] = None
+    return content
+
+
+def _without_auto(opts: list) -> list:
+    """The same for [key, value, ...] overrides."""
+    after = zip([None, *opts], opts, strict=False)
+    return [None if before == "MODEL.DN_DETR.NUM_CLASSES" and x == "auto" else x for before, x in after]
+
+
+def _get(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _leaves(cfg: CfgNode, prefix: str = ""):
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:
+    """yacs' complaint as one sentence, with the nearest key for a misspelt one."""
+    text = str(error.args[0]) if error.args else repr(error)
+    key = text.rsplit(" ", 1)[-1]
+    near = difflib.get_close_matches(key, list(_leaves(cfg)), n=1, cutoff=0.6)
+    where = f" in {config_file} or on the command line" if config_file else " on the command line"
+    hint = f"; did you mean {near[0]}?" if near and "ey" in text else ""
+    return f"{text}{where}{hint}"

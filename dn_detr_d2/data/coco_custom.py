@@ -1,0 +1,179 @@
+"""COCO-format data sets of users: registered from the config, without a line of Python.
+
+Category ids may be of any kind (gaps, 0-based, large, strings); inside they become 0 .. P-1 in ascending order. Every
+complaint names the file, the record and the field.
+"""
+
+import difflib
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from ..errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+def dataset_path(path: str) -> Path:
+    """``path`` as it is if absolute, otherwise below DETECTRON2_DATASETS (default ./datasets)."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / Path(path).expanduser()
+
+
+def register_coco_json(name: str, json_file: str, image_folder: str, must_exist: bool = True) -> None:
+    """Registers a data set with Detectron2 under ``name``; the same registration twice is fine.
+
+    Args:
+        name: must not be taken by another data set.
+        json_file, image_folder: see :func:`dataset_path`.
+        must_exist: with False a missing annotation file is passed over in the log (inference needs none).
+
+    Raises:
+        DatasetError: file or folder is missing, or the file has no usable categories.
+        ConfigError: the name is taken.
+    """
+    json_path, folder = dataset_path(json_file), dataset_path(image_folder)
+    if name in DatasetCatalog:
+        metadata = MetadataCatalog.get(name)
+        if (metadata.get("json_file"), metadata.get("image_root")) != (str(json_path), str(folder)):
+            raise ConfigError(
+                f"DATASETS.COCO_JSON names {name!r}, which is already registered with other files; choose another name"
+            )
+        return
+    if not must_exist and not json_path.is_file():
+        logger.warning("Data set %r is not at hand (%s does not exist); going on without it.", name, json_path)
+        return
+    for path, kind, found in ((json_path, "annotation file", json_path.is_file()), (folder, "image folder", folder.is_dir())):
+        if not found:
+            raise DatasetError(
+                f"{kind} of data set {name!r} does not exist: {path.absolute()} (DATASETS.COCO_JSON is relative to "
+                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
+            )
+    categories = _categories(_read(json_path), json_path)
+    DatasetCatalog.register(name, lambda: load_coco_json(json_path, folder))
+    MetadataCatalog.get(name).set(
+        json_file=str(json_path),
+        image_root=str(folder),
+        evaluator_type="coco",
+        thing_classes=list(categories.values()),
+        thing_dataset_id_to_contiguous_id={category: i for i, category in enumerate(categories)},
+    )
+
+
+def class_names(name: str) -> list[str] | None:
+    """Class names of a registered data set, None if it does not say; raises ConfigError for an unknown name."""
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "list your own data sets in DATASETS.COCO_JSON"
+        raise ConfigError(f"DATASETS names {name!r}, which is not a known data set; {hint}")
+    return MetadataCatalog.get(name).get("thing_classes")
+
+
+def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict]:
+    """Reads a COCO-format detection file into Detectron2's dataset dicts.
+
+    Only boxes are used; an unusable segmentation does not cost its box. Annotations keep their ``id``. Whether a box makes
+    sense in its image is the mapper's business.
+
+    Args:
+        json_file: COCO format with "images", "annotations" and "categories".
+        image_folder: what ``file_name`` is relative to.
+
+    Returns:
+        list: one dict an image, in the order of the image ids; ``category_id`` is 0 .. P-1.
+
+    Raises:
+        DatasetError: anything that is missing, doubled, of a wrong type or refers to nothing.
+    """
+    json_file, image_folder = Path(json_file), Path(image_folder)
+    content = _read(json_file)
+    classes = {category: i for i, category in enumerate(_categories(content, json_file))}
+    records = _image_records(content, json_file, image_folder)
+    seen = Counter()
+    for i, annotation in enumerate(content.get("annotations", [])):
+        where = f"{json_file}: annotation {annotation.get('id', f'number {i}')}"
+        record = records.get(annotation.get("image_id"))
+        if record is None:
+            raise DatasetError(f"{where} has image_id {annotation.get('image_id')!r}, which is not among the images")
+        if annotation.get("category_id") not in classes:
+            raise DatasetError(
+                f"{where} has category_id {annotation.get('category_id')!r}, which is not among the categories "
+                f"{list(classes)[:10]}"
+            )
+        crowd = annotation.get("iscrowd", 0)
+        if crowd not in (0, 1) or isinstance(crowd, str):
+            raise DatasetError(f"{where} has iscrowd {crowd!r}; it must be 0 or 1")
+        seen[annotation.get("id", f"number {i}")] += 1
+        record["annotations"].append(
+            {
+                "id": annotation.get("id", i),
+                "bbox": _box(annotation.get("bbox"), where),
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": classes[annotation["category_id"]],
+                "iscrowd": crowd,
+            }
+        )
+    if doubled := [key for key, count in seen.items() if count > 1]:
+        raise DatasetError(f"{json_file}: annotation ids appear more than once: {doubled[:10]}")
+    logger.info("Loaded %d images with %d boxes from %s", len(records), sum(seen.values()), json_file)
+    return [records[key] for key in sorted(records, key=_sort_key)]
+
+
+def _read(json_file: Path) -> dict:
+    try:
+        content = json.loads(json_file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{json_file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(f"{json_file} must hold an object with images, annotations and categories")
+    return content
+
+
+def _categories(content: dict, json_file: Path) -> dict:
+    """{category id: name} in ascending order of the ids."""
+    categories = content.get("categories")
+    if not categories:
+        raise DatasetError(f"{json_file} has no categories")
+    for category in categories:
+        if not isinstance(category, dict) or "id" not in category or "name" not in category:
+            raise DatasetError(f"{json_file}: category {category!r} needs an id and a name")
+    for field in ("id", "name"):
+        if doubled := [v for v, count in Counter(c[field] for c in categories).items() if count > 1]:
+            raise DatasetError(f"{json_file}: category {field}s appear more than once: {doubled[:10]}")
+    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: _sort_key(c["id"]))}
+
+
+def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
+    images = content.get("images")
+    if not images:
+        raise DatasetError(f"{json_file} has no images; is it an annotation file in COCO format?")
+    records, missing = {}, []
+    for i, image in enumerate(images):
+        if "id" not in image or "file_name" not in image:
+            raise DatasetError(f"{json_file}: image number {i} needs an id and a file_name, has {sorted(image)}")
+        if image["id"] in records:
+            raise DatasetError(f"{json_file}: image id {image['id']!r} appears more than once")
+        path = image_folder / image["file_name"]
+        if not path.is_file():
+            missing.append(str(path))
+        record = {"file_name": str(path), "image_id": image["id"], "annotations": []}
+        records[image["id"]] = record | {key: image[key] for key in ("height", "width") if key in image}
+    if missing:
+        raise DatasetError(f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}")
+    return records
+
+
+def _box(box, where: str) -> list[float]:
+    """A box as four floats; NaN and Inf, which JSON dialects allow, pass on to the mapper's count."""
+    numbers = isinstance(box, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in box)
+    if not numbers or len(box) != 4:
+        raise DatasetError(f"{where} has bbox {box!r}; it must be four numbers [x, y, width, height] in pixels")
+    return [float(x) for x in box]
+
+
+def _sort_key(identifier):
+    return (isinstance(identifier, str), identifier)

@@ -1,0 +1,50 @@
+"""The random draws of denoising training, and nothing else: functions on tensors that return new tensors.
+
+Every function draws on the device of its input from PyTorch's global generator, so a seed makes it reproducible.
+"""
+
+import torch
+from torch import Tensor
+
+
+def flip_labels(labels: Tensor, prob: float, num_classes: int) -> Tensor:
+    """Label noise (DN-DETR Sec. 4.1): redraws a label uniformly with probability ``prob`` (gamma).
+
+    The new label may be the old one, so a label changes with probability ``prob * (1 - 1 / num_classes)``.
+
+    Args:
+        labels: (...) int64 in [0, num_classes).
+        prob: gamma in [0, 1].
+        num_classes: number of classes; "unknown", the index ``num_classes``, is never drawn.
+    """
+    redraw = torch.rand(labels.shape, device=labels.device) < prob
+    return torch.where(redraw, torch.randint_like(labels, num_classes), labels)
+
+
+def shift_and_scale(boxes: Tensor, center_scale: float, size_scale: float) -> Tensor:
+    """Box noise (DN-DETR Sec. 4.1): centre shifting and box scaling, each uniform.
+
+    The centre moves by less than ``center_scale`` (lambda1) times half the size, so it stays inside the box for lambda1
+    <= 1; width and height become (1 - lambda2) to (1 + lambda2) times themselves, lambda2 = ``size_scale``. Each of the
+    four numbers is then clamped to [0, 1], as in the official code; the box itself may still reach out of the image.
+
+    Args:
+        boxes: (..., 4) cxcywh in [0, 1].
+    """
+    size = boxes[..., 2:]
+    reach = torch.cat([size / 2 * center_scale, size * size_scale], -1)
+    return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+
+
+def random_subset(valid: Tensor, size: int) -> Tensor:
+    """Draws ``size`` positions of each row, real ones first.
+
+    Args:
+        valid: (..., M) bool; positions that may be drawn.
+        size: how many, at most M.
+
+    Returns:
+        Tensor: (..., size) int64, distinct and ascending; a row with fewer valid positions is filled up with others.
+    """
+    order = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, 2.0)
+    return order.argsort(-1)[..., :size].sort(-1).values

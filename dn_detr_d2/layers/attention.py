@@ -1,0 +1,229 @@
+"""Attention modules: multi-head attention on given projections, DAB-DETR's conditional attention, deformable attention.
+
+Shapes: N images, Q queries, S cells, C channels, H heads, L levels, K points. Masks are True where blocked.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ms_deform_attn import ms_deform_attn
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: Tensor | None = None) -> Tensor:
+    """Multi-head scaled dot-product attention on projected inputs.
+
+    Args:
+        query: (N, Q, H * E).
+        key: (N, S, H * E).
+        value: (N, S, H * D).
+        num_heads: H; heads are consecutive blocks of channels.
+        blocked: bool, (Q, S) or (N, Q, S) or (N, 1, S), True where a query must not look.
+
+    Returns:
+        Tensor: (N, Q, H * D), heads side by side.
+    """
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    if blocked is not None:
+        blocked = ~blocked if blocked.dim() == 2 else ~blocked[:, None]  # SDPA's mask says what is allowed
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=blocked).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Plain multi-head attention with separate query/key and value inputs, residual and post-norm.
+
+    Args:
+        dim: channels C, divisible by ``num_heads``.
+        num_heads: H.
+        dropout: probability, on the residual branch.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        check_divisible(dim, num_heads)
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.in_proj.weight)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        """x (N, Q, C) attends to itself; ``position`` (N, Q, C) is added to query and key, not to the value."""
+        dim = x.shape[-1]
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        query, key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, -1)
+        value = F.linear(x, weight[2 * dim :], bias[2 * dim :])
+        return self.norm(x + self.dropout(self.out_proj(attend(query, key, value, self.num_heads, blocked))))
+
+
+class ConditionalSelfAttention(nn.Module):
+    """Self-attention of DAB-DETR: content and position have projections of their own, added per query and key."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        check_divisible(dim, num_heads)
+        self.num_heads = num_heads
+        self.query_content = nn.Linear(dim, dim)
+        self.query_position = nn.Linear(dim, dim)
+        self.key_content = nn.Linear(dim, dim)
+        self.key_position = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        """x, position (N, Q, C) -> (N, Q, C)."""
+        query = self.query_content(x) + self.query_position(position)
+        key = self.key_content(x) + self.key_position(position)
+        attended = attend(query, key, self.value(x), self.num_heads, blocked)
+        return self.norm(x + self.dropout(self.out_proj(attended)))
+
+
+class ConditionalCrossAttention(nn.Module):
+    """Cross-attention of DAB-DETR (Liu et al., ICLR 2022, Sec. 4): content and position are concatenated per head.
+
+    The score of a query and a cell is content . content + position . position, because each head sees
+    [content ‖ position] of twice the width.
+
+    Args:
+        dim: channels C, divisible by ``num_heads``.
+        num_heads: H.
+        dropout: probability, on the residual branch.
+        add_query_position: the first decoder layer also adds the projected positions to the contents, since its
+            content carries no place yet.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0, add_query_position: bool = False):
+        super().__init__()
+        check_divisible(dim, num_heads)
+        self.num_heads = num_heads
+        self.query_content = nn.Linear(dim, dim)
+        self.query_position = nn.Linear(dim, dim) if add_query_position else None
+        self.query_sine = nn.Linear(dim, dim)
+        self.key_content = nn.Linear(dim, dim)
+        self.key_position = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self, x: Tensor, position: Tensor, sine: Tensor, tokens: Tensor, token_positions: Tensor, padding: Tensor
+    ) -> Tensor:
+        """Queries look at the image.
+
+        Args:
+            x: (N, Q, C) content.
+            position: (N, Q, C) learnt embedding of the anchor.
+            sine: (N, Q, C) modulated sine encoding of the anchor's centre.
+            tokens, token_positions: (N, S, C).
+            padding: (N, S) bool, True outside the image.
+        """
+        query, key, key_position = self.query_content(x), self.key_content(tokens), self.key_position(token_positions)
+        if self.query_position is not None:
+            query, key = query + self.query_position(position), key + key_position
+        query, key = self._beside(query, self.query_sine(sine)), self._beside(key, key_position)
+        attended = attend(query, key, self.value(tokens), self.num_heads, padding[:, None])
+        return self.norm(x + self.dropout(self.out_proj(attended)))
+
+    def _beside(self, content: Tensor, position: Tensor) -> Tensor:
+        """Concatenates two (N, Q, C) tensors head by head into (N, Q, 2C)."""
+        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in (content, position))
+        return torch.cat(list(heads), -1).flatten(2)
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Deformable attention of Deformable DETR: each query predicts where to look and how much.
+
+    Args:
+        dim: channels C, divisible by ``num_heads``.
+        num_heads: H.
+        num_levels: L.
+        num_points: K sampling points a head and level.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        check_divisible(dim, num_heads)
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head j starts out looking in direction 2 pi j / H, its point k at k + 1 steps, equally at all points."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angles.cos(), angles.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # to the edge of a square
+        steps = torch.arange(1, self.num_points + 1)
+        offsets = direction[:, None, None] * steps[None, None, :, None]  # (H, 1, K, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        for weight in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+            nn.init.zeros_(weight)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, query: Tensor, reference: Tensor, tokens: Tensor, padding: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Samples the tokens around the reference of each query.
+
+        Args:
+            query: (N, Q, C), content plus position.
+            reference: (N, Q, L, 2) points or (N, Q, L, 4) cxcywh boxes, in [0, 1] of each padded level.
+            tokens: (N, S, C).
+            padding: (N, S) bool, True outside the image; those tokens count as zero.
+            shapes: (h, w) of each level.
+
+        Returns:
+            Tensor: (N, Q, C).
+        """
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
+        sizes = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2)).float()
+        weights = self.attention_weights(query).unflatten(-1, (sizes[0], -1)).softmax(-1).unflatten(-1, sizes[1:])
+        locate = locations_from_boxes if reference.shape[-1] == 4 else locations_from_points
+        return self.output_proj(ms_deform_attn(value, shapes, locate(reference, offsets, shapes), weights))
+
+
+def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """Sampling locations around points, offsets in cells: point + offset / (w, h).
+
+    Args:
+        points: (N, Q, L, 2) in [0, 1].
+        offsets: (N, Q, H, L, K, 2), (x, y).
+        shapes: (h, w) of each level.
+    """
+    cells = offsets.new_tensor([(width, height) for height, width in shapes])  # (L, 2)
+    return points[:, :, None, :, None] + offsets / cells[:, None]
+
+
+def locations_from_boxes(boxes: Tensor, offsets: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """Sampling locations inside boxes, offsets in half sizes: centre + offset / K * (w, h) / 2.
+
+    Args:
+        boxes: (N, Q, L, 4) cxcywh in [0, 1].
+        offsets: (N, Q, H, L, K, 2).
+        shapes: not needed; boxes carry their own scale.
+    """
+    num_points = offsets.shape[-2]
+    centre, size = boxes[:, :, None, :, None, :2], boxes[:, :, None, :, None, 2:]
+    return centre + offsets / num_points * size * 0.5
+
+
+def check_divisible(dim: int, num_heads: int) -> None:
+    """Raises ValueError unless the heads share the channels evenly."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"channels must be divisible by the number of heads, got {dim} channels and {num_heads} heads")

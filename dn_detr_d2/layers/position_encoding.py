@@ -1,0 +1,61 @@
+"""Sine encodings: of the cells of a feature map, and of boxes.
+
+Coordinates are turned into channels as in Vaswani et al., with sine and cosine interleaved. Maps and boxes are encoded y
+first, x second; the reason is only that DETR began so, and every checkpoint of the family depends on it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sine_encoding(x: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """Encodes angles: channel 2i is sin(x / T^(2i/dim)), channel 2i+1 the cosine.
+
+    Args:
+        x: (...) angles in radians.
+        dim: number of channels, even.
+        temperature: T, the longest wavelength divided by 2 pi.
+
+    Returns:
+        Tensor: (..., dim) float32.
+    """
+    if dim <= 0 or dim % 2:
+        raise ValueError(f"dim must be even and positive, got {dim}")
+    frequency = temperature ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
+    angles = x.float()[..., None] * frequency
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
+    """Sine encoding of boxes, DAB-DETR Eq. 3-5: (..., 4) cxcywh in [0, 1] -> (..., 4 * dim) in the order y, x, w, h."""
+    return sine_encoding(boxes[..., [1, 0, 2, 3]] * (2 * math.pi), dim).flatten(-2)
+
+
+class SinePositionEncoding(nn.Module):
+    """Position encoding of the cells of a padded map, counted in cells inside the image.
+
+    Args:
+        dim: channels of the result, divisible by 4; the first half is y, the second half x.
+        temperature: 20 in DAB-DETR and DN-DETR, 10000 in DETR and the deformable family.
+        offset: added to the count before it is divided by the number of cells; -0.5 puts the value at the cell's centre
+            (deformable family), 0 in DETR, DAB-DETR and DN-DETR.
+    """
+
+    EPS = 1e-6
+
+    def __init__(self, dim: int, temperature: float = 10000.0, offset: float = 0.0):
+        super().__init__()
+        if dim <= 0 or dim % 4:
+            raise ValueError(f"dim must be positive and divisible by 4, got {dim}")
+        self.dim, self.temperature, self.offset = dim, temperature, offset
+
+    def forward(self, padding: Tensor) -> Tensor:
+        """(N, h, w) bool, True outside the image -> (N, dim, h, w) float32."""
+        inside = (~padding).float()
+        y, x = inside.cumsum(1), inside.cumsum(2)
+        y = (y + self.offset) / (y[:, -1:] + self.EPS) * (2 * math.pi)
+        x = (x + self.offset) / (x[:, :, -1:] + self.EPS) * (2 * math.pi)
+        encoded = [sine_encoding(axis, self.dim // 2, self.temperature) for axis in (y, x)]
+        return torch.cat(encoded, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,76 @@
+"""Registries of the five roles and the functions that build one of each from a config.
+
+A new detector is a new class registered here and named in a YAML file, never a new flag.
+"""
+
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ..denoising import DenoisingGenerator
+from ..errors import ConfigError
+from ..layers import MultiScaleDeformableAttention
+
+QUERY_SOURCE_REGISTRY = Registry("QUERY_SOURCE")
+QUERY_SOURCE_REGISTRY.__doc__ = "Where queries come from: ``Class(cfg)``, forward(memory) and embed(noised)."
+ENCODER_REGISTRY = Registry("ENCODER")
+ENCODER_REGISTRY.__doc__ = "Pyramid -> Memory: ``Class(cfg)``."
+DECODER_REGISTRY = Registry("DECODER")
+DECODER_REGISTRY.__doc__ = "(ObjectQueries, Memory) -> Predictions: ``Class(cfg)``."
+DECODER_LAYER_REGISTRY = Registry("DECODER_LAYER")
+DECODER_LAYER_REGISTRY.__doc__ = "One decoder layer, used by the decoders."
+DENOISING_REGISTRY = Registry("DENOISING")
+DENOISING_REGISTRY.__doc__ = "Targets -> NoisedTargets, without parameters."
+DENOISING_REGISTRY.register(DenoisingGenerator)
+
+
+def lookup(registry: Registry, name: str, key: str):
+    """The class registered as ``name``; raises ConfigError naming the key and the choices."""
+    if name not in registry:
+        choices = ", ".join(sorted(known for known, _ in registry))
+        raise ConfigError(f"{key} = {name!r} is not known; choose one of: {choices}")
+    return registry.get(name)
+
+
+def build_query_source(cfg) -> nn.Module:
+    """The query source named by ``MODEL.DN_DETR.QUERY_SOURCE.NAME``."""
+    name = cfg.MODEL.DN_DETR.QUERY_SOURCE.NAME
+    return lookup(QUERY_SOURCE_REGISTRY, name, "MODEL.DN_DETR.QUERY_SOURCE.NAME")(cfg)
+
+
+def build_encoder(cfg) -> nn.Module:
+    """The encoder named by ``MODEL.DN_DETR.ENCODER.NAME``, initialised."""
+    name = cfg.MODEL.DN_DETR.ENCODER.NAME
+    return initialise_transformer(lookup(ENCODER_REGISTRY, name, "MODEL.DN_DETR.ENCODER.NAME")(cfg))
+
+
+def build_decoder(cfg) -> nn.Module:
+    """The decoder named by ``MODEL.DN_DETR.DECODER.NAME``, initialised."""
+    name = cfg.MODEL.DN_DETR.DECODER.NAME
+    return lookup(DECODER_REGISTRY, name, "MODEL.DN_DETR.DECODER.NAME")(cfg)
+
+
+def build_denoising(cfg) -> DenoisingGenerator | None:
+    """The generator named by ``MODEL.DN_DETR.DENOISING.NAME``; None when that is empty.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+    name = cfg.MODEL.DN_DETR.DENOISING.NAME
+    if not name:
+        return None
+    generator = lookup(DENOISING_REGISTRY, name, "MODEL.DN_DETR.DENOISING.NAME")
+    try:
+        return generator(**generator.from_config(cfg))
+    except ValueError as error:
+        raise ConfigError(f"MODEL.DN_DETR.DENOISING: {error}") from None
+
+
+def initialise_transformer(module: nn.Module) -> nn.Module:
+    """Xavier-uniform on every matrix, as all DETRs do; deformable attention keeps its own start. Returns ``module``."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for child in module.modules():
+        if isinstance(child, MultiScaleDeformableAttention):
+            child.reset_parameters()
+    return module

@@ -1,0 +1,98 @@
+"""Decoders: from queries and memory to the predictions of every layer. A decoder owns its heads.
+
+Shapes: K layers, N images, Q queries, C channels.
+"""
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from ..structures import Memory, ObjectQueries, Predictions
+from .build import DECODER_LAYER_REGISTRY, DECODER_REGISTRY, initialise_transformer, lookup
+from .encoder import transformer_arguments
+from .heads import DetectionHeads
+
+
+@DECODER_REGISTRY.register()
+class RefiningDecoder(nn.Module):
+    """A query's position is its box, and every layer corrects the box (Deformable DETR, DAB-Deformable-DETR).
+
+    The gradient stops between layers: each corrects what the one before said, and is not to blame for it.
+
+    Args:
+        dim: C.
+        num_layers: K.
+        layer: class of the layers, with its ``Position``.
+        layer_arguments: for the layers, all but ``index``.
+        heads: of all layers.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, num_layers: int, layer: type, layer_arguments: dict, heads: DetectionHeads):
+        super().__init__()
+        self.layers = nn.ModuleList(layer(dim=dim, index=i, **layer_arguments) for i in range(num_layers))
+        self.position = layer.Position(dim)
+        initialise_transformer(self)
+        self.heads = heads  # joins after the Xavier pass; its start has a meaning
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.DECODER``."""
+        root = cfg.MODEL.DN_DETR
+        node = root.DECODER
+        arguments = transformer_arguments(cfg, "DECODER")
+        dim, num_layers = arguments.pop("dim"), arguments.pop("num_layers")
+        heads = DetectionHeads(
+            dim, root.NUM_CLASSES, 1 if node.SHARE_HEADS else num_layers, node.FIRST_SIZE_BIAS
+        )
+        return {
+            "dim": dim,
+            "num_layers": num_layers,
+            "layer": lookup(DECODER_LAYER_REGISTRY, node.LAYER, "MODEL.DN_DETR.DECODER.LAYER"),
+            "layer_arguments": {**arguments, "num_levels": root.NUM_FEATURE_LEVELS, "num_points": node.NUM_POINTS},
+            "heads": heads,
+        }
+
+    def forward(self, queries: ObjectQueries, memory: Memory) -> Predictions:
+        """Predictions of all layers, boxes relative to the reference that entered the layer."""
+        content, reference = queries.content, queries.boxes
+        seen, logits, boxes = reference, [], []  # `seen` is the reference as the layer sees it
+        for i, layer in enumerate(self.layers):
+            position = self.position(content, seen, memory, first=i == 0)
+            content = layer(content, position, seen, memory, queries.blocked)
+            hidden = self.normalise(content)
+            logits.append(self.heads.classify(hidden, i))
+            boxes.append(self.heads.refine(hidden, reference, i))
+            if i + 1 < len(self.layers):
+                reference = self.next_reference(content, seen, boxes[-1], i)
+                seen = reference.detach()
+        return Predictions(torch.stack(logits), torch.stack(boxes))
+
+    def normalise(self, content: Tensor) -> Tensor:
+        """What the heads get; here the content as it is."""
+        return content
+
+    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
+        """(N, Q, 4) reference of the next layer: the predicted boxes, without gradient."""
+        return predicted.detach()
+
+
+@DECODER_REGISTRY.register()
+class LookForwardTwiceDecoder(RefiningDecoder):
+    """The loss of layer i + 1 also reaches the box of layer i (DINO Sec. 3.5; DAB-DETR and DN-DETR do it unnamed).
+
+    A final norm stands before the heads, while the next reference is refined from the content before that norm.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, **arguments):
+        super().__init__(dim=dim, **arguments)
+        self.norm = nn.LayerNorm(dim)
+
+    def normalise(self, content: Tensor) -> Tensor:
+        """One norm shared by all layers."""
+        return self.norm(content)
+
+    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
+        """Refined from the content before the norm; keeps its gradient towards this layer's box."""
+        return self.heads.refine(content, seen, layer)

@@ -1,0 +1,158 @@
+"""Decoder layers, each with the module that turns a reference box into the positions that the layer needs.
+
+Shapes: N images, Q queries, S cells, C channels, L levels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import (
+    MLP,
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    FeedForward,
+    MultiScaleDeformableAttention,
+    SelfAttention,
+    encode_boxes,
+)
+from ..structures import Memory
+from .build import DECODER_LAYER_REGISTRY
+
+
+@dataclass
+class QueryPosition:
+    """Where a query looks from.
+
+    Attributes:
+        embedding: (N, Q, C) learnt function of the reference box.
+        sine: (N, Q, C) modulated sine encoding of its centre (y, x), for conditional attention.
+    """
+
+    embedding: Tensor
+    sine: Tensor | None = None
+
+
+class AnchorPosition(nn.Module):
+    """Embeds reference boxes; layers after the first scale the embedding by the content (DAB-DETR Eq. 5).
+
+    Args:
+        dim: C, divisible by 4.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.embed = MLP(2 * dim, dim, dim)
+        self.scale = MLP(dim, dim, dim)
+
+    def forward(self, content: Tensor, boxes: Tensor, memory: Memory, first: bool) -> QueryPosition:
+        """content (N, Q, C), boxes (N, Q, 4). Deformable layers encode the box as a part of the *padded* image."""
+        padded = boxes * memory.valid_ratios[:, None, 0].tile(2)
+        embedding = self.embed(encode_boxes(padded, self.dim // 2))
+        return QueryPosition(embedding if first else embedding * self.scale(content))
+
+
+class ModulatedAnchorPosition(AnchorPosition):
+    """DAB-DETR's positions: the sine encoding of the centre is scaled by content and by width and height.
+
+    The x half is multiplied by w_ref / w and the y half by h_ref / h, where the content predicts (w_ref, h_ref): attention
+    becomes wide for wide boxes and high for high ones (DAB-DETR Eq. 6).
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.reference_size = MLP(dim, dim, 2)
+
+    def forward(self, content: Tensor, boxes: Tensor, memory: Memory, first: bool) -> QueryPosition:
+        """content (N, Q, C), boxes (N, Q, 4)."""
+        sine = encode_boxes(boxes, self.dim // 2)  # (N, Q, 2C) in the order y, x, w, h
+        y, x = (sine[..., : self.dim] if first else sine[..., : self.dim] * self.scale(content)).chunk(2, -1)
+        ratio = self.reference_size(content).sigmoid() / boxes[..., 2:]
+        modulated = torch.cat([y * ratio[..., 1:], x * ratio[..., :1]], -1)
+        return QueryPosition(self.embed(sine), modulated)
+
+
+@DECODER_LAYER_REGISTRY.register()
+class ConditionalDecoderLayer(nn.Module):
+    """Layer of DAB-DETR and DN-DETR: conditional self- and cross-attention over one dense map.
+
+    Args:
+        dim: C.
+        num_heads, ffn_dim, dropout: as named.
+        index: 0 for the first layer, whose cross-attention adds the positions to the contents.
+        num_levels, num_points: not used; dense attention sees every cell.
+    """
+
+    Position = ModulatedAnchorPosition
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        index: int,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.self_attn = ConditionalSelfAttention(dim, num_heads, dropout)
+        self.cross_attn = ConditionalCrossAttention(dim, num_heads, dropout, add_query_position=index == 0)
+        self.ffn = FeedForward(dim, ffn_dim, dropout, activation="prelu")
+
+    def forward(
+        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
+    ) -> Tensor:
+        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
+        content = self.self_attn(content, position.embedding, blocked)
+        content = self.cross_attn(
+            content, position.embedding, position.sine, memory.tokens, memory.positions, memory.padding
+        )
+        return self.ffn(content)
+
+
+@DECODER_LAYER_REGISTRY.register()
+class DeformableDecoderLayer(nn.Module):
+    """Layer of the deformable family: self-attention, then K sampling points in and around the reference box.
+
+    Args:
+        dim: C.
+        num_heads, ffn_dim, dropout: as named.
+        index: not used; all layers are alike.
+        num_levels: L.
+        num_points: K.
+    """
+
+    Position = AnchorPosition
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        index: int,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, num_heads, dropout)
+        self.cross_attn = MultiScaleDeformableAttention(dim, num_heads, num_levels, num_points)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(
+        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
+    ) -> Tensor:
+        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
+        content = self.self_attn(content, position.embedding, blocked)
+        reference = boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None]  # (N, Q, L, 4) of the padded levels
+        attended = self.cross_attn(
+            content + position.embedding, reference, memory.tokens, memory.padding, memory.shapes
+        )
+        return self.ffn(self.norm(content + self.dropout(attended)))

@@ -1,0 +1,168 @@
+"""Transformer encoders: from a pyramid of maps to the memory that the decoder looks at.
+
+Shapes: N images, C channels, L levels, S = sum of h * w over the levels.
+"""
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..layers import MLP, FeedForward, MultiScaleDeformableAttention, SelfAttention
+from ..structures import Memory, Pyramid
+from .build import ENCODER_REGISTRY
+
+
+def transformer_arguments(cfg, role: str) -> dict:
+    """The arguments that encoder and decoder share, from ``MODEL.DN_DETR.<role>``; checks how they go together."""
+    root = cfg.MODEL.DN_DETR
+    node = root[role]
+    if root.HIDDEN_DIM < 4 or root.HIDDEN_DIM % 4:
+        raise ConfigError(
+            f"MODEL.DN_DETR.HIDDEN_DIM = {root.HIDDEN_DIM} must be divisible by 4 for the sine encoding of (y, x) pairs"
+        )
+    if node.NUM_HEADS < 1 or root.HIDDEN_DIM % node.NUM_HEADS:
+        raise ConfigError(
+            f"MODEL.DN_DETR.HIDDEN_DIM = {root.HIDDEN_DIM} is not divisible by {role}.NUM_HEADS = {node.NUM_HEADS}"
+        )
+    return {
+        "dim": root.HIDDEN_DIM,
+        "num_layers": node.NUM_LAYERS,
+        "num_heads": node.NUM_HEADS,
+        "ffn_dim": node.FFN_DIM,
+        "dropout": node.DROPOUT,
+    }
+
+
+def flatten_pyramid(pyramid: Pyramid, level_embed: Tensor | None = None) -> Memory:
+    """Lays all cells of all levels in a row; ``level_embed`` (L, C) is added to the positions of each level."""
+    tokens = torch.cat([x.flatten(2) for x in pyramid.maps], 2).transpose(1, 2)  # (N, S, C)
+    positions = [x.flatten(2).transpose(1, 2) for x in pyramid.positions]
+    if level_embed is not None:
+        positions = [x + embed for x, embed in zip(positions, level_embed, strict=True)]
+    padding = torch.cat([x.flatten(1) for x in pyramid.padding], 1)
+    shapes = [tuple(x.shape[-2:]) for x in pyramid.maps]
+    valid_ratios = torch.stack([valid_ratio(x) for x in pyramid.padding], 1)
+    return Memory(tokens, torch.cat(positions, 1), padding, shapes, valid_ratios)
+
+
+def valid_ratio(padding: Tensor) -> Tensor:
+    """(N, h, w) bool padding -> (N, 2) part of (width, height) inside the image."""
+    return torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1)
+
+
+def cell_centres(memory: Memory) -> Tensor:
+    """(N, S, L, 2) centre of each cell as (x, y) in [0, 1] of every padded level."""
+    centres = []
+    for (height, width), ratio in zip(memory.shapes, memory.valid_ratios.unbind(1), strict=True):
+        y = torch.arange(height, device=ratio.device, dtype=ratio.dtype) + 0.5
+        x = torch.arange(width, device=ratio.device, dtype=ratio.dtype) + 0.5
+        grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)
+        centres.append(grid / (ratio[:, None] * ratio.new_tensor([width, height])))  # [0, 1] of the unpadded image
+    return torch.cat(centres, 1)[:, :, None] * memory.valid_ratios[:, None]
+
+
+class DenseEncoderLayer(nn.Module):
+    """Self-attention over all cells and a feed-forward block with a learnt slope (PReLU)."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, num_heads, dropout)
+        self.ffn = FeedForward(dim, ffn_dim, dropout, activation="prelu")
+
+    def forward(self, tokens: Tensor, positions: Tensor, padding: Tensor) -> Tensor:
+        """(N, S, C) -> (N, S, C)."""
+        return self.ffn(self.self_attn(tokens, positions, padding[:, None]))
+
+
+@ENCODER_REGISTRY.register()
+class DenseEncoder(nn.Module):
+    """DAB-DETR's encoder: dense self-attention whose positions are scaled by the content.
+
+    Args:
+        dim: C.
+        num_layers, num_heads, ffn_dim, dropout: of the layers.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, num_layers: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(DenseEncoderLayer(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
+        self.position_scale = MLP(dim, dim, dim)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.ENCODER``."""
+        return transformer_arguments(cfg, "ENCODER")
+
+    def forward(self, pyramid: Pyramid) -> Memory:
+        """All levels attend to each other; usually there is one."""
+        memory = flatten_pyramid(pyramid)
+        tokens = memory.tokens
+        for layer in self.layers:
+            tokens = layer(tokens, memory.positions * self.position_scale(tokens), memory.padding)
+        memory.tokens = tokens
+        return memory
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over the levels and a feed-forward block (ReLU)."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float, num_levels: int, num_points: int):
+        super().__init__()
+        self.self_attn = MultiScaleDeformableAttention(dim, num_heads, num_levels, num_points)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(self, tokens: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """tokens (N, S, C), reference (N, S, L, 2) -> (N, S, C)."""
+        attended = self.self_attn(tokens + memory.positions, reference, tokens, memory.padding, memory.shapes)
+        return self.ffn(self.norm(tokens + self.dropout(attended)))
+
+
+@ENCODER_REGISTRY.register()
+class DeformableEncoder(nn.Module):
+    """Deformable DETR's encoder: each cell looks at K points around itself on every level.
+
+    Args:
+        dim: C.
+        num_layers, num_heads, ffn_dim, dropout: of the layers.
+        num_levels: L.
+        num_points: K.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(dim, num_heads, ffn_dim, dropout, num_levels, num_points) for _ in range(num_layers)
+        )
+        self.level_embed = nn.Embedding(num_levels, dim)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.ENCODER`` and ``NUM_FEATURE_LEVELS``."""
+        node = cfg.MODEL.DN_DETR
+        levels = {"num_levels": node.NUM_FEATURE_LEVELS, "num_points": node.ENCODER.NUM_POINTS}
+        return transformer_arguments(cfg, "ENCODER") | levels
+
+    def forward(self, pyramid: Pyramid) -> Memory:
+        """Pyramid of L levels -> Memory."""
+        memory = flatten_pyramid(pyramid, self.level_embed.weight)
+        reference = cell_centres(memory)
+        tokens = memory.tokens
+        for layer in self.layers:
+            tokens = layer(tokens, reference, memory)
+        memory.tokens = tokens
+        return memory

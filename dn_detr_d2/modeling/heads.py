@@ -1,0 +1,48 @@
+"""Prediction heads: class logits, and boxes as a correction of a reference box in logit space."""
+
+import copy
+import math
+
+from torch import Tensor, nn
+
+from ..boxes import logit
+from ..layers import MLP
+
+# Start with a foreground probability of 0.01 (focal loss, RetinaNet Sec. 3.3).
+PRIOR_PROB = 0.01
+
+
+class DetectionHeads(nn.Module):
+    """Class and box heads of all decoder layers; the decoder owns them.
+
+    Args:
+        dim: channels C of the input.
+        num_classes: P.
+        num_heads: 1 for heads shared by all layers, otherwise one a layer.
+        first_size_bias: start of the width and height logits of the first head; -2 lets Deformable DETR begin with
+            small boxes, 0 keeps the reference.
+    """
+
+    def __init__(self, dim: int, num_classes: int, num_heads: int, first_size_bias: float = 0.0):
+        super().__init__()
+        classify, refine = nn.Linear(dim, num_classes), MLP(dim, dim, dim, 4)
+        nn.init.constant_(classify.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
+        nn.init.zeros_(refine.layers[-1].weight)
+        nn.init.zeros_(refine.layers[-1].bias)
+        self.class_heads = nn.ModuleList(copy.deepcopy(classify) for _ in range(num_heads))
+        self.box_heads = nn.ModuleList(copy.deepcopy(refine) for _ in range(num_heads))
+        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], first_size_bias)
+
+    def classify(self, content: Tensor, layer: int) -> Tensor:
+        """(..., C) -> (..., P) logits of decoder layer ``layer``."""
+        return self.class_heads[layer % len(self.class_heads)](content)
+
+    def refine(self, content: Tensor, boxes: Tensor, layer: int) -> Tensor:
+        """Corrects reference boxes: sigmoid(head(content) + logit(boxes)), float32.
+
+        Args:
+            content: (..., C).
+            boxes: (..., 4) cxcywh in [0, 1].
+        """
+        delta = self.box_heads[layer % len(self.box_heads)](content)
+        return (delta.to(boxes.dtype) + logit(boxes)).sigmoid()

@@ -1,0 +1,223 @@
+"""The one DETR-like meta-architecture: five roles joined in one sentence (see ``_decode``).
+
+Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
+"""
+
+import torch
+import torch.distributed as dist
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..boxes import image_scale, xyxy_to_cxcywh
+from ..denoising import DenoisingGenerator, NoisedTargets
+from ..errors import CheckpointError, ConfigError
+from ..structures import Memory, Predictions, Targets, join_queries
+from .build import build_decoder, build_denoising, build_encoder, build_query_source
+from .criterion import SetCriterion
+from .matcher import HungarianMatcher
+from .neck import Neck, padding_mask
+from .postprocess import stack_top
+
+
+@META_ARCH_REGISTRY.register()
+class DenoisingDETR(nn.Module):
+    """DAB-DETR, DN-DETR, DAB- and DN-Deformable-DETR, as Detectron2's model interface asks.
+
+    Args:
+        backbone: a Detectron2 backbone.
+        neck, encoder, query_source, decoder: the roles, see their modules.
+        denoising: generator of noised targets, or None to train by matching alone.
+        matcher, criterion: pairs of queries and ground truths, and losses from pairs.
+        denoising_weight: factor of the denoising losses.
+        local_denoising_normalizer: divide denoising losses by the objects of this rank (official DN-DETR) instead of
+            the mean over all ranks.
+        top_k: detections per image.
+        pixel_mean, pixel_std: of each channel, in the order of the input.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        neck: nn.Module,
+        encoder: nn.Module,
+        query_source: nn.Module,
+        decoder: nn.Module,
+        denoising: DenoisingGenerator | None,
+        matcher: HungarianMatcher,
+        criterion: SetCriterion,
+        denoising_weight: float,
+        local_denoising_normalizer: bool,
+        top_k: int,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ):
+        super().__init__()
+        self.backbone, self.neck, self.encoder = backbone, neck, encoder
+        self.query_source, self.decoder = query_source, decoder
+        self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
+        self.denoising_weight = denoising_weight
+        self.local_denoising_normalizer = local_denoising_normalizer
+        self.top_k = top_k
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.register_load_state_dict_post_hook(_refuse_partial_weights)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Builds the parts; raises ConfigError where keys do not go together."""
+        root = cfg.MODEL.DN_DETR
+        if not isinstance(root.NUM_CLASSES, int) or root.NUM_CLASSES < 1:
+            raise ConfigError(
+                f"MODEL.DN_DETR.NUM_CLASSES = {root.NUM_CLASSES} must be a positive number here; 'auto' is resolved from "
+                "DATASETS.TRAIN by dn_detr_d2.setup_cfg() and in the config.yaml that training writes"
+            )
+        if root.DENOISING.NORMALIZER not in ("global", "local"):
+            raise ConfigError(
+                f"MODEL.DN_DETR.DENOISING.NORMALIZER must be 'global' or 'local', got {root.DENOISING.NORMALIZER!r}"
+            )
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "neck": Neck(cfg, backbone.output_shape()),
+            "encoder": build_encoder(cfg),
+            "query_source": build_query_source(cfg),
+            "decoder": build_decoder(cfg),
+            "denoising": build_denoising(cfg),
+            "matcher": HungarianMatcher(cfg),
+            "criterion": SetCriterion(cfg),
+            "denoising_weight": root.DENOISING.LOSS_WEIGHT,
+            "local_denoising_normalizer": root.DENOISING.NORMALIZER == "local",
+            "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are sent."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Detectron2's interface.
+
+        Args:
+            batched_inputs: one dict an image: ``image`` (3, H, W) uint8 or float32 in 0..255 and the channel order of
+                ``INPUT.FORMAT``; for training ``instances`` with ``gt_boxes`` and ``gt_classes``; optionally ``height``
+                and ``width`` of the wanted output.
+
+        Returns:
+            In training a dict of weighted losses: ``main/*`` of the last layer, ``aux/*_i`` of layer i, ``dn/*`` of the
+            denoising part. Otherwise one ``{"instances": Instances}`` an image.
+
+        Raises:
+            FloatingPointError: predictions are not finite.
+        """
+        images = self._preprocess(batched_inputs)
+        memory = self.encoder(self._pyramid(images))
+        if not self.training:
+            predictions, _ = self._decode(memory)
+            return self._detections(predictions, images.image_sizes, batched_inputs)
+
+        targets = self._targets([x["instances"] for x in batched_inputs])
+        predictions, noised = self._decode(memory, targets)
+        return self._losses(predictions, noised, targets)
+
+    def _decode(self, memory: Memory, targets: Targets | None = None) -> tuple[Predictions, NoisedTargets | None]:
+        """Queries to predictions; with targets and a generator, denoising queries stand before the matching ones."""
+        queries, noised = self.query_source(memory), None
+        if targets is not None and self.denoising is not None:
+            noised = self.denoising(targets)
+            blocked = noised.attention_mask(queries.content.shape[1])
+            queries = join_queries(self.query_source.embed(noised), queries, blocked)
+        return self.decoder(queries, memory), noised
+
+    def _preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalises each image, then pads with zeros at the bottom and right."""
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(
+            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+        )
+
+    def _pyramid(self, images: ImageList):
+        features = self.backbone(images.tensor)
+        padding = padding_mask(images.image_sizes, *images.tensor.shape[-2:], device=self.device)
+        return self.neck(features, padding)
+
+    def _targets(self, instances: list[Instances]) -> Targets:
+        """Absolute xyxy of each augmented image -> padded relative cxcywh."""
+        boxes = []
+        for image in instances:
+            absolute = image.gt_boxes.tensor.float()
+            boxes.append(xyxy_to_cxcywh(absolute / image_scale(image.image_size, absolute)))
+        return Targets.pad([image.gt_classes for image in instances], boxes, self.device)
+
+    def _losses(self, predictions: Predictions, noised: NoisedTargets | None, targets: Targets) -> dict[str, Tensor]:
+        num_objects = sum(targets.counts)
+        normalizer = mean_over_ranks(num_objects, self.device)
+        losses = {}
+        if noised is not None:
+            denoising, predictions = predictions.split(noised.num_queries)
+            copies = len(noised.assignment)
+            divisor = (
+                torch.tensor(float(max(copies, 1)), device=self.device)
+                if self.local_denoising_normalizer
+                else mean_over_ranks(copies, self.device)
+            )
+            terms = self.criterion(denoising, targets, noised.assignment, divisor, counted=noised.valid)
+            losses = name_layers({k: self.denoising_weight * v for k, v in terms.items()}, "dn", "dn")
+        assignment = self.matcher(predictions, targets)
+        return name_layers(self.criterion(predictions, targets, assignment, normalizer), "main", "aux") | losses
+
+    def _detections(self, predictions: Predictions, image_sizes, batched_inputs) -> list[dict[str, Instances]]:
+        logits, boxes = predictions.logits[-1], predictions.boxes[-1]
+        if not (logits.isfinite().all() and boxes.isfinite().all()):
+            raise FloatingPointError(
+                "the model predicts NaN or Inf: its weights or its input are not finite "
+                f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
+            )
+        results = stack_top(logits, boxes, image_sizes, self.top_k)
+        return [
+            {"instances": detector_postprocess(result, x.get("height", size[0]), x.get("width", size[1]))}
+            for result, x, size in zip(results, batched_inputs, image_sizes, strict=True)
+        ]
+
+
+def mean_over_ranks(count: int, device: torch.device) -> Tensor:
+    """Scalar: mean of ``count`` over the processes, at least 1; never read back to the host."""
+    total = torch.tensor(float(count), device=device)
+    if comm.get_world_size() > 1:
+        dist.all_reduce(total)
+    return (total / comm.get_world_size()).clamp(min=1)
+
+
+def name_layers(terms: dict[str, Tensor], last: str, others: str) -> dict[str, Tensor]:
+    """Splits (K,) losses into scalars: ``last/term`` for the last layer, ``others/term_i`` for the layers before."""
+    named = {f"{last}/{term}": values[-1] for term, values in terms.items()}
+    for term, values in terms.items():
+        named |= {f"{others}/{term}_{i}": value for i, value in enumerate(values[:-1])}
+    return named
+
+
+def _refuse_partial_weights(model: nn.Module, incompatible) -> None:
+    """Raises CheckpointError when a file fits the transformer but not all of it.
+
+    A backbone alone is a fine start. A checkpoint whose class head was left out because its shape differs is not: the
+    caller would get a randomly initialised head without noticing.
+    """
+    ours = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    missing = sorted(ours & set(incompatible.missing_keys))
+    if missing and len(missing) < len(ours):
+        classes = model.decoder.heads.class_heads[0].out_features
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: {shown} are missing or have another shape; the model has "
+            f"MODEL.DN_DETR.NUM_CLASSES = {classes}, so compare it and the other MODEL keys with the config.yaml that "
+            "the checkpoint was trained with"
+        )

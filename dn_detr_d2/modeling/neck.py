@@ -1,0 +1,115 @@
+"""From backbone maps to a pyramid of C-channel maps with padding masks and position encodings.
+
+Shapes: N images, C channels, L levels, (h, w) the size of a level.
+"""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..layers import SinePositionEncoding
+from ..structures import Pyramid
+
+
+class Neck(nn.Module):
+    """Projects the chosen backbone maps to C channels and adds coarser levels by strided convolution.
+
+    The first extra level is a 3x3 stride-2 convolution of the coarsest *backbone* map, each further one of the level
+    before it (Deformable DETR).
+
+    Args:
+        input_shape: channels of every backbone map.
+        in_features: backbone maps to use, high resolution first.
+        num_levels: L, at least the number of ``in_features``.
+        dim: C.
+        norm: "" for none (DETR, DAB-DETR, DN-DETR) or "GN" for 32 groups (deformable family).
+        position_encoding: of the padding mask of each level.
+    """
+
+    NUM_GROUPS = 32
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: dict[str, ShapeSpec],
+        in_features: list[str],
+        num_levels: int,
+        dim: int,
+        norm: str,
+        position_encoding: SinePositionEncoding,
+    ):
+        super().__init__()
+        self.in_features = list(in_features)
+        channels = [input_shape[name].channels for name in in_features]
+        projections = [self._projection(width, dim, 1, norm) for width in channels]
+        for level in range(len(channels), num_levels):
+            projections.append(self._projection(channels[-1] if level == len(channels) else dim, dim, 3, norm))
+        self.projections = nn.ModuleList(projections)
+        self.position_encoding = position_encoding
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``; refuses maps that the backbone does not make."""
+        node = cfg.MODEL.DN_DETR
+        if unknown := [name for name in node.IN_FEATURES if name not in input_shape]:
+            raise ConfigError(
+                f"MODEL.DN_DETR.IN_FEATURES names {unknown}, but {cfg.MODEL.BACKBONE.NAME} makes {sorted(input_shape)}"
+            )
+        if not 0 < len(node.IN_FEATURES) <= node.NUM_FEATURE_LEVELS:
+            raise ConfigError(
+                f"MODEL.DN_DETR.NUM_FEATURE_LEVELS = {node.NUM_FEATURE_LEVELS} must be at least the number of "
+                f"IN_FEATURES {list(node.IN_FEATURES)}, which must not be empty"
+            )
+        if node.NECK.NORM not in ("", "GN"):
+            raise ConfigError(f"MODEL.DN_DETR.NECK.NORM must be '' or 'GN', got {node.NECK.NORM!r}")
+        if node.NECK.NORM and node.HIDDEN_DIM % cls.NUM_GROUPS:
+            raise ConfigError(
+                f"MODEL.DN_DETR.HIDDEN_DIM = {node.HIDDEN_DIM} must be divisible by the {cls.NUM_GROUPS} groups of "
+                "NECK.NORM = GN"
+            )
+        return {
+            "input_shape": input_shape,
+            "in_features": node.IN_FEATURES,
+            "num_levels": node.NUM_FEATURE_LEVELS,
+            "dim": node.HIDDEN_DIM,
+            "norm": node.NECK.NORM,
+            "position_encoding": SinePositionEncoding(
+                node.HIDDEN_DIM, node.NECK.POSITION_TEMPERATURE, node.NECK.POSITION_OFFSET
+            ),
+        }
+
+    @classmethod
+    def _projection(cls, in_channels: int, dim: int, kernel: int, norm: str) -> nn.Sequential:
+        stride, padding = (1, 0) if kernel == 1 else (2, 1)
+        convolution = nn.Conv2d(in_channels, dim, kernel, stride=stride, padding=padding)
+        if not norm:
+            return nn.Sequential(convolution)
+        nn.init.xavier_uniform_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+        return nn.Sequential(convolution, nn.GroupNorm(cls.NUM_GROUPS, dim))
+
+    def forward(self, features: dict[str, Tensor], padding: Tensor) -> Pyramid:
+        """Backbone maps and the (N, H, W) bool pixel padding mask -> Pyramid."""
+        raw = [features[name] for name in self.in_features]
+        maps = []
+        for level, projection in enumerate(self.projections):
+            source = raw[level] if level < len(raw) else (raw[-1] if level == len(raw) else maps[-1])
+            maps.append(projection(source))
+        masks = [shrink_mask(padding, x.shape[-2:]) for x in maps]
+        return Pyramid(maps, [self.position_encoding(mask).to(maps[0].dtype) for mask in masks], masks)
+
+
+def padding_mask(image_sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Tensor:
+    """(N, height, width) bool: True on the pixels right of and below each image of size (h, w)."""
+    sizes = torch.tensor(image_sizes).to(device, non_blocking=True)
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    return (rows[None, :, None] >= sizes[:, 0, None, None]) | (columns[None, None] >= sizes[:, 1, None, None])
+
+
+def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, H, W) bool -> (N, h, w) bool by nearest neighbour, as DETR does."""
+    return F.interpolate(mask[None].float(), size=size)[0].bool()
