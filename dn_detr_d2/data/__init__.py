@@ -1,0 +1,17 @@
+"""Data: the mapper, users' COCO-format sets, the embedded set (registered on import), and the training loader."""
+
+from .coco_custom import load_coco_json, register_coco_json
+from .loader import build_test_loader, build_train_loader
+from .mapper import DetrDatasetMapper
+from .shapes import register_shapes
+
+register_shapes()
+
+__all__ = [
+    "DetrDatasetMapper",
+    "build_test_loader",
+    "build_train_loader",
+    "load_coco_json",
+    "register_coco_json",
+    "register_shapes",
+]

@@ -1,0 +1,194 @@
+"""From a dataset dict to what the model takes: reads the image, augments it, checks the boxes.
+
+Naming: *raw* boxes are as annotated, absolute xyxy of the image as stored; after the augmentations boxes are absolute xyxy
+of the augmented image.
+"""
+
+import copy
+import logging
+from collections import Counter
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from ..errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+# A box may reach out of the image by rounding; up to so many pixels it is clipped without a word.
+ROUNDING = 1.0
+
+
+def read_image(file_name: str, image_format: str) -> np.ndarray:
+    """(H, W, 3) uint8 pixels, EXIF orientation applied; raises DatasetError with the file's name."""
+    try:
+        return detection_utils.read_image(file_name, image_format)
+    except FileNotFoundError:
+        raise DatasetError(f"image {file_name} does not exist") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DatasetError(f"image {file_name} cannot be read: {error}; repair it or take it out of the data set") from None
+
+
+class BoxChecker:
+    """Sorts out boxes that cannot be trained on, and counts what it did.
+
+    A box that is not finite, has no positive width and height, or lies outside the image is dropped; one that sticks out
+    is clipped. The first case of each kind is named in a warning, and later the count at every power of ten.
+    """
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def __call__(self, box: list[float], image_size: tuple[int, int], what: str) -> list[float] | None:
+        """Checks one raw box.
+
+        Args:
+            box: absolute xyxy.
+            image_size: (height, width) in pixels.
+            what: names the annotation in the warning.
+
+        Returns:
+            The box inside the image, or None if it is dropped.
+        """
+        height, width = image_size
+        x0, y0, x1, y1 = box
+        if not np.isfinite(box).all():
+            return self._report("dropped", "is not finite", box, what)
+        if x1 <= x0 or y1 <= y0:
+            return self._report("dropped", "has no positive width and height", box, what)
+        clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)]
+        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            return self._report("dropped", f"lies outside its {width}x{height} image", box, what)
+        if max(abs(a - b) for a, b in zip(box, clipped, strict=True)) > ROUNDING:
+            self._report("clipped", f"sticks out of its {width}x{height} image", box, what)
+        return clipped
+
+    def _report(self, action: str, reason: str, box: list[float], what: str) -> None:
+        kind = f"{action} because it {reason.split(' its ')[0]}"
+        self.counts[kind] += 1
+        count = self.counts[kind]
+        if count == 10 ** (len(str(count)) - 1):
+            shown = [round(x, 2) for x in box]
+            logger.warning("%s: box %s (x0, y0, x1, y1) was %s, it %s; %d so far", what, shown, action, reason, count)
+
+
+class DetrDatasetMapper:
+    """DETR's augmentation and target checks, as a Detectron2 mapper.
+
+    Training: horizontal flip, then with equal chance either a resize, or a resize to one of ``crop_resize``, a random crop
+    and a resize. Otherwise only the resize of ``INPUT.*_SIZE_TEST``. Images leave as uint8; the model normalises them on
+    its device.
+
+    Args:
+        is_train: whether to augment and to attach ``instances``.
+        image_format: channel order, "RGB" or "BGR".
+        num_classes: P; labels must lie in [0, P). 0 = not checked.
+        flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool = True,
+        *,
+        image_format: str,
+        num_classes: int,
+        flips: list[T.Augmentation],
+        resizes: list[T.Augmentation],
+        crops: list[T.Augmentation],
+    ):
+        self.is_train = is_train
+        self.image_format = image_format
+        self.num_classes = num_classes
+        self.plain = T.AugmentationList([*flips, *resizes])
+        self.cropping = T.AugmentationList([*flips, *crops, *resizes]) if crops else None
+        self.check_box = BoxChecker()
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True) -> dict:
+        """Constructor arguments from ``INPUT`` and ``MODEL.DN_DETR.NUM_CLASSES``."""
+        node = cfg.INPUT
+        side, longest = (node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN) if is_train else (node.MIN_SIZE_TEST, node.MAX_SIZE_TEST)
+        style = node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice"
+        flips, crops = [], []
+        if is_train and node.RANDOM_FLIP != "none":
+            if node.RANDOM_FLIP not in ("horizontal", "vertical"):
+                raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal or vertical, got {node.RANDOM_FLIP!r}")
+            vertical = node.RANDOM_FLIP == "vertical"
+            flips = [T.RandomFlip(horizontal=not vertical, vertical=vertical)]
+        if is_train and node.CROP.ENABLED:
+            crops = [
+                T.ResizeShortestEdge(node.CROP.RESIZE, sample_style="choice"),
+                T.RandomCrop(node.CROP.TYPE, tuple(node.CROP.SIZE)),
+            ]
+        return {
+            "is_train": is_train,
+            "image_format": node.FORMAT,
+            "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
+            "flips": flips,
+            "resizes": [T.ResizeShortestEdge(side, longest, style)],
+            "crops": crops,
+        }
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """One Detectron2 dataset dict -> the same with ``image`` (3, H, W) uint8 and, in training, ``instances``.
+
+        Raises:
+            DatasetError: the image cannot be read or has another size than annotated, or a label is out of range.
+        """
+        record = copy.deepcopy(dataset_dict)
+        image = read_image(record["file_name"], self.image_format)
+        self._check_size(record, image.shape[:2])
+        raw = self._raw_boxes(record, image.shape[:2]) if self.is_train else ([], [])
+        record.pop("annotations", None)
+
+        crop = self.cropping is not None and np.random.rand() < 0.5
+        augmented = T.AugInput(image)
+        transforms = (self.cropping if crop else self.plain)(augmented)
+        record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        if self.is_train:
+            record["instances"] = self._instances(*raw, transforms, augmented.image.shape[:2])
+        return record
+
+    @staticmethod
+    def _check_size(record: dict, size: tuple[int, int]) -> None:
+        annotated = (record.setdefault("height", size[0]), record.setdefault("width", size[1]))
+        if annotated != tuple(size):
+            raise DatasetError(
+                f"image {record['file_name']} is {size[1]}x{size[0]} (after EXIF orientation), but its annotation says "
+                f"{annotated[1]}x{annotated[0]} (width x height)"
+            )
+
+    def _raw_boxes(self, record: dict, image_size: tuple[int, int]) -> tuple[list[list[float]], list[int]]:
+        """Checked boxes, absolute xyxy, and their labels; crowds are left out, as all DETRs do."""
+        boxes, labels = [], []
+        for i, annotation in enumerate(record.get("annotations", [])):
+            if annotation.get("iscrowd", 0):
+                continue
+            what = f"{record['file_name']}, annotation {annotation.get('id', f'number {i}')}"
+            label = annotation["category_id"]
+            if label < 0 or (self.num_classes and label >= self.num_classes):
+                raise DatasetError(
+                    f"{what} has class index {label}, but MODEL.DN_DETR.NUM_CLASSES = {self.num_classes} allows 0 to "
+                    f"{self.num_classes - 1}"
+                )
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            box = self.check_box([float(x) for x in box], image_size, what)
+            if box is not None:
+                boxes.append(box)
+                labels.append(label)
+        return boxes, labels
+
+    @staticmethod
+    def _instances(boxes, labels, transforms: T.TransformList, image_size: tuple[int, int]) -> Instances:
+        """Boxes moved with the image and clipped to it; what a crop has cut away entirely is left out."""
+        moved = transforms.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+        gt_boxes = Boxes(torch.from_numpy(moved).float())
+        gt_boxes.clip(image_size)
+        gt_classes = torch.tensor(labels, dtype=torch.int64)
+        keep = gt_boxes.nonempty()
+        return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep])

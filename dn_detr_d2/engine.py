@@ -1,0 +1,242 @@
+"""Training and evaluation on Detectron2's engine: the trainer, its step, and the hooks that differ."""
+
+import logging
+import math
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from . import data, solver
+from .errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TrainStep(SimpleTrainer):
+    """One training iteration on any device, with or without mixed precision.
+
+    The weights never see a loss that is not finite: the step is left before the optimizer, all loss terms having been read
+    in one transfer. The error names the first bad term and the image files; the batch is written to ``dump_folder``.
+
+    Args:
+        model, data_loader, optimizer: as for SimpleTrainer.
+        amp_dtype: autocast precision, None = float32.
+        dump_folder: where the batch of a failed step goes.
+    """
+
+    def __init__(self, model, data_loader, optimizer, amp_dtype: torch.dtype | None, dump_folder: str):
+        super().__init__(model, data_loader, optimizer)
+        self.amp_dtype, self.dump_folder = amp_dtype, Path(dump_folder)
+        self.device_type = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype is torch.float16)
+
+    def run_step(self) -> None:
+        """Forward, backward, check, step."""
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        try:
+            with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                losses = self.model(batch)
+        except FloatingPointError as error:
+            raise self._failure(batch, str(error)) from error
+
+        terms = torch.stack(list(losses.values()))
+        self.optimizer.zero_grad()
+        self.scaler.scale(terms.sum()).backward()
+        values = dict(zip(losses, terms.detach().tolist(), strict=True))  # one transfer for all terms
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise self._failure(batch, f"loss term {bad[0]} is {values[bad[0]]}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._record(values, data_time)
+
+    def _failure(self, batch: list[dict], what: str) -> FloatingPointError:
+        """Writes the batch and returns the error to raise."""
+        self.dump_folder.mkdir(parents=True, exist_ok=True)
+        path = self.dump_folder / f"iteration_{self.iter}_rank_{comm.get_rank()}.pth"
+        names = [x.get("file_name", "unnamed") for x in batch]
+        torch.save([{k: _plain(v) for k, v in x.items()} for x in batch], path)
+        return FloatingPointError(
+            f"iteration {self.iter}, rank {comm.get_rank()}: {what}; images: {', '.join(names)}; the batch is in {path}. "
+            "No weight has been changed by it. Look at the images and boxes, lower SOLVER.BASE_LR, or use bf16 for fp16"
+        )
+
+    def _record(self, values: dict[str, float], data_time: float) -> None:
+        """Logs every term under its name, and the sums of the groups main / aux / dn for the console."""
+        storage = get_event_storage()
+        gathered = comm.gather({"data_time": data_time, **values})
+        if not comm.is_main_process():
+            return
+        means = {name: sum(rank[name] for rank in gathered) / len(gathered) for name in values}
+        groups = {}
+        for name, value in means.items():
+            group = f"loss_{name.split('/')[0]}"
+            groups[group] = groups.get(group, 0.0) + value
+        storage.put_scalar("data_time", max(rank["data_time"] for rank in gathered))
+        storage.put_scalar("total_loss", sum(means.values()))
+        storage.put_scalars(**groups, **means)
+
+    def state_dict(self) -> dict:
+        """Adds the gradient scaler's state."""
+        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Counterpart of :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self.scaler.load_state_dict(state_dict["scaler"])
+
+
+def _plain(value):
+    """Instances as a dict of tensors, so that the dump loads with ``weights_only=True``."""
+    if hasattr(value, "get_fields"):
+        fields = {k: getattr(v, "tensor", v) for k, v in value.get_fields().items()}
+        return {"image_size": tuple(value.image_size), **fields}
+    return value
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Keeps the best checkpoint over resumes, and leaves ``last_checkpoint`` to the periodic one."""
+
+    def state_dict(self) -> dict:
+        """The best value so far and its iteration."""
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Counterpart of :meth:`state_dict`."""
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+    def _best_checking(self) -> None:
+        last = self._checkpointer.get_checkpoint_file()
+        super()._best_checking()
+        if last:
+            self._checkpointer.tag_last_checkpoint(Path(last).name)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer for DETRs; runs on GPUs over NCCL and in CPU processes over gloo.
+
+    Args:
+        cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`.
+    """
+
+    def __init__(self, cfg):
+        TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, str(Path(cfg.OUTPUT_DIR) / "nan_report"))
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list:
+        """Detectron2's hooks, and the best checkpoint by AP right after each evaluation."""
+        found = super().build_hooks()
+        if comm.is_main_process() and self.cfg.DATASETS.TEST:
+            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(self.cfg))
+            after_evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook)) + 1
+            found.insert(after_evaluation, best)
+        return found
+
+    @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        """The model of the config, in training mode, with its size in the log."""
+        from detectron2.modeling import build_model
+
+        model = build_model(cfg)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        logger.debug("Model:\n%s", model)
+        logger.info("Model: %.2f M parameters, %.2f M trainable, on %s", total / 1e6, trainable / 1e6, cfg.MODEL.DEVICE)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """See :func:`dn_detr_d2.solver.build_optimizer`."""
+        return solver.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """See :func:`dn_detr_d2.data.build_train_loader`."""
+        return data.build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """See :func:`dn_detr_d2.data.build_test_loader`."""
+        return data.build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
+        """COCO's AP; results go to OUTPUT_DIR/inference."""
+        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+
+def best_metric(cfg) -> str:
+    """Name under which d2's EvalHook logs AP; with several test sets, that of the first."""
+    return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+
+
+def evaluate(cfg) -> dict:
+    """Builds the model, loads all of MODEL.WEIGHTS and evaluates on DATASETS.TEST.
+
+    Raises:
+        CheckpointError: the file does not hold every weight of the model.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = CompleteCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    return Trainer.test(cfg, model)
+
+
+class CompleteCheckpointer(DetectionCheckpointer):
+    """Loads weights for evaluation: anything missing is an error, since it would be evaluated at random."""
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        super()._log_incompatible_keys(incompatible)
+        if missing := list(incompatible.missing_keys):
+            raise CheckpointError(
+                f"MODEL.WEIGHTS lacks {len(missing)} of the model's tensors, first {missing[0]}; evaluation needs them all"
+            )
+
+
+def check_processes(cfg, num_processes: int, num_machines: int) -> None:
+    """Refuses ``--num-gpus`` that this machine cannot serve.
+
+    Raises:
+        ConfigError: more GPUs than exist, several CPU processes where GPUs are visible, or an uneven batch.
+    """
+    gpus, on_gpu = torch.cuda.device_count(), str(cfg.MODEL.DEVICE).startswith("cuda")
+    if num_processes < 1:
+        raise ConfigError(f"--num-gpus must be at least 1, got {num_processes}")
+    if on_gpu and num_processes > gpus:
+        raise ConfigError(f"--num-gpus {num_processes}, but this machine has {gpus}; lower it or add MODEL.DEVICE cpu")
+    if not on_gpu and num_processes > 1 and gpus:
+        raise ConfigError(
+            f"--num-gpus {num_processes} with MODEL.DEVICE cpu starts CPU processes, which must not see a GPU; "
+            "set CUDA_VISIBLE_DEVICES=''"
+        )
+    if not on_gpu and num_processes > 1 and "MODEL.DEVICE" not in sys.argv:
+        raise ConfigError(
+            f"--num-gpus {num_processes}, but this machine has no GPU; for {num_processes} CPU processes (gloo) add "
+            "MODEL.DEVICE cpu"
+        )
+    world = num_processes * num_machines
+    if cfg.SOLVER.IMS_PER_BATCH % world:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes")

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Trains or evaluates a detector.
+
+    python train_net.py --config-file configs/dn_dab_deformable.yaml --num-gpus 8
+    python train_net.py --config-file configs/dn_dab_deformable.yaml --eval-only MODEL.WEIGHTS model_final.pth
+
+Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk over gloo.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2.engine import Trainer, check_processes, evaluate
+
+
+def main(args) -> dict | None:
+    """Runs in every process: one training or one evaluation; returns the results."""
+    cfg = setup_cfg(args.config_file, args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr_d2")
+    if args.eval_only:
+        results = evaluate(cfg)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def check(args) -> None:
+    """Everything that can be refused before a process starts or a file is written."""
+    cfg = setup_cfg(args.config_file, args.opts)
+    check_processes(cfg, args.num_gpus, args.num_machines)
+    if not cfg.DATASETS.TEST if args.eval_only else not cfg.DATASETS.TRAIN:
+        raise ConfigError(f"DATASETS.{'TEST' if args.eval_only else 'TRAIN'} is empty; give --config-file or name one")
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not weights:
+        raise ConfigError("--eval-only needs MODEL.WEIGHTS")
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist")
+
+
+def run() -> int:
+    """Command line; returns the exit code. A user's mistake is one sentence on stderr."""
+    args = default_argument_parser().parse_args()
+    try:
+        check(args)
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+    except (UserError, FloatingPointError) as error:
+        logging.getLogger("dn_detr_d2").debug("where it happened:", exc_info=True)
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
