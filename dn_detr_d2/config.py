@@ -234,7 +234,7 @@ def resolve_classes(cfg: CfgNode) -> None:
             )
         node.NUM_CLASSES = len(classes)
     # 91 keeps raw COCO ids, as the official checkpoints do; it is larger than any class list that it is used with.
-    elif classes is not None and node.NUM_CLASSES < len(classes):
+    elif classes is not None and len(classes) > node.NUM_CLASSES:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES = {node.NUM_CLASSES}, but {next(iter(known))} has {len(classes)} classes "
             f"{classes[:8]}; set it to {len(classes)} or to auto"

@@ -58,6 +58,7 @@ class TrainStep(SimpleTrainer):
         values = dict(zip(losses, terms.detach().tolist(), strict=True))  # one transfer for all terms
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
             raise self._failure(batch, f"loss term {bad[0]} is {values[bad[0]]}")
+        self.scaler.unscale_(self.optimizer)  # before the optimizer clips; a no-op unless fp16
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._record(values, data_time)

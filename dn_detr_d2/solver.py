@@ -65,7 +65,8 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that first scales all gradients together so that their joint norm is at most ``max_norm``.
 
-    A gradient scaler must have unscaled the gradients before ``step``, as ``GradScaler.step`` does for this class.
+    The fused implementation is several times faster on a CPU. It lets a GradScaler leave gradients scaled, so with fp16
+    ``scaler.unscale_(optimizer)`` must come before ``scaler.step(optimizer)``, as in ``engine.TrainStep``.
 
     Args:
         parameters: as for ``torch.optim.AdamW``.
@@ -75,7 +76,7 @@ class ClippedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, parameters: Iterable, lr: float, *, max_norm: float, norm_type: float = 2.0):
-        super().__init__(parameters, lr)
+        super().__init__(parameters, lr, fused=True)
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def step(self, closure=None):

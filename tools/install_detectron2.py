@@ -150,7 +150,9 @@ def repack(carrier, folder):
     ).encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: dn_detr_d2\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     files[f"{info}/licenses/LICENSE"] = LICENSE.read_bytes()
-    files[f"{info}/RECORD"] = "".join(record_line(n, c) for n, c in files.items()).encode() + f"{info}/RECORD,,\n".encode()
+    files[f"{info}/RECORD"] = (
+        "".join(record_line(n, c) for n, c in files.items()).encode() + f"{info}/RECORD,,\n".encode()
+    )
 
     wheel = folder / f"detectron2-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:

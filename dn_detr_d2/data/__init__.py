@@ -2,7 +2,7 @@
 
 from .coco_custom import load_coco_json, register_coco_json
 from .loader import build_test_loader, build_train_loader
-from .mapper import DetrDatasetMapper
+from .mapper import DetrDatasetMapper, read_image
 from .shapes import register_shapes
 
 register_shapes()
@@ -12,6 +12,7 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "load_coco_json",
+    "read_image",
     "register_coco_json",
     "register_shapes",
 ]

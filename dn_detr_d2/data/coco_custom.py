@@ -47,7 +47,10 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
     if not must_exist and not json_path.is_file():
         logger.warning("Data set %r is not at hand (%s does not exist); going on without it.", name, json_path)
         return
-    for path, kind, found in ((json_path, "annotation file", json_path.is_file()), (folder, "image folder", folder.is_dir())):
+    for path, kind, found in (
+        (json_path, "annotation file", json_path.is_file()),
+        (folder, "image folder", folder.is_dir()),
+    ):
         if not found:
             raise DatasetError(
                 f"{kind} of data set {name!r} does not exist: {path.absolute()} (DATASETS.COCO_JSON is relative to "

@@ -30,7 +30,9 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     except FileNotFoundError:
         raise DatasetError(f"image {file_name} does not exist") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(f"image {file_name} cannot be read: {error}; repair it or take it out of the data set") from None
+        raise DatasetError(
+            f"image {file_name} cannot be read: {error}; repair it or take it out of the data set"
+        ) from None
 
 
 class BoxChecker:
@@ -112,7 +114,9 @@ class DetrDatasetMapper:
     def from_config(cls, cfg, is_train: bool = True) -> dict:
         """Constructor arguments from ``INPUT`` and ``MODEL.DN_DETR.NUM_CLASSES``."""
         node = cfg.INPUT
-        side, longest = (node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN) if is_train else (node.MIN_SIZE_TEST, node.MAX_SIZE_TEST)
+        side, longest = (
+            (node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN) if is_train else (node.MIN_SIZE_TEST, node.MAX_SIZE_TEST)
+        )
         style = node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice"
         flips, crops = [], []
         if is_train and node.RANDOM_FLIP != "none":

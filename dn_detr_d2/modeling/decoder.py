@@ -42,9 +42,7 @@ class RefiningDecoder(nn.Module):
         node = root.DECODER
         arguments = transformer_arguments(cfg, "DECODER")
         dim, num_layers = arguments.pop("dim"), arguments.pop("num_layers")
-        heads = DetectionHeads(
-            dim, root.NUM_CLASSES, 1 if node.SHARE_HEADS else num_layers, node.FIRST_SIZE_BIAS
-        )
+        heads = DetectionHeads(dim, root.NUM_CLASSES, 1 if node.SHARE_HEADS else num_layers, node.FIRST_SIZE_BIAS)
         return {
             "dim": dim,
             "num_layers": num_layers,

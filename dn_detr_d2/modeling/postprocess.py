@@ -34,4 +34,3 @@ def select_top(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_k
 def stack_top(logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], top_k: int) -> list[Instances]:
     """:func:`select_top` for a batch: logits (N, Q, P), boxes (N, Q, 4)."""
     return [select_top(*image, size, top_k) for *image, size in zip(logits, boxes, image_sizes, strict=True)]
-

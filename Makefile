@@ -1,0 +1,53 @@
+# make quickstart   install, train a small detector on the embedded data set, evaluate it, draw what it sees
+# make test         install if need be, run the test suite
+#
+# VENV=folder   virtual environment to use, made if it is not there (default .venv)
+# PYTHON=path   an interpreter to use as it is; nothing is installed into it
+# BASE_PYTHON   what makes the virtual environment (default python3; 3.10 to 3.13)
+# THREADS       CPU threads of the quickstart and the tests (default 2)
+
+BASE_PYTHON ?= python3
+VENV ?= .venv
+THREADS ?= 2
+READY := $(VENV)/.dn_detr_d2_ready
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+export OMP_NUM_THREADS = $(THREADS)
+
+ifdef PYTHON
+ENVIRONMENT := check-python
+else
+PYTHON := $(VENV)/bin/python
+ENVIRONMENT := $(READY)
+endif
+
+.PHONY: quickstart test lint environment check-python clean
+quickstart: $(ENVIRONMENT)
+	$(PYTHON) tools/quickstart.py
+
+test: $(ENVIRONMENT)
+	@echo "== Running the tests (about 8 minutes on two cores)"
+	$(PYTHON) -m pytest tests -q
+
+lint: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m codespell_lib
+
+environment: $(ENVIRONMENT)
+
+$(READY): requirements.txt setup.py tools/install_detectron2.py
+	@echo "== Making the environment $(VENV) (5.5 GB, a few minutes; the next time it is there)"
+	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	@echo "== Installing the pinned requirements (requirements.txt)"
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) -r requirements.txt
+	@echo "== Installing Detectron2"
+	$(VENV)/bin/python tools/install_detectron2.py
+	@echo "== Installing this package"
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+check-python:
+	@$(PYTHON) -c "import torch, torchvision, scipy, cv2, pytest, hypothesis, detectron2" || \
+	  { echo "error: $(PYTHON) lacks the package named above; install requirements.txt and run tools/install_detectron2.py with it"; exit 1; }
+
+clean:
+	rm -rf $(VENV) output build *.egg-info

@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Draws a detector's predictions on images.
+
+    python demo.py --config-file output/quickstart/config.yaml --input a.jpg folder/ --output out/ \
+        --confidence-threshold 0.5 --json --opts MODEL.WEIGHTS output/quickstart/model_final.pth
+
+A folder stands for the images in it. Pictures keep their names; --json adds results.json with every box above the
+threshold, in pixels of the image.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+
+from dn_detr_d2 import ConfigError, DatasetError, UserError, setup_cfg
+from dn_detr_d2.data import read_image
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; detectron2's demo flags."""
+    parser = argparse.ArgumentParser(description="Draw predictions on images.")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="YAML config, e.g. config.yaml of a training"
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images and folders of images")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")
+    parser.add_argument("--confidence-threshold", type=float, default=0.5, help="lowest score to show (default 0.5)")
+    parser.add_argument("--json", action="store_true", help="also write results.json")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides, KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def list_images(paths: list[str]) -> list[Path]:
+    """Files as given and the images of folders, sorted; raises DatasetError for what does not exist."""
+    images = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise DatasetError(f"--input {path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            images += found
+        elif path.is_file():
+            images.append(path)
+        else:
+            raise DatasetError(f"--input {path} does not exist")
+    names = [image.name for image in images]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise DatasetError(f"--input holds two images called {doubled}; their pictures would overwrite each other")
+    return images
+
+
+def class_metadata(cfg) -> Metadata:
+    """Class names from the config, or of its test set; without either the pictures show class numbers."""
+    if cfg.MODEL.DN_DETR.CLASS_NAMES:
+        return Metadata(name="demo", thing_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES))
+    return MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata(name="demo")
+
+
+def draw(image, instances: Instances, metadata: Metadata, path: Path) -> None:
+    """Writes ``image`` (H, W, 3) BGR with boxes, names and scores to ``path``."""
+    try:
+        from detectron2.utils.visualizer import Visualizer
+    except ImportError as error:
+        raise ConfigError(f"drawing needs {error.name}: pip install 'dn-detr-d2[demo]'") from None
+    scale = max(1.0, SHORTEST_SIDE / min(image.shape[:2]))
+    Visualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(instances).save(str(path))
+
+
+def as_records(path: Path, instances: Instances, metadata: Metadata) -> list[dict]:
+    """One JSON record a box: file, class index and name, score, [x0, y0, x1, y1] in pixels."""
+    names = metadata.get("thing_classes", None)
+    boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
+    return [
+        {
+            "file_name": str(path),
+            "class": index,
+            "class_name": names[index] if names and index < len(names) else str(index),
+            "score": round(score, 4),
+            "box_xyxy": [round(x, 2) for x in box],
+        }
+        for index, score, box in zip(instances.pred_classes.tolist(), scores, boxes, strict=True)
+    ]
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Runs over all images; returns how many could not be read."""
+    images = list_images(args.input)
+    cfg = setup_cfg(args.config_file, args.opts, read_datasets=False)
+    weights = cfg.MODEL.WEIGHTS
+    if not weights or ("://" not in weights and not Path(weights).is_file()):
+        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; add --opts MODEL.WEIGHTS model_final.pth")
+    predictor, metadata = DefaultPredictor(cfg), class_metadata(cfg)
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    records, unreadable = [], 0
+    for path in images:
+        try:
+            image = read_image(str(path), "BGR")
+        except DatasetError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        instances = predictor(image)["instances"].to("cpu")
+        instances = instances[instances.scores >= args.confidence_threshold]
+        target = output / path.with_suffix(".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png").name
+        draw(image, instances, metadata, target)
+        print(f"{path}: {len(instances)} objects -> {target}")
+        records += as_records(path, instances, metadata)
+    if args.json:
+        (output / "results.json").write_text(json.dumps(records, indent=1))
+        print(f"{len(records)} boxes -> {output / 'results.json'}")
+    return unreadable
+
+
+def run() -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments()
+    try:
+        return 1 if predict(args) else 0
+    except (UserError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
