@@ -45,12 +45,12 @@ def ms_deform_attn_torch(
 ) -> Tensor:
     """:func:`ms_deform_attn` from standard operators, one ``grid_sample`` a level; runs wherever PyTorch runs."""
     n, _, h, d = value.shape
-    q, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    _, q, _, num_levels, points, _ = sampling_locations.shape
     wide = torch.promote_types(value.dtype, torch.float32)
     grid = (2 * sampling_locations.to(wide) - 1).transpose(1, 2).flatten(0, 1)  # (N*H, Q, L, K, 2)
-    weights = attention_weights.to(wide).transpose(1, 2).reshape(n * h, 1, q, -1, points)
+    weights = attention_weights.to(wide).transpose(1, 2).reshape(n * h, 1, q, num_levels, points)
 
-    maps = value.to(wide).permute(0, 2, 3, 1).reshape(n * h, d, -1)  # (N*H, D, S)
+    maps = value.to(wide).permute(0, 2, 3, 1).reshape(n * h, d, value.shape[1])  # (N*H, D, S)
     output = maps.new_zeros(n * h, d, q)
     levels = maps.split([height * width for height, width in spatial_shapes], -1)
     for level, (features, shape) in enumerate(zip(levels, spatial_shapes, strict=True)):

@@ -23,8 +23,8 @@ def sine_encoding(x: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"dim must be even and positive, got {dim}")
-    frequency = temperature ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
-    angles = x.float()[..., None] * frequency
+    wavelength = temperature ** (torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
+    angles = x.float()[..., None] / wavelength
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 

@@ -1,0 +1,89 @@
+"""Shared fixtures: small configs of every system, batches of made-up scenes, a private cache for the embedded data set."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from dn_detr_d2 import setup_cfg
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+TOY = [
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0),
+    *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "FrozenBN"),
+    *("MODEL.DN_DETR.NUM_CLASSES", 5, "MODEL.DN_DETR.NUM_QUERIES", 9, "MODEL.DN_DETR.HIDDEN_DIM", 32),
+    *("MODEL.DN_DETR.ENCODER.NUM_LAYERS", 1, "MODEL.DN_DETR.ENCODER.FFN_DIM", 48, "MODEL.DN_DETR.ENCODER.NUM_HEADS", 4),
+    *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 3, "MODEL.DN_DETR.DECODER.FFN_DIM", 48, "MODEL.DN_DETR.DECODER.NUM_HEADS", 4),
+    *("DATASETS.TRAIN", "()", "DATASETS.TEST", "()"),
+]
+SYSTEMS = {
+    "dab_detr": "dab_detr_R50_50ep",
+    "dn_detr": "dn_detr_R50_50ep",
+    "dab_deformable_detr": "dab_deformable_detr_R50_50ep",
+    "dn_deformable_detr": "dn_dab_deformable",
+}
+DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory):
+    """The embedded data set is drawn once a test run, not into the user's cache, unless DN_DETR_CACHE says so."""
+    if "DN_DETR_CACHE" not in os.environ:
+        os.environ["DN_DETR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy_cfg():
+    """toy_cfg(system, *overrides) -> config of a small model."""
+
+    def make(system, *overrides):
+        return setup_cfg(str(ROOT / "configs" / f"{SYSTEMS[system]}.yaml"), [*TOY, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def toy_model(toy_cfg):
+    """toy_model(system, *overrides) -> a small model with weights off their symmetric start."""
+
+    def make(system, *overrides):
+        model = build_model(toy_cfg(system, *overrides))
+        with torch.no_grad():  # zero-initialised heads and offsets would hide what they should react to
+            for name, parameter in model.named_parameters():
+                if not name.startswith("backbone."):
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+def make_batch(*counts, sizes=((64, 96), (96, 64), (80, 80)), num_classes=5, seed=0):
+    """Images of noise with random boxes, one image a count."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for i, count in enumerate(counts):
+        height, width = sizes[i % len(sizes)]
+        centre = torch.rand(count, 2, generator=generator) * 0.4 + 0.3
+        half = torch.rand(count, 2, generator=generator) * 0.1 + 0.05
+        boxes = torch.cat([centre - half, centre + half], 1) * torch.tensor([width, height, width, height])
+        labels = torch.randint(num_classes, (count,), generator=generator)
+        batch.append(
+            {
+                "image": torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8),
+                "height": height,
+                "width": width,
+                "file_name": f"image_{i}.png",
+                "instances": Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=labels),
+            }
+        )
+    return batch

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dn_detr_d2 import DenoisingGenerator
+from dn_detr_d2.structures import Targets
+
+SETTINGS = {"num_classes": 5, "num_groups": 2, "label_noise_prob": 0.2, "center_noise_scale": 0.4, "size_noise_scale": 0.4}
+QUIET = SETTINGS | {"label_noise_prob": 0.0, "center_noise_scale": 0.0, "size_noise_scale": 0.0}
+
+
+def make_targets(*counts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = [torch.randint(5, (n,), generator=generator) for n in counts]
+    return Targets.pad(labels, [torch.rand(n, 4, generator=generator) * 0.4 + 0.3 for n in counts])
+
+
+def test_slots_of_the_worked_example():
+    """Spec section 2.1: counts (2, 3), two groups -> 3 slots a group; image 0 fills 0, 1, 3, 4 and image 1 all six."""
+    targets = make_targets(2, 3)
+    noised = DenoisingGenerator(**QUIET)(targets)
+    assert noised.num_queries == 6
+    assert noised.valid.tolist() == [[True, True, False] * 2, [True] * 6]
+    pairs = [(q.tolist(), t.tolist()) for q, t in noised.assignment.per_image(2)]
+    assert pairs == [([0, 1, 3, 4], [0, 1, 0, 1]), ([0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2])]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 12))
+def test_without_noise_every_slot_holds_what_it_must_restore(counts, groups, budget):
+    max_queries = budget and max(budget, groups)
+    targets = make_targets(*counts)
+    noised = DenoisingGenerator(**QUIET | {"num_groups": groups, "max_queries": max_queries})(targets)
+    for i, (slots, objects) in enumerate(noised.assignment.per_image(len(counts))):
+        assert torch.equal(noised.labels[i, slots], targets.labels[i, objects])
+        assert torch.equal(noised.boxes[i, slots], targets.boxes[i, objects])
+        assert sorted(slots.tolist()) == noised.valid[i].nonzero().flatten().tolist()
+        room = noised.num_queries // groups
+        for g in range(groups):  # each group holds each object at most once, and as many as it can
+            held = objects[slots // room == g].tolist()
+            assert len(held) == len(set(held)) == min(counts[i], room)
+    if max_queries:
+        assert noised.num_queries <= max_queries
+
+
+def test_padding_is_unknown_and_in_the_middle():
+    noised = DenoisingGenerator(**SETTINGS)(make_targets(0, 2))
+    assert noised.labels[0].tolist() == [5] * 4
+    assert (noised.boxes[0] == 0.5).all()
+    assert not noised.valid[0].any()
+
+
+def test_a_batch_without_objects_has_padding_only():
+    noised = DenoisingGenerator(**SETTINGS)(make_targets(0, 0))
+    assert noised.num_queries == 2
+    assert len(noised.assignment) == 0
+    assert noised.attention_mask(3).shape == (5, 5)
+
+
+def test_groups_and_calls_draw_their_own_noise():
+    generator, targets = DenoisingGenerator(**SETTINGS), make_targets(3)
+    first, second = generator(targets), generator(targets)
+    assert not torch.equal(first.boxes, second.boxes)
+    assert not torch.equal(first.boxes[:, :3], first.boxes[:, 3:])
+
+
+def test_above_the_budget_each_group_gets_a_fresh_subset():
+    generator = DenoisingGenerator(**QUIET | {"num_groups": 4, "max_queries": 8})
+    targets = make_targets(40)
+    seen = [tuple(generator(targets).assignment.target[0].tolist()) for _ in range(10)]
+    assert len(set(seen)) > 1
+    assert len({seen[0][i : i + 2] for i in range(0, 8, 2)}) > 1
+
+
+def test_targets_stay_as_they_were():
+    targets = make_targets(3, 1)
+    before = [x.clone() for x in (targets.labels, targets.boxes, targets.valid)]
+    DenoisingGenerator(**SETTINGS | {"label_noise_prob": 1.0})(targets)
+    assert all(torch.equal(a, b) for a, b in zip(before, (targets.labels, targets.boxes, targets.valid), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_groups": 0}, "num_groups must be positive"),
+        ({"label_noise_prob": 1.5}, r"label_noise_prob must lie in \[0, 1\], got 1.5"),
+        ({"size_noise_scale": -0.1}, "must not be negative, got 0.4 and -0.1"),
+        ({"max_queries": 1}, "at least num_groups = 2, got 1"),
+    ],
+)
+def test_values_outside_their_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DenoisingGenerator(**SETTINGS | change)

@@ -1,0 +1,129 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dn_detr_d2.layers import (
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    MultiScaleDeformableAttention,
+    SelfAttention,
+    attend,
+    ms_deform_attn,
+)
+from dn_detr_d2.layers.attention import locations_from_boxes, locations_from_points
+
+
+def loop_attention(query, key, value, heads, blocked=None):
+    """Softmax attention one head, image and query at a time."""
+    out = torch.zeros(*query.shape[:2], value.shape[2])
+    e, d = query.shape[2] // heads, value.shape[2] // heads
+    for i in range(query.shape[0]):
+        for head in range(heads):
+            for j in range(query.shape[1]):
+                scores = key[i, :, head * e : (head + 1) * e] @ query[i, j, head * e : (head + 1) * e] / math.sqrt(e)
+                if blocked is not None:
+                    mask = blocked if blocked.dim() == 2 else blocked[i]
+                    scores = scores.masked_fill(mask[min(j, len(mask) - 1)], -math.inf)
+                out[i, j, head * d : (head + 1) * d] = scores.softmax(0) @ value[i, :, head * d : (head + 1) * d]
+    return out
+
+
+@pytest.mark.parametrize("mask", [None, "shared", "per image", "keys"])
+def test_attend_equals_written_loops(mask):
+    query, key, value = torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4)
+    shapes = {"shared": (3, 5), "per image": (2, 3, 5), "keys": (2, 1, 5)}
+    blocked = None
+    if mask:
+        blocked = torch.rand(shapes[mask]) < 0.4
+        blocked[..., 0] = False
+    expected = loop_attention(query, key, value, 2, blocked)
+    torch.testing.assert_close(attend(query, key, value, 2, blocked), expected)
+
+
+def test_self_attention_equals_pytorchs_module():
+    ours, theirs = SelfAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.in_proj.weight.data, torch.randn(48)
+    ours.in_proj.bias.data = theirs.in_proj_bias.data
+    theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    x, position, blocked = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.rand(5, 5) < 0.3
+    blocked.fill_diagonal_(False)
+    expected = theirs(x + position, x + position, x, attn_mask=blocked, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, position, blocked), ours.norm(x + expected))
+
+
+def test_conditional_self_attention_adds_content_and_position():
+    layer = ConditionalSelfAttention(8, 2)
+    x, position = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    query = layer.query_content(x) + layer.query_position(position)
+    key = layer.key_content(x) + layer.key_position(position)
+    expected = layer.norm(x + layer.out_proj(loop_attention(query, key, layer.value(x), 2)))
+    torch.testing.assert_close(layer(x, position), expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_conditional_cross_attention_scores_content_plus_position_per_head(first):
+    layer = ConditionalCrossAttention(8, 2, add_query_position=first)
+    x, position, sine = (torch.randn(1, 3, 8) for _ in range(3))
+    tokens, places = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    padding = torch.tensor([[False, False, True, False]])
+    q, k, kp = layer.query_content(x), layer.key_content(tokens), layer.key_position(places)
+    if first:
+        q, k = q + layer.query_position(position), k + kp
+    qs = layer.query_sine(sine)
+    heads = []
+    for h in (slice(0, 4), slice(4, 8)):
+        scores = (q[0, :, h] @ k[0, :, h].T + qs[0, :, h] @ kp[0, :, h].T) / math.sqrt(8)
+        heads.append(scores.masked_fill(padding, -math.inf).softmax(-1) @ layer.value(tokens)[0, :, h])
+    expected = layer.norm(x + layer.out_proj(torch.cat(heads, -1)))
+    torch.testing.assert_close(layer(x, position, sine, tokens, places, padding), expected)
+
+
+def test_deformable_attention_starts_on_rays_from_the_reference():
+    """Spec section 1.4: head j looks along 2 pi j / H, scaled to the unit square, point k at k + 1 steps."""
+    layer = MultiScaleDeformableAttention(32, 4, num_levels=2, num_points=3)
+    bias = layer.sampling_offsets.bias.view(4, 2, 3, 2)
+    rays = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    for k in range(3):
+        torch.testing.assert_close(bias[:, 0, k], rays * (k + 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(bias[:, 0], bias[:, 1])
+    assert layer.sampling_offsets.weight.abs().sum() == layer.attention_weights.weight.abs().sum() == 0
+
+
+def test_deformable_attention_ignores_padded_tokens():
+    layer = MultiScaleDeformableAttention(8, 2, 1, 2)
+    query, tokens = torch.randn(1, 3, 8), torch.randn(1, 6, 8)
+    reference = torch.rand(1, 3, 1, 2)
+    padding = torch.tensor([[False, False, True] * 2])
+    changed = tokens.clone()
+    changed[:, [2, 5]] += 7
+    once, again = (layer(query, reference, t, padding, [(2, 3)]) for t in (tokens, changed))
+    torch.testing.assert_close(once, again)
+
+
+def test_deformable_attention_is_projection_softmax_and_the_operator():
+    layer = MultiScaleDeformableAttention(8, 2, 1, 2)
+    nn.init.normal_(layer.attention_weights.weight)
+    query, tokens, reference = torch.randn(1, 3, 8), torch.randn(1, 6, 8), torch.rand(1, 3, 1, 4)
+    value = layer.value_proj(tokens).view(1, 6, 2, 4)
+    offsets = layer.sampling_offsets(query).view(1, 3, 2, 1, 2, 2)
+    weights = layer.attention_weights(query).view(1, 3, 2, 2).softmax(-1).view(1, 3, 2, 1, 2)
+    loc = reference[:, :, None, :, None, :2] + offsets / 2 * reference[:, :, None, :, None, 2:] / 2
+    expected = layer.output_proj(ms_deform_attn(value, [(2, 3)], loc, weights))
+    padding = torch.zeros(1, 6, dtype=torch.bool)
+    torch.testing.assert_close(layer(query, reference, tokens, padding, [(2, 3)]), expected)
+
+
+def test_worked_sampling_locations():
+    offsets = torch.tensor([2.0, -3.0]).view(1, 1, 1, 1, 1, 2)
+    around = locations_from_points(torch.tensor([0.5, 0.5]).view(1, 1, 1, 2), offsets, [(6, 4)])
+    torch.testing.assert_close(around.flatten(), torch.tensor([0.5 + 2 / 4, 0.5 - 3 / 6]))
+    inside = locations_from_boxes(torch.tensor([0.5, 0.5, 0.2, 0.4]).view(1, 1, 1, 4), offsets, [(6, 4)])
+    torch.testing.assert_close(inside.flatten(), torch.tensor([0.5 + 2 * 0.1, 0.5 - 3 * 0.2]))
+
+
+@pytest.mark.parametrize("layer", [SelfAttention, ConditionalSelfAttention, ConditionalCrossAttention])
+def test_heads_must_divide_the_channels(layer):
+    with pytest.raises(ValueError, match="10 channels and 4 heads"):
+        layer(10, 4)
