@@ -1,7 +1,13 @@
 """Shared fixtures: small configs of every system, batches of made-up scenes, a private cache for the embedded data set."""
 
 import os
+import tempfile
 from pathlib import Path
+
+# Before the package is imported: the embedded data set is drawn once a test run, not into the user's cache.
+if "DN_DETR_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="dn_detr_d2-tests-")
+    os.environ["DN_DETR_CACHE"] = _cache.name
 
 import pytest
 import torch
@@ -16,7 +22,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 TOY = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0),
     *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "FrozenBN"),
-    *("MODEL.DN_DETR.NUM_CLASSES", 5, "MODEL.DN_DETR.NUM_QUERIES", 9, "MODEL.DN_DETR.HIDDEN_DIM", 32),
+    *("MODEL.DN_DETR.NUM_CLASSES", 5, "MODEL.DN_DETR.NUM_QUERIES", 9, "MODEL.DN_DETR.HIDDEN_DIM", 64),
     *("MODEL.DN_DETR.ENCODER.NUM_LAYERS", 1, "MODEL.DN_DETR.ENCODER.FFN_DIM", 48, "MODEL.DN_DETR.ENCODER.NUM_HEADS", 4),
     *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 3, "MODEL.DN_DETR.DECODER.FFN_DIM", 48, "MODEL.DN_DETR.DECODER.NUM_HEADS", 4),
     *("DATASETS.TRAIN", "()", "DATASETS.TEST", "()"),
@@ -28,13 +34,6 @@ SYSTEMS = {
     "dn_deformable_detr": "dn_dab_deformable",
 }
 DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cache_folder(tmp_path_factory):
-    """The embedded data set is drawn once a test run, not into the user's cache, unless DN_DETR_CACHE says so."""
-    if "DN_DETR_CACHE" not in os.environ:
-        os.environ["DN_DETR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ class Dice:
 
 
 def cache_folder() -> Path:
-    """Where the data set lives: $DN_DETR_CACHE, default ~/.cache/dn_detr_d2."""
+    """Where the data set lives: $DN_DETR_CACHE as it was on import, default ~/.cache/dn_detr_d2."""
     root = Path(os.environ.get("DN_DETR_CACHE", Path.home() / ".cache" / "dn_detr_d2"))
     return root / f"shapes-v{VERSION}"
 
@@ -62,11 +62,10 @@ def register_shapes() -> None:
 
 def load_shapes(name: str) -> list[dict]:
     """Dataset dicts of a split, drawn first if the cache does not hold it."""
-    folder = cache_folder() / name
-    if not folder.is_dir():
-        generate(folder, *SPLITS[name])
-    MetadataCatalog.get(name).json_file = str(folder / "annotations.json")
-    return load_coco_json(folder / "annotations.json", folder)
+    annotations = Path(MetadataCatalog.get(name).json_file)
+    if not annotations.is_file():
+        generate(annotations.parent, *SPLITS[name])
+    return load_coco_json(annotations, annotations.parent)
 
 
 def generate(folder: Path, seed: int, num_images: int) -> None:

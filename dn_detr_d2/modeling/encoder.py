@@ -17,10 +17,6 @@ def transformer_arguments(cfg, role: str) -> dict:
     """The arguments that encoder and decoder share, from ``MODEL.DN_DETR.<role>``; checks how they go together."""
     root = cfg.MODEL.DN_DETR
     node = root[role]
-    if root.HIDDEN_DIM < 4 or root.HIDDEN_DIM % 4:
-        raise ConfigError(
-            f"MODEL.DN_DETR.HIDDEN_DIM = {root.HIDDEN_DIM} must be divisible by 4 for the sine encoding of (y, x) pairs"
-        )
     if node.NUM_HEADS < 1 or root.HIDDEN_DIM % node.NUM_HEADS:
         raise ConfigError(
             f"MODEL.DN_DETR.HIDDEN_DIM = {root.HIDDEN_DIM} is not divisible by {role}.NUM_HEADS = {node.NUM_HEADS}"

@@ -66,10 +66,15 @@ class Neck(nn.Module):
             )
         if node.NECK.NORM not in ("", "GN"):
             raise ConfigError(f"MODEL.DN_DETR.NECK.NORM must be '' or 'GN', got {node.NECK.NORM!r}")
-        if node.NECK.NORM and node.HIDDEN_DIM % cls.NUM_GROUPS:
+        if node.HIDDEN_DIM < 4 or node.HIDDEN_DIM % 4:
             raise ConfigError(
-                f"MODEL.DN_DETR.HIDDEN_DIM = {node.HIDDEN_DIM} must be divisible by the {cls.NUM_GROUPS} groups of "
-                "NECK.NORM = GN"
+                f"MODEL.DN_DETR.HIDDEN_DIM = {node.HIDDEN_DIM} must be divisible by 4 for the sine encoding of (y, x) pairs"
+            )
+        # With one channel a group, a level of a single cell could not be normalised.
+        if node.NECK.NORM and (node.HIDDEN_DIM % cls.NUM_GROUPS or node.HIDDEN_DIM == cls.NUM_GROUPS):
+            raise ConfigError(
+                f"MODEL.DN_DETR.HIDDEN_DIM = {node.HIDDEN_DIM} must be a multiple of {cls.NUM_GROUPS} above "
+                f"{cls.NUM_GROUPS} for the groups of NECK.NORM = GN"
             )
         return {
             "input_shape": input_shape,

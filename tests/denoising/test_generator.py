@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 from dn_detr_d2 import DenoisingGenerator
 from dn_detr_d2.structures import Targets
 
-SETTINGS = {"num_classes": 5, "num_groups": 2, "label_noise_prob": 0.2, "center_noise_scale": 0.4, "size_noise_scale": 0.4}
+SETTINGS = {
+    "num_classes": 5,
+    "num_groups": 2,
+    "label_noise_prob": 0.2,
+    "center_noise_scale": 0.4,
+    "size_noise_scale": 0.4,
+}
 QUIET = SETTINGS | {"label_noise_prob": 0.0, "center_noise_scale": 0.0, "size_noise_scale": 0.0}
 
 

@@ -18,7 +18,9 @@ def noise(counts, groups, mask_padding=False):
         size_noise_scale=0.4,
         mask_padding=mask_padding,
     )
-    return generator(Targets.pad([torch.ones(n, dtype=torch.int64) for n in counts], [torch.rand(n, 4) for n in counts]))
+    return generator(
+        Targets.pad([torch.ones(n, dtype=torch.int64) for n in counts], [torch.rand(n, 4) for n in counts])
+    )
 
 
 def written_mask(slots_per_group, groups, num_matching):

@@ -62,7 +62,9 @@ def test_the_order_of_ground_truths_does_not_matter():
     once = HungarianMatcher()(predictions, Targets.pad(labels, boxes))
     again = HungarianMatcher()(predictions, Targets.pad([labels[0][order]], [boxes[0][order]]))
     pairs = {(q, t) for q, t in zip(once.query[0].tolist(), once.target[0].tolist(), strict=True)}
-    assert pairs == {(q, order[t].item()) for q, t in zip(again.query[0].tolist(), again.target[0].tolist(), strict=True)}
+    assert pairs == {
+        (q, order[t].item()) for q, t in zip(again.query[0].tolist(), again.target[0].tolist(), strict=True)
+    }
 
 
 def test_other_images_do_not_change_the_pairs_of_an_image():

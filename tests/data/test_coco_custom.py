@@ -1,0 +1,125 @@
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from dn_detr_d2 import ConfigError, DatasetError
+from dn_detr_d2.data import load_coco_json, register_coco_json
+from dn_detr_d2.data.coco_custom import class_names
+
+
+def content(**changes):
+    """A valid annotation file with two images, category ids with gaps, and changes."""
+    return {
+        "images": [
+            {"id": 7, "file_name": "a.png", "height": 20, "width": 30},
+            {"id": 3, "file_name": "b.png", "height": 20, "width": 30},
+        ],
+        "categories": [{"id": 90, "name": "cat"}, {"id": 4, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 90, "bbox": [1, 2, 3, 4], "iscrowd": 0, "area": 12},
+            {"id": 2, "image_id": 7, "category_id": 4, "bbox": [5, 5, 9, 9], "segmentation": [[1, 2]], "area": 81},
+        ],
+    } | changes
+
+
+@pytest.fixture
+def write(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / name)
+
+    def make(**changes):
+        path = tmp_path / "set.json"
+        path.write_text(json.dumps(content(**changes)))
+        return path
+
+    return make
+
+
+def annotation(**changes):
+    return [{"id": 1, "image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4]} | changes]
+
+
+def test_a_valid_file(write, tmp_path):
+    first, second = load_coco_json(write(), tmp_path)
+    assert (first["image_id"], first["annotations"]) == (3, [])  # an image without boxes stays
+    assert second["file_name"] == str(tmp_path / "a.png")
+    assert [(a["id"], a["category_id"], a["bbox"]) for a in second["annotations"]] == [
+        (1, 1, [1.0, 2.0, 3.0, 4.0]),
+        (2, 0, [5.0, 5.0, 9.0, 9.0]),  # a useless polygon does not cost the box
+    ]
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (5, 1000000), ("b", "a"), (-1, 3)])
+def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
+    categories = [{"id": i, "name": f"class {i}"} for i in ids]
+    annotations = [{"id": n, "image_id": 7, "category_id": i, "bbox": [1, 2, 3, 4]} for n, i in enumerate(ids)]
+    _, record = load_coco_json(write(categories=categories, annotations=annotations), tmp_path)
+    assert [a["category_id"] for a in record["annotations"]] == [sorted(ids).index(i) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": []}, "has no images"),
+        ({"categories": []}, "has no categories"),
+        ({"categories": [{"id": 1}]}, "needs an id and a name"),
+        (
+            {"categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]},
+            r"category ids appear more than once: \[1\]",
+        ),
+        ({"categories": [{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]}, "category names appear more than once"),
+        ({"annotations": annotation(category_id=5)}, r"annotation 1 has category_id 5.*\[4, 90\]"),
+        ({"annotations": annotation(image_id=99)}, "annotation 1 has image_id 99"),
+        ({"annotations": annotation(bbox=None)}, "annotation 1 has bbox None; it must be four numbers"),
+        ({"annotations": annotation(bbox=[1, 2, 3])}, r"bbox \[1, 2, 3\]"),
+        ({"annotations": annotation(bbox=[1, 2, "3", 4])}, "must be four numbers"),
+        ({"annotations": annotation(iscrowd="0")}, "iscrowd '0'; it must be 0 or 1"),
+        ({"annotations": annotation() * 2}, r"annotation ids appear more than once: \[1\]"),
+        ({"images": [{"id": 7, "file_name": "a.png"}] * 2}, "image id 7 appears more than once"),
+        ({"images": [{"id": 7, "file_name": "gone.png"}]}, "1 of 1 image files do not exist, first .*gone.png"),
+        ({"images": [{"id": 7}]}, "image number 0 needs an id and a file_name"),
+    ],
+)
+def test_faults_are_named_with_file_and_record(write, tmp_path, changes, message):
+    path = write(**changes)
+    with pytest.raises(DatasetError, match=message) as caught:
+        load_coco_json(path, tmp_path)
+    assert "set.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"'])
+def test_a_file_that_is_not_an_annotation_file(tmp_path, text):
+    (tmp_path / "set.json").write_text(text)
+    with pytest.raises(DatasetError, match=r"set\.json"):
+        load_coco_json(tmp_path / "set.json", tmp_path)
+
+
+def test_registration_is_relative_to_the_datasets_folder_and_names_classes(write, tmp_path, monkeypatch):
+    write()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_coco_json("test_relative", "set.json", ".")
+    register_coco_json("test_relative", "set.json", ".")
+    assert class_names("test_relative") == ["dog", "cat"]
+    assert MetadataCatalog.get("test_relative").thing_dataset_id_to_contiguous_id == {4: 0, 90: 1}
+    assert len(DatasetCatalog.get("test_relative")) == 2
+
+
+def test_a_taken_name_is_refused(write, tmp_path):
+    with pytest.raises(ConfigError, match="'coco_2017_train', which is already registered"):
+        register_coco_json("coco_2017_train", str(write()), str(tmp_path))
+
+
+def test_missing_files_are_named_with_the_way_out(write, tmp_path):
+    with pytest.raises(DatasetError, match=r"annotation file .*nothing\.json.*DETECTRON2_DATASETS"):
+        register_coco_json("test_missing", str(tmp_path / "nothing.json"), str(tmp_path))
+    with pytest.raises(DatasetError, match=r"image folder .*nowhere"):
+        register_coco_json("test_missing", str(write()), str(tmp_path / "nowhere"))
+    register_coco_json("test_missing", str(tmp_path / "nothing.json"), str(tmp_path), must_exist=False)
+    assert "test_missing" not in DatasetCatalog
+
+
+def test_an_unknown_data_set_suggests_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'shapes_train'"):
+        class_names("shape_train")

@@ -1,0 +1,49 @@
+"""Weights, images and targets of the golden cases, made from names and a seed (see README.md)."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+EMBEDDINGS = ("refpoint", "tgt_embed", "level_embed", "query_embed")
+DOUBLED = ("in_proj_weight", "qcontent_proj", "qpos_proj", "kcontent_proj", "kpos_proj", "sampling_offsets")
+DOUBLED += ("attention_weights",)
+
+
+def draw(name, seed):
+    return np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+
+
+def weight(key, shape, seed):
+    """Value of one checkpoint entry; the first rule that holds."""
+    z = draw(key, seed).standard_normal(shape).astype(np.float32)
+    last = key.rsplit(".", 1)[-1]
+    if last == "running_var":
+        return 0.5 + np.abs(z)
+    if len(shape) >= 2:
+        if len(shape) == 2 and last == "weight" and any(part in key for part in EMBEDDINGS):
+            return z
+        z = z / np.sqrt(int(np.prod(shape[1:])))
+        return 2 * z if any(part in key for part in DOUBLED) else z
+    small = np.float32(0.1) * z
+    if last == "weight":
+        return 1 + small
+    return small - 4 if "class_embed" in key and last == "bias" else small
+
+
+def load(case):
+    """(meta, arrays, {authors' key: array}, images uint8 CHW RGB, [(labels, cxcywh boxes)])."""
+    meta = json.loads((FOLDER / f"{case}.json").read_text())
+    seed = meta["seed"]
+    shapes = {k: tuple(v) for k, v in meta["params"].items() if not k.endswith("num_batches_tracked")}
+    images, targets = [], []
+    for i, ((height, width), count) in enumerate(zip(meta["image_sizes"], meta["gt_counts"], strict=True)):
+        images.append(draw(f"image{i}", seed).randint(0, 256, (3, height, width)).astype(np.uint8))
+        stream = draw(f"target{i}", seed)
+        boxes = [stream.uniform(0.2, 0.8, (count, 2)), stream.uniform(0.05, 0.35, (count, 2))]
+        targets.append((stream.randint(0, 91, count), np.concatenate(boxes, 1).astype(np.float32)))
+    with np.load(FOLDER / f"{case}.npz") as file:
+        arrays = dict(file)
+    return meta, arrays, {k: weight(k, shape, seed) for k, shape in shapes.items()}, images, targets

@@ -1,0 +1,218 @@
+import copy
+
+import pytest
+import torch
+from conftest import DENOISING_SYSTEMS, SYSTEMS, make_batch
+from detectron2.modeling import build_model
+
+from dn_detr_d2 import CheckpointError, ConfigError
+from dn_detr_d2.modeling.meta_arch import mean_over_ranks, name_layers
+from dn_detr_d2.structures import Pyramid
+
+EMPTY = [(3, 1), (0, 2), (0, 0)]
+
+
+@pytest.mark.parametrize("counts", EMPTY)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_images_without_objects_train_with_the_same_losses_and_parameters(toy_model, system, counts):
+    model = toy_model(system).train()
+    losses = model(make_batch(*counts))
+    assert set(losses) == set(toy_model(system).train()(make_batch(2, 2)))
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_losses_come_in_groups(toy_model, system):
+    losses = toy_model(system).train()(make_batch(2))
+    groups = {"main", "aux", "dn"} if system in DENOISING_SYSTEMS else {"main", "aux"}
+    assert {name.split("/")[0] for name in losses} == groups
+    assert {name for name in losses if name.startswith("main/")} == {"main/class", "main/l1", "main/giou"}
+    assert "aux/giou_1" in losses
+    assert "aux/giou_2" not in losses
+
+
+def test_layers_are_named_last_and_others():
+    assert name_layers({"l1": torch.tensor([1.0, 2, 3])}, "main", "aux") == {"main/l1": 3, "aux/l1_0": 1, "aux/l1_1": 2}
+
+
+def test_the_normalizer_is_at_least_one():
+    assert mean_over_ranks(0, torch.device("cpu")) == 1
+    assert mean_over_ranks(7, torch.device("cpu")) == 7
+
+
+def test_without_objects_denoising_costs_nothing(toy_model):
+    losses = toy_model("dn_detr").train()(make_batch(0, 0))
+    assert sum(value.item() for name, value in losses.items() if name.startswith("dn/")) == 0
+
+
+def test_the_batch_stays_as_it_was(toy_model):
+    batch = make_batch(3, 2)
+    before = copy.deepcopy(batch)
+    toy_model("dn_deformable_detr").train()(batch)
+    for ours, theirs in zip(batch, before, strict=True):
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+        assert torch.equal(ours["instances"].gt_classes, theirs["instances"].gt_classes)
+
+
+def test_the_order_of_objects_does_not_change_the_matching_losses(toy_model):
+    model = toy_model("dab_deformable_detr").train()
+    batch, shuffled = make_batch(4, 3), make_batch(4, 3)
+    for x in shuffled:
+        x["instances"] = x["instances"][torch.randperm(len(x["instances"]))]
+    for name, value in model(batch).items():
+        torch.testing.assert_close(model(shuffled)[name], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_batch_of_equal_sizes_gives_what_its_images_give_alone(toy_model, system):
+    model = toy_model(system).eval()
+    batch = make_batch(0, 0, 0, sizes=((70, 90),))
+    with torch.no_grad():
+        together = model(batch)
+        alone = [model([x])[0] for x in batch]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a["instances"].scores, b["instances"].scores, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_transformer_does_not_see_padding(toy_model, system):
+    """Whatever stands in padded cells, and however many there are, the predictions are those of the image alone.
+
+    The backbone's convolutions do see the zeros beyond the image, in this family as in all its relatives.
+    """
+    model = toy_model(system).eval()
+    levels = 4 if "deformable" in system else 1
+    shapes = [(8, 6), (4, 3), (4, 6), (2, 2)][:levels]
+    alone, padded = [], []
+    for h, w in shapes:
+        tight = torch.zeros(1, h, w, dtype=torch.bool)
+        loose = torch.ones(1, 2 * h, 2 * w, dtype=torch.bool)
+        loose[:, :h, :w] = False
+        features, garbage = torch.randn(1, 64, h, w), 9 * torch.randn(1, 64, 2 * h, 2 * w)
+        garbage[:, :, :h, :w] = features
+        alone.append((features, model.neck.position_encoding(tight), tight))
+        padded.append((garbage, model.neck.position_encoding(loose), loose))
+    results = []
+    with torch.no_grad():
+        for parts in (alone, padded):
+            memory = model.encoder(Pyramid(*map(list, zip(*parts, strict=True))))
+            results.append(model._decode(memory)[0])
+    torch.testing.assert_close(results[0].logits, results[1].logits, atol=2e-4, rtol=0)
+    torch.testing.assert_close(results[0].boxes, results[1].boxes, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 200), (200, 40), (33, 57), (8, 8), (1, 1)])
+def test_non_square_and_tiny_images_give_boxes_inside_the_wanted_size(toy_model, size):
+    model = toy_model("dn_deformable_detr").eval()
+    batch = make_batch(0, sizes=(size,))
+    batch[0].update(height=300, width=500)
+    with torch.no_grad():
+        result = model(batch)[0]["instances"]
+    assert result.image_size == (300, 500)
+    boxes = result.pred_boxes.tensor
+    assert (boxes >= 0).all()
+    assert (boxes <= torch.tensor([500, 300, 500, 300])).all()
+
+
+def test_detections_are_sorted_and_limited(toy_model):
+    model = toy_model("dn_detr", "TEST.DETECTIONS_PER_IMAGE", 7).eval()
+    with torch.no_grad():
+        scores = model(make_batch(0))[0]["instances"].scores
+    assert len(scores) <= 7
+    assert scores.tolist() == sorted(scores.tolist(), reverse=True)
+
+
+def test_nan_weights_are_an_error_not_a_result(toy_model):
+    model = toy_model("dn_detr").eval()
+    model.decoder.heads.class_heads[0].bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"NaN or Inf.*image_0.png"), torch.no_grad():
+        model(make_batch(0))
+
+
+def test_weights_with_another_number_of_classes_are_refused_with_the_key(toy_model):
+    model = toy_model("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", 7)
+    weights = toy_model("dn_detr").state_dict()
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    fitting = {k: v for k, v in weights.items() if v.shape == shapes[k]}  # what fvcore's Checkpointer leaves over
+    with pytest.raises(CheckpointError, match=r"class_heads.*NUM_CLASSES = 7"):
+        model.load_state_dict(fitting, strict=False)
+
+
+def test_weights_of_a_backbone_alone_are_a_start(toy_model):
+    model = toy_model("dn_detr")
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    assert model.load_state_dict(backbone, strict=False).missing_keys
+
+
+@pytest.mark.parametrize("normalizer", ["global", "local"])
+def test_both_normalizers_agree_with_one_process(toy_model, normalizer):
+    key = "MODEL.DN_DETR.DENOISING.NORMALIZER"
+    losses = []
+    for value in ("global", normalizer):
+        torch.manual_seed(3)
+        model = toy_model("dn_detr", key, value).train()
+        losses.append(sum(model(make_batch(2, 1)).values()))
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("MODEL.DN_DETR.HIDDEN_DIM", 36, "MODEL.DN_DETR.ENCODER.NUM_HEADS", 8),
+            "HIDDEN_DIM = 36.*ENCODER.NUM_HEADS = 8",
+        ),
+        (("MODEL.DN_DETR.HIDDEN_DIM", 30), "HIDDEN_DIM = 30 must be divisible by 4"),
+        (("MODEL.DN_DETR.IN_FEATURES", ["res9"]), r"IN_FEATURES names \['res9'\]"),
+        (("MODEL.DN_DETR.NUM_FEATURE_LEVELS", 0), "NUM_FEATURE_LEVELS = 0"),
+        (("MODEL.DN_DETR.NECK.NORM", "GN", "MODEL.DN_DETR.HIDDEN_DIM", 32), "HIDDEN_DIM = 32 must be a multiple of 32 above 32"),
+        (("MODEL.DN_DETR.NECK.NORM", "BN"), "NECK.NORM must be '' or 'GN', got 'BN'"),
+        (("MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "zero"), "DENOISING.NAME = 'DenoisingGenerator' needs"),
+        (("MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "full"), "CONTENT must be one of"),
+        (
+            ("MODEL.DN_DETR.DECODER.NAME", "Decoder"),
+            "DECODER.NAME = 'Decoder' is not known; choose one of: LookForward",
+        ),
+        (("MODEL.DN_DETR.DECODER.LAYER", "Layer"), "DECODER.LAYER = 'Layer' is not known"),
+        (("MODEL.DN_DETR.ENCODER.NAME", "X"), "ENCODER.NAME = 'X'"),
+        (("MODEL.DN_DETR.QUERY_SOURCE.NAME", "X"), "QUERY_SOURCE.NAME = 'X'"),
+        (("MODEL.DN_DETR.DENOISING.NAME", "X"), "DENOISING.NAME = 'X'"),
+        (("MODEL.DN_DETR.DENOISING.NUM_GROUPS", 0), "MODEL.DN_DETR.DENOISING: .*num_groups must be positive"),
+        (("MODEL.DN_DETR.DENOISING.NORMALIZER", "x"), "NORMALIZER must be 'global' or 'local', got 'x'"),
+        (("MODEL.DN_DETR.NUM_QUERIES", 0), "NUM_QUERIES = 0"),
+    ],
+)
+def test_wrong_combinations_are_refused_by_key(toy_cfg, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(toy_cfg("dn_detr", *overrides))
+
+
+def test_classes_must_be_known_when_the_model_is_built(toy_cfg):
+    cfg = toy_cfg("dn_detr")
+    cfg.MODEL.DN_DETR.NUM_CLASSES = None
+    with pytest.raises(ConfigError, match="NUM_CLASSES = None must be a positive number"):
+        build_model(cfg)
+
+
+def test_patterns_multiply_the_queries(toy_model):
+    model = toy_model("dn_detr", "MODEL.DN_DETR.QUERY_SOURCE.NUM_PATTERNS", 3).train()
+    batch = make_batch(1)
+    queries = model.query_source(model.encoder(model._pyramid(model._preprocess(batch))))
+    assert queries.boxes.shape == (1, 27, 4)
+    assert torch.equal(queries.boxes[0, :9], queries.boxes[0, 9:18])
+    unknown = model.query_source.label_encoder.unknown()
+    torch.testing.assert_close(queries.content[0, 10] - unknown, model.query_source.patterns.weight[1])
+    sum(model(batch).values()).backward()
+
+
+def test_detectron2s_fpn_serves_as_the_pyramid(toy_cfg):
+    overrides = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]
+    overrides += ["MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"], "MODEL.FPN.OUT_CHANNELS", 32]
+    model = build_model(toy_cfg("dn_deformable_detr", *overrides)).train()
+    sum(model(make_batch(2, 1)).values()).backward()
+    with torch.no_grad():
+        assert len(model.eval()(make_batch(0))) == 1
