@@ -2,7 +2,7 @@
 
 ``shapes_train`` and ``shapes_val`` are registered with Detectron2 when this package is imported, and drawn into a cache
 folder when they are first used. Only integer arithmetic and an uncompressed file format are used, so the files are the
-same bytes on every machine. Scenes have 0 to 5 objects, small and large ones, overlap, textured grounds and several
+same bytes on every machine. Scenes have 0 to 4 objects, small and large ones, overlap, textured grounds and several
 sizes; some are blank.
 """
 
@@ -23,9 +23,10 @@ VERSION = 1  # part of the cache folder's name; raise it when the drawing change
 SPLITS = {"shapes_train": (11, 1200), "shapes_val": (12, 200)}  # name: (seed, images)
 SIZES = ((128, 128), (128, 112), (112, 128), (128, 96), (96, 128))  # (height, width)
 BLANK_PERCENT = 5
-MAX_OBJECTS = 5
-SIDES = (14, 64)  # shortest and longest side of an object, pixels
-MAX_COVERED_PERCENT = 40  # an object is not placed where it would hide more of another
+MAX_OBJECTS = 4
+SIDES = (16, 64)  # shortest and longest side of an object, pixels
+MAX_COVERED_PERCENT = 30  # an object is not placed where it would hide more of another
+MIN_CONTRAST = 200  # sum over the channels of the difference between an object and what it covers
 
 
 class Dice:
@@ -171,6 +172,6 @@ def object_colour(rng: Dice, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray
     """(3,) a colour that stands out from what the object covers."""
     below = pixels[mask].sum(0) // mask.sum()
     colour = rng.integers(0, 256, 3)
-    while np.abs(colour - below).sum() < 120:
+    while np.abs(colour - below).sum() < MIN_CONTRAST:
         colour = rng.integers(0, 256, 3)
     return colour

@@ -1,5 +1,6 @@
 import copy
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -63,10 +64,8 @@ def test_crops_keep_boxes_on_their_objects(seed):
     pixels = np.zeros((120, 160, 3), np.uint8)
     pixels[y : y + h, x : x + w] = 255
     np.random.seed(seed)
-    from unittest import mock
-
     box = {"bbox": [x, y, w, h], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
-    with mock.patch("dn_detr_d2.data.mapper.read_image", lambda *_: pixels):
+    with mock.patch("dn_detr_d2.data.mapper.read_image", return_value=pixels):
         out = crop({"file_name": "x", "annotations": [box]})
     white = out["image"][0] > 128
     boxes = out["instances"].gt_boxes.tensor

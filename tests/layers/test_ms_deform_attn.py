@@ -15,7 +15,7 @@ def loop_reference(value, shapes, locations, weights):
     _, q, _, levels, points, _ = locations.shape
     out = torch.zeros(n, q, h, d, dtype=value.dtype)
     for i in np.ndindex(n, q, h, levels, points):
-        image, query, head, level, point = i
+        image, query, head, level, _ = i
         height, width = shapes[level]
         start = sum(a * b for a, b in shapes[:level])
         x = float(locations[i][0]) * width - 0.5

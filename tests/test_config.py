@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import yaml
+from conftest import ROOT, make_batch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from PIL import Image
+
+from dn_detr_d2 import ConfigError, add_dn_detr_config, setup_cfg
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("Base"))
+HERE = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATASETS.COCO_JSON", []]
+NO_DATA = [*HERE, "DATASETS.TRAIN", (), "DATASETS.TEST", (), "MODEL.DN_DETR.NUM_CLASSES", 5]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_and_trains_one_step_and_predicts(path):
+    model = build_model(setup_cfg(str(path), NO_DATA))
+    batch = make_batch(2, 0, sizes=((64, 64),))
+    losses = model.train()(batch)
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert len(model.eval()(batch)) == 2
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_begins_with_what_it_is_and_its_command(path):
+    first = path.read_text().split("_BASE_")[0]
+    assert first.startswith("# ")
+    assert f"configs/{path.name}" in first or "make quickstart" in first
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_also_works_with_detectron2s_own_functions(path):
+    cfg = get_cfg()
+    add_dn_detr_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(["MODEL.DN_DETR.NUM_CLASSES", 3])
+    assert cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
+
+
+def test_config_survives_a_round_trip_through_yaml(tmp_path):
+    cfg = setup_cfg(str(CONFIGS[0]), NO_DATA)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert setup_cfg(str(tmp_path / "config.yaml")) == cfg
+    assert yaml.safe_load(cfg.dump())["MODEL"]["DN_DETR"]["NUM_CLASSES"] == 5
+
+
+def test_auto_is_the_number_of_classes_of_the_training_set():
+    cfg = setup_cfg("", ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", "auto"])
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3
+    assert cfg.MODEL.DN_DETR.CLASS_NAMES == ["circle", "rectangle", "triangle"]
+
+
+def test_auto_in_a_file_can_be_overridden_by_a_number_and_back(tmp_path):
+    (tmp_path / "x.yaml").write_text("MODEL: {DN_DETR: {NUM_CLASSES: auto}}\nDATASETS: {TRAIN: ['shapes_train']}\n")
+    assert setup_cfg(str(tmp_path / "x.yaml")).MODEL.DN_DETR.NUM_CLASSES == 3
+    assert setup_cfg(str(tmp_path / "x.yaml"), ["MODEL.DN_DETR.NUM_CLASSES", 91]).MODEL.DN_DETR.NUM_CLASSES == 91
+
+
+def test_a_users_set_from_the_config(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    image = {"id": 1, "file_name": "a.png", "height": 8, "width": 8}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 40, "name": "cell"}]}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    listed = [["test_cells", "set.json", "."]]
+    cfg = setup_cfg("", ["DATASETS.COCO_JSON", listed, "DATASETS.TRAIN", ("test_cells",)])
+    assert (cfg.MODEL.DN_DETR.NUM_CLASSES, cfg.MODEL.DN_DETR.CLASS_NAMES) == (1, ["cell"])
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.DN_DETR.NUM_QUERY", 3], r"MODEL\.DN_DETR\.NUM_QUERY.*did you mean MODEL\.DN_DETR\.NUM_QUERIES"),
+        (["MODEL.DN_DETR.NUM_QUERIES", "many"], "NUM_QUERIES"),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH must be positive, got 0"),
+        (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR must be positive, got -1.0"),
+        (["SOLVER.OPTIMIZER", "SGD"], "SOLVER.OPTIMIZER must be one of .*'SGD'"),
+        (["SOLVER.AMP.DTYPE", "fp8"], "SOLVER.AMP.DTYPE must be one of .*'fp8'"),
+        (["INPUT.CROP.TYPE", "relative"], "INPUT.CROP.TYPE must be 'absolute_range'"),
+        (["DATASETS.COCO_JSON", [["a", "b"]]], r"DATASETS.COCO_JSON takes \[name, json, image folder\]"),
+        (["DATASETS.TRAIN", ("shapes_trian",)], "did you mean 'shapes_train'"),
+        (["DATASETS.TRAIN", ("shapes_train", "coco_2017_val")], "must have the same classes"),
+        (
+            ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", 2],
+            "NUM_CLASSES = 2, but shapes_train has 3",
+        ),
+        ([], "NUM_CLASSES is 'auto', but no data set"),
+    ],
+)
+def test_mistakes_are_one_sentence_with_the_key(opts, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        setup_cfg("", opts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(ConfigError, match=r"'nowhere\.yaml' does not exist"):
+        setup_cfg("nowhere.yaml")
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
+    (tmp_path / "x.yaml").write_text("MODEL:\n  DN_DETR:\n    HIDEN_DIM: 3\n")
+    with pytest.raises(ConfigError, match=r"HIDEN_DIM.*did you mean MODEL\.DN_DETR\.HIDDEN_DIM"):
+        setup_cfg(str(tmp_path / "x.yaml"))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"MODEL\.DEVICE = 'cuda', but PyTorch sees no GPU; add MODEL.DEVICE cpu"):
+        setup_cfg("", ["MODEL.DEVICE", "cuda", "MODEL.DN_DETR.NUM_CLASSES", 3])
+
+
+def test_inference_needs_no_data(tmp_path):
+    opts = ["DATASETS.COCO_JSON", [["test_gone", str(tmp_path / "gone.json"), "."]], "MODEL.DN_DETR.NUM_CLASSES", 3]
+    cfg = setup_cfg("", [*opts, "DATASETS.TRAIN", ("test_gone",)], read_datasets=False)
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3

@@ -1,0 +1,128 @@
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from PIL import Image
+
+import demo
+from dn_detr_d2.data import read_image
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def finished(toy_cfg, toy_model, tmp_path):
+    """Config and weights as a training leaves them: (path of config.yaml, path of weights, config)."""
+    cfg = toy_cfg("dn_deformable_detr", "MODEL.DN_DETR.CLASS_NAMES", NAMES, "INPUT.MIN_SIZE_TEST", 64)
+    torch.save({"model": toy_model("dn_deformable_detr").state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    return tmp_path / "config.yaml", tmp_path / "model.pth", cfg
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, finished, tmp_path):
+    """run(*arguments) -> (exit code, stdout, stderr); output goes to tmp_path/out."""
+
+    def call(*arguments):
+        command = [
+            "demo.py",
+            "--config-file",
+            str(finished[0]),
+            "--output",
+            str(tmp_path / "out"),
+            *map(str, arguments),
+        ]
+        monkeypatch.setattr(sys, "argv", command)
+        code = demo.run()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with a wide, a tall and a tiny image, and a text file."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.RandomState(0)
+    for name, size in (("wide.jpg", (60, 150)), ("tall.png", (140, 50)), ("tiny.bmp", (9, 7))):
+        Image.fromarray(rng.randint(0, 256, (*size, 3), np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_pictures_and_json_of_a_folder(run, images, tmp_path):
+    code, said, _ = run("--input", images, "--confidence-threshold", "0.0", "--json")
+    assert code == 0
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {"wide.jpg", "tall.png", "tiny.png", "results.json"}
+    assert all(cv2.imread(str(out / name)) is not None for name in ("wide.jpg", "tall.png", "tiny.png"))
+    records = json.loads((out / "results.json").read_text())
+    assert f"{len(records)} boxes" in said
+    for record in records:
+        width, height = Image.open(record["file_name"]).size
+        x0, y0, x1, y1 = record["box_xyxy"]
+        assert 0 <= x0 < x1 <= width
+        assert 0 <= y0 < y1 <= height
+        assert record["class_name"] == NAMES[record["class"]]
+
+
+def test_the_threshold_is_kept(run, images, tmp_path):
+    run("--input", images / "wide.jpg", "--confidence-threshold", "0.0", "--json")
+    every = json.loads((tmp_path / "out" / "results.json").read_text())
+    middle = sorted(r["score"] for r in every)[len(every) // 2] + 1e-4
+    run("--input", images / "wide.jpg", "--confidence-threshold", middle, "--json")
+    left = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 < len(left) < len(every)
+    assert all(r["score"] >= round(middle, 4) - 1e-4 for r in left)
+
+
+def test_an_unreadable_image_is_named_and_the_rest_is_drawn(run, images, tmp_path):
+    (images / "broken.png").write_bytes(b"not a picture")
+    code, _, said = run("--input", images)
+    assert code == 1
+    assert "broken.png cannot be read" in said
+    assert (tmp_path / "out" / "wide.jpg").exists()
+    assert not (tmp_path / "out" / "broken.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "nowhere.jpg"], "--input nowhere.jpg does not exist"),
+        (["--input", "EMPTY"], "holds no image"),
+        (["--input", "IMAGES", "--opts", "MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS = 'gone.pth' does not exist"),
+        (["--input", "IMAGES", "IMAGES"], "two images called"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_no_folder(run, images, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    names = {"IMAGES": str(images), "EMPTY": str(tmp_path / "empty")}
+    code, _, said = run(*(names.get(a, a) for a in arguments))
+    assert code == 1
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_predictor_takes_bgr_and_gives_the_model_rgb(finished, images):
+    """Same numbers as the model on the RGB image; other numbers when the channels are swapped."""
+    cfg = finished[2]
+    bgr = read_image(str(images / "tall.png"), "BGR")
+    predicted = DefaultPredictor(cfg)(bgr)["instances"]
+    model = build_model(cfg).eval()
+    model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"])
+    rgb = np.asarray(Image.open(images / "tall.png"))
+    resized = np.asarray(Image.fromarray(rgb).resize((64, round(140 * 64 / 50)), Image.Resampling.BILINEAR))
+    with torch.no_grad():
+        pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
+        direct = model([{"image": pixels, "height": 140, "width": 50}])[0]["instances"]
+    torch.testing.assert_close(predicted.scores, direct.scores, atol=1e-5, rtol=0)
+    swapped = DefaultPredictor(cfg)(np.ascontiguousarray(bgr[:, :, ::-1]))["instances"]
+    assert (swapped.scores[:5] - predicted.scores[:5]).abs().max() > 1e-5
+    assert predicted.image_size == (140, 50)

@@ -1,0 +1,240 @@
+"""The trainer on the embedded data set: a few iterations of a toy model, on this CPU."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_batch
+from detectron2.engine import launch
+from detectron2.utils.events import EventStorage
+
+from dn_detr_d2 import CheckpointError, ConfigError
+from dn_detr_d2.engine import BestCheckpointer, Trainer, TrainStep, check_processes, evaluate
+
+SMALL = [
+    *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),
+    *("MODEL.DN_DETR.NUM_CLASSES", "auto", "INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.MIN_SIZE_TEST", 48),
+    *("INPUT.CROP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,)),
+    *("SOLVER.CHECKPOINT_PERIOD", 2, "SEED", 7, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2),
+]
+
+
+@pytest.fixture
+def cfg(toy_cfg, tmp_path):
+    return toy_cfg("dn_detr", *SMALL, "OUTPUT_DIR", str(tmp_path / "out"))
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(trainer, config) of one whole training with evaluation at its end."""
+    from conftest import ROOT, SYSTEMS, TOY
+
+    from dn_detr_d2 import setup_cfg
+
+    folder = str(tmp_path_factory.mktemp("trained"))
+    cfg = setup_cfg(str(ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"), [*TOY, *SMALL, "OUTPUT_DIR", folder])
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return trainer, cfg
+
+
+def test_training_leaves_checkpoints_metrics_and_an_evaluation(trained):
+    _, cfg = trained
+    folder = Path(cfg.OUTPUT_DIR)
+    names = {p.name for p in folder.iterdir()}
+    assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "metrics.json", "last_checkpoint"} <= names
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    logged = {key for line in lines for key in line}
+    assert {"total_loss", "loss_main", "loss_aux", "loss_dn", "main/class", "aux/l1_0", "dn/giou", "bbox/AP"} <= logged
+
+
+def test_loss_sums_add_up(trained):
+    _, cfg = trained
+    line = json.loads((Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()[-1])
+    assert line["total_loss"] == pytest.approx(line["loss_main"] + line["loss_aux"] + line["loss_dn"], rel=1e-5)
+
+
+def test_eval_only_equals_the_evaluation_of_the_training(trained):
+    trainer, cfg = trained
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    after = evaluate(cfg)["bbox"]
+    for name, value in trainer._last_eval_results["bbox"].items():
+        assert after[name] == pytest.approx(value, nan_ok=True), name
+
+
+def test_checkpoints_load_with_weights_only(trained):
+    state = torch.load(Path(trained[1].OUTPUT_DIR) / "model_final.pth", weights_only=True)
+    assert {"model", "trainer", "iteration"} <= set(state)
+
+
+def test_a_resumed_training_goes_on_from_where_it_was(trained, cfg):
+    reference, done = trained
+    for name in ("model_0000001.pth", "last_checkpoint"):
+        target = Path(cfg.OUTPUT_DIR) / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((Path(done.OUTPUT_DIR) / name).read_bytes())
+    (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000001.pth")
+    saved = torch.load(Path(cfg.OUTPUT_DIR) / "model_0000001.pth", weights_only=True)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    assert all(torch.equal(p, saved["model"][name]) for name, p in trainer.model.named_parameters())
+    moments = trainer.optimizer.state_dict()["state"]
+    assert all(
+        torch.equal(moments[i]["exp_avg"], state["exp_avg"])
+        for i, state in saved["trainer"]["_trainer"]["optimizer"]["state"].items()
+    )
+    trainer.train()
+    assert trainer.iter == 3
+    assert trainer.scheduler.last_epoch == reference.scheduler.last_epoch == 4
+
+
+def test_weights_that_lack_something_are_not_evaluated(trained, tmp_path):
+    cfg = trained[1].clone()
+    state = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
+    backbone = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=r"lacks .* tensors"):
+        evaluate(cfg)
+
+
+def make_step(model, batch, tmp_path, dtype=None):
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    step = TrainStep(model, iter([batch] * 3), optimizer, dtype, str(tmp_path / "nan_report"))
+    step.iter = 5
+    return step
+
+
+def poison_class_bias(model, batch):
+    model.decoder.heads.class_heads[0].bias.data[2] = math.inf
+
+
+def poison_image(model, batch):
+    batch[1]["image"] = torch.full((3, 64, 64), math.nan)
+
+
+@pytest.mark.parametrize("poison", [poison_class_bias, poison_image])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(toy_model, tmp_path, poison):
+    model, batch = toy_model("dn_detr"), make_batch(2, 1)
+    poison(model, batch)
+    before = parameters(model)
+    step = make_step(model, batch, tmp_path)
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"iteration 5, rank 0.*image_0\.png, image_1\.png"):
+        step.run_step()
+    after = parameters(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (dump,) = (tmp_path / "nan_report").iterdir()
+    loaded = torch.load(dump, weights_only=True)
+    assert torch.equal(loaded[0]["instances"]["gt_boxes"], batch[0]["instances"].gt_boxes.tensor)
+
+
+def test_the_first_bad_loss_term_is_named(toy_model, tmp_path):
+    class Losses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, batch):
+            return {"main/l1": self.weight.sum(), "dn/giou_1": self.weight.sum() * math.nan}
+
+    step = make_step(Losses(), make_batch(1), tmp_path)
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"loss term dn/giou_1 is nan"):
+        step.run_step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr"])
+def test_mixed_precision_trains_on_the_cpu(toy_model, tmp_path, system, dtype):
+    model = toy_model(system)
+    before = parameters(model)
+    step = make_step(model, make_batch(2, 0), tmp_path, dtype)
+    step.scaler._init_scale = 1.0
+    with EventStorage() as storage:
+        step.run_step()
+        assert math.isfinite(storage.latest()["total_loss"][0])
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_the_best_checkpoint_survives_a_resume():
+    hook = BestCheckpointer(1, None, "bbox/AP")
+    hook.best_metric, hook.best_iter = 0.4, 7
+    other = BestCheckpointer(1, None, "bbox/AP")
+    other.load_state_dict(hook.state_dict())
+    assert (other.best_metric, other.best_iter) == (0.4, 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "gpus", "message"),
+    [
+        ((), 0, 0, "--num-gpus must be at least 1, got 0"),
+        (("MODEL.DEVICE", "cuda"), 3, 2, "--num-gpus 3, but this machine has 2"),
+        (("MODEL.DEVICE", "cpu"), 2, 1, "CUDA_VISIBLE_DEVICES"),
+        (("MODEL.DEVICE", "cpu"), 2, 0, "this machine has no GPU; for 2 CPU processes"),
+        (("SOLVER.IMS_PER_BATCH", 3), 1, 0, None),
+    ],
+)
+def test_processes_that_cannot_be_started_are_refused(toy_cfg, monkeypatch, overrides, processes, gpus, message):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    cfg = toy_cfg("dn_detr", *overrides)
+    if message is None:
+        check_processes(cfg, processes, 1)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_processes(cfg, processes, 1)
+
+
+def test_an_uneven_batch_is_refused(toy_cfg, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_net.py", "MODEL.DEVICE", "cpu"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH = 3 is not divisible by 2"):
+        check_processes(toy_cfg("dn_detr", "SOLVER.IMS_PER_BATCH", 3), 2, 1)
+
+
+QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]
+COUNTS = [(3, 1, 0, 0), (2, 0, 1, 4)]  # four images; the first case leaves the second of two processes without objects
+
+
+def gradients_of_this_rank(cfg, folder):
+    """Trains on this process' share of four images for each case; rank 0 saves gradients and the sums of losses."""
+    from detectron2.engine import create_ddp_model
+    from detectron2.modeling import build_model
+    from detectron2.utils import comm
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = create_ddp_model(build_model(cfg), device_ids=None, broadcast_buffers=False).train()
+    results = []
+    for counts in COUNTS:
+        share = len(counts) // comm.get_world_size()
+        mine = slice(comm.get_rank() * share, (comm.get_rank() + 1) * share)
+        model.zero_grad()
+        sum(model(make_batch(*counts, sizes=((64, 64),))[mine]).values()).backward()
+        results.append({n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.requires_grad})
+    if comm.is_main_process():
+        torch.save(results, f"{folder}/{comm.get_world_size()}.pth")
+
+
+def test_two_gloo_processes_equal_one(toy_cfg, tmp_path):
+    overrides = [x for key in QUIET for x in (key, 0.0)]
+    cfg = toy_cfg("dn_deformable_detr", *overrides)
+    gradients_of_this_rank(cfg, str(tmp_path))
+    launch(gradients_of_this_rank, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    one, two = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        largest = max(x.abs().max() for x in a.values())
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], atol=1e-5 * largest.item(), rtol=1e-3, msg=name)

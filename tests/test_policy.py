@@ -1,0 +1,128 @@
+"""Laws of the house that a machine can read: doors, config keys, devices, and the tree on paper."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "dn_detr_d2"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What each room may import from this package, besides itself (docs/architecture.md).
+GROUND = {"structures", "boxes", "errors"}
+DOORS = {
+    "structures": {"boxes", "errors"},
+    "boxes": set(),
+    "errors": set(),
+    "layers": GROUND,
+    "denoising": GROUND,
+    "modeling": GROUND | {"layers", "denoising"},
+    "data": GROUND,
+    "solver": GROUND,
+    "config": GROUND | {"data"},
+    "engine": GROUND | {"data", "solver"},
+}
+# Which parts of detectron2 each room may know.
+DETECTRON2 = {
+    "modeling": {"config", "layers", "modeling", "structures", "utils"},
+    "data": {"config", "data", "structures"},
+    "solver": {"solver"},
+    "config": {"config"},
+    "engine": {"checkpoint", "engine", "evaluation", "modeling", "utils"},
+}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(package, first part below it) of every import, relative ones resolved."""
+    inside = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((*name.name.split("."), "")[:2] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            parts = node.module.split(".")
+            yield from ((parts[0], parts[1]) for _ in [0] if len(parts) > 1)
+            if len(parts) == 1:
+                yield from ((parts[0], name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) - node.level + 1]
+            names = [node.module.split(".")[0]] if node.module else [name.name for name in node.names]
+            yield from (("dn_detr_d2", (*above, name)[0]) for name in names)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py" or f.parent != PACKAGE], ids=str)
+def test_doors(path):
+    room = room_of(path)
+    for package, part in imports(path):
+        if package == "dn_detr_d2":
+            assert part == room or part in DOORS[room], f"{path} imports {part}"
+        if package == "detectron2":
+            assert part in DETECTRON2.get(room, set()), f"{path} imports detectron2.{part}"
+
+
+def test_a_wrong_door_would_be_found(tmp_path):
+    file = PACKAGE / "layers" / "imaginary.py"
+    node = "from ..modeling import matcher\nfrom detectron2.structures import Boxes\n"
+    parsed = list(imports_of_text(node, file))
+    assert ("dn_detr_d2", "modeling") in parsed
+    assert ("detectron2", "structures") in parsed
+
+
+def imports_of_text(text, path):
+    class Imaginary(type(path)):
+        def read_text(self, *args):
+            return text
+
+    return imports(Imaginary(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_hard_coded_devices_and_no_unsafe_calls(path):
+    text = path.read_text()
+    for banned in (".cuda()", 'to("cuda")', "weights_only=False", "unsafe_load", "pickle.load", "eval(", "exec("):
+        assert banned not in text, f"{path} contains {banned}"
+
+
+def config_keys():
+    """(line, key, lines before it) of every assignment to cfg.* or node.* in add_dn_detr_config."""
+    lines = (PACKAGE / "config.py").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("def add_dn_detr_config"))
+    end = next(i for i, line in enumerate(lines) if i > start and line.startswith("def "))
+    for i in range(start, end):
+        if match := re.match(r"    (?:cfg|node)\.([A-Z0-9_.]+) = (?!CfgNode)", lines[i]):
+            yield match[1], lines, i
+
+
+def test_every_config_key_has_a_comment():
+    for key, lines, i in config_keys():
+        while not lines[i].strip().startswith("#"):
+            assert lines[i].strip(), f"{key} stands without a comment"
+            i -= 1
+
+
+def test_every_config_key_is_read_somewhere():
+    sources = "\n".join(f.read_text() for f in FILES if f.name != "config.py") + (ROOT / "demo.py").read_text()
+    known_to_detectron2 = {"META_ARCHITECTURE", "ASPECT_RATIO_GROUPING", "WARMUP_ITERS", "ENABLED"}
+    own = (PACKAGE / "config.py").read_text().split("def setup_cfg")[1]
+    for key, *_ in config_keys():
+        last = key.split(".")[-1]
+        assert last in known_to_detectron2 or re.search(rf"\b{last}\b", sources + own), f"{key} is read nowhere"
+
+
+def test_the_tree_on_paper_is_the_tree():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert re.search(rf"[├└]── {path.name} ", page), f"{path.name} is missing in docs/architecture.md"
+    for name in re.findall(r"── (\w+\.py) ", page):
+        assert any(path.name == name for path in FILES), f"docs/architecture.md lists {name}, which does not exist"
+
+
+def test_every_public_thing_has_a_docstring():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"

@@ -1,0 +1,137 @@
+"""The command line: mistakes end in one sentence, a non-zero code, and no half-written output."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import train_net
+
+QUICK = str(ROOT / "configs" / "quickstart.yaml")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*arguments) -> (exit code, what stands on stderr); asserts that no output folder appeared."""
+
+    def call(*arguments):
+        output = tmp_path / "out"
+        command = ["train_net.py", "--config-file", QUICK, *arguments, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output)]
+        monkeypatch.setattr(sys, "argv", command)
+        code = train_net.run()
+        assert code == 0 or not output.exists()
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def users_set(tmp_path, **changes):
+    """Options for a one-image data set of the user, with changes to its file."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 32, "width": 32}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 9, 9]}],
+    } | changes
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    listed = [["test_users", str(tmp_path / "set.json"), str(tmp_path)]]
+    return ["DATASETS.COCO_JSON", str(listed), "DATASETS.TRAIN", "('test_users',)", "DATASETS.TEST", "()"]
+
+
+@pytest.fixture(autouse=True)
+def _forget_users_set():
+    yield
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    if "test_users" in DatasetCatalog:
+        DatasetCatalog.remove("test_users")
+        MetadataCatalog.remove("test_users")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
+        (["MODEL.DN_DETR.DENOSING.NUM_GROUPS", "3"], "MODEL.DN_DETR.DENOSING"),
+        (["MODEL.DN_DETR.NUM_QUERY", "3"], "did you mean MODEL.DN_DETR.NUM_QUERIES"),
+        (["MODEL.WEIGHTS", "nothing.pth"], "MODEL.WEIGHTS = 'nothing.pth' does not exist"),
+        (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
+        (["--num-gpus", "0"], "--num-gpus must be at least 1"),
+        (["DATASETS.TRAIN", "('shape_train',)"], "did you mean 'shapes_train'"),
+        (["MODEL.DN_DETR.NUM_CLASSES", "2"], "NUM_CLASSES = 2, but shapes_train has 3 classes"),
+        (["DATASETS.TRAIN", "()", "MODEL.DN_DETR.NUM_CLASSES", "3"], "DATASETS.TRAIN is empty"),
+        (["DATASETS.COCO_JSON", "[['x','gone.json','.']]"], "annotation file of data set 'x' does not exist"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(run, arguments, message):
+    code, said = run(*arguments)
+    assert code == 1
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"categories": []}, "has no categories"),
+        ({"images": []}, "has no images"),
+        (
+            {"annotations": [{"id": 4, "image_id": 1, "category_id": 9, "bbox": [1, 1, 2, 2]}]},
+            "annotation 4 has category_id 9",
+        ),
+    ],
+)
+def test_a_broken_data_set_is_refused_before_anything_is_written(run, tmp_path, changes, message):
+    code, said = run(*users_set(tmp_path, **changes))
+    assert (code, said.count("\n")) == (1, 1)
+    assert message in said
+
+
+def test_a_truncated_image_ends_the_run_with_its_name(monkeypatch, capsys, tmp_path):
+    options = users_set(tmp_path)
+    with open(tmp_path / "a.png", "r+b") as file:
+        file.truncate(50)
+    command = [
+        "train_net.py",
+        "--config-file",
+        QUICK,
+        "OUTPUT_DIR",
+        str(tmp_path / "out"),
+        "MODEL.DEVICE",
+        "cpu",
+        *options,
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "DATALOADER.NUM_WORKERS", "1"])
+    assert train_net.run() == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a.png cannot be read" in last
+
+
+def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy_model):
+    from detectron2.modeling import build_model
+
+    from dn_detr_d2 import setup_cfg
+
+    model = build_model(
+        setup_cfg(
+            QUICK, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", (), "DATASETS.TEST", (), "MODEL.DN_DETR.NUM_CLASSES", 8]
+        )
+    )
+    torch.save({"model": model.state_dict()}, tmp_path / "eight.pth")
+    command = ["train_net.py", "--config-file", QUICK, "--eval-only", "MODEL.WEIGHTS", str(tmp_path / "eight.pth")]
+    monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
+    assert train_net.run() == 1
+    assert "MODEL.DN_DETR.NUM_CLASSES = 3" in capsys.readouterr().err
+
+
+def test_the_command_itself(tmp_path):
+    """As typed in a shell: exit code 1 and the sentence on stderr."""
+    command = [sys.executable, "train_net.py", "--config-file", QUICK, "SOLVER.BASE_LR", "-1.0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "error: SOLVER.BASE_LR must be positive, got -1.0" in done.stderr
