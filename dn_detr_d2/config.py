@@ -17,12 +17,14 @@ from .errors import ConfigError
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
     """Adds this project's keys to a Detectron2 config, in place (Detectron2's convention for projects)."""
+    # The one meta-architecture of this project.
     cfg.MODEL.META_ARCHITECTURE = "DenoisingDETR"
     # Where the model runs. Detectron2's default is "cuda"; ours is what this machine has.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     # Per-channel mean and standard deviation in 0..255, RGB: torchvision's statistics, which all DETRs use.
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    # Channel order of the model's input; fits the statistics above.
     cfg.INPUT.FORMAT = "RGB"
 
     cfg.MODEL.DN_DETR = CfgNode()
@@ -138,14 +140,16 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Only "ADAMW" is known.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
-    # Learning rate: 1e-4, and what the backbone's and the deformable projections' rates are multiplied with. DN: 0.1
-    # and 1; DD multiplies sampling offsets and reference points by 0.1.
+    # Learning rate of the transformer, per iteration of IMS_PER_BATCH images. 1e-4 in DN.
     cfg.SOLVER.BASE_LR = 1e-4
+    # What the learning rates of the backbone, and of sampling offsets and reference points, are multiplied with. DN: 0.1
+    # and 1; DD: 0.1 for both.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0
     # Weight decay, also of norms and biases as in the official code. 1e-4 in DN.
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     cfg.SOLVER.WEIGHT_DECAY_NORM = 1e-4
+    # Iterations of linear warm-up; the official recipes have none.
     cfg.SOLVER.WARMUP_ITERS = 0
     # "full_model" clips the norm of all gradients together at CLIP_VALUE; 0.1 in DN. Detectron2's "value" and "norm" work
     # on each parameter by itself.

@@ -100,7 +100,7 @@ def test_every_config_key_has_a_comment():
     for key, lines, i in config_keys():
         while not lines[i].strip().startswith("#"):
             assert lines[i].strip(), f"{key} stands without a comment"
-            i -= 1
+            i -= 1  # keys that follow one another may share a comment
 
 
 def test_every_config_key_is_read_somewhere():

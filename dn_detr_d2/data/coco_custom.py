@@ -56,8 +56,8 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
                 f"{kind} of data set {name!r} does not exist: {path.absolute()} (DATASETS.COCO_JSON is relative to "
                 f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
             )
-    categories = _categories(_read(json_path), json_path)
-    DatasetCatalog.register(name, lambda: load_coco_json(json_path, folder))
+    records, categories = _load(json_path, folder)  # now, so that a broken file is refused before anything starts
+    DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(
         json_file=str(json_path),
         image_root=str(folder),
@@ -92,9 +92,14 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     Raises:
         DatasetError: anything that is missing, doubled, of a wrong type or refers to nothing.
     """
-    json_file, image_folder = Path(json_file), Path(image_folder)
+    return _load(Path(json_file), Path(image_folder))[0]
+
+
+def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
+    """(dataset dicts, {category id: name})."""
     content = _read(json_file)
-    classes = {category: i for i, category in enumerate(_categories(content, json_file))}
+    categories = _categories(content, json_file)
+    classes = {category: i for i, category in enumerate(categories)}
     records = _image_records(content, json_file, image_folder)
     seen = Counter()
     for i, annotation in enumerate(content.get("annotations", [])):
@@ -123,7 +128,7 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     if doubled := [key for key, count in seen.items() if count > 1]:
         raise DatasetError(f"{json_file}: annotation ids appear more than once: {doubled[:10]}")
     logger.info("Loaded %d images with %d boxes from %s", len(records), sum(seen.values()), json_file)
-    return [records[key] for key in sorted(records, key=_sort_key)]
+    return [records[key] for key in sorted(records, key=_sort_key)], categories
 
 
 def _read(json_file: Path) -> dict:
