@@ -15,8 +15,10 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessRaisedException
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2.data import check_files
 from dn_detr_d2.engine import Trainer, check_processes, evaluate
 
 
@@ -42,6 +44,8 @@ def check(args) -> None:
     check_processes(cfg, args.num_gpus, args.num_machines)
     if not cfg.DATASETS.TEST if args.eval_only else not cfg.DATASETS.TRAIN:
         raise ConfigError(f"DATASETS.{'TEST' if args.eval_only else 'TRAIN'} is empty; give --config-file or name one")
+    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        check_files(name)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS")
@@ -56,10 +60,21 @@ def run() -> int:
         check(args)
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
     except (UserError, FloatingPointError) as error:
-        logging.getLogger("dn_detr_d2").debug("where it happened:", exc_info=True)
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return 1
+        return fail(str(error))
+    except ProcessRaisedException as error:  # one of several processes: its traceback ends with what it raised
+        kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
+        if kind == "FloatingPointError" or kind.startswith("dn_detr_d2.errors."):
+            return fail(sentence)
+        raise
     return 0
+
+
+def fail(message: str) -> int:
+    """Prints the sentence; a loader worker puts its traceback before it, which goes to the debug log."""
+    logging.getLogger("dn_detr_d2").debug("where it happened:", exc_info=True)
+    sentence = message.strip().splitlines()[-1].removeprefix("dn_detr_d2.errors.DatasetError: ")
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

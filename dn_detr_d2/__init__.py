@@ -3,6 +3,15 @@
 Importing this package registers its models and the embedded data set with Detectron2.
 """
 
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    raise ModuleNotFoundError(
+        "dn_detr_d2 needs detectron2, which is not on PyPI; run: python tools/install_detectron2.py", name="detectron2"
+    ) from None
+
 from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from .config import add_dn_detr_config, setup_cfg
 from .denoising import DenoisingGenerator, NoisedTargets

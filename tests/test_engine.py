@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_criterion import OperatorCount
 from conftest import make_batch
 from detectron2.engine import launch
 from detectron2.utils.events import EventStorage
@@ -158,6 +159,26 @@ def test_the_first_bad_loss_term_is_named(toy_model, tmp_path):
     step = make_step(Losses(), make_batch(1), tmp_path)
     with EventStorage(), pytest.raises(FloatingPointError, match=r"loss term dn/giou_1 is nan"):
         step.run_step()
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr"])
+def test_a_step_reads_the_device_twice_whatever_the_batch(toy_model, tmp_path, monkeypatch, system):
+    """Performance goal C16: one copy of matching costs, one of the losses; nothing else makes the host wait.
+
+    The two scalars that are read besides are Detectron2's: ImageList computes the padded size in a host tensor.
+    """
+    reads = []
+    for name in ("cpu", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, f=original: reads.append(1) or f(self))
+    counted = []
+    for counts in ((1,), (5, 0, 3)):
+        step = make_step(toy_model(system), make_batch(*counts), tmp_path)
+        reads.clear()
+        with EventStorage(), OperatorCount() as count:
+            step.run_step()
+        counted.append((len(reads), count.waits))
+    assert counted == [(2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -64,6 +64,7 @@ def _forget_users_set():
         (["DATASETS.TRAIN", "('shape_train',)"], "did you mean 'shapes_train'"),
         (["MODEL.DN_DETR.NUM_CLASSES", "2"], "NUM_CLASSES = 2, but shapes_train has 3 classes"),
         (["DATASETS.TRAIN", "()", "MODEL.DN_DETR.NUM_CLASSES", "3"], "DATASETS.TRAIN is empty"),
+        (["DATASETS.TEST", "()", "DATASETS.TRAIN", "('coco_2017_train',)"], "'coco_2017_train' does not exist"),
         (["DATASETS.COCO_JSON", "[['x','gone.json','.']]"], "annotation file of data set 'x' does not exist"),
     ],
 )
@@ -129,9 +130,27 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
     assert "MODEL.DN_DETR.NUM_CLASSES = 3" in capsys.readouterr().err
 
 
+def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, tmp_path):
+    options = users_set(tmp_path, annotations=[])
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    command = ["train_net.py", "--config-file", QUICK, "--num-gpus", "2", "--dist-url", "auto", *options]
+    monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
+    assert train_net.run() == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: image ")
+    assert "a.png cannot be read" in said
+
+
 def test_the_command_itself(tmp_path):
     """As typed in a shell: exit code 1 and the sentence on stderr."""
     command = [sys.executable, "train_net.py", "--config-file", QUICK, "SOLVER.BASE_LR", "-1.0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "error: SOLVER.BASE_LR must be positive, got -1.0" in done.stderr
+
+
+def test_without_detectron2_the_import_says_what_to_run():
+    code = "import sys; sys.modules['detectron2'] = None\nimport dn_detr_d2"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "dn_detr_d2 needs detectron2" in done.stderr.splitlines()[-1]
+    assert "tools/install_detectron2.py" in done.stderr

@@ -1,6 +1,6 @@
 """Data: the mapper, users' COCO-format sets, the embedded set (registered on import), and the training loader."""
 
-from .coco_custom import load_coco_json, register_coco_json
+from .coco_custom import check_files, load_coco_json, register_coco_json
 from .loader import build_test_loader, build_train_loader
 from .mapper import DetrDatasetMapper, read_image
 from .shapes import register_shapes
@@ -11,6 +11,7 @@ __all__ = [
     "DetrDatasetMapper",
     "build_test_loader",
     "build_train_loader",
+    "check_files",
     "load_coco_json",
     "read_image",
     "register_coco_json",

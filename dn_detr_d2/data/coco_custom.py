@@ -76,6 +76,20 @@ def class_names(name: str) -> list[str] | None:
     return MetadataCatalog.get(name).get("thing_classes")
 
 
+def check_files(name: str) -> None:
+    """Raises DatasetError if the files of a registered data set are not there; a set that makes its own files passes."""
+    metadata = MetadataCatalog.get(name)
+    json_file, folder = metadata.get("json_file"), metadata.get("image_root")
+    if folder is None or "://" in folder:
+        return
+    for path, kind in ((json_file, "annotation file"), (folder, "image folder")):
+        if path and not Path(path).exists():
+            raise DatasetError(
+                f"{kind} of data set {name!r} does not exist: {Path(path).absolute()} (DETECTRON2_DATASETS = "
+                f"{os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
+            )
+
+
 def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict]:
     """Reads a COCO-format detection file into Detectron2's dataset dicts.
 
