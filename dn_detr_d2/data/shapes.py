@@ -24,7 +24,7 @@ SPLITS = {"shapes_train": (11, 1200), "shapes_val": (12, 200)}  # name: (seed, i
 SIZES = ((128, 128), (128, 112), (112, 128), (128, 96), (96, 128))  # (height, width)
 BLANK_PERCENT = 5
 MAX_OBJECTS = 4
-SIDES = (16, 64)  # shortest and longest side of an object, pixels
+SIDES = (20, 72)  # shortest and longest side of an object, pixels
 MAX_COVERED_PERCENT = 30  # an object is not placed where it would hide more of another
 MIN_CONTRAST = 200  # sum over the channels of the difference between an object and what it covers
 

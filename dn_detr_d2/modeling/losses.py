@@ -18,9 +18,9 @@ def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Ten
     Returns:
         tuple: (loss if the target is 0, loss if the target is 1), each in the shape of ``logits``.
     """
-    prob = logits.sigmoid()
-    negative = (1 - alpha) * prob**gamma * F.softplus(logits)
-    positive = alpha * (1 - prob) ** gamma * F.softplus(-logits)
+    prob, softplus = logits.sigmoid(), F.softplus(logits)
+    negative = (1 - alpha) * prob**gamma * softplus
+    positive = alpha * (1 - prob) ** gamma * (softplus - logits)  # -log(p) = softplus(-x) = softplus(x) - x
     return negative, positive
 
 
