@@ -4,11 +4,12 @@
     python demo.py --config-file output/quickstart/config.yaml --input a.jpg folder/ --output out/ \
         --confidence-threshold 0.5 --json --opts MODEL.WEIGHTS output/quickstart/model_final.pth
 
-A folder stands for the images in it. Pictures keep their names; --json adds results.json with every box above the
-threshold, in pixels of the image.
+A folder stands for the images in it. A picture has the name of its image, .jpg for JPEG files and .png for the others;
+--json adds results.json with every box above the threshold, in pixels of the image.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -51,10 +52,22 @@ def list_images(paths: list[str]) -> list[Path]:
             images.append(path)
         else:
             raise DatasetError(f"--input {path} does not exist")
-    names = [image.name for image in images]
-    if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise DatasetError(f"--input holds two images called {doubled}; their pictures would overwrite each other")
     return images
+
+
+def plan_targets(images: list[Path], output: Path) -> dict[Path, Path]:
+    """{image: picture}; raises ConfigError where a picture would overwrite an image or another picture."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; name a folder")
+    targets, inputs = {}, {image.resolve() for image in images}
+    for image in images:
+        target = output / f"{image.stem}{'.jpg' if image.suffix.lower() in ('.jpg', '.jpeg') else '.png'}"
+        if target.resolve() in inputs:
+            raise ConfigError(f"--output {output} would overwrite the image {target}; choose another folder")
+        if other := next((known for known, taken in targets.items() if taken == target), None):
+            raise ConfigError(f"the pictures of {other} and {image} would both be {target}; draw them into two folders")
+        targets[image] = target
+    return targets
 
 
 def class_metadata(cfg) -> Metadata:
@@ -66,10 +79,8 @@ def class_metadata(cfg) -> Metadata:
 
 def draw(image, instances: Instances, metadata: Metadata, path: Path) -> None:
     """Writes ``image`` (H, W, 3) BGR with boxes, names and scores to ``path``."""
-    try:
-        from detectron2.utils.visualizer import Visualizer
-    except ImportError as error:
-        raise ConfigError(f"drawing needs {error.name}: pip install 'dn-detr-d2[demo]'") from None
+    from detectron2.utils.visualizer import Visualizer
+
     scale = max(1.0, SHORTEST_SIDE / min(image.shape[:2]))
     Visualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(instances).save(str(path))
 
@@ -92,17 +103,19 @@ def as_records(path: Path, instances: Instances, metadata: Metadata) -> list[dic
 
 def predict(args: argparse.Namespace) -> int:
     """Runs over all images; returns how many could not be read."""
-    images = list_images(args.input)
-    cfg = setup_cfg(args.config_file, args.opts, read_datasets=False)
+    if importlib.util.find_spec("cv2") is None:
+        raise ConfigError("drawing needs OpenCV: pip install -e '.[demo]', or pip install opencv-python-headless")
+    output = Path(args.output)
+    targets = plan_targets(list_images(args.input), output)
+    cfg = setup_cfg(args.config_file, args.opts, splits=())
     weights = cfg.MODEL.WEIGHTS
     if not weights or ("://" not in weights and not Path(weights).is_file()):
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; add --opts MODEL.WEIGHTS model_final.pth")
     predictor, metadata = DefaultPredictor(cfg), class_metadata(cfg)
 
-    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     records, unreadable = [], 0
-    for path in images:
+    for path, target in targets.items():
         try:
             image = read_image(str(path), "BGR")
         except DatasetError as error:
@@ -111,7 +124,6 @@ def predict(args: argparse.Namespace) -> int:
             continue
         instances = predictor(image)["instances"].to("cpu")
         instances = instances[instances.scores >= args.confidence_threshold]
-        target = output / path.with_suffix(".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png").name
         draw(image, instances, metadata, target)
         print(f"{path}: {len(instances)} objects -> {target}")
         records += as_records(path, instances, metadata)

@@ -13,20 +13,24 @@ from pathlib import Path
 
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessRaisedException
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
 from dn_detr_d2.data import check_files
-from dn_detr_d2.engine import Trainer, check_processes, evaluate
+from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
 
 
 def main(args) -> dict | None:
     """Runs in every process: one training or one evaluation; returns the results."""
-    cfg = setup_cfg(args.config_file, args.opts)
+    cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
     cfg.freeze()
-    default_setup(cfg, args)
+    if args.eval_only:  # the folder may be a training's: its config.yaml stays as it is
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    else:
+        default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr_d2")
     if args.eval_only:
         results = evaluate(cfg)
@@ -38,19 +42,32 @@ def main(args) -> dict | None:
     return trainer.train()
 
 
+def splits(args) -> tuple[str, ...]:
+    """Which data must be at hand."""
+    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+
+
 def check(args) -> None:
     """Everything that can be refused before a process starts or a file is written."""
-    cfg = setup_cfg(args.config_file, args.opts)
-    check_processes(cfg, args.num_gpus, args.num_machines)
-    if not cfg.DATASETS.TEST if args.eval_only else not cfg.DATASETS.TRAIN:
-        raise ConfigError(f"DATASETS.{'TEST' if args.eval_only else 'TRAIN'} is empty; give --config-file or name one")
-    for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+    cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
+    check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted="MODEL.DEVICE" in args.opts)
+    for split in splits(args)[:1]:
+        if not cfg.DATASETS[split]:
+            raise ConfigError(f"DATASETS.{split} is empty; give --config-file or name a data set")
+    for name in (name for split in splits(args) for name in cfg.DATASETS[split]):
         check_files(name)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS")
-    if weights and "://" not in weights and not Path(weights).is_file():
+    local = "://" not in weights
+    if weights and local and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist")
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        model = load_for_evaluation(cfg) if args.eval_only and local else build_model(cfg)
+    except (KeyError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"the model cannot be built or loaded: {' '.join(str(error).split())}") from None
+    del model
 
 
 def run() -> int:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .data.coco_custom import class_names, register_coco_json
@@ -142,8 +143,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning rate of the transformer, per iteration of IMS_PER_BATCH images. 1e-4 in DN.
     cfg.SOLVER.BASE_LR = 1e-4
-    # What the learning rates of the backbone, and of sampling offsets and reference points, are multiplied with. DN: 0.1
-    # and 1; DD: 0.1 for both.
+    # What the learning rates of the backbone, and of the sampling offsets of deformable attention, are multiplied with.
+    # DN: 0.1 and 1; DD: 0.1 for both.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0
     # Weight decay, also of norms and biases as in the official code. 1e-4 in DN.
@@ -163,14 +164,16 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
 
 
-def setup_cfg(config_file: str = "", opts: list | None = None, *, read_datasets: bool = True) -> CfgNode:
+def setup_cfg(
+    config_file: str = "", opts: list | None = None, *, splits: tuple[str, ...] = ("TRAIN", "TEST")
+) -> CfgNode:
     """A complete config from a YAML file and overrides, checked; data sets of ``DATASETS.COCO_JSON`` registered.
 
     Args:
         config_file: path of a YAML file, or "" for the defaults.
         opts: [key, value, key, value, ...] that override the file.
-        read_datasets: resolve ``NUM_CLASSES: auto`` and compare class counts with the training data. Pass False where the
-            data may be absent, as in a demo with the config.yaml of a finished training.
+        splits: which of ``DATASETS`` must be at hand: those are read, give ``NUM_CLASSES: auto`` its number, and are
+            compared with it. ("TEST",) for evaluation; () for inference with the config.yaml of a finished training.
 
     Raises:
         ConfigError: an unknown key (with the nearest one), a value that cannot work, or class counts that contradict.
@@ -184,24 +187,32 @@ def setup_cfg(config_file: str = "", opts: list | None = None, *, read_datasets:
         if config_file:
             cfg.merge_from_other_cfg(_read_yaml(config_file))
         cfg.merge_from_list(_without_auto(opts or []))
-    except (KeyError, AssertionError, ValueError) as error:
+    except (KeyError, AssertionError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(_explain_merge(error, cfg, config_file)) from None
+    except (yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"config file {config_file} cannot be read: {' '.join(str(error).split())}") from None
     check_config(cfg)
+    used = [name for split in splits for name in cfg.DATASETS[split]]
+    if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
+        raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     for entry in cfg.DATASETS.COCO_JSON:
-        if len(entry) != 3:
-            raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {list(entry)}")
-        register_coco_json(*entry, must_exist=read_datasets)
-    if read_datasets:
-        resolve_classes(cfg)
+        if not isinstance(entry, list | tuple) or len(entry) != 3:
+            raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {entry!r}")
+        register_coco_json(*entry, must_exist=entry[0] in used)
+    if used:
+        resolve_classes(cfg, used)
     return cfg
 
 
 def check_config(cfg: CfgNode) -> None:
     """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
-    positive = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MAX_ITER", "TEST.DETECTIONS_PER_IMAGE")
-    for key in positive:
+    positive = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "CHECKPOINT_PERIOD")
+    for key in (*(f"SOLVER.{key}" for key in positive), "TEST.DETECTIONS_PER_IMAGE"):
         if _get(cfg, key) <= 0:
             raise ConfigError(f"{key} must be positive, got {_get(cfg, key)}")
+    num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
     choices = {
         "SOLVER.OPTIMIZER": ("ADAMW",),
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
@@ -213,32 +224,33 @@ def check_config(cfg: CfgNode) -> None:
             raise ConfigError(f"{key} must be one of {known}, got {_get(cfg, key)!r}")
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute_range":
         raise ConfigError(f"INPUT.CROP.TYPE must be 'absolute_range' for DETR's crop, got {cfg.INPUT.CROP.TYPE!r}")
-    if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise ConfigError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
 
 
-def resolve_classes(cfg: CfgNode) -> None:
-    """Fills in NUM_CLASSES and CLASS_NAMES from DATASETS.TRAIN and compares them with what the config says.
+def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
+    """Fills in NUM_CLASSES and CLASS_NAMES from ``datasets`` and compares them with what the config says.
 
     Raises:
         ConfigError: the class lists of the data sets differ, or NUM_CLASSES is not their number, or nothing says it.
     """
     node = cfg.MODEL.DN_DETR
-    names = {name: class_names(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
-    known = {name: classes for name, classes in names.items() if classes}
+    known = {name: classes for name in datasets if (classes := class_names(name))}
     if len({tuple(classes) for classes in known.values()}) > 1:
         lists = "; ".join(f"{name}: {len(classes)} {classes[:8]}" for name, classes in known.items())
         raise ConfigError(f"DATASETS.TRAIN and DATASETS.TEST must have the same classes, got {lists}")
     classes = next(iter(known.values()), None)
+    if node.NUM_CLASSES is None and classes is None:
+        raise ConfigError(
+            f"MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of {datasets} names its classes; set the number"
+        )
     if node.NUM_CLASSES is None:
-        if classes is None:
-            raise ConfigError(
-                "MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of DATASETS.TRAIN "
-                f"{tuple(cfg.DATASETS.TRAIN)} names its classes; set the number"
-            )
         node.NUM_CLASSES = len(classes)
-    # 91 keeps raw COCO ids, as the official checkpoints do; it is larger than any class list that it is used with.
-    elif classes is not None and len(classes) > node.NUM_CLASSES:
+    elif classes is not None and len(classes) != node.NUM_CLASSES:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES = {node.NUM_CLASSES}, but {next(iter(known))} has {len(classes)} classes "
             f"{classes[:8]}; set it to {len(classes)} or to auto"
@@ -249,9 +261,9 @@ def resolve_classes(cfg: CfgNode) -> None:
 
 def _read_yaml(config_file: str) -> CfgNode:
     """A YAML file and its bases, with ``NUM_CLASSES: auto`` as null: yacs would let no number replace a string."""
-    content = CfgNode(CfgNode.load_yaml_with_base(config_file, allow_unsafe=False))
-    node = content.get("MODEL", {}).get("DN_DETR", {})
-    if node.get("NUM_CLASSES") == "auto":
+    content = CfgNode(CfgNode.load_yaml_with_base(config_file, allow_unsafe=False) or {})
+    node = (content.get("MODEL") or {}).get("DN_DETR") or {}
+    if str(node.get("NUM_CLASSES")).lower() == "auto":
         node["NUM_CLASSES"] = None
     return content
 
@@ -259,7 +271,7 @@ def _read_yaml(config_file: str) -> CfgNode:
 def _without_auto(opts: list) -> list:
     """The same for [key, value, ...] overrides."""
     after = zip([None, *opts], opts, strict=False)
-    return [None if before == "MODEL.DN_DETR.NUM_CLASSES" and x == "auto" else x for before, x in after]
+    return [None if before == "MODEL.DN_DETR.NUM_CLASSES" and str(x).lower() == "auto" else x for before, x in after]
 
 
 def _get(cfg: CfgNode, key: str):

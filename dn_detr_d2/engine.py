@@ -1,8 +1,8 @@
 """Training and evaluation on Detectron2's engine: the trainer, its step, and the hooks that differ."""
 
+import json
 import logging
 import math
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -16,18 +16,20 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from . import data, solver
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+NORM = "gradient_norm"
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TrainStep(SimpleTrainer):
     """One training iteration on any device, with or without mixed precision.
 
-    The weights never see a loss that is not finite: the step is left before the optimizer, all loss terms having been read
-    in one transfer. The error names the first bad term and the image files; the batch is written to ``dump_folder``.
+    The weights never see a loss or a gradient that is not finite: the step is left before the optimizer, on all ranks, all
+    loss terms having been read in one transfer. The error names the first bad term and the image files; the batch is written
+    to ``dump_folder``.
 
     Args:
         model, data_loader, optimizer: as for SimpleTrainer.
@@ -55,13 +57,27 @@ class TrainStep(SimpleTrainer):
         terms = torch.stack(list(losses.values()))
         self.optimizer.zero_grad()
         self.scaler.scale(terms.sum()).backward()
-        values = dict(zip(losses, terms.detach().tolist(), strict=True))  # one transfer for all terms
-        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise self._failure(batch, f"loss term {bad[0]} is {values[bad[0]]}")
         self.scaler.unscale_(self.optimizer)  # before the optimizer clips; a no-op unless fp16
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        *values, norm = torch.cat([terms.detach(), norm[None]]).tolist()  # one transfer for all
+        values = {**dict(zip(losses, values, strict=True)), NORM: norm}
+        everyone = comm.all_gather({"data_time": data_time, **values})
+        self._check(batch, everyone)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._record(values, data_time)
+        self._record(everyone)
+
+    def _check(self, batch: list[dict], everyone: list[dict[str, float]]) -> None:
+        """Raises on every rank if a loss, or a gradient that no scaler watches over, is not finite on any."""
+        watched = {NORM} if self.scaler.is_enabled() else set()
+        for rank, values in enumerate(everyone):
+            bad = [name for name, value in values.items() if name not in watched and not math.isfinite(value)]
+            if bad and rank == comm.get_rank():
+                raise self._failure(batch, f"{'' if bad[0] == NORM else 'loss term '}{bad[0]} is {values[bad[0]]}")
+            if bad:
+                raise FloatingPointError(
+                    f"iteration {self.iter}: on rank {rank} {bad[0]} is {values[bad[0]]}; see its error"
+                )
 
     def _failure(self, batch: list[dict], what: str) -> FloatingPointError:
         """Writes the batch and returns the error to raise."""
@@ -74,20 +90,19 @@ class TrainStep(SimpleTrainer):
             "No weight has been changed by it. Look at the images and boxes, lower SOLVER.BASE_LR, or use bf16 for fp16"
         )
 
-    def _record(self, values: dict[str, float], data_time: float) -> None:
+    def _record(self, everyone: list[dict[str, float]]) -> None:
         """Logs every term under its name, and the sums of the groups main / aux / dn for the console."""
-        storage = get_event_storage()
-        gathered = comm.gather({"data_time": data_time, **values})
         if not comm.is_main_process():
             return
-        means = {name: sum(rank[name] for rank in gathered) / len(gathered) for name in values}
+        storage = get_event_storage()
+        means = {name: sum(rank[name] for rank in everyone) / len(everyone) for name in everyone[0]}
+        means["data_time"] = max(rank["data_time"] for rank in everyone)
         groups = {}
         for name, value in means.items():
-            group = f"loss_{name.split('/')[0]}"
-            groups[group] = groups.get(group, 0.0) + value
-        storage.put_scalar("data_time", max(rank["data_time"] for rank in gathered))
-        storage.put_scalar("total_loss", sum(means.values()))
-        storage.put_scalars(**groups, **means)
+            if "/" in name:
+                group = f"loss_{name.split('/')[0]}"
+                groups[group] = groups.get(group, 0.0) + value
+        storage.put_scalars(total_loss=sum(groups.values()), **groups, **means)
 
     def state_dict(self) -> dict:
         """Adds the gradient scaler's state."""
@@ -96,7 +111,8 @@ class TrainStep(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Counterpart of :meth:`state_dict`."""
         super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["scaler"])
+        if state := state_dict.get("scaler"):  # empty when the checkpoint was trained without fp16
+            self.scaler.load_state_dict(state)
 
 
 def _plain(value):
@@ -108,21 +124,49 @@ def _plain(value):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Keeps the best checkpoint over resumes, and leaves ``last_checkpoint`` to the periodic one."""
+    """Keeps the best checkpoint over resumes, and leaves ``last_checkpoint`` to the periodic one.
 
-    def state_dict(self) -> dict:
-        """The best value so far and its iteration."""
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+    The best value stands in ``best_metric.json`` beside ``model_best.pth``: a periodic checkpoint is written before the
+    evaluation of its iteration, so it could not know.
+    """
 
-    def load_state_dict(self, state: dict) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+    @property
+    def _record(self) -> Path:
+        return Path(self._checkpointer.save_dir) / "best_metric.json"
+
+    def before_train(self) -> None:
+        """Takes up the best value of the run that is resumed."""
+        if self.trainer.start_iter > 0 and self._record.is_file():
+            record = json.loads(self._record.read_text())
+            self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def _update_best(self, val, iteration) -> bool:
+        updated = super()._update_best(val, iteration)
+        if updated:
+            self._record.write_text(json.dumps({"metric": self._val_metric, "value": val, "iteration": iteration}))
+        return updated
 
     def _best_checking(self) -> None:
         last = self._checkpointer.get_checkpoint_file()
         super()._best_checking()
         if last:
             self._checkpointer.tag_last_checkpoint(Path(last).name)
+
+
+class TolerantCOCOEvaluator(COCOEvaluator):
+    """COCO's AP on files that leave out what detection does not need.
+
+    Annotations without ``area`` or ``iscrowd`` get width * height and 0, and ids are counted from 1: pycocotools takes the
+    id 0 for "not matched" and would count a hit as a miss.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        annotations = self._coco_api.dataset.get("annotations", [])
+        for i, annotation in enumerate(annotations, 1):
+            width, height = annotation["bbox"][2:]
+            annotation.update(id=i, area=annotation.get("area", width * height), iscrowd=annotation.get("iscrowd", 0))
+        self._coco_api.createIndex()
 
 
 class Trainer(DefaultTrainer):
@@ -186,7 +230,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
         """COCO's AP; results go to OUTPUT_DIR/inference."""
-        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+        return TolerantCOCOEvaluator(dataset_name, tasks=("bbox",), output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
 
 def best_metric(cfg) -> str:
@@ -194,31 +238,26 @@ def best_metric(cfg) -> str:
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
 
 
+def load_for_evaluation(cfg) -> nn.Module:
+    """The model of the config with all of MODEL.WEIGHTS; raises CheckpointError if the file lacks a tensor."""
+    model = Trainer.build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
 def evaluate(cfg) -> dict:
-    """Builds the model, loads all of MODEL.WEIGHTS and evaluates on DATASETS.TEST.
-
-    Raises:
-        CheckpointError: the file does not hold every weight of the model.
-    """
-    model = Trainer.build_model(cfg)
-    checkpointer = CompleteCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
-    return Trainer.test(cfg, model)
+    """Evaluates MODEL.WEIGHTS on DATASETS.TEST; returns Detectron2's results."""
+    return Trainer.test(cfg, load_for_evaluation(cfg))
 
 
-class CompleteCheckpointer(DetectionCheckpointer):
-    """Loads weights for evaluation: anything missing is an error, since it would be evaluated at random."""
-
-    def _log_incompatible_keys(self, incompatible) -> None:
-        super()._log_incompatible_keys(incompatible)
-        if missing := list(incompatible.missing_keys):
-            raise CheckpointError(
-                f"MODEL.WEIGHTS lacks {len(missing)} of the model's tensors, first {missing[0]}; evaluation needs them all"
-            )
-
-
-def check_processes(cfg, num_processes: int, num_machines: int) -> None:
+def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wanted: bool = False) -> None:
     """Refuses ``--num-gpus`` that this machine cannot serve.
+
+    Args:
+        cfg: the config.
+        num_processes: on this machine.
+        num_machines: of the whole run.
+        cpu_wanted: whether the user asked for MODEL.DEVICE cpu, rather than having no GPU.
 
     Raises:
         ConfigError: more GPUs than exist, several CPU processes where GPUs are visible, or an uneven batch.
@@ -233,7 +272,7 @@ def check_processes(cfg, num_processes: int, num_machines: int) -> None:
             f"--num-gpus {num_processes} with MODEL.DEVICE cpu starts CPU processes, which must not see a GPU; "
             "set CUDA_VISIBLE_DEVICES=''"
         )
-    if not on_gpu and num_processes > 1 and "MODEL.DEVICE" not in sys.argv:
+    if not on_gpu and num_processes > 1 and not cpu_wanted:
         raise ConfigError(
             f"--num-gpus {num_processes}, but this machine has no GPU; for {num_processes} CPU processes (gloo) add "
             "MODEL.DEVICE cpu"

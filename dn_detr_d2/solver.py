@@ -13,7 +13,6 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE_TABLE = (
     ("backbone.", "BACKBONE_MULTIPLIER"),
     ("sampling_offsets.", "SAMPLING_MULTIPLIER"),
-    ("reference_points.", "SAMPLING_MULTIPLIER"),
 )
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 

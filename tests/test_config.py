@@ -7,7 +7,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 
-from dn_detr_d2 import ConfigError, add_dn_detr_config, setup_cfg
+from dn_detr_d2 import ConfigError, DatasetError, add_dn_detr_config, setup_cfg
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("Base"))
 HERE = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATASETS.COCO_JSON", []]
@@ -57,7 +57,9 @@ def test_auto_is_the_number_of_classes_of_the_training_set():
 def test_auto_in_a_file_can_be_overridden_by_a_number_and_back(tmp_path):
     (tmp_path / "x.yaml").write_text("MODEL: {DN_DETR: {NUM_CLASSES: auto}}\nDATASETS: {TRAIN: ['shapes_train']}\n")
     assert setup_cfg(str(tmp_path / "x.yaml")).MODEL.DN_DETR.NUM_CLASSES == 3
-    assert setup_cfg(str(tmp_path / "x.yaml"), ["MODEL.DN_DETR.NUM_CLASSES", 91]).MODEL.DN_DETR.NUM_CLASSES == 91
+    assert setup_cfg(str(tmp_path / "x.yaml"), ["MODEL.DN_DETR.NUM_CLASSES", 3]).MODEL.DN_DETR.NUM_CLASSES == 3
+    (tmp_path / "x.yaml").write_text("MODEL: {DN_DETR: {NUM_CLASSES: 7}}\nDATASETS: {TRAIN: ['shapes_train']}\n")
+    assert setup_cfg(str(tmp_path / "x.yaml"), ["MODEL.DN_DETR.NUM_CLASSES", "auto"]).MODEL.DN_DETR.NUM_CLASSES == 3
 
 
 def test_a_users_set_from_the_config(tmp_path, monkeypatch):
@@ -88,7 +90,15 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
             ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", 2],
             "NUM_CLASSES = 2, but shapes_train has 3",
         ),
-        ([], "NUM_CLASSES is 'auto', but no data set"),
+        (
+            ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", 91],
+            "NUM_CLASSES = 91, but shapes_train has 3",
+        ),
+        (["MODEL.DN_DETR.NUM_CLASSES", "many"], "NUM_CLASSES must be a positive number or auto, got 'many'"),
+        (["DATASETS.COCO_JSON", [3]], "DATASETS.COCO_JSON takes"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'gpu'"),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD must be positive"),
+        ([], "NUM_CLASSES is 'auto', but DATASETS names no data set"),
     ],
 )
 def test_mistakes_are_one_sentence_with_the_key(opts, message):
@@ -108,6 +118,14 @@ def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
         setup_cfg(str(tmp_path / "x.yaml"))
 
 
+@pytest.mark.parametrize("text", ["a: [", "", "MODEL:", "_BASE_: gone.yaml", "- 1", "MODEL: 3"])
+def test_a_file_that_is_no_config_is_one_sentence(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        setup_cfg(str(tmp_path / "x.yaml"))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"MODEL\.DEVICE = 'cuda', but PyTorch sees no GPU; add MODEL.DEVICE cpu"):
@@ -116,5 +134,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 
 def test_inference_needs_no_data(tmp_path):
     opts = ["DATASETS.COCO_JSON", [["test_gone", str(tmp_path / "gone.json"), "."]], "MODEL.DN_DETR.NUM_CLASSES", 3]
-    cfg = setup_cfg("", [*opts, "DATASETS.TRAIN", ("test_gone",)], read_datasets=False)
-    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3
+    opts += ["DATASETS.TRAIN", ("test_gone",), "DATASETS.TEST", ("shapes_val",)]
+    assert setup_cfg("", opts, splits=()).MODEL.DN_DETR.NUM_CLASSES == 3
+    assert setup_cfg("", opts, splits=("TEST",)).MODEL.DN_DETR.CLASS_NAMES == ["circle", "rectangle", "triangle"]
+    with pytest.raises(DatasetError, match=r"gone\.json"):
+        setup_cfg("", opts)

@@ -92,18 +92,28 @@ def test_an_unreadable_image_is_named_and_the_rest_is_drawn(run, images, tmp_pat
     assert not (tmp_path / "out" / "broken.png").exists()
 
 
+def test_weights_that_lack_the_transformer_are_refused(run, images, finished, tmp_path):
+    weights = torch.load(finished[1], weights_only=True)["model"]
+    torch.save({"model": {k: v for k, v in weights.items() if k.startswith("backbone.")}}, tmp_path / "part.pth")
+    code, _, said = run("--input", images, "--opts", "MODEL.WEIGHTS", tmp_path / "part.pth")
+    assert code == 1
+    assert "the checkpoint does not fit the model" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--input", "nowhere.jpg"], "--input nowhere.jpg does not exist"),
         (["--input", "EMPTY"], "holds no image"),
         (["--input", "IMAGES", "--opts", "MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS = 'gone.pth' does not exist"),
-        (["--input", "IMAGES", "IMAGES"], "two images called"),
+        (["--input", "IMAGES", "IMAGES"], "would both be"),
+        (["--input", "IMAGES", "--output", "IMAGES"], "would overwrite the image"),
+        (["--input", "IMAGES", "--output", "FILE"], "is a file; name a folder"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_no_folder(run, images, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
-    names = {"IMAGES": str(images), "EMPTY": str(tmp_path / "empty")}
+    names = {"IMAGES": str(images), "EMPTY": str(tmp_path / "empty"), "FILE": str(images / "notes.txt")}
     code, _, said = run(*(names.get(a, a) for a in arguments))
     assert code == 1
     assert message in said

@@ -12,7 +12,14 @@ from detectron2.engine import launch
 from detectron2.utils.events import EventStorage
 
 from dn_detr_d2 import CheckpointError, ConfigError
-from dn_detr_d2.engine import BestCheckpointer, Trainer, TrainStep, check_processes, evaluate
+from dn_detr_d2.engine import (
+    BestCheckpointer,
+    TolerantCOCOEvaluator,
+    Trainer,
+    TrainStep,
+    check_processes,
+    evaluate,
+)
 
 SMALL = [
     *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),
@@ -101,7 +108,7 @@ def test_weights_that_lack_something_are_not_evaluated(trained, tmp_path):
     backbone = {k: v for k, v in state.items() if k.startswith("backbone.")}
     torch.save({"model": backbone}, tmp_path / "backbone.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
-    with pytest.raises(CheckpointError, match=r"lacks .* tensors"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .* and \d+ more are missing"):
         evaluate(cfg)
 
 
@@ -194,12 +201,76 @@ def test_mixed_precision_trains_on_the_cpu(toy_model, tmp_path, system, dtype):
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def test_the_best_checkpoint_survives_a_resume():
-    hook = BestCheckpointer(1, None, "bbox/AP")
-    hook.best_metric, hook.best_iter = 0.4, 7
-    other = BestCheckpointer(1, None, "bbox/AP")
-    other.load_state_dict(hook.state_dict())
-    assert (other.best_metric, other.best_iter) == (0.4, 7)
+def test_the_best_checkpoint_survives_a_resume(cfg, monkeypatch):
+    """With the trainer's own order of hooks: a worse evaluation after a resume does not overwrite the best."""
+    scores = iter([50.0, 10.0])
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(scores)}})
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 2])
+    first = Trainer(cfg)
+    first.train()
+    best = (Path(cfg.OUTPUT_DIR) / "model_best.pth").read_bytes()
+    cfg.SOLVER.MAX_ITER = 4
+    second = Trainer(cfg)
+    second.resume_or_load(resume=True)
+    second.train()
+    hook = next(h for h in second._hooks if isinstance(h, BestCheckpointer))
+    assert (hook.best_metric, hook.best_iter) == (50.0, 2)
+    assert (Path(cfg.OUTPUT_DIR) / "model_best.pth").read_bytes() == best
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_training_without_fp16_resumes_with_it(toy_model, tmp_path):
+    plain = make_step(toy_model("dn_detr"), make_batch(1), tmp_path)
+    scaled = make_step(toy_model("dn_detr"), make_batch(1), tmp_path, torch.float16)
+    scaled.load_state_dict(plain.state_dict())
+    assert scaled.scaler.is_enabled()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    class Kink(torch.nn.Module):
+        """The loss is 0, its gradient 0 * inf."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch):
+            return {"main/l1": self.weight.sqrt().sum() * 0}
+
+    model = Kink()
+    step = make_step(model, make_batch(1), tmp_path)
+    with EventStorage(), pytest.raises(FloatingPointError, match=r"gradient_norm is nan; images: image_0\.png"):
+        step.run_step()
+    assert model.weight.item() == 0
+
+
+def test_evaluation_of_lean_annotation_files(tmp_path):
+    """No area, no iscrowd, ids from 0: perfect predictions still have AP 100."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.structures import Boxes, Instances
+    from PIL import Image
+
+    from dn_detr_d2.data import register_coco_json
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    boxes = [[2, 2, 20, 20], [10, 12, 8, 9]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 32, "width": 32}],
+        "categories": [{"id": 5, "name": "x"}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 5, "bbox": box} for i, box in enumerate(boxes)],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    register_coco_json("test_lean", str(tmp_path / "set.json"), str(tmp_path))
+    try:
+        evaluator = TolerantCOCOEvaluator("test_lean", tasks=("bbox",), output_dir=None)
+        evaluator.reset()
+        corners = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes]).float()
+        found = Instances((32, 32), pred_boxes=Boxes(corners), scores=torch.ones(2), pred_classes=torch.zeros(2).long())
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    finally:
+        DatasetCatalog.remove("test_lean")
+        MetadataCatalog.remove("test_lean")
 
 
 @pytest.mark.parametrize(
@@ -224,10 +295,9 @@ def test_processes_that_cannot_be_started_are_refused(toy_cfg, monkeypatch, over
 
 
 def test_an_uneven_batch_is_refused(toy_cfg, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_net.py", "MODEL.DEVICE", "cpu"])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match="IMS_PER_BATCH = 3 is not divisible by 2"):
-        check_processes(toy_cfg("dn_detr", "SOLVER.IMS_PER_BATCH", 3), 2, 1)
+        check_processes(toy_cfg("dn_detr", "SOLVER.IMS_PER_BATCH", 3), 2, cpu_wanted=True)
 
 
 QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]

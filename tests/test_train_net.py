@@ -64,6 +64,8 @@ def _forget_users_set():
         (["DATASETS.TRAIN", "('shape_train',)"], "did you mean 'shapes_train'"),
         (["MODEL.DN_DETR.NUM_CLASSES", "2"], "NUM_CLASSES = 2, but shapes_train has 3 classes"),
         (["DATASETS.TRAIN", "()", "MODEL.DN_DETR.NUM_CLASSES", "3"], "DATASETS.TRAIN is empty"),
+        (["MODEL.DN_DETR.DECODER.NAME", "X"], "DECODER.NAME = 'X' is not known; choose one of"),
+        (["MODEL.META_ARCHITECTURE", "X"], "the model cannot be built or loaded: \"No object named 'X'"),
         (["DATASETS.TEST", "()", "DATASETS.TRAIN", "('coco_2017_train',)"], "'coco_2017_train' does not exist"),
         (["DATASETS.COCO_JSON", "[['x','gone.json','.']]"], "annotation file of data set 'x' does not exist"),
     ],
@@ -128,6 +130,7 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
     monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
     assert train_net.run() == 1
     assert "MODEL.DN_DETR.NUM_CLASSES = 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, tmp_path):

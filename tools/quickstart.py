@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 CONFIG, OUTPUT = ROOT / "configs" / "quickstart.yaml", ROOT / "output" / "quickstart"
 NUM_PICTURES = 12
 

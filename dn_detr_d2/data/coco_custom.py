@@ -30,7 +30,7 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
     Args:
         name: must not be taken by another data set.
         json_file, image_folder: see :func:`dataset_path`.
-        must_exist: with False a missing annotation file is passed over in the log (inference needs none).
+        must_exist: False for a set that is not going to be read; it stays unregistered.
 
     Raises:
         DatasetError: file or folder is missing, or the file has no usable categories.
@@ -44,18 +44,9 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
                 f"DATASETS.COCO_JSON names {name!r}, which is already registered with other files; choose another name"
             )
         return
-    if not must_exist and not json_path.is_file():
-        logger.warning("Data set %r is not at hand (%s does not exist); going on without it.", name, json_path)
+    if not must_exist:
         return
-    for path, kind, found in (
-        (json_path, "annotation file", json_path.is_file()),
-        (folder, "image folder", folder.is_dir()),
-    ):
-        if not found:
-            raise DatasetError(
-                f"{kind} of data set {name!r} does not exist: {path.absolute()} (DATASETS.COCO_JSON is relative to "
-                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
-            )
+    _require_files(name, json_path, folder)
     records, categories = _load(json_path, folder)  # now, so that a broken file is refused before anything starts
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(
@@ -80,13 +71,19 @@ def check_files(name: str) -> None:
     """Raises DatasetError if the files of a registered data set are not there; a set that makes its own files passes."""
     metadata = MetadataCatalog.get(name)
     json_file, folder = metadata.get("json_file"), metadata.get("image_root")
-    if folder is None or "://" in folder:
-        return
-    for path, kind in ((json_file, "annotation file"), (folder, "image folder")):
-        if path and not Path(path).exists():
+    if json_file and folder and "://" not in folder:
+        _require_files(name, Path(json_file), Path(folder))
+
+
+def _require_files(name: str, json_path: Path, folder: Path) -> None:
+    for path, kind, found in (
+        (json_path, "annotation file", json_path.is_file()),
+        (folder, "image folder", folder.is_dir()),
+    ):
+        if not found:
             raise DatasetError(
-                f"{kind} of data set {name!r} does not exist: {Path(path).absolute()} (DETECTRON2_DATASETS = "
-                f"{os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
+                f"{kind} of data set {name!r} does not exist: {path.absolute()} (relative paths start at "
+                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
             )
 
 
@@ -97,7 +94,7 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     sense in its image is the mapper's business.
 
     Args:
-        json_file: COCO format with "images", "annotations" and "categories".
+        json_file: COCO format with "images", "annotations" (``iscrowd`` and ``area`` may be absent) and "categories".
         image_folder: what ``file_name`` is relative to.
 
     Returns:
@@ -116,8 +113,11 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
     classes = {category: i for i, category in enumerate(categories)}
     records = _image_records(content, json_file, image_folder)
     seen = Counter()
-    for i, annotation in enumerate(content.get("annotations", [])):
-        where = f"{json_file}: annotation {annotation.get('id', f'number {i}')}"
+    annotations = content.get("annotations")
+    if not isinstance(annotations, list) or not all(isinstance(x, dict) and "id" in x for x in annotations):
+        raise DatasetError(f"{json_file}: annotations must be a list of objects with an id each")
+    for annotation in annotations:
+        where = f"{json_file}: annotation {annotation['id']}"
         record = records.get(annotation.get("image_id"))
         if record is None:
             raise DatasetError(f"{where} has image_id {annotation.get('image_id')!r}, which is not among the images")
@@ -129,10 +129,10 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
         crowd = annotation.get("iscrowd", 0)
         if crowd not in (0, 1) or isinstance(crowd, str):
             raise DatasetError(f"{where} has iscrowd {crowd!r}; it must be 0 or 1")
-        seen[annotation.get("id", f"number {i}")] += 1
+        seen[annotation["id"]] += 1
         record["annotations"].append(
             {
-                "id": annotation.get("id", i),
+                "id": annotation["id"],
                 "bbox": _box(annotation.get("bbox"), where),
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": classes[annotation["category_id"]],
@@ -175,8 +175,8 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
         raise DatasetError(f"{json_file} has no images; is it an annotation file in COCO format?")
     records, missing = {}, []
     for i, image in enumerate(images):
-        if "id" not in image or "file_name" not in image:
-            raise DatasetError(f"{json_file}: image number {i} needs an id and a file_name, has {sorted(image)}")
+        if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
+            raise DatasetError(f"{json_file}: image number {i} needs an id and a file_name, got {image!r}")
         if image["id"] in records:
             raise DatasetError(f"{json_file}: image id {image['id']!r} appears more than once")
         path = image_folder / image["file_name"]

@@ -14,10 +14,14 @@ def build_train_loader(cfg):
     """An endless loader of batches of this process; says what happens to images without boxes.
 
     Raises:
-        DatasetError: no image is left to train on.
+        DatasetError: no image has a box.
     """
     everything = get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=False)
     empty = sum(not has_boxes(record) for record in everything)
+    if empty == len(everything):
+        raise DatasetError(
+            f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box; there is nothing to learn"
+        )
     filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     logger.info(
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS = %s: %d of %d training images have no boxes and are %s.",
@@ -27,11 +31,6 @@ def build_train_loader(cfg):
         "left out" if filtered else "trained on",
     )
     kept = [record for record in everything if has_boxes(record)] if filtered else everything
-    if not kept:
-        raise DatasetError(
-            f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box, and "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out images without"
-        )
     return build_detection_train_loader(cfg, dataset=kept, mapper=DetrDatasetMapper(cfg, True))
 
 

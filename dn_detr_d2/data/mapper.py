@@ -39,11 +39,13 @@ class BoxChecker:
     """Sorts out boxes that cannot be trained on, and counts what it did.
 
     A box that is not finite, has no positive width and height, or lies outside the image is dropped; one that sticks out
-    is clipped. The first case of each kind is named in a warning, and later the count at every power of ten.
+    is clipped. The first box of each kind is named in a warning, and later the count at every power of ten; a box that
+    is met again in a later epoch does not count again. Each loader worker counts for itself.
     """
 
     def __init__(self):
         self.counts = Counter()
+        self._seen = set()
 
     def __call__(self, box: list[float], image_size: tuple[int, int], what: str) -> list[float] | None:
         """Checks one raw box.
@@ -70,6 +72,9 @@ class BoxChecker:
         return clipped
 
     def _report(self, action: str, reason: str, box: list[float], what: str) -> None:
+        if what in self._seen:
+            return
+        self._seen.add(what)
         kind = f"{action} because it {reason.split(' its ')[0]}"
         self.counts[kind] += 1
         count = self.counts[kind]

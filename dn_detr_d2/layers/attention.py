@@ -5,10 +5,12 @@ Shapes: N images, Q queries, S cells, C channels, H heads, L levels, K points. M
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..structures import upload
 from .ms_deform_attn import ms_deform_attn
 
 
@@ -206,7 +208,7 @@ def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[in
         offsets: (N, Q, H, L, K, 2), (x, y).
         shapes: (h, w) of each level.
     """
-    cells = offsets.new_tensor([(width, height) for height, width in shapes])  # (L, 2)
+    cells = upload(np.array([(width, height) for height, width in shapes]), offsets)  # (L, 2), no wait for the device
     return points[:, :, None, :, None] + offsets / cells[:, None]
 
 

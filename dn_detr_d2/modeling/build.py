@@ -3,6 +3,8 @@
 A new detector is a new class registered here and named in a YAML file, never a new flag.
 """
 
+from contextlib import contextmanager
+
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -31,6 +33,17 @@ def lookup(registry: Registry, name: str, key: str):
     return registry.get(name)
 
 
+@contextmanager
+def name_the_node(node: str):
+    """Turns complaints of parts that know no config into ConfigErrors that name the config node."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"{node}: {error.args[0] if error.args else error!r}") from None
+
+
 def build_query_source(cfg) -> nn.Module:
     """The query source named by ``MODEL.DN_DETR.QUERY_SOURCE.NAME``."""
     name = cfg.MODEL.DN_DETR.QUERY_SOURCE.NAME
@@ -38,13 +51,13 @@ def build_query_source(cfg) -> nn.Module:
 
 
 def build_encoder(cfg) -> nn.Module:
-    """The encoder named by ``MODEL.DN_DETR.ENCODER.NAME``, initialised."""
+    """The encoder named by ``MODEL.DN_DETR.ENCODER.NAME``."""
     name = cfg.MODEL.DN_DETR.ENCODER.NAME
-    return initialise_transformer(lookup(ENCODER_REGISTRY, name, "MODEL.DN_DETR.ENCODER.NAME")(cfg))
+    return lookup(ENCODER_REGISTRY, name, "MODEL.DN_DETR.ENCODER.NAME")(cfg)
 
 
 def build_decoder(cfg) -> nn.Module:
-    """The decoder named by ``MODEL.DN_DETR.DECODER.NAME``, initialised."""
+    """The decoder named by ``MODEL.DN_DETR.DECODER.NAME``."""
     name = cfg.MODEL.DN_DETR.DECODER.NAME
     return lookup(DECODER_REGISTRY, name, "MODEL.DN_DETR.DECODER.NAME")(cfg)
 
@@ -59,10 +72,8 @@ def build_denoising(cfg) -> DenoisingGenerator | None:
     if not name:
         return None
     generator = lookup(DENOISING_REGISTRY, name, "MODEL.DN_DETR.DENOISING.NAME")
-    try:
+    with name_the_node("MODEL.DN_DETR.DENOISING"):
         return generator(**generator.from_config(cfg))
-    except ValueError as error:
-        raise ConfigError(f"MODEL.DN_DETR.DENOISING: {error}") from None
 
 
 def initialise_transformer(module: nn.Module) -> nn.Module:

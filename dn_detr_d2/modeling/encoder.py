@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..layers import MLP, FeedForward, MultiScaleDeformableAttention, SelfAttention
 from ..structures import Memory, Pyramid
-from .build import ENCODER_REGISTRY
+from .build import ENCODER_REGISTRY, initialise_transformer
 
 
 def transformer_arguments(cfg, role: str) -> dict:
@@ -21,6 +21,11 @@ def transformer_arguments(cfg, role: str) -> dict:
         raise ConfigError(
             f"MODEL.DN_DETR.HIDDEN_DIM = {root.HIDDEN_DIM} is not divisible by {role}.NUM_HEADS = {node.NUM_HEADS}"
         )
+    for key in ("NUM_LAYERS", "FFN_DIM", "NUM_POINTS"):
+        if node[key] < 1:
+            raise ConfigError(f"MODEL.DN_DETR.{role}.{key} must be positive, got {node[key]}")
+    if not 0 <= node.DROPOUT < 1:
+        raise ConfigError(f"MODEL.DN_DETR.{role}.DROPOUT must lie in [0, 1), got {node.DROPOUT}")
     return {
         "dim": root.HIDDEN_DIM,
         "num_layers": node.NUM_LAYERS,
@@ -51,10 +56,10 @@ def cell_centres(memory: Memory) -> Tensor:
     """(N, S, L, 2) centre of each cell as (x, y) in [0, 1] of every padded level."""
     centres = []
     for (height, width), ratio in zip(memory.shapes, memory.valid_ratios.unbind(1), strict=True):
-        y = torch.arange(height, device=ratio.device, dtype=ratio.dtype) + 0.5
-        x = torch.arange(width, device=ratio.device, dtype=ratio.dtype) + 0.5
+        y = (torch.arange(height, device=ratio.device, dtype=ratio.dtype) + 0.5) / height
+        x = (torch.arange(width, device=ratio.device, dtype=ratio.dtype) + 0.5) / width
         grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)
-        centres.append(grid / (ratio[:, None] * ratio.new_tensor([width, height])))  # [0, 1] of the unpadded image
+        centres.append(grid / ratio[:, None])  # [0, 1] of the unpadded image
     return torch.cat(centres, 1)[:, :, None] * memory.valid_ratios[:, None]
 
 
@@ -85,6 +90,7 @@ class DenseEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DenseEncoderLayer(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         self.position_scale = MLP(dim, dim, dim)
+        initialise_transformer(self)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -144,7 +150,8 @@ class DeformableEncoder(nn.Module):
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, num_heads, ffn_dim, dropout, num_levels, num_points) for _ in range(num_layers)
         )
-        self.level_embed = nn.Embedding(num_levels, dim)
+        initialise_transformer(self)
+        self.level_embed = nn.Embedding(num_levels, dim)  # after the Xavier pass: it starts from N(0, 1)
 
     @classmethod
     def from_config(cls, cfg) -> dict:

@@ -16,7 +16,7 @@ from ..boxes import image_scale, xyxy_to_cxcywh
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..structures import Memory, Predictions, Targets, join_queries
-from .build import build_decoder, build_denoising, build_encoder, build_query_source
+from .build import build_decoder, build_denoising, build_encoder, build_query_source, name_the_node
 from .criterion import SetCriterion
 from .matcher import HungarianMatcher
 from .neck import Neck, padding_mask
@@ -81,7 +81,10 @@ class DenoisingDETR(nn.Module):
             raise ConfigError(
                 f"MODEL.DN_DETR.DENOISING.NORMALIZER must be 'global' or 'local', got {root.DENOISING.NORMALIZER!r}"
             )
-        backbone = build_backbone(cfg)
+        with name_the_node("MODEL.BACKBONE / MODEL.RESNETS"):
+            backbone = build_backbone(cfg)
+        with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
+            matcher, criterion = HungarianMatcher(cfg), SetCriterion(cfg)
         return {
             "backbone": backbone,
             "neck": Neck(cfg, backbone.output_shape()),
@@ -89,8 +92,8 @@ class DenoisingDETR(nn.Module):
             "query_source": build_query_source(cfg),
             "decoder": build_decoder(cfg),
             "denoising": build_denoising(cfg),
-            "matcher": HungarianMatcher(cfg),
-            "criterion": SetCriterion(cfg),
+            "matcher": matcher,
+            "criterion": criterion,
             "denoising_weight": root.DENOISING.LOSS_WEIGHT,
             "local_denoising_normalizer": root.DENOISING.NORMALIZER == "local",
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -166,7 +169,7 @@ class DenoisingDETR(nn.Module):
             denoising, predictions = predictions.split(noised.num_queries)
             copies = len(noised.assignment)
             divisor = (
-                torch.tensor(float(max(copies, 1)), device=self.device)
+                torch.full((), max(copies, 1.0), device=self.device)
                 if self.local_denoising_normalizer
                 else mean_over_ranks(copies, self.device)
             )
@@ -191,7 +194,7 @@ class DenoisingDETR(nn.Module):
 
 def mean_over_ranks(count: int, device: torch.device) -> Tensor:
     """Scalar: mean of ``count`` over the processes, at least 1; never read back to the host."""
-    total = torch.tensor(float(count), device=device)
+    total = torch.full((), float(count), device=device)
     if comm.get_world_size() > 1:
         dist.all_reduce(total)
     return (total / comm.get_world_size()).clamp(min=1)
@@ -206,18 +209,22 @@ def name_layers(terms: dict[str, Tensor], last: str, others: str) -> dict[str, T
 
 
 def _refuse_partial_weights(model: nn.Module, incompatible) -> None:
-    """Raises CheckpointError when a file fits the transformer but not all of it.
+    """Raises CheckpointError when a file leaves a part of the model at random that the caller must rely on.
 
-    A backbone alone is a fine start. A checkpoint whose class head was left out because its shape differs is not: the
-    caller would get a randomly initialised head without noticing.
+    For training, a backbone alone is a fine start. A checkpoint whose class head was left out because its shape differs
+    is not, nor is one that fits nowhere. For inference (``model.eval()`` before loading, as DefaultPredictor does)
+    everything must be there.
     """
-    ours = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
-    missing = sorted(ours & set(incompatible.missing_keys))
-    if missing and len(missing) < len(ours):
-        classes = model.decoder.heads.class_heads[0].out_features
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise CheckpointError(
-            f"the checkpoint does not fit the model: {shown} are missing or have another shape; the model has "
-            f"MODEL.DN_DETR.NUM_CLASSES = {classes}, so compare it and the other MODEL keys with the config.yaml that "
-            "the checkpoint was trained with"
-        )
+    everything = {name for name, _ in model.named_parameters()}
+    missing = everything & set(incompatible.missing_keys)
+    ours = {name for name in missing if not name.startswith("backbone.")}
+    backbone_only = ours == {name for name in everything if not name.startswith("backbone.")}
+    if not missing or (model.training and backbone_only and missing != everything):
+        return
+    shown = ", ".join(sorted(ours or missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+    classes = model.decoder.heads.class_heads[0].out_features
+    raise CheckpointError(
+        f"the checkpoint does not fit the model: {shown} are missing or have another shape; the model has "
+        f"MODEL.DN_DETR.NUM_CLASSES = {classes}, so compare it and the other MODEL keys with the config.yaml that "
+        "the checkpoint was trained with"
+    )

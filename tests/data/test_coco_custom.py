@@ -80,6 +80,10 @@ def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
         ({"images": [{"id": 7, "file_name": "a.png"}] * 2}, "image id 7 appears more than once"),
         ({"images": [{"id": 7, "file_name": "gone.png"}]}, "1 of 1 image files do not exist, first .*gone.png"),
         ({"images": [{"id": 7}]}, "image number 0 needs an id and a file_name"),
+        ({"images": [3]}, "image number 0 needs an id and a file_name, got 3"),
+        ({"annotations": None}, "annotations must be a list of objects with an id each"),
+        ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4]}]}, "with an id each"),
+        ({"annotations": ["x"]}, "annotations must be a list of objects"),
     ],
 )
 def test_faults_are_named_with_file_and_record(write, tmp_path, changes, message):

@@ -6,7 +6,16 @@ from detectron2.data import DatasetCatalog
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import build_test_loader, build_train_loader
 
-SHAPES = ["DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0]
+SHAPES = [
+    "MODEL.DN_DETR.NUM_CLASSES",
+    "auto",
+    "DATASETS.TRAIN",
+    ("shapes_train",),
+    "DATASETS.TEST",
+    ("shapes_val",),
+    "DATALOADER.NUM_WORKERS",
+    0,
+]
 SHAPES += ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.CROP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 4]
 
 
@@ -20,11 +29,13 @@ def test_images_without_boxes_are_counted_in_the_log(toy_cfg, caplog, filtered, 
     assert len(next(iter(loader))) == 4
 
 
-def test_a_set_without_any_box_is_refused_if_empty_images_are_left_out(toy_cfg):
-    DatasetCatalog.register("test_blank", lambda: [{"file_name": "x", "image_id": 1, "annotations": []}])
-    cfg = toy_cfg("dn_detr", *SHAPES, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", True)
-    cfg.DATASETS.TRAIN = ("test_blank",)
-    with pytest.raises(DatasetError, match="FILTER_EMPTY_ANNOTATIONS"):
+@pytest.mark.parametrize("filtered", [True, False])
+def test_a_set_without_any_box_is_refused(toy_cfg, filtered):
+    name = f"test_blank_{filtered}"
+    DatasetCatalog.register(name, lambda: [{"file_name": "x", "image_id": 1, "annotations": []}])
+    cfg = toy_cfg("dn_detr", *SHAPES, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", filtered)
+    cfg.DATASETS.TRAIN = (name,)
+    with pytest.raises(DatasetError, match="has a box; there is nothing to learn"):
         build_train_loader(cfg)
 
 

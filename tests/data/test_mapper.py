@@ -167,5 +167,7 @@ def test_repeated_faults_are_counted_not_repeated(caplog):
     with caplog.at_level(logging.WARNING, "dn_detr_d2"):
         for i in range(25):
             check([5.0, 5, 5, 9], (40, 60), f"annotation {i}")
+        for _ in range(3):  # later epochs meet the same boxes
+            check([5.0, 5, 5, 9], (40, 60), "annotation 7")
     assert sum(check.counts.values()) == 25
     assert len(caplog.records) == 2  # the first and the tenth

@@ -143,17 +143,37 @@ def test_weights_with_another_number_of_classes_are_refused_with_the_key(toy_mod
         model.load_state_dict(fitting, strict=False)
 
 
-def test_weights_of_a_backbone_alone_are_a_start(toy_model):
-    model = toy_model("dn_detr")
+def test_weights_of_a_backbone_alone_are_a_start_for_training_only(toy_model):
+    model = toy_model("dn_detr").train()
     backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
     assert model.load_state_dict(backbone, strict=False).missing_keys
+    with pytest.raises(CheckpointError, match="does not fit"):
+        model.eval().load_state_dict(backbone, strict=False)
 
 
-@pytest.mark.parametrize("normalizer", ["global", "local"])
-def test_both_normalizers_agree_with_one_process(toy_model, normalizer):
+def test_weights_that_fit_nowhere_are_no_start(toy_model):
+    with pytest.raises(CheckpointError, match="does not fit"):
+        toy_model("dn_detr").train().load_state_dict({"other.weight": torch.zeros(3)}, strict=False)
+
+
+def test_embeddings_start_from_a_normal_distribution(toy_cfg):
+    """Spec sections 1.5 and 1.6: anchors, labels, content and levels N(0, 1); matrices of the transformer Xavier."""
+    model = build_model(toy_cfg("dn_deformable_detr", "MODEL.DN_DETR.NUM_QUERIES", 200))
+    source = model.query_source
+    for embedding in (source.anchors, source.content, source.label_encoder.embed, model.encoder.level_embed):
+        assert embedding.weight.std().item() == pytest.approx(1, abs=0.12)
+    linear = model.encoder.layers[0].ffn.linear1.weight
+    assert linear.abs().max().item() == pytest.approx((6 / sum(linear.shape)) ** 0.5, rel=0.02)
+    biases = [head.layers[-1].bias.tolist() for head in model.decoder.heads.box_heads]
+    assert biases == [[0, 0, -2, -2], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert all(head.layers[-1].weight.abs().sum() == 0 for head in model.decoder.heads.box_heads)
+    assert model.decoder.heads.class_heads[0].bias[0].item() == pytest.approx(-4.59512, abs=1e-5)
+
+
+def test_both_normalizers_agree_with_one_process(toy_model):
     key = "MODEL.DN_DETR.DENOISING.NORMALIZER"
     losses = []
-    for value in ("global", normalizer):
+    for value in ("global", "local"):
         torch.manual_seed(3)
         model = toy_model("dn_detr", key, value).train()
         losses.append(sum(model(make_batch(2, 1)).values()))
@@ -188,6 +208,12 @@ def test_both_normalizers_agree_with_one_process(toy_model, normalizer):
         (("MODEL.DN_DETR.DENOISING.NUM_GROUPS", 0), "MODEL.DN_DETR.DENOISING: .*num_groups must be positive"),
         (("MODEL.DN_DETR.DENOISING.NORMALIZER", "x"), "NORMALIZER must be 'global' or 'local', got 'x'"),
         (("MODEL.DN_DETR.NUM_QUERIES", 0), "NUM_QUERIES = 0"),
+        (("MODEL.DN_DETR.DECODER.NUM_LAYERS", 0), "DECODER.NUM_LAYERS must be positive, got 0"),
+        (("MODEL.DN_DETR.ENCODER.DROPOUT", 2.0), r"ENCODER.DROPOUT must lie in \[0, 1\), got 2.0"),
+        (("MODEL.DN_DETR.MATCHER.L1_COST", -1.0), "MODEL.DN_DETR.MATCHER / LOSS: matching costs must not be negative"),
+        (("MODEL.DN_DETR.LOSS.L1_WEIGHT", -1.0), "MODEL.DN_DETR.MATCHER / LOSS: loss weights must not be negative"),
+        (("MODEL.BACKBONE.NAME", "X"), "MODEL.BACKBONE / MODEL.RESNETS: .*X"),
+        (("MODEL.RESNETS.DEPTH", 19), "MODEL.BACKBONE / MODEL.RESNETS: "),
     ],
 )
 def test_wrong_combinations_are_refused_by_key(toy_cfg, overrides, message):
