@@ -6,6 +6,7 @@ DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -193,12 +194,12 @@ def setup_cfg(
         raise ConfigError(f"config file {config_file} cannot be read: {' '.join(str(error).split())}") from None
     check_config(cfg)
     used = [name for split in splits for name in cfg.DATASETS[split]]
-    if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
-        raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     for entry in cfg.DATASETS.COCO_JSON:
         if not isinstance(entry, list | tuple) or len(entry) != 3:
             raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {entry!r}")
         register_coco_json(*entry, must_exist=entry[0] in used)
+    if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
+        raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     if used:
         resolve_classes(cfg, used)
     return cfg
@@ -291,6 +292,8 @@ def _leaves(cfg: CfgNode, prefix: str = ""):
 def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:
     """yacs' complaint as one sentence, with the nearest key for a misspelt one."""
     text = str(error.args[0]) if error.args else repr(error)
+    if mismatch := re.search(r"(Type mismatch \(.*?\)).*(for config key: \S+)", text, re.DOTALL):
+        text = " ".join(mismatch.groups())  # without the values, which may be whole nodes
     key = text.rsplit(" ", 1)[-1]
     near = difflib.get_close_matches(key, list(_leaves(cfg)), n=1, cutoff=0.6)
     where = f" in {config_file} or on the command line" if config_file else " on the command line"

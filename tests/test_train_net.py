@@ -67,7 +67,10 @@ def _forget_users_set():
         (["MODEL.DN_DETR.DECODER.NAME", "X"], "DECODER.NAME = 'X' is not known; choose one of"),
         (["MODEL.META_ARCHITECTURE", "X"], "the model cannot be built or loaded: \"No object named 'X'"),
         (["DATASETS.TEST", "()", "DATASETS.TRAIN", "('coco_2017_train',)"], "'coco_2017_train' does not exist"),
-        (["DATASETS.COCO_JSON", "[['x','gone.json','.']]"], "annotation file of data set 'x' does not exist"),
+        (
+            ["DATASETS.COCO_JSON", "[['x','gone.json','.']]", "DATASETS.TRAIN", "('x',)"],
+            "annotation file of data set 'x' does not exist",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(run, arguments, message):
@@ -134,7 +137,7 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
 
 
 def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, tmp_path):
-    options = users_set(tmp_path, annotations=[])
+    options = users_set(tmp_path)
     (tmp_path / "a.png").write_bytes(b"not a picture")
     command = ["train_net.py", "--config-file", QUICK, "--num-gpus", "2", "--dist-url", "auto", *options]
     monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])

@@ -41,7 +41,7 @@ def name_the_node(node: str):
     except ConfigError:
         raise
     except (ValueError, KeyError, AssertionError) as error:
-        raise ConfigError(f"{node}: {error.args[0] if error.args else error!r}") from None
+        raise ConfigError(f"{node}: {error.args[0] if error.args else repr(error)}") from None
 
 
 def build_query_source(cfg) -> nn.Module:
