@@ -51,11 +51,12 @@ def check(args) -> None:
     """Everything that can be refused before a process starts or a file is written."""
     cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
     check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted="MODEL.DEVICE" in args.opts)
-    for split in splits(args)[:1]:
-        if not cfg.DATASETS[split]:
-            raise ConfigError(f"DATASETS.{split} is empty; give --config-file or name a data set")
-    for name in (name for split in splits(args) for name in cfg.DATASETS[split]):
-        check_files(name)
+    needed = splits(args)[0]
+    if not cfg.DATASETS[needed]:
+        raise ConfigError(f"DATASETS.{needed} is empty; give --config-file or name a data set")
+    for split in splits(args):
+        for name in cfg.DATASETS[split]:
+            check_files(name)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS")
@@ -64,10 +65,9 @@ def check(args) -> None:
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist")
     cfg.MODEL.DEVICE = "cpu"
     try:
-        model = load_for_evaluation(cfg) if args.eval_only and local else build_model(cfg)
+        (load_for_evaluation if args.eval_only and local else build_model)(cfg)  # only to see that it can be done
     except (KeyError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"the model cannot be built or loaded: {' '.join(str(error).split())}") from None
-    del model
 
 
 def run() -> int:
