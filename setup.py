@@ -1,12 +1,166 @@
-"""Installs the package. Needs no compiler, no CUDA and no GPU; torch need not be there yet."""
+"""Installs the package, and builds the operators of csrc/ where that is possible.
 
+    pip install --no-build-isolation -e .
+
+No compiler, no CUDA and no GPU are needed: what cannot be built is left out, the package then uses PyTorch's own
+operators, and one line says what was built and why (also kept in dn_detr_d2/_build.txt, because pip hides it).
+
+DN_DETR_NO_EXT=1        build nothing
+DN_DETR_FORCE_CUDA=1    build the CUDA kernels although no GPU is in sight; a failure is then an error
+TORCH_CUDA_ARCH_LIST    GPU architectures, as for every PyTorch extension (default: the GPU in sight, else 8.0 to 9.0)
+MAX_JOBS                compilers at a time, if ninja is installed
+DEBUG=1                 no optimisation, debug symbols
+"""
+
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+REPORT = "_build.txt"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dn_detr_d2" / "__init__.py").read_text()).group(1)
+REBUILD = "pip install --no-build-isolation -e . builds it"
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off")
+
+
+def without_extension() -> str:
+    """Why nothing can be built, or ""."""
+    if flag("DN_DETR_NO_EXT"):
+        return "DN_DETR_NO_EXT is set"
+    if sys.platform == "win32":
+        return "the kernels need GCC or Clang, not MSVC"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"PyTorch cannot be imported while building ({error}); {REBUILD}"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+        return f"no C++ compiler was found (looked for {compiler}, g++, clang++); install one, then {REBUILD}"
+    return ""
+
+
+def find_cuda_home() -> str:
+    """Folder of the CUDA toolkit, or "". Asks nvcc, which may be a script that lies elsewhere."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return home
+    if nvcc := shutil.which("nvcc"):
+        answer = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.+)$", answer, re.MULTILINE):
+            return str(Path(top.group(1)).resolve())
+    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else ""
+
+
+def without_cuda() -> str:
+    """Why the CUDA kernels are left out, or ""."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} has no CUDA"
+    if not flag("DN_DETR_FORCE_CUDA") and not torch.cuda.is_available():
+        return "PyTorch sees no GPU (DN_DETR_FORCE_CUDA=1 builds them all the same)"
+    if not find_cuda_home():
+        return "no CUDA toolkit was found (nvcc is not on PATH and CUDA_HOME is not set)"
+    return ""
+
+
+def make_extension(with_cuda: bool):
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    sources = ["csrc/registration.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    optimize = ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    limited = ["-DPy_LIMITED_API=0x030A0000"]
+    flags = {"cxx": [*optimize, *openmp, *limited, "-Wall", "-fvisibility=hidden"]}
+    more = {}
+    if with_cuda:
+        sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+        flags["cxx"].append("-DDN_DETR_WITH_CUDA")
+        flags["nvcc"] = [*optimize, *limited, "-lineinfo"]
+        more["include_dirs"] = headers_from_pip()
+    kind = CUDAExtension if with_cuda else CppExtension
+    return kind("dn_detr_d2._C", sources, extra_compile_args=flags, extra_link_args=openmp, py_limited_api=True, **more)
+
+
+def headers_from_pip() -> list[str]:
+    """Folders of CUDA headers that PyTorch's pip packages bring, for toolkits that lack some (cusparse.h, cublas_v2.h)."""
+    import torch
+
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    return [str(path) for path in sorted(packages.glob("*/include")) if (path / "cusparse.h").exists()]
+
+
+def prepare_cuda() -> None:
+    import torch
+
+    os.environ["CUDA_HOME"] = find_cuda_home()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+
+
+def report(sentence: str, *folders: Path) -> None:
+    print(f"dn_detr_d2: {sentence}", flush=True)
+    for folder in folders:
+        if folder.is_dir():
+            (folder / REPORT).write_text(sentence + "\n")
+
+
+def plan() -> dict:
+    """The arguments of setup() that concern the extension."""
+    forced = flag("DN_DETR_FORCE_CUDA")
+    package = ROOT / "dn_detr_d2"
+    if reason := without_extension():
+        if forced and not flag("DN_DETR_NO_EXT"):
+            raise SystemExit(f"error: DN_DETR_FORCE_CUDA is set, but {reason}")
+        report(f"no kernels were built: {reason}", package)
+        return {}
+    no_cuda = without_cuda()
+    if forced and no_cuda:
+        raise SystemExit(f"error: DN_DETR_FORCE_CUDA is set, but {no_cuda}")
+    if not no_cuda:
+        prepare_cuda()  # before torch.utils.cpp_extension is imported, which looks for CUDA_HOME only then
+
+    from torch.utils import cpp_extension
+
+    if not no_cuda:
+        cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+
+    class Build(cpp_extension.BuildExtension):
+        """Falls back from CUDA to CPU kernels, and from those to none, unless CUDA was asked for."""
+
+        def build_extensions(self) -> None:
+            folders = (package, Path(self.build_lib) / "dn_detr_d2")
+            try:
+                super().build_extensions()
+                built = (
+                    "the CPU and CUDA kernels were built"
+                    if not no_cuda
+                    else f"the CPU kernels were built; no CUDA kernels: {no_cuda}"
+                )
+            except Exception as error:
+                if forced:
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                print(f"dn_detr_d2: building failed: {error}", file=sys.stderr)
+                built = f"no kernels were built: the compiler failed ({reason}); pip install -v shows its output"
+                self.extensions = [] if no_cuda else [make_extension(with_cuda=False)]
+                if self.extensions:
+                    try:
+                        super().build_extensions()
+                        built = f"the CPU kernels were built; no CUDA kernels: the compiler failed ({reason})"
+                    except Exception:
+                        self.extensions = []
+            report(built, *folders)
+
+    return {"ext_modules": [make_extension(with_cuda=not no_cuda)], "cmdclass": {"build_ext": Build}}
+
 
 setup(
     name="dn-detr-d2",
@@ -16,6 +170,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dn_detr_d2", "dn_detr_d2.*"]),
+    package_data={"dn_detr_d2": [REPORT]},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=">=3.10",
     # Detectron2 is not on PyPI: tools/install_detectron2.py installs it.
     install_requires=[
@@ -27,6 +183,14 @@ setup(
     ],
     extras_require={
         "demo": ["opencv-python-headless>=4.8"],
-        "dev": ["opencv-python-headless>=4.8", "pytest>=8", "hypothesis>=6.100", "ruff==0.17.5", "codespell>=2.3"],
+        "dev": [
+            "opencv-python-headless>=4.8",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff==0.17.5",
+            "codespell>=2.3",
+            "ninja>=1.11",
+        ],
     },
+    **plan(),
 )

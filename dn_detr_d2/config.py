@@ -45,6 +45,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Levels L of the pyramid; levels beyond IN_FEATURES are made by stride-2 convolutions. DN: 1; DD: 4.
     node.NUM_FEATURE_LEVELS = 1
 
+    # What computes deformable attention: "auto" = the compiled kernel of the device where there is one, else PyTorch's
+    # operators, and says which; "cuda", "cpu" = that kernel or an error; "torch" = PyTorch's operators (the reference).
+    node.OP_BACKEND = "auto"
+
     node.NECK = CfgNode()
     # Norm after each projection: "" (DETR, DAB, DN) or "GN" with 32 groups (DD).
     node.NECK.NORM = ""
@@ -219,6 +223,7 @@ def check_config(cfg: CfgNode) -> None:
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
         "INPUT.FORMAT": ("RGB", "BGR"),
+        "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
     }
     for key, known in choices.items():
         if _get(cfg, key) not in known:

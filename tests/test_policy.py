@@ -14,7 +14,7 @@ DOORS = {
     "structures": {"boxes", "errors"},
     "boxes": set(),
     "errors": set(),
-    "layers": GROUND,
+    "layers": GROUND | {"_C"},  # the compiled operators
     "denoising": GROUND,
     "modeling": GROUND | {"layers", "denoising"},
     "data": GROUND,

@@ -7,8 +7,9 @@ from .attention import (
     SelfAttention,
     attend,
 )
+from .kernels import missing_kernel, uses_kernel
 from .mlp import MLP, FeedForward
-from .ms_deform_attn import ms_deform_attn
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .position_encoding import SinePositionEncoding, encode_boxes, sine_encoding
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "SinePositionEncoding",
     "attend",
     "encode_boxes",
+    "missing_kernel",
     "ms_deform_attn",
+    "ms_deform_attn_fused",
     "sine_encoding",
+    "uses_kernel",
 ]

@@ -5,13 +5,11 @@ Shapes: N images, Q queries, S cells, C channels, H heads, L levels, K points. M
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..structures import upload
-from .ms_deform_attn import ms_deform_attn
+from .ms_deform_attn import ms_deform_attn_fused
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: Tensor | None = None) -> Tensor:
@@ -150,11 +148,13 @@ class MultiScaleDeformableAttention(nn.Module):
         num_heads: H.
         num_levels: L.
         num_points: K sampling points a head and level.
+        backend: of :func:`ms_deform_attn`; an attribute, so that it can be changed on a model that is there.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int):
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int, backend: str = "auto"):
         super().__init__()
         check_divisible(dim, num_heads)
+        self.backend = backend
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
         self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
@@ -194,35 +194,9 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
         sizes = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2)).float()
-        weights = self.attention_weights(query).unflatten(-1, (sizes[0], -1)).softmax(-1).unflatten(-1, sizes[1:])
-        locate = locations_from_boxes if reference.shape[-1] == 4 else locations_from_points
-        return self.output_proj(ms_deform_attn(value, shapes, locate(reference, offsets, shapes), weights))
-
-
-def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-    """Sampling locations around points, offsets in cells: point + offset / (w, h).
-
-    Args:
-        points: (N, Q, L, 2) in [0, 1].
-        offsets: (N, Q, H, L, K, 2), (x, y).
-        shapes: (h, w) of each level.
-    """
-    cells = upload(np.array([(width, height) for height, width in shapes]), offsets)  # (L, 2), no wait for the device
-    return points[:, :, None, :, None] + offsets / cells[:, None]
-
-
-def locations_from_boxes(boxes: Tensor, offsets: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-    """Sampling locations inside boxes, offsets in half sizes: centre + offset / K * (w, h) / 2.
-
-    Args:
-        boxes: (N, Q, L, 4) cxcywh in [0, 1].
-        offsets: (N, Q, H, L, K, 2).
-        shapes: not needed; boxes carry their own scale.
-    """
-    num_points = offsets.shape[-2]
-    centre, size = boxes[:, :, None, :, None, :2], boxes[:, :, None, :, None, 2:]
-    return centre + offsets / num_points * size * 0.5
+        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))
+        logits = self.attention_weights(query).unflatten(-1, sizes)
+        return self.output_proj(ms_deform_attn_fused(value, shapes, reference, offsets, logits, self.backend))
 
 
 def check_divisible(dim: int, num_heads: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..boxes import image_scale, xyxy_to_cxcywh
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
+from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..structures import Memory, Predictions, Targets, join_queries
 from .build import build_decoder, build_denoising, build_encoder, build_query_source, name_the_node
 from .criterion import SetCriterion
@@ -36,6 +37,7 @@ class DenoisingDETR(nn.Module):
         local_denoising_normalizer: divide denoising losses by the objects of this rank (official DN-DETR) instead of
             the mean over all ranks.
         top_k: detections per image.
+        op_backend: what computes deformable attention, see :func:`dn_detr_d2.layers.ms_deform_attn`.
         pixel_mean, pixel_std: of each channel, in the order of the input.
     """
 
@@ -54,6 +56,7 @@ class DenoisingDETR(nn.Module):
         denoising_weight: float,
         local_denoising_normalizer: bool,
         top_k: int,
+        op_backend: str,
         pixel_mean: list[float],
         pixel_std: list[float],
     ):
@@ -64,6 +67,9 @@ class DenoisingDETR(nn.Module):
         self.denoising_weight = denoising_weight
         self.local_denoising_normalizer = local_denoising_normalizer
         self.top_k = top_k
+        for module in self.modules():
+            if isinstance(module, MultiScaleDeformableAttention):
+                module.backend = op_backend
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.register_load_state_dict_post_hook(_refuse_partial_weights)
@@ -85,18 +91,23 @@ class DenoisingDETR(nn.Module):
             backbone = build_backbone(cfg)
         with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
             matcher, criterion = HungarianMatcher(cfg), SetCriterion(cfg)
+        encoder, decoder = build_encoder(cfg), build_decoder(cfg)
+        with name_the_node("MODEL.DN_DETR.OP_BACKEND"):
+            if any(isinstance(x, MultiScaleDeformableAttention) for part in (encoder, decoder) for x in part.modules()):
+                uses_kernel(root.OP_BACKEND, torch.device(cfg.MODEL.DEVICE).type)  # says which it is, or refuses
         return {
             "backbone": backbone,
             "neck": Neck(cfg, backbone.output_shape()),
-            "encoder": build_encoder(cfg),
+            "encoder": encoder,
             "query_source": build_query_source(cfg),
-            "decoder": build_decoder(cfg),
+            "decoder": decoder,
             "denoising": build_denoising(cfg),
             "matcher": matcher,
             "criterion": criterion,
             "denoising_weight": root.DENOISING.LOSS_WEIGHT,
             "local_denoising_normalizer": root.DENOISING.NORMALIZER == "local",
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "op_backend": root.OP_BACKEND,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }

@@ -12,7 +12,7 @@ from dn_detr_d2.layers import (
     attend,
     ms_deform_attn,
 )
-from dn_detr_d2.layers.attention import locations_from_boxes, locations_from_points
+from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
 
 
 def loop_attention(query, key, value, heads, blocked=None):

@@ -1,0 +1,165 @@
+"""The compiled operators ``torch.ops.dn_detr_d2.*``: loading them, what PyTorch must know about them, and which to use.
+
+The library ``_C.abi3.so`` (csrc/, built by setup.py) defines the operators and their kernels. This module adds the
+gradients, the shapes for tracing and the autocast rule, and says for each device whether there is a kernel and if not, why.
+"""
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cuda", "cpu", "torch")
+_REBUILD = "pip install --no-build-isolation -e . builds it"
+
+
+def missing_kernel(device_type: str) -> str:
+    """Why there is no compiled kernel for tensors on this kind of device; "" if there is one."""
+    return _MISSING.get(device_type, f"there are no kernels for {device_type} devices")
+
+
+def uses_kernel(backend: str, device_type: str) -> bool:
+    """Whether ``backend`` means the compiled kernel for tensors on this kind of device.
+
+    Args:
+        backend: "auto" takes the kernel where there is one, else PyTorch's operators; "cuda" and "cpu" insist on the
+            kernel; "torch" means PyTorch's operators.
+        device_type: of the tensors, such as "cpu".
+
+    Raises:
+        ValueError: an unknown backend, or one that is not there, or tensors on another device than it needs.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend in ("cuda", "cpu"):
+        if backend != device_type:
+            raise ValueError(f"backend {backend!r} needs tensors on {backend}, got {device_type}")
+        if reason := missing_kernel(device_type):
+            raise ValueError(f"backend {backend!r} is not available: {reason}")
+    use = backend != "torch" and not missing_kernel(device_type)
+    if not torch.compiler.is_compiling():
+        _announce(backend, device_type, use)
+    return use
+
+
+@functools.cache
+def _announce(backend: str, device_type: str, use: bool) -> None:
+    """Says once what was chosen, loudly if it is not what a user hopes for."""
+    say = logging.getLogger(__name__)
+    if use:
+        detail = f" ({torch.ops.dn_detr_d2.cpu_capability()})" if device_type == "cpu" else ""
+        say.info(f"ms_deform_attn on {device_type}: compiled kernel{detail}, backend {backend!r}")
+    elif backend == "torch":
+        say.info(f"ms_deform_attn on {device_type}: PyTorch's operators, as asked for")
+    else:
+        say.warning(
+            f"ms_deform_attn on {device_type}: PyTorch's operators, several times slower than the compiled kernel, "
+            f"because {missing_kernel(device_type)}"
+        )
+
+
+def _load() -> dict[str, str]:
+    """Loads the library and registers its operators; returns why each device has no kernel ("" if it has)."""
+    folder = Path(__file__).resolve().parent.parent
+    try:
+        from .. import _C  # noqa: F401  loading it defines the operators
+    except ImportError as error:
+        report = folder / "_build.txt"
+        if any(folder.glob("_C*.so")):  # built, but not for this PyTorch or this Python
+            reason = f"the compiled library does not load ({error}); {_REBUILD} anew"
+        elif report.exists():
+            reason = f"at installation {report.read_text().strip()}"
+        else:
+            reason = f"the compiled library {folder / '_C.abi3.so'} does not exist; {_REBUILD}"
+        return {"cpu": reason, "cuda": reason}
+
+    built_with, devices = torch.ops.dn_detr_d2.build_info().split("; ")
+    if reason := _other_torch(built_with.removeprefix("torch "), torch.__version__):
+        return {"cpu": reason, "cuda": reason}
+    _register()
+    report = folder / "_build.txt"
+    left_out = report.read_text().strip() if report.exists() else "the library was built without CUDA"
+    return {"cpu": "", "cuda": "" if "cuda" in devices else f"at installation {left_out}"}
+
+
+def _other_torch(built: str, running: str) -> str:
+    """Why a library built with one PyTorch must not run in another, "" if it may. The C++ interface changes with minors."""
+    if built.split(".")[:2] == running.split(".")[:2]:
+        return ""
+    return f"the compiled library was built with PyTorch {built}, but {running} is running; {_REBUILD} anew"
+
+
+def _register() -> None:
+    library = torch.library.Library("dn_detr_d2", "IMPL")
+    _KEEP.append(library)
+    for name, fake in (
+        ("ms_deform_attn", _fake_forward),
+        ("ms_deform_attn_fused", _fake_fused),
+        ("ms_deform_attn_backward", _fake_backward),
+        ("ms_deform_attn_fused_backward", _fake_fused_backward),
+    ):
+        torch.library.register_fake(f"dn_detr_d2::{name}", fake)
+        # The operators take any mixture of dtypes and sum in float32 or wider: autocast has nothing to cast, and must
+        # not lower sampling locations, whose eight bits of bfloat16 would not tell the columns of a map apart.
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(name, torch.library.fallthrough_kernel, key)
+    register = torch.library.register_autograd
+    register("dn_detr_d2::ms_deform_attn", _backward, setup_context=_save)
+    register("dn_detr_d2::ms_deform_attn_fused", _fused_backward, setup_context=_save)
+    register("dn_detr_d2::ms_deform_attn_backward", _no_second_derivative)
+    register("dn_detr_d2::ms_deform_attn_fused_backward", _no_second_derivative)
+
+
+def _save(ctx, inputs, output) -> None:
+    value, ctx.spatial_shapes, *rest = inputs
+    ctx.save_for_backward(value, *rest)
+
+
+def _backward(ctx, grad_output: Tensor):
+    value, locations, weights = ctx.saved_tensors
+    grads = torch.ops.dn_detr_d2.ms_deform_attn_backward(grad_output, value, ctx.spatial_shapes, locations, weights)
+    return grads[0], None, grads[1], grads[2]
+
+
+def _fused_backward(ctx, grad_output: Tensor):
+    value, reference, offsets, logits = ctx.saved_tensors
+    needed = ctx.needs_input_grad[2]
+    grads = torch.ops.dn_detr_d2.ms_deform_attn_fused_backward(
+        grad_output, value, ctx.spatial_shapes, reference, offsets, logits, needed
+    )
+    return grads[0], None, grads[1] if needed else None, grads[2], grads[3]
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "the compiled ms_deform_attn has no second derivative; backend='torch' (MODEL.DN_DETR.OP_BACKEND torch) has one"
+    )
+
+
+def _fake_forward(value, spatial_shapes, locations, weights):
+    n, _, h, d = value.shape
+    return value.new_empty(n, locations.shape[1], h * d)
+
+
+def _fake_fused(value, spatial_shapes, reference, offsets, logits):
+    return _fake_forward(value, spatial_shapes, offsets, logits)
+
+
+def _fake_backward(grad_output, value, spatial_shapes, locations, weights):
+    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+
+
+def _fake_fused_backward(grad_output, value, spatial_shapes, reference, offsets, logits, reference_requires_grad):
+    grad_reference = reference.new_empty(reference.shape if reference_requires_grad else (0,))
+    return (
+        value.new_empty(value.shape),
+        grad_reference,
+        offsets.new_empty(offsets.shape),
+        logits.new_empty(logits.shape),
+    )
+
+
+_KEEP: list[torch.library.Library] = []  # a library's registrations end with it
+_MISSING = _load()
