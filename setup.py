@@ -28,6 +28,7 @@ REBUILD = "pip install --no-build-isolation -e . builds it"
 
 
 def flag(name: str) -> bool:
+    """Whether an environment variable is set to something that means yes."""
     return os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off")
 
 
@@ -72,6 +73,7 @@ def without_cuda() -> str:
 
 
 def make_extension(with_cuda: bool):
+    """The one extension module, with or without the CUDA sources."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/registration.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
@@ -98,14 +100,17 @@ def headers_from_pip() -> list[str]:
 
 
 def prepare_cuda() -> None:
+    """Tells PyTorch's build tools where the toolkit is, and which GPUs to build for if none can be asked."""
     import torch
+    from torch.utils import cpp_extension
 
-    os.environ["CUDA_HOME"] = find_cuda_home()
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = find_cuda_home()
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
 
 
 def report(sentence: str, *folders: Path) -> None:
+    """Says what was built, and writes it where the package finds it."""
     print(f"dn_detr_d2: {sentence}", flush=True)
     for folder in folders:
         if folder.is_dir():
@@ -114,52 +119,55 @@ def report(sentence: str, *folders: Path) -> None:
 
 def plan() -> dict:
     """The arguments of setup() that concern the extension."""
-    forced = flag("DN_DETR_FORCE_CUDA")
-    package = ROOT / "dn_detr_d2"
-    if reason := without_extension():
-        if forced and not flag("DN_DETR_NO_EXT"):
-            raise SystemExit(f"error: DN_DETR_FORCE_CUDA is set, but {reason}")
-        report(f"no kernels were built: {reason}", package)
-        return {}
-    no_cuda = without_cuda()
+    forced = flag("DN_DETR_FORCE_CUDA") and not flag("DN_DETR_NO_EXT")
+    reason = without_extension()
+    no_cuda = reason or without_cuda()
     if forced and no_cuda:
         raise SystemExit(f"error: DN_DETR_FORCE_CUDA is set, but {no_cuda}")
+    if reason:
+        report(f"no kernels were built: {reason}", ROOT / "dn_detr_d2")
+        return {}
     if not no_cuda:
-        prepare_cuda()  # before torch.utils.cpp_extension is imported, which looks for CUDA_HOME only then
+        prepare_cuda()
+    return {"ext_modules": [make_extension(with_cuda=not no_cuda)], "cmdclass": {"build_ext": build_command(no_cuda)}}
 
-    from torch.utils import cpp_extension
 
-    if not no_cuda:
-        cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+def build_command(no_cuda: str):
+    """The build_ext command. ``no_cuda``: why CUDA is left out, "" if it is not."""
+    from torch.utils.cpp_extension import BuildExtension
 
-    class Build(cpp_extension.BuildExtension):
+    class Build(BuildExtension):
         """Falls back from CUDA to CPU kernels, and from those to none, unless CUDA was asked for."""
 
         def build_extensions(self) -> None:
-            folders = (package, Path(self.build_lib) / "dn_detr_d2")
+            reason = no_cuda
             try:
                 super().build_extensions()
-                built = (
-                    "the CPU and CUDA kernels were built"
-                    if not no_cuda
-                    else f"the CPU kernels were built; no CUDA kernels: {no_cuda}"
-                )
+                built = "the CPU kernels were built" if no_cuda else "the CPU and CUDA kernels were built"
             except Exception as error:
-                if forced:
+                if flag("DN_DETR_FORCE_CUDA"):
                     raise
-                reason = " ".join(str(error).split())[:300]
+                reason = f"the compiler failed ({' '.join(str(error).split())[:300]}); pip install -v shows its output"
                 print(f"dn_detr_d2: building failed: {error}", file=sys.stderr)
-                built = f"no kernels were built: the compiler failed ({reason}); pip install -v shows its output"
-                self.extensions = [] if no_cuda else [make_extension(with_cuda=False)]
-                if self.extensions:
-                    try:
-                        super().build_extensions()
-                        built = f"the CPU kernels were built; no CUDA kernels: the compiler failed ({reason})"
-                    except Exception:
-                        self.extensions = []
-            report(built, *folders)
+                built = "no kernels were built" if no_cuda else self.build_without_cuda()
+            if built == "no kernels were built":
+                self.extensions = []  # or setuptools would look for what is not there
+                sentence = f"{built}: {reason}"
+            else:
+                sentence = f"{built}; no CUDA kernels: {reason}" if reason else built
+            report(sentence, ROOT / "dn_detr_d2", Path(self.build_lib) / "dn_detr_d2")
 
-    return {"ext_modules": [make_extension(with_cuda=not no_cuda)], "cmdclass": {"build_ext": Build}}
+        def build_without_cuda(self) -> str:
+            """The second try."""
+            self.extensions = [make_extension(with_cuda=False)]
+            try:
+                super().build_extensions()
+            except Exception as error:
+                print(f"dn_detr_d2: building without CUDA failed too: {error}", file=sys.stderr)
+                return "no kernels were built"
+            return "the CPU kernels were built"
+
+    return Build
 
 
 setup(

@@ -20,10 +20,10 @@
 namespace dn_detr_d2 {
 namespace {
 
-// Where a point falls in its level.
-template <typename T>
+// Where a point falls in its level. Cells are counted in Index.
+template <typename T, typename Index>
 struct Point {
-  int64_t cell;  // y0 * w + x0 within the level; negative where corner 0 lies above or left of it
+  Index cell;  // y0 * w + x0 within the level; negative where corner 0 lies above or left of it
   T fx, fy;  // position between the corners, in [0, 1)
   unsigned corners;  // bit i is set if corner i lies in the level
 
@@ -35,8 +35,8 @@ struct Point {
 constexpr unsigned kAllCorners = 15u;
 
 // Fills in `point` and returns true if (x, y) touches the level at all; NaN does not.
-template <typename T>
-DN_DETR_HOST_DEVICE bool locate(T x, T y, int64_t height, int64_t width, Point<T>& point) {
+template <typename T, typename Index>
+DN_DETR_HOST_DEVICE bool locate(T x, T y, Index height, Index width, Point<T, Index>& point) {
   x = x * T(width) - T(0.5);
   y = y * T(height) - T(0.5);
   if (!(x > T(-1) && y > T(-1) && x < T(width) && y < T(height))) {
@@ -48,9 +48,9 @@ DN_DETR_HOST_DEVICE bool locate(T x, T y, int64_t height, int64_t width, Point<T
   row -= y < T(row) ? 1 : 0;
   point.fx = x - T(column);
   point.fy = y - T(row);
-  point.cell = row * width + column;
-  const unsigned columns = (column >= 0 ? 1u : 0u) | (int64_t(column) + 1 < width ? 2u : 0u);
-  point.corners = (row >= 0 ? columns : 0u) | (int64_t(row) + 1 < height ? columns << 2 : 0u);
+  point.cell = Index(row) * width + Index(column);
+  const unsigned columns = (column >= 0 ? 1u : 0u) | (Index(column) < width - 1 ? 2u : 0u);
+  point.corners = (row >= 0 ? columns : 0u) | (Index(row) < height - 1 ? columns << 2 : 0u);
   return true;
 }
 
@@ -62,8 +62,8 @@ DN_DETR_HOST_DEVICE T outside(T x, T y) {
 }
 
 // Share of the four corners, times `scale`.
-template <typename T>
-DN_DETR_HOST_DEVICE void corner_weights(const Point<T>& point, T scale, T (&weights)[4]) {
+template <typename T, typename Index>
+DN_DETR_HOST_DEVICE void corner_weights(const Point<T, Index>& point, T scale, T (&weights)[4]) {
   const T bottom = scale * point.fy, top = scale - bottom;
   weights[1] = top * point.fx;
   weights[0] = top - weights[1];
@@ -77,9 +77,9 @@ struct PointGradient {
   T x, y, weight;
 };
 
-template <typename T>
+template <typename T, typename Index>
 DN_DETR_HOST_DEVICE PointGradient<T>
-point_gradient(const Point<T>& point, const T (&dots)[4], T weight, int64_t height, int64_t width) {
+point_gradient(const Point<T, Index>& point, const T (&dots)[4], T weight, Index height, Index width) {
   const T along_top = dots[1] - dots[0], along_bottom = dots[3] - dots[2];
   const T top = dots[0] + point.fx * along_top, bottom = dots[2] + point.fx * along_bottom;
   return {
@@ -95,15 +95,22 @@ struct Reference {
   T step_x, step_y;
 };
 
-// reference: (x, y) if dims is 2, (cx, cy, w, h) if dims is 4.
-template <typename T>
-DN_DETR_HOST_DEVICE Reference<T>
-make_reference(const T* reference, int dims, int64_t height, int64_t width, int64_t points) {
-  if (dims == 2) {
-    return {reference[0], reference[1], T(1) / T(width), T(1) / T(height)};
-  }
-  const T half = T(0.5) / T(points);
-  return {reference[0], reference[1], reference[2] * half, reference[3] * half};
+// (x, y) is the point, or the centre of a box of the given size.
+template <typename T, typename Index>
+DN_DETR_HOST_DEVICE Reference<T> around_point(T x, T y, Index height, Index width) {
+  return {x, y, T(1) / T(width > 0 ? width : 1), T(1) / T(height > 0 ? height : 1)}; // finite in an empty level
+}
+
+// An offset of K reaches from the centre of a box to its edge.
+template <typename T, typename Index>
+DN_DETR_HOST_DEVICE T box_step(Index points) {
+  return points > 0 ? T(0.5) / T(points) : T(0);
+}
+
+template <typename T, typename Index>
+DN_DETR_HOST_DEVICE Reference<T> inside_box(T x, T y, T box_width, T box_height, Index points) {
+  const T half = box_step<T>(points);
+  return {x, y, box_width * half, box_height * half};
 }
 
 } // namespace

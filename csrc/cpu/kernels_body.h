@@ -132,7 +132,7 @@ inline Wide<T> sample_level(
   using A = Wide<T>;
   A everywhere = 0;
   for (int64_t k = 0; k < points; ++k) {
-    Point<A> point;
+    Point<A, int64_t> point;
     if (!locate(locations[2 * k], locations[2 * k + 1], height, width, point)) {
       everywhere += weights[k] * outside(locations[2 * k], locations[2 * k + 1]);
       continue;
@@ -170,8 +170,9 @@ inline void offsets_to_locations(const Problem& p, const Reference<A>& reference
 
 template <typename A>
 inline Reference<A> reference_of(const Problem& p, int64_t row, int64_t level) {
-  const A* reference = static_cast<const A*>(p.reference) + (row * p.L + level) * p.reference_dims;
-  return make_reference(reference, p.reference_dims, p.shapes[2 * level], p.shapes[2 * level + 1], p.K);
+  const A* r = static_cast<const A*>(p.reference) + (row * p.L + level) * p.reference_dims;
+  return p.reference_dims == 2 ? around_point(r[0], r[1], p.shapes[2 * level], p.shapes[2 * level + 1])
+                               : inside_box(r[0], r[1], r[2], r[3], p.K);
 }
 
 template <int C, typename T>
@@ -194,7 +195,7 @@ void forward_rows(const Problem& p, int64_t begin, int64_t end, void* scratch) {
     for (int64_t head = 0; head < p.H; ++head) {
       const int64_t slot = row * p.H + head;
       const A* weights = weights_scratch;
-      if (p.logits) {
+      if (p.fused) {
         softmax_row(static_cast<const A*>(p.logits) + slot * points, weights_scratch, points);
       } else {
         weights = static_cast<const A*>(p.weights) + slot * points;
@@ -209,7 +210,7 @@ void forward_rows(const Problem& p, int64_t begin, int64_t end, void* scratch) {
         const int64_t height = p.shapes[2 * level], width = p.shapes[2 * level + 1];
         const int64_t first = (slot * p.L + level) * p.K;
         const A* locations = locations_scratch;
-        if (p.offsets) {
+        if (p.fused) {
           const A* offsets = static_cast<const A*>(p.offsets) + 2 * first;
           offsets_to_locations(p, reference_of<A>(p, row, level), offsets, locations_scratch);
         } else {
@@ -237,7 +238,7 @@ inline void sample_level_backward(
     Wide<T>* grad_locations, Wide<T>* grad_weights) {
   using A = Wide<T>;
   for (int64_t k = 0; k < points; ++k) {
-    Point<A> point;
+    Point<A, int64_t> point;
     if (!locate(locations[2 * k], locations[2 * k + 1], height, width, point)) {
       const A nothing = outside(locations[2 * k], locations[2 * k + 1]);
       grad_locations[2 * k] = grad_locations[2 * k + 1] = grad_weights[k] = nothing;
@@ -290,7 +291,7 @@ void backward_queries(
     const A* locations = scratch;
     A* grad_locations = static_cast<A*>(p.grad_locations) + 2 * first;
     Reference<A> reference{};
-    if (p.offsets) {
+    if (p.fused) {
       reference = reference_of<A>(p, row, level);
       offsets_to_locations(p, reference, static_cast<const A*>(p.offsets) + 2 * first, scratch);
     } else {
@@ -299,7 +300,7 @@ void backward_queries(
     sample_level_backward<C, V, T>(
         values, stride, grads, grad_stride, grad_output, height, width, p.D, p.K, locations,
         static_cast<const A*>(p.weights) + first, grad_locations, static_cast<A*>(p.grad_weights) + first);
-    if (!p.offsets) {
+    if (!p.fused) {
       continue;
     }
     A sums[4] = {};
@@ -313,7 +314,7 @@ void backward_queries(
       grad_locations[2 * k + 1] *= reference.step_y;
     }
     if (p.grad_reference) {
-      const A half = A(0.5) / A(p.K);
+      const A half = box_step<A>(p.K);
       A* grad_reference = static_cast<A*>(p.grad_reference) + (slot * p.L + level) * p.reference_dims;
       for (int i = 0; i < p.reference_dims; ++i) {
         grad_reference[i] = i < 2 ? sums[i] : sums[i] * half;

@@ -89,16 +89,16 @@ std::string cpu_capability(std::optional<c10::string_view> use) {
   return "default";
 }
 
-int index_of(at::ScalarType dtype) {
-  switch (dtype) {
+Dtype dtype_of(const at::Tensor& value) {
+  switch (value.scalar_type()) {
     case at::kDouble:
-      return static_cast<int>(Dtype::kDouble);
+      return Dtype::kDouble;
     case at::kFloat:
-      return static_cast<int>(Dtype::kFloat);
+      return Dtype::kFloat;
     case at::kBFloat16:
-      return static_cast<int>(Dtype::kBFloat16);
+      return Dtype::kBFloat16;
     default:
-      return static_cast<int>(Dtype::kHalf);
+      return Dtype::kHalf;
   }
 }
 
@@ -130,35 +130,23 @@ void run(const Problem& problem, int64_t tasks, int64_t flops, int64_t scratch_b
 
 at::Tensor run_forward(const Problem& filled, const at::Tensor& value) {
   Problem problem = filled;
+  const Dtype dtype = dtype_of(value);
   auto output = at::empty({problem.N, problem.Q, problem.H * problem.D}, value.options());
   problem.output = output.mutable_data_ptr();
-  const int64_t wide_bytes = value.scalar_type() == at::kDouble ? 8 : 4;
-  const int64_t points = problem.L * problem.K;
-  // Room for the sums in whole vectors of at most 64 bytes, aligned, behind one row of weights and locations.
-  const int64_t scratch = (problem.D + points + 2 * problem.K) * wide_bytes + 2 * 64;
   if (output.numel() > 0) {
-    run(problem, problem.N * problem.Q, 8 * problem.H * points * problem.D, scratch,
-        kernels().forward[index_of(value.scalar_type())]);
+    run(problem, problem.N * problem.Q, 8 * problem.H * problem.L * problem.K * problem.D,
+        forward_scratch(problem, dtype), kernels().forward[static_cast<int>(dtype)]);
   }
   return output;
 }
 
 at::Tensor run_backward(const Problem& filled, const at::Tensor& value) {
   Problem problem = filled;
-  int64_t largest = 0;
-  bool all_from_scratch = value.scalar_type() != at::kFloat && value.scalar_type() != at::kDouble;
-  bool all_crowded = true;
-  for (int64_t level = 0; level < problem.L; ++level) {
-    largest = std::max(largest, problem.shapes[2 * level] * problem.shapes[2 * level + 1]);
-    all_crowded = all_crowded && is_crowded(problem, level);
-  }
-  // Slices that do not come from scratch are added to where they are.
-  auto grad_value = all_from_scratch || all_crowded ? at::empty_like(value) : at::zeros_like(value);
+  const Dtype dtype = dtype_of(value);
+  auto grad_value = adds_in_place(problem, dtype) ? at::zeros_like(value) : at::empty_like(value);
   problem.grad_value = grad_value.mutable_data_ptr();
-  const int64_t wide_bytes = value.scalar_type() == at::kDouble ? 8 : 4;
-  const int64_t scratch = (2 * largest * problem.D + 2 * problem.K) * wide_bytes;
-  run(problem, problem.N * problem.H * problem.L, 16 * problem.Q * problem.K * problem.D, scratch,
-      kernels().backward[index_of(value.scalar_type())]);
+  run(problem, problem.N * problem.H * problem.L, 16 * problem.Q * problem.K * problem.D,
+      backward_scratch(problem, dtype), kernels().backward[static_cast<int>(dtype)]);
   return grad_value;
 }
 
@@ -208,6 +196,7 @@ at::Tensor fused_forward(
   const auto values = value.contiguous(), references = reference.to(wide).contiguous();
   const auto offsets = sampling_offsets.to(wide).contiguous(), logits = attention_logits.to(wide).contiguous();
   Problem problem = make_problem(sizes, spatial_shapes, values);
+  problem.fused = true;
   problem.reference = references.const_data_ptr();
   problem.reference_dims = static_cast<int>(reference.size(3));
   problem.offsets = offsets.const_data_ptr();
@@ -231,6 +220,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_backward(
   at::Tensor grad_reference;
 
   Problem problem = make_problem(sizes, spatial_shapes, values);
+  problem.fused = true;
   problem.reference = references.const_data_ptr();
   problem.reference_dims = static_cast<int>(reference.size(3));
   problem.offsets = offsets.const_data_ptr();
@@ -244,7 +234,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_backward(
     problem.grad_reference = grad_reference.mutable_data_ptr();
   }
 
-  const int index = index_of(value.scalar_type());
+  const int index = static_cast<int>(dtype_of(value));
   const int64_t rows = sizes.N * sizes.Q * sizes.H, flops = 8 * sizes.L * sizes.K;
   run(problem, rows, flops, 0, [&](const Problem& p, int64_t begin, int64_t end, void*) {
     kernels().softmax[index](p, weights.mutable_data_ptr(), begin, end);

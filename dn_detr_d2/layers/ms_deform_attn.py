@@ -109,15 +109,14 @@ def ms_deform_attn_torch(
     n, _, h, d = value.shape
     _, q, _, num_levels, points, _ = sampling_locations.shape
     wide = torch.promote_types(value.dtype, torch.float32)
-    grid = (2 * sampling_locations.to(wide) - 1).transpose(1, 2).flatten(0, 1)  # (N*H, Q, L, K, 2)
+    locations = sampling_locations.to(wide).transpose(1, 2).flatten(0, 1)  # (N*H, Q, L, K, 2)
+    grid = 2 * locations.clamp(-1, 2) - 1  # beyond [-1, 2] a point is outside in any case
     weights = attention_weights.to(wide).transpose(1, 2).reshape(n * h, 1, q, num_levels, points)
 
     maps = value.to(wide).permute(0, 2, 3, 1).reshape(n * h, d, value.shape[1])  # (N*H, D, S)
-    # What grid_sample makes of infinite and huge coordinates depends on the device. x - x is NaN for those that are not
-    # finite, else 0; beyond [-3, 3] a point is outside in any case.
-    not_finite = (grid - grid).detach().sum(-1)[:, None]  # (N*H, 1, Q, L, K)
+    # x - x is NaN where x is not finite, else 0; what grid_sample makes of such locations depends on the device.
+    not_finite = (locations - locations).detach().sum(-1)[:, None]  # (N*H, 1, Q, L, K)
     output = (not_finite * weights).sum((-2, -1)).expand(-1, d, -1)  # (N*H, D, Q)
-    grid = grid.clamp(-3, 3)
     levels = maps.split([height * width for height, width in spatial_shapes], -1)
     for level, (features, shape) in enumerate(zip(levels, spatial_shapes, strict=True)):
         if 0 in shape:
@@ -136,7 +135,8 @@ def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[in
         offsets: (N, Q, H, L, K, 2), (x, y).
         shapes: (h, w) of each level.
     """
-    cells = upload(np.array([(width, height) for height, width in shapes]), offsets)  # (L, 2), no wait for the device
+    cells = np.array([(max(width, 1), max(height, 1)) for height, width in shapes], np.int64).reshape(-1, 2)
+    cells = upload(cells, offsets)  # (L, 2), no wait for the device
     return points[:, :, None, :, None] + offsets / cells[:, None]
 
 

@@ -1,0 +1,467 @@
+// The CUDA kernels. Included by ms_deform_attn_cuda.cu, and by the emulator of tests/cuda_emulator/, which runs them on a
+// CPU, so nothing here includes PyTorch.
+//
+// A group of G neighbouring lanes of a warp works on one slot, that is one (image, query, head). Each lane carries V
+// channels, which fill one 16-byte load where the channels allow it (V = 1 otherwise). A group takes its points B at a
+// time: lane j < B *owns* point j of the batch, reads its location and weight and does the arithmetic of
+// ms_deform_attn.h once; then, point after point, the owner's results are handed to all lanes, which load the corners. In the
+// backward pass the sums over channels travel the other way: after each batch, lane j holds the sums of point j.
+// Channels beyond G * V are done in further rounds.
+//
+// Blocks walk over the queries of one (image, head) before the next, so that a slice of value stays in the L2 cache.
+// Shuffles need all lanes of a warp: nothing returns early, lanes without work own points without corners.
+#pragma once
+
+#include "../ms_deform_attn.h"
+
+namespace dn_detr_d2 {
+namespace {
+
+// Type that sums are kept in: "wide".
+template <typename T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <typename T>
+using Wide = typename WideOf<T>::type;
+
+constexpr int kThreads = 256;
+constexpr int kInlineLevels = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Level {
+  int height, width;
+  int start; // cells of the levels before it
+};
+
+// One call; all tensors contiguous, letters as in docs/operator.md. T is the type of value and output, P that of locations
+// and weights (or what they are made of): T or wide. Gradients other than that of the output are wide.
+template <typename T, typename P>
+struct Arguments {
+  using A = Wide<T>;
+  int S, H, D, Q, L, K;
+  int tiles; // blocks for the queries of one (image, head)
+  Level levels[kInlineLevels];
+  const Level* more_levels; // all of them, on the device, if there are more than kInlineLevels
+  const T* value; // (N, S, H, D)
+  const P* points; // (N, Q, H, L, K, 2) locations, or offsets in the fused form
+  const P* weights; // (N, Q, H, L, K), or logits in the fused form
+  const A* reference; // (N, Q, L, R) in the fused form
+  int reference_dims; // R: 2 or 4
+  T* output; // (N, Q, H * D)
+  const T* grad_output; // (N, Q, H * D)
+  A* grad_value; // (N, S, H, D), zeros to be added to
+  A* grad_points;
+  A* grad_weights;
+  A* grad_reference; // (N, Q, L, R), zeros to be added to, or null
+};
+
+__device__ __forceinline__ float widen(float x) {
+  return x;
+}
+__device__ __forceinline__ double widen(double x) {
+  return x;
+}
+__device__ __forceinline__ float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float widen(__half x) {
+  return __half2float(x);
+}
+
+__device__ __forceinline__ void narrow(float x, float& to) {
+  to = x;
+}
+__device__ __forceinline__ void narrow(double x, double& to) {
+  to = x;
+}
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) {
+  to = __float2bfloat16(x);
+}
+__device__ __forceinline__ void narrow(float x, __half& to) {
+  to = __float2half(x);
+}
+
+// V values that are loaded and stored together.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  T lane[V];
+};
+
+template <typename T, int V, typename A>
+__device__ __forceinline__ void load(const T* p, A (&values)[V]) {
+  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(p);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    values[i] = widen(pack.lane[i]);
+  }
+}
+
+template <typename T, int V, typename A>
+__device__ __forceinline__ void store(T* p, const A (&values)[V]) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    narrow(values[i], pack.lane[i]);
+  }
+  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+// The same channels in another cell, `bytes` a cell. The product is one instruction; left to itself the compiler makes
+// four of it once it has moved the widening of `bytes` out of a loop.
+template <typename T>
+__device__ __forceinline__ T* advance(T* p, int cells, int bytes) {
+#if defined(__CUDA_ARCH__)
+  int64_t distance;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(distance) : "r"(cells), "r"(bytes));
+#else
+  const int64_t distance = int64_t(cells) * bytes;
+#endif
+  return (T*)((char*)p + distance);
+}
+
+// Adds to global memory; since the old values are not used, these become reductions, on sm_90 one for four floats.
+__device__ __forceinline__ void add_four(float* p, float a, float b, float c, float d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(p), make_float4(a, b, c, d));
+#else
+  atomicAdd(p, a);
+  atomicAdd(p + 1, b);
+  atomicAdd(p + 2, c);
+  atomicAdd(p + 3, d);
+#endif
+}
+
+template <int V, typename A>
+__device__ __forceinline__ void add(A* p, const A (&values)[V]) {
+  if constexpr (sizeof(A) == 4 && V % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      add_four(p + i, values[i], values[i + 1], values[i + 2], values[i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      atomicAdd(p + i, values[i]);
+    }
+  }
+}
+
+template <int G, typename A>
+__device__ __forceinline__ A group_sum(A x) {
+#pragma unroll
+  for (int distance = G / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, distance, G);
+  }
+  return x;
+}
+
+template <int G, typename A>
+__device__ __forceinline__ A group_max(A x) {
+#pragma unroll
+  for (int distance = G / 2; distance > 0; distance /= 2) {
+    const A other = __shfl_xor_sync(kAllLanes, x, distance, G);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// Where this thread works.
+template <int G>
+struct Slot {
+  int lane; // in the group
+  bool active;
+  int64_t row; // (image, query)
+  int64_t index; // (image, query, head)
+  int64_t first; // element of value of the image's first cell, this head
+
+  template <typename T, typename P>
+  __device__ __forceinline__ explicit Slot(const Arguments<T, P>& a) {
+    const int slice = blockIdx.x / a.tiles, tile = blockIdx.x % a.tiles;
+    const int image = slice / a.H, head = slice % a.H;
+    const int query = tile * (kThreads / G) + threadIdx.x / G;
+    lane = threadIdx.x % G;
+    active = query < a.Q;
+    row = int64_t(image) * a.Q + query;
+    index = row * a.H + head;
+    first = (int64_t(image) * a.S * a.H + head) * a.D;
+  }
+};
+
+// A point as its owner sees it. Without work all fields are 0: no corners, no weight.
+template <typename A>
+struct Owned {
+  Point<A, int> point{};
+  Level level{};
+  A weight = 0;
+  A everywhere = 0; // what the point adds to all channels: 0, or NaN
+  A offset_x = 0, offset_y = 0;
+  Reference<A> reference{};
+};
+
+// Largest logit of the slot, and one over the sum of the exponentials.
+template <typename A>
+struct Softmax {
+  A largest = 0, scale = 1;
+
+  __device__ __forceinline__ A weight(A logit) const {
+    return exp(logit - largest) * scale;
+  }
+};
+
+template <int G, typename T, typename P>
+__device__ __forceinline__ Softmax<Wide<T>> softmax(const Arguments<T, P>& a, const Slot<G>& slot) {
+  using A = Wide<T>;
+  Softmax<A> result;
+  const int count = slot.active ? a.L * a.K : 0;
+  const int64_t base = slot.index * a.L * a.K;
+  result.largest = -INFINITY;
+  for (int i = slot.lane; i < count; i += G) {
+    const A logit = A(widen(a.weights[base + i]));
+    result.largest = logit > result.largest ? logit : result.largest;
+  }
+  result.largest = group_max<G>(result.largest);
+  A sum = 0;
+  for (int i = slot.lane; i < count; i += G) {
+    sum += exp(A(widen(a.weights[base + i])) - result.largest);
+  }
+  result.scale = A(1) / group_sum<G>(sum);
+  return result;
+}
+
+template <bool kFused, int G, typename T, typename P>
+__device__ __forceinline__ Owned<Wide<T>>
+own(const Arguments<T, P>& a, const Slot<G>& slot, const Level* levels, const Softmax<Wide<T>>& soft, int i) {
+  using A = Wide<T>;
+  Owned<A> owned;
+  if (!slot.active || i >= a.L * a.K) {
+    return owned;
+  }
+  const int l = i / a.K;
+  const int64_t element = slot.index * a.L * a.K + i;
+  owned.level = levels[l];
+  A xy[2];
+  load<P, 2>(a.points + 2 * element, xy);
+  A x = xy[0], y = xy[1];
+  owned.weight = widen(a.weights[element]);
+  if constexpr (kFused) {
+    owned.weight = soft.weight(owned.weight);
+    const A* r = a.reference + (slot.row * a.L + l) * a.reference_dims;
+    owned.reference = a.reference_dims == 2 ? around_point(r[0], r[1], owned.level.height, owned.level.width)
+                                            : inside_box(r[0], r[1], r[2], r[3], a.K);
+    owned.offset_x = x;
+    owned.offset_y = y;
+    x = owned.reference.x + x * owned.reference.step_x;
+    y = owned.reference.y + y * owned.reference.step_y;
+  }
+  if (locate(x, y, owned.level.height, owned.level.width, owned.point)) {
+    owned.point.cell += owned.level.start;
+  } else {
+    owned.point = {};
+    owned.everywhere = outside(x, y);
+  }
+  return owned;
+}
+
+template <typename T, typename P>
+__device__ __forceinline__ const Level* shared_levels(const Arguments<T, P>& a) {
+  __shared__ Level levels[kInlineLevels];
+  if (a.L > kInlineLevels) {
+    return a.more_levels;
+  }
+  for (int l = threadIdx.x; l < a.L; l += kThreads) {
+    levels[l] = a.levels[l];
+  }
+  __syncthreads();
+  return levels;
+}
+
+// One slot a group: a weighted sum of corners, written once.
+template <bool kFused, int G, int V, typename T, typename P>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Arguments<T, P> a) {
+  using A = Wide<T>;
+  const Level* levels = shared_levels(a);
+  const Slot<G> slot(a);
+  Softmax<A> soft;
+  if constexpr (kFused) {
+    soft = softmax(a, slot);
+  }
+  const int bytes = a.H * a.D * static_cast<int>(sizeof(T));
+
+  for (int round = 0; round < a.D; round += G * V) {
+    const int channel = round + slot.lane * V;
+    const T* value = a.value + slot.first + channel;
+    A sums[V] = {};
+    A everywhere = 0;
+    for (int batch = 0; batch < a.L * a.K; batch += G) {
+      const Owned<A> mine = own<kFused>(a, slot, levels, soft, batch + slot.lane);
+      everywhere += mine.weight * mine.everywhere;
+      A mine_share[4];
+      corner_weights(mine.point, mine.weight, mine_share);
+      const int mine_packed = mine.level.width << 4 | int(mine.point.corners);
+#pragma unroll
+      for (int j = 0; j < (G < 8 ? G : 8); ++j) {
+#pragma unroll 1
+        for (int k = j; k < G; k += 8) { // once, unless G is 32
+          const int packed = __shfl_sync(kAllLanes, mine_packed, k, G);
+          const int cell = __shfl_sync(kAllLanes, mine.point.cell, k, G);
+          const int width = packed >> 4, corners = channel < a.D ? packed : 0;
+          const int steps[4] = {0, 1, width, width + 1};
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const A share = __shfl_sync(kAllLanes, mine_share[c], k, G);
+            if (corners >> c & 1) {
+              A corner[V];
+              load<T, V>(advance(value, cell + steps[c], bytes), corner);
+#pragma unroll
+              for (int v = 0; v < V; ++v) {
+                sums[v] += share * corner[v];
+              }
+            }
+          }
+        }
+      }
+    }
+    everywhere = group_sum<G>(everywhere);
+    if (slot.active && channel < a.D) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sums[v] += everywhere;
+      }
+      store<T, V>(a.output + slot.index * a.D + channel, sums);
+    }
+  }
+}
+
+// Of each lane's sums[j], adds up all lanes of the group and leaves the total of point j in sums[0] of lane j.
+template <int G, int B, typename A>
+__device__ __forceinline__ void reduce_scatter(A (&sums)[B], int lane) {
+#pragma unroll
+  for (int distance = G / 2; distance >= B; distance /= 2) {
+#pragma unroll
+    for (int j = 0; j < B; ++j) {
+      sums[j] += __shfl_xor_sync(kAllLanes, sums[j], distance, G);
+    }
+  }
+#pragma unroll
+  for (int distance = B / 2; distance > 0; distance /= 2) {
+    const bool upper = (lane & distance) != 0;
+#pragma unroll
+    for (int j = 0; j < distance; ++j) {
+      const A keep = upper ? sums[j + distance] : sums[j], give = upper ? sums[j] : sums[j + distance];
+      sums[j] = keep + __shfl_xor_sync(kAllLanes, give, distance, G);
+    }
+  }
+}
+
+// One slot a group: adds to grad_value at the corners, writes the gradients of locations (offsets) and weights (logits).
+template <bool kFused, int G, int V, typename T, typename P>
+__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
+  using A = Wide<T>;
+  constexpr int B = G < 8 ? G : 8;
+  const Level* levels = shared_levels(a);
+  const Slot<G> slot(a);
+  Softmax<A> soft;
+  if constexpr (kFused) {
+    soft = softmax(a, slot);
+  }
+  const int bytes = a.H * a.D * static_cast<int>(sizeof(T)), grad_bytes = a.H * a.D * static_cast<int>(sizeof(A));
+  const int points = a.L * a.K;
+  A mean = 0; // of the weights' gradients, under the softmax
+
+  for (int batch = 0; batch < points; batch += B) {
+    const int i = batch + slot.lane;
+    const Owned<A> mine = own<kFused>(a, slot, levels, soft, slot.lane < B ? i : points);
+    const int mine_packed = mine.level.width << 4 | int(mine.point.corners);
+    A sums_x[B] = {}, sums_y[B] = {}, sums_weight[B] = {};
+
+    for (int round = 0; round < a.D; round += G * V) {
+      const int channel = round + slot.lane * V;
+      const bool busy = slot.active && channel < a.D;
+      const T* value = a.value + slot.first + channel;
+      A* grad_value = a.grad_value + slot.first + channel;
+      A upstream[V] = {};
+      if (busy) {
+        load<T, V>(a.grad_output + slot.index * a.D + channel, upstream);
+      }
+#pragma unroll
+      for (int j = 0; j < B; ++j) {
+        const int packed = __shfl_sync(kAllLanes, mine_packed, j, G);
+        const int cell = __shfl_sync(kAllLanes, mine.point.cell, j, G);
+        const A weight = __shfl_sync(kAllLanes, mine.weight, j, G);
+        Point<A, int> point{};
+        point.fx = __shfl_sync(kAllLanes, mine.point.fx, j, G);
+        point.fy = __shfl_sync(kAllLanes, mine.point.fy, j, G);
+        A share[4], dots[4];
+        corner_weights(point, weight, share);
+        const int width = packed >> 4, corners = busy ? packed : 0;
+        const int steps[4] = {0, 1, width, width + 1};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          dots[c] = 0;
+          if (corners >> c & 1) {
+            A corner[V], grad[V];
+            load<T, V>(advance(value, cell + steps[c], bytes), corner);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              dots[c] += upstream[v] * corner[v];
+              grad[v] = upstream[v] * share[c];
+            }
+            add<V>(advance(grad_value, cell + steps[c], grad_bytes), grad);
+          }
+        }
+        // With a weight and a size of one; the owner multiplies the sums with its own.
+        const PointGradient<A> gradient = point_gradient(point, dots, A(1), 1, 1);
+        sums_x[j] += gradient.x;
+        sums_y[j] += gradient.y;
+        sums_weight[j] += gradient.weight;
+      }
+    }
+
+    reduce_scatter<G>(sums_x, slot.lane);
+    reduce_scatter<G>(sums_y, slot.lane);
+    reduce_scatter<G>(sums_weight, slot.lane);
+    if (slot.active && slot.lane < B && i < points) {
+      const int64_t element = slot.index * points + i;
+      A x = sums_x[0] * mine.weight * A(mine.level.width) + mine.everywhere;
+      A y = sums_y[0] * mine.weight * A(mine.level.height) + mine.everywhere;
+      const A weight = sums_weight[0] + mine.everywhere;
+      if constexpr (kFused) {
+        mean += mine.weight * weight;
+        if (a.grad_reference != nullptr) {
+          const int64_t r = (slot.row * a.L + i / a.K) * a.reference_dims;
+          atomicAdd(a.grad_reference + r, x);
+          atomicAdd(a.grad_reference + r + 1, y);
+          if (a.reference_dims == 4) {
+            const A half = box_step<A>(a.K);
+            atomicAdd(a.grad_reference + r + 2, x * mine.offset_x * half);
+            atomicAdd(a.grad_reference + r + 3, y * mine.offset_y * half);
+          }
+        }
+        x *= mine.reference.step_x;
+        y *= mine.reference.step_y;
+      }
+      a.grad_points[2 * element] = x;
+      a.grad_points[2 * element + 1] = y;
+      a.grad_weights[element] = weight;
+    }
+  }
+
+  if constexpr (kFused) { // gradients of the weights become those of the logits; each lane reads what it has written
+    mean = group_sum<G>(mean);
+    if (slot.active && slot.lane < B) {
+      for (int i = slot.lane; i < points; i += B) {
+        const int64_t element = slot.index * points + i;
+        const A weight = soft.weight(widen(a.weights[element]));
+        a.grad_weights[element] = weight * (a.grad_weights[element] - mean);
+      }
+    }
+  }
+}
+
+} // namespace
+} // namespace dn_detr_d2

@@ -1,0 +1,259 @@
+// The operators on CUDA: checks, allocation, launches. The kernels are in kernels.cuh.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.cuh"
+
+namespace dn_detr_d2 {
+namespace {
+
+// The five tensors of either form; in the plain form there is no reference.
+struct Inputs {
+  at::Tensor value, points, weights, reference;
+  at::IntArrayRef spatial_shapes;
+  Sizes sizes;
+};
+
+at::ScalarType wide_of(const at::Tensor& value) {
+  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_range(const Sizes& sizes, at::IntArrayRef spatial_shapes) {
+  constexpr int64_t kMax = std::numeric_limits<int>::max();
+  TORCH_CHECK(
+      sizes.S <= kMax && sizes.H <= kMax && sizes.D <= kMax / 8 / std::max<int64_t>(1, sizes.H) && sizes.Q <= kMax / 2 &&
+          sizes.L <= kMax / 4 / std::max<int64_t>(1, sizes.K) && sizes.K <= kMax / 4,
+      "value or sampling_locations is too large for the CUDA kernel: S, 8 * H * D, 2 * Q and 4 * L * K must be below 2^31");
+  for (const auto size : spatial_shapes) {
+    TORCH_CHECK(
+        size < (int64_t(1) << 27), "spatial_shapes must be below 2^27 for the CUDA kernel, got ", spatial_shapes);
+  }
+}
+
+// The kernels read locations and weights in the type of the values if both have it, else in the wide one.
+at::ScalarType points_dtype(const at::Tensor& value, const at::Tensor& points, const at::Tensor& weights) {
+  const auto dtype = value.scalar_type();
+  return points.scalar_type() == dtype && weights.scalar_type() == dtype ? dtype : wide_of(value);
+}
+
+Inputs make_inputs(
+    const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& sampling_locations,
+    const at::Tensor& attention_weights) {
+  const Sizes sizes = check_inputs(
+      value, spatial_shapes, sampling_locations, "sampling_locations", attention_weights, "attention_weights");
+  check_range(sizes, spatial_shapes);
+  const auto dtype = points_dtype(value, sampling_locations, attention_weights);
+  return {
+      value.contiguous(), sampling_locations.to(dtype).contiguous(), attention_weights.to(dtype).contiguous(), {},
+      spatial_shapes, sizes};
+}
+
+Inputs make_fused_inputs(
+    const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& reference,
+    const at::Tensor& sampling_offsets, const at::Tensor& attention_logits) {
+  const Sizes sizes = check_inputs(
+      value, spatial_shapes, sampling_offsets, "sampling_offsets", attention_logits, "attention_logits");
+  check_reference(reference, value, sizes);
+  check_range(sizes, spatial_shapes);
+  const auto dtype = points_dtype(value, sampling_offsets, attention_logits);
+  return {
+      value.contiguous(), sampling_offsets.to(dtype).contiguous(), attention_logits.to(dtype).contiguous(),
+      reference.to(wide_of(value)).contiguous(), spatial_shapes, sizes};
+}
+
+bool aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Calls visit(T(), P()) with the types of value and of locations and weights, in CUDA's words.
+template <typename Visit>
+void with_types(const Inputs& in, Visit visit) {
+  const bool same = in.points.scalar_type() == in.value.scalar_type();
+  switch (in.value.scalar_type()) {
+    case at::kDouble:
+      return visit(double(), double());
+    case at::kFloat:
+      return visit(float(), float());
+    case at::kBFloat16:
+      return same ? visit(__nv_bfloat16(), __nv_bfloat16()) : visit(__nv_bfloat16(), float());
+    default:
+      return same ? visit(__half(), __half()) : visit(__half(), float());
+  }
+}
+
+template <typename T, typename P>
+Arguments<T, P> make_arguments(const Inputs& in, at::Tensor& more_levels) {
+  Arguments<T, P> a{};
+  a.S = in.sizes.S, a.H = in.sizes.H, a.D = in.sizes.D, a.Q = in.sizes.Q, a.L = in.sizes.L, a.K = in.sizes.K;
+  a.value = static_cast<const T*>(in.value.const_data_ptr());
+  a.points = static_cast<const P*>(in.points.const_data_ptr());
+  a.weights = static_cast<const P*>(in.weights.const_data_ptr());
+  if (in.reference.defined()) {
+    a.reference = static_cast<const Wide<T>*>(in.reference.const_data_ptr());
+    a.reference_dims = static_cast<int>(in.reference.size(3));
+  }
+  std::vector<Level> levels(in.sizes.L);
+  int start = 0;
+  for (int l = 0; l < a.L; ++l) {
+    levels[l] = {static_cast<int>(in.spatial_shapes[2 * l]), static_cast<int>(in.spatial_shapes[2 * l + 1]), start};
+    start += levels[l].height * levels[l].width;
+  }
+  if (a.L <= kInlineLevels) {
+    std::copy(levels.begin(), levels.end(), a.levels);
+  } else {
+    more_levels = at::empty({a.L, 3}, at::kInt);
+    std::copy(levels.begin(), levels.end(), static_cast<Level*>(more_levels.mutable_data_ptr()));
+    more_levels = more_levels.to(in.value.device());
+    a.more_levels = static_cast<const Level*>(more_levels.const_data_ptr());
+  }
+  return a;
+}
+
+// Calls launch(G, V) with the widest loads that the channels and the addresses allow.
+template <typename T, typename Launch>
+void with_geometry(int64_t channels, bool all_aligned, Launch launch) {
+  constexpr int kWidest = 16 / sizeof(T);
+  if (!all_aligned || channels % kWidest != 0) {
+    launch(std::integral_constant<int, 32>(), std::integral_constant<int, 1>());
+  } else if (channels <= 4 * kWidest) {
+    launch(std::integral_constant<int, 4>(), std::integral_constant<int, kWidest>());
+  } else {
+    launch(std::integral_constant<int, 8>(), std::integral_constant<int, kWidest>());
+  }
+}
+
+// Sets the number of blocks: the queries of one (image, head) in tiles, one slot for each group of lanes.
+template <typename T, typename P>
+unsigned count_blocks(Arguments<T, P>& a, const Sizes& sizes, int lanes) {
+  const int64_t slots = kThreads / lanes;
+  a.tiles = static_cast<int>((sizes.Q + slots - 1) / slots);
+  const int64_t blocks = sizes.N * sizes.H * a.tiles;
+  TORCH_CHECK(
+      blocks <= std::numeric_limits<int>::max(), "value or sampling_locations is too large for the CUDA kernel: ", blocks,
+      " blocks of queries");
+  return static_cast<unsigned>(blocks);
+}
+
+template <bool kFused>
+at::Tensor run_forward(const Inputs& in) {
+  const c10::cuda::CUDAGuard guard(in.value.device());
+  auto output = at::empty({in.sizes.N, in.sizes.Q, in.sizes.H * in.sizes.D}, in.value.options());
+  if (output.numel() == 0) {
+    return output;
+  }
+  with_types(in, [&](auto stored, auto by_point) {
+    using T = decltype(stored);
+    using P = decltype(by_point);
+    at::Tensor more_levels;
+    auto a = make_arguments<T, P>(in, more_levels);
+    a.output = static_cast<T*>(output.mutable_data_ptr());
+    with_geometry<T>(in.sizes.D, aligned(in.value), [&](auto lanes, auto channels) {
+      const unsigned blocks = count_blocks(a, in.sizes, lanes);
+      forward_kernel<kFused, lanes(), channels(), T, P>
+          <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return output;
+}
+
+struct Gradients {
+  at::Tensor value, points, weights, reference;
+};
+
+template <bool kFused>
+Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool reference_requires_grad) {
+  // Sums over queries are made by atomic additions, whose order changes from run to run.
+  at::globalContext().alertNotDeterministic("ms_deform_attn_backward_cuda");
+  check_grad_output(grad_output, in.value, in.sizes);
+  const c10::cuda::CUDAGuard guard(in.value.device());
+  const auto upstream = grad_output.contiguous();
+  const auto options = in.value.options().dtype(wide_of(in.value));
+  Gradients grads;
+  grads.value = at::zeros(in.value.sizes(), options);
+  grads.points = at::empty(in.points.sizes(), options);
+  grads.weights = at::empty(in.weights.sizes(), options);
+  if (kFused && reference_requires_grad) {
+    grads.reference = at::zeros(in.reference.sizes(), options);
+  }
+  if (in.sizes.N * in.sizes.Q * in.sizes.H > 0) {
+    with_types(in, [&](auto stored, auto by_point) {
+      using T = decltype(stored);
+      using P = decltype(by_point);
+      using A = Wide<T>;
+      at::Tensor more_levels;
+      auto a = make_arguments<T, P>(in, more_levels);
+      a.grad_output = static_cast<const T*>(upstream.const_data_ptr());
+      a.grad_value = static_cast<A*>(grads.value.mutable_data_ptr());
+      a.grad_points = static_cast<A*>(grads.points.mutable_data_ptr());
+      a.grad_weights = static_cast<A*>(grads.weights.mutable_data_ptr());
+      a.grad_reference = grads.reference.defined() ? static_cast<A*>(grads.reference.mutable_data_ptr()) : nullptr;
+      with_geometry<T>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
+        const unsigned blocks = count_blocks(a, in.sizes, lanes);
+        backward_kernel<kFused, lanes(), channels(), T, P>
+            <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+    });
+  }
+  return grads;
+}
+
+at::Tensor forward(
+    const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& sampling_locations,
+    const at::Tensor& attention_weights) {
+  return run_forward<false>(make_inputs(value, spatial_shapes, sampling_locations, attention_weights));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
+    const at::Tensor& sampling_locations, const at::Tensor& attention_weights) {
+  const auto in = make_inputs(value, spatial_shapes, sampling_locations, attention_weights);
+  auto grads = run_backward<false>(in, grad_output, false);
+  return {
+      grads.value.to(value.scalar_type()), grads.points.to(sampling_locations.scalar_type()),
+      grads.weights.to(attention_weights.scalar_type())};
+}
+
+at::Tensor fused_forward(
+    const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& reference,
+    const at::Tensor& sampling_offsets, const at::Tensor& attention_logits) {
+  return run_forward<true>(make_fused_inputs(value, spatial_shapes, reference, sampling_offsets, attention_logits));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_backward(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef spatial_shapes,
+    const at::Tensor& reference, const at::Tensor& sampling_offsets, const at::Tensor& attention_logits,
+    bool reference_requires_grad) {
+  const auto in = make_fused_inputs(value, spatial_shapes, reference, sampling_offsets, attention_logits);
+  auto grads = run_backward<true>(in, grad_output, reference_requires_grad);
+  auto grad_reference = reference_requires_grad ? grads.reference.to(reference.scalar_type())
+                                                : at::empty({0}, reference.options());
+  return {
+      grads.value.to(value.scalar_type()), grad_reference, grads.points.to(sampling_offsets.scalar_type()),
+      grads.weights.to(attention_logits.scalar_type())};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(dn_detr_d2, CUDA, library) {
+  library.impl("ms_deform_attn", forward);
+  library.impl("ms_deform_attn_backward", backward);
+  library.impl("ms_deform_attn_fused", fused_forward);
+  library.impl("ms_deform_attn_fused_backward", fused_backward);
+}
+
+} // namespace dn_detr_d2

@@ -1,0 +1,21 @@
+// One call of a CUDA kernel; fields as Arguments in csrc/cuda/kernels.cuh, all by-point tensors wide.
+#pragma once
+
+#include <cstdint>
+
+namespace dn_detr_d2 {
+
+struct CudaCall {
+  int N, S, H, D, Q, L, K;
+  const int64_t* shapes;
+  const void *value, *points, *weights, *reference;
+  int reference_dims;
+  void* output;
+  const void* grad_output;
+  void *grad_value, *grad_points, *grad_weights, *grad_reference; // value and reference: zeros to be added to
+};
+
+// dtype: as the CPU kernels' Dtype.
+void cuda_on_cpu(const CudaCall& call, int dtype, bool backward);
+
+} // namespace dn_detr_d2
