@@ -153,12 +153,10 @@ def locations_from_boxes(boxes: Tensor, offsets: Tensor, shapes: list[tuple[int,
     return centre + offsets / num_points * size * 0.5
 
 
-def _check_inputs(value, spatial_shapes, by_point: dict, reference=None) -> None:
-    """``by_point``: what is (N, Q, H, L, K, 2) and what is (N, Q, H, L, K), by name."""
-    tensors = (
-        {"value": value, **by_point} if reference is None else {"value": value, "reference": reference, **by_point}
-    )
-    for name, tensor in tensors.items():
+def _check_inputs(value, spatial_shapes, by_point: dict, *references) -> None:
+    """``by_point``: what is (N, Q, H, L, K, 2) and what is (N, Q, H, L, K), by name; ``references``: none or one."""
+    named = [("value", value), *(("reference", x) for x in references), *by_point.items()]
+    for name, tensor in named:
         _check_tensor(name, tensor, value)
     (name, points), (weights_name, weights) = by_point.items()
 
@@ -177,7 +175,7 @@ def _check_inputs(value, spatial_shapes, by_point: dict, reference=None) -> None
             f"{name} has N = {points.shape[0]} and H = {points.shape[2]}, but value has N = {n} and H = {h}"
         )
     _check_shapes(spatial_shapes, s, points.shape[3], name)
-    if reference is not None:
+    for reference in references:
         expected = (n, points.shape[1], points.shape[3])
         if reference.dim() != 4 or reference.shape[3] not in (2, 4) or reference.shape[:3] != expected:
             raise ValueError(

@@ -1,0 +1,154 @@
+"""What the operator must refuse, by the name of the argument: the functions, and the operators themselves."""
+
+import numpy as np
+import pytest
+import torch
+from op_cases import make_fused_inputs, make_inputs
+
+from dn_detr_d2.layers import missing_kernel, ms_deform_attn, ms_deform_attn_fused
+
+needs_kernel = pytest.mark.skipif(bool(missing_kernel("cpu")), reason=missing_kernel("cpu") or "-")
+
+# What is done to one argument of (value, spatial_shapes, points, weights), and the name that the message must hold. The last
+# two are called differently in the two forms.
+TENSOR_FAULTS = {
+    "integers": lambda x: x.long(),
+    "booleans": lambda x: x > 0,
+    "complex numbers": lambda x: x.to(torch.complex64),
+    "another device": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "one dimension less": lambda x: x[0],
+    "one dimension more": lambda x: x[None],
+    "a scalar": lambda x: x.flatten()[0],
+}
+NOT_TENSORS = {"a list": lambda x: x.tolist(), "an array": lambda x: x.numpy(), "nothing": lambda x: None}
+VALUE_FAULTS = {
+    "more images": lambda x: torch.cat([x, x]),
+    "more cells": lambda x: torch.cat([x, x[:, :1]], 1),
+    "fewer cells": lambda x: x[:, 1:],
+    "fewer heads": lambda x: x[:, :, :1],
+}
+POINT_FAULTS = {
+    "more images": lambda x: torch.cat([x, x]),
+    "fewer queries": lambda x: x[:, :-1],
+    "more heads": lambda x: torch.cat([x, x], 2),
+    "fewer levels": lambda x: x[:, :, :, :1],
+    "fewer points": lambda x: x[:, :, :, :, :-1],
+}
+SHAPE_FAULTS = {
+    "one level less": lambda s: s[:1],
+    "one level more": lambda s: [*s, (1, 1)],
+    "a larger level": lambda s: [(s[0][0] + 1, s[0][1]), s[1]],
+    "a smaller level": lambda s: [(s[0][0] - 1, s[0][1]), s[1]],
+    "a negative size": lambda s: [(-s[0][0], -s[0][1]), s[1]],
+    "a huge size": lambda s: [(2**40, 2**40), s[1]],
+}
+PYTHON_SHAPE_FAULTS = {
+    "a tensor": lambda s: torch.tensor(s),
+    "an array": lambda s: np.array(s),
+    "flat": lambda s: [x for pair in s for x in pair],
+    "floats": lambda s: [(float(a), b) for a, b in s],
+    "bools": lambda s: [(True, b) for _, b in s],
+    "triples": lambda s: [(a, b, 1) for a, b in s],
+    "nothing": lambda s: None,
+    "a number": lambda s: 30,
+}
+REFERENCE_FAULTS = {
+    **TENSOR_FAULTS,
+    "three numbers": lambda x: x[..., :3],
+    "fewer queries": lambda x: x[:, :1],
+    "more images": lambda x: torch.cat([x, x]),
+    "fewer levels": lambda x: x[:, :, :1],
+}
+
+PLAIN_NAMES = ("value", "spatial_shapes", "sampling_locations", "attention_weights")
+FUSED_NAMES = ("value", "spatial_shapes", "reference", "sampling_offsets", "attention_logits")
+
+
+def violations(names, python):
+    """(argument, fault, change) for all arguments of one form."""
+    for name in names:
+        if name == "spatial_shapes":
+            faults = {**SHAPE_FAULTS, **(PYTHON_SHAPE_FAULTS if python else {})}
+        elif name == "reference":
+            faults = {**REFERENCE_FAULTS, **(NOT_TENSORS if python else {})}
+        else:
+            own = VALUE_FAULTS if name == "value" else POINT_FAULTS
+            faults = {**TENSOR_FAULTS, **own, **(NOT_TENSORS if python else {})}
+        yield from ((name, fault, change) for fault, change in faults.items())
+
+
+PLAIN, FUSED = list(violations(PLAIN_NAMES, True)), list(violations(FUSED_NAMES, True))
+# The dispatcher itself refuses or reroutes mixed devices and layouts before an operator is asked.
+PLAIN_OP, FUSED_OP = (
+    [x for x in violations(names, False) if x[1] not in ("another device", "sparse")]
+    for names in (PLAIN_NAMES, FUSED_NAMES)
+)
+assert len(PLAIN) + len(FUSED) >= 80
+assert len(PLAIN_OP) + len(FUSED_OP) >= 80
+
+
+def spoil(arguments, names, name, change):
+    changed = list(arguments)
+    changed[names.index(name)] = change(changed[names.index(name)])
+    return changed
+
+
+def flat(arguments):
+    return [[size for shape in x for size in shape] if isinstance(x, list) else x for x in arguments]
+
+
+def assert_named(error, name, names, arguments):
+    """The message holds the argument's name, or that of the one it no longer fits."""
+    text = str(error.value)
+    assert any(other in text for other in (names if name in names else (name,))), text
+    partners = {"value": names, "spatial_shapes": ("spatial_shapes", "value"), "reference": ("reference",)}
+    assert any(partner in text for partner in partners.get(name, (name, names[-1], names[-2], "spatial_shapes"))), text
+
+
+@pytest.mark.parametrize(("name", "fault", "change"), PLAIN, ids=[f"{n}: {f}" for n, f, _ in PLAIN])
+def test_function_refuses(name, fault, change):
+    arguments = make_inputs(n=1, q=3, dtype=torch.float32)
+    with pytest.raises((TypeError, ValueError)) as error:
+        ms_deform_attn(*spoil(arguments, PLAIN_NAMES, name, change))
+    assert_named(error, name, PLAIN_NAMES, arguments)
+
+
+@pytest.mark.parametrize(("name", "fault", "change"), FUSED, ids=[f"{n}: {f}" for n, f, _ in FUSED])
+def test_fused_function_refuses(name, fault, change):
+    arguments = make_fused_inputs(4, n=1, q=3)
+    with pytest.raises((TypeError, ValueError)) as error:
+        ms_deform_attn_fused(*spoil(arguments, FUSED_NAMES, name, change))
+    assert_named(error, name, FUSED_NAMES, arguments)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "fault", "change"), PLAIN_OP, ids=[f"{n}: {f}" for n, f, _ in PLAIN_OP])
+def test_registered_operator_refuses(name, fault, change):
+    arguments = flat(spoil(make_inputs(n=1, q=3), PLAIN_NAMES, name, change))
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.dn_detr_d2.ms_deform_attn(*arguments)
+    assert_named(error, name, PLAIN_NAMES, arguments)
+    with pytest.raises(RuntimeError):
+        torch.ops.dn_detr_d2.ms_deform_attn_backward(torch.zeros(1, 3, 8, dtype=torch.float64), *arguments)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "fault", "change"), FUSED_OP, ids=[f"{n}: {f}" for n, f, _ in FUSED_OP])
+def test_registered_fused_operator_refuses(name, fault, change):
+    arguments = flat(spoil(make_fused_inputs(4, n=1, q=3), FUSED_NAMES, name, change))
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.dn_detr_d2.ms_deform_attn_fused(*arguments)
+    assert_named(error, name, FUSED_NAMES, arguments)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "change", [lambda g: g[:, :1], lambda g: g[..., :-1], lambda g: g.float(), lambda g: g[0]], ids=str
+)
+def test_backward_refuses_a_gradient_that_does_not_fit(change):
+    value, shapes, loc, weights = make_inputs()
+    with pytest.raises(RuntimeError, match="grad_output"):
+        torch.ops.dn_detr_d2.ms_deform_attn_backward(
+            change(torch.zeros(1, 3, 8, dtype=torch.float64)), value, flat([shapes])[0], loc, weights
+        )

@@ -1,0 +1,131 @@
+"""What setup.py builds where, and that it says so: each case in a copy of the sources."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+CSRC = sorted(ROOT.glob("csrc/**/*.*"))
+
+
+@pytest.fixture
+def build(tmp_path):
+    """build(**environment) -> (exit code, output, what _build.txt says); PATH="" hides all compilers."""
+    for name in ("setup.py", "README.md", "dn_detr_d2/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+
+    def run(**environment):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("DN_DETR_")}
+        ran = subprocess.run(
+            [sys.executable, "-W", "ignore", "setup.py", "build_ext", "--inplace"],
+            cwd=tmp_path, env={**env, **environment}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        report = tmp_path / "dn_detr_d2" / "_build.txt"
+        return ran.returncode, ran.stdout + ran.stderr, report.read_text() if report.exists() else ""
+
+    return run
+
+
+def test_nothing_is_built_when_that_is_wished(build):
+    code, output, report = build(DN_DETR_NO_EXT="1")
+    assert code == 0, output
+    assert report == "no kernels were built: DN_DETR_NO_EXT is set\n"
+    assert "dn_detr_d2: " + report in output
+
+
+def test_without_a_compiler_the_installation_goes_on(build):
+    code, output, report = build(PATH="/nowhere", CXX="g++-of-nobody")
+    assert code == 0, output
+    assert report.startswith("no kernels were built: no C++ compiler was found (looked for g++-of-nobody")
+    assert "pip install --no-build-isolation -e ." in report
+
+
+def test_a_failing_compiler_does_not_fail_the_installation(build, tmp_path):
+    (tmp_path / "csrc" / "registration.cpp").write_text("#error this does not compile\n")
+    code, output, report = build(MAX_JOBS="2", DEBUG="1")
+    assert code == 0, output[-3000:]
+    assert report.startswith("no kernels were built: the compiler failed (")
+    assert not list((tmp_path / "dn_detr_d2").glob("*.so"))
+
+
+def test_cuda_by_force_without_a_toolkit_is_an_error(build):
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("this machine has a toolkit where one is looked for by default")
+    code, output, _ = build(DN_DETR_FORCE_CUDA="1", PATH="/usr/bin:/bin", CUDA_HOME="", CUDA_PATH="")
+    assert code != 0
+    assert re.search("error: DN_DETR_FORCE_CUDA is set, but (no CUDA toolkit was found|PyTorch .* has no CUDA)", output)
+
+
+@pytest.mark.parametrize("path", CSRC, ids=lambda p: p.name)
+def test_sources_use_current_interfaces_only(path):
+    """What made the field's operators fail to build, or fail in silence."""
+    text = path.read_text()
+    for outdated in (
+        r"THC/", r"\bTHCudaCheck", r"\.type\(\)", r"\.data<", r"AT_ERROR", r"AT_ASSERT", r"AT_CHECK", r"AT_CUDA_CHECK",
+        r"torch/extension\.h", r"PYBIND11_MODULE", r"\bprintf\(", r"march=native", r"DeprecatedTypeProperties",
+    ):  # fmt: skip
+        assert not re.search(outdated, text), f"{path.name} contains {outdated}"
+    if launches := len(re.findall(r"<<<", text)):
+        assert len(re.findall("C10_CUDA_KERNEL_LAUNCH_CHECK\\(\\)", text)) == launches
+        assert "CUDAGuard" in text
+        assert "getCurrentCUDAStream" in text
+
+
+def test_no_instruction_set_is_raised_for_the_whole_library():
+    assert "march" not in (ROOT / "setup.py").read_text()
+    for path in ROOT.glob("csrc/cpu/kernels_avx*.cpp"):
+        includes = re.findall(r"#include [<\"](.+)[>\"]", path.read_text())
+        assert not any(name.startswith(("ATen", "torch", "c10")) for name in includes)
+
+
+def test_objects_of_raised_instruction_sets_share_no_code_with_the_process(tmp_path):
+    """A function that the linker may take for another file's would bring AVX to processors without it."""
+    if not (shutil.which("g++") and shutil.which("nm")):
+        pytest.skip("needs g++ and nm")
+    for path in ROOT.glob("csrc/cpu/kernels_avx*.cpp"):
+        target = tmp_path / f"{path.stem}.o"
+        subprocess.run(["g++", "-std=c++17", "-O3", "-fPIC", "-c", str(path), "-o", str(target)], check=True)
+        symbols = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r"^\S* [WVu] (?!DW\.ref).*$", symbols, re.MULTILINE)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_cuda_kernels_compile(tmp_path, architecture):
+    """The kernels alone, for each architecture; shows that vector reductions are used where the GPU has them."""
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("needs nvcc")
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
+        f'#include "{ROOT}/csrc/cuda/kernels.cuh"\n'
+        "using namespace dn_detr_d2;\n"
+        "template <bool F, int G, int V, class T, class P> void both(Arguments<T, P> a) {\n"
+        "  forward_kernel<F, G, V, T, P><<<1, kThreads>>>(a);\n  backward_kernel<F, G, V, T, P><<<1, kThreads>>>(a);\n}\n"
+        "void all(Arguments<float, float> f, Arguments<__nv_bfloat16, float> b, Arguments<double, double> d) {\n"
+        "  both<false, 8, 4>(f); both<true, 8, 4>(f); both<false, 4, 8>(b); both<true, 4, 8>(b); both<true, 32, 1>(d);\n}\n"
+    )
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        f"-arch=sm_{architecture}",
+        "-ptx",
+        "-o",
+        str(tmp_path / "k.ptx"),
+        str(source),
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "warning" not in ran.stderr
+    ptx = (tmp_path / "k.ptx").read_text()
+    assert ("v4.f32" in "".join(line for line in ptx.splitlines() if "atom" in line or "red." in line)) == (
+        architecture == "90"
+    )
