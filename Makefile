@@ -33,7 +33,7 @@ lint: $(ENVIRONMENT)
 
 environment: $(ENVIRONMENT)
 
-$(READY): requirements.txt setup.py tools/install_detectron2.py
+$(READY): requirements.txt setup.py tools/install_detectron2.py $(wildcard csrc/* csrc/*/*)
 	@echo "== Making the environment $(VENV) (5.5 GB, a few minutes; the next time it is there)"
 	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
 	@echo "== Installing the pinned requirements (requirements.txt)"
@@ -41,8 +41,9 @@ $(READY): requirements.txt setup.py tools/install_detectron2.py
 	$(PIP) -r requirements.txt
 	@echo "== Installing Detectron2"
 	$(VENV)/bin/python tools/install_detectron2.py
-	@echo "== Installing this package"
+	@echo "== Installing this package, with its operators where there is a compiler (about a minute)"
 	$(PIP) --no-build-isolation --no-deps -e .
+	@cat dn_detr_d2/_build.txt
 	@touch $@
 
 check-python:
