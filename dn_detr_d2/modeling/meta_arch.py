@@ -91,13 +91,13 @@ class DenoisingDETR(nn.Module):
             backbone = build_backbone(cfg)
         with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
             matcher, criterion = HungarianMatcher(cfg), SetCriterion(cfg)
-        encoder, decoder = build_encoder(cfg), build_decoder(cfg)
+        neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
         with name_the_node("MODEL.DN_DETR.OP_BACKEND"):
             if any(isinstance(x, MultiScaleDeformableAttention) for part in (encoder, decoder) for x in part.modules()):
                 uses_kernel(root.OP_BACKEND, torch.device(cfg.MODEL.DEVICE).type)  # says which it is, or refuses
         return {
             "backbone": backbone,
-            "neck": Neck(cfg, backbone.output_shape()),
+            "neck": neck,
             "encoder": encoder,
             "query_source": build_query_source(cfg),
             "decoder": decoder,
