@@ -137,6 +137,9 @@ inline Wide<T> sample_level(
       everywhere += weights[k] * outside(locations[2 * k], locations[2 * k + 1]);
       continue;
     }
+    if (point.corners == 0) { // an empty level has no address to count from
+      continue;
+    }
     A share[4];
     corner_weights(point, weights[k], share);
     const T* corner0 = level + point.cell * stride;
