@@ -6,18 +6,141 @@ import pytest
 import torch
 from conftest import SYSTEMS, make_batch
 from detectron2.utils.events import EventStorage
+from layers.op_cases import make_fused_inputs, make_inputs
 
 from dn_detr_d2.engine import TrainStep
-from dn_detr_d2.layers import ms_deform_attn
+from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_operator_equals_the_cpu():
-    value, loc, weights = torch.randn(2, 30, 2, 4), torch.rand(2, 5, 2, 2, 3, 2), torch.rand(2, 5, 2, 2, 3)
-    shapes = [(6, 4), (3, 2)]
-    there = ms_deform_attn(value.cuda(), shapes, loc.cuda(), weights.cuda())
-    torch.testing.assert_close(there.cpu(), ms_deform_attn(value, shapes, loc, weights), atol=1e-5, rtol=1e-5)
+def there(*tensors):
+    """Leaves on the GPU."""
+    return [x.detach().cuda().requires_grad_() for x in tensors]
+
+
+def forward_and_gradients(function, tensors):
+    """(output, gradients) on the CPU; the gradient of the output is a fixed pattern."""
+    out = function(*tensors)
+    upstream = torch.linspace(-1, 1, max(1, out.numel()), dtype=torch.float64)[: out.numel()].view(out.shape)
+    grads = torch.autograd.grad(out, tensors, upstream.to(out.device, out.dtype))
+    return [x.detach().cpu() for x in (out, *grads)]
+
+
+SHAPES = [(6, 4), (3, 2)]
+SIZES = [
+    *({"d": d, "h": h} for d in (1, 3, 4, 8, 16, 30, 32, 33, 48, 64, 71, 128, 1025) for h in (1, 2, 8)),
+    *({"d": 32, "k": k} for k in (0, 1, 2, 3, 4, 5, 8, 9, 17)),
+    *({"d": 32, "shapes": [(2, 3)] * levels} for levels in (0, 1, 3, 5, 32, 33, 40)),
+    *({"d": 32, name: 0} for name in ("n", "q", "h", "d")),
+    *({"d": 32, "n": n, "q": q} for n in (1, 2, 65, 257) for q in (1, 31, 257)),
+    {"d": 32, "shapes": [(0, 3), (2, 2)]},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_operator_equals_the_definition(sizes, dtype):
+    value, shapes, loc, weights = make_inputs(**{"shapes": SHAPES, **sizes})
+    exact = forward_and_gradients(
+        lambda v, x, w: ms_deform_attn(v, shapes, x, w, "torch"), [x.requires_grad_() for x in (value, loc, weights)]
+    )
+    ours = forward_and_gradients(
+        lambda v, x, w: ms_deform_attn(v, shapes, x, w, "cuda"), there(*(x.to(dtype) for x in (value, loc, weights)))
+    )
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(
+            a.double(), b, atol=tolerance * max(1, b.abs().max().item() if b.numel() else 1), rtol=0
+        )
+
+
+@pytest.mark.parametrize("dims", [2, 4])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"k": 0}, {"q": 0}, {"shapes": []}, {"k": 5, "h": 3}, {"q": 300, "n": 3}], ids=str
+)
+def test_fused_form_equals_the_definition(dims, sizes):
+    value, shapes, *rest = make_fused_inputs(dims, **{"d": 32, **sizes})
+    tensors = [x.requires_grad_() for x in (value, *rest)]
+    exact = forward_and_gradients(lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"), tensors)
+    ours = forward_and_gradients(lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10 * max(1, b.abs().max().item() if b.numel() else 1), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("point_dtype", [torch.float32, None])
+def test_sixteen_bits_equal_the_cpu_kernel(dtype, point_dtype):
+    """Both sum in float32 and round once, so that they differ by a rounding of the output at most."""
+    value, shapes, loc, weights = make_inputs(2, 37, 8, 32, 4, SHAPES, dtype, point_dtype)
+    run = [lambda v, x, w, b=b: ms_deform_attn(v, shapes, x, w, b) for b in ("cpu", "cuda")]
+    here = forward_and_gradients(run[0], [x.requires_grad_() for x in (value, loc, weights)])
+    for a, b in zip(forward_and_gradients(run[1], there(value, loc, weights)), here, strict=True):
+        assert a.dtype == b.dtype
+        scale = b.abs().max().item()
+        torch.testing.assert_close(a, b, atol=2 * torch.finfo(dtype).eps * scale, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_locations_that_are_not_finite_are_alike(bad):
+    value, shapes, loc, weights = make_inputs(1, 3, 2, 32, 2, SHAPES, torch.float32)
+    loc[0, 1, 0, 1, 1, 0] = bad
+    here, there_ = (
+        forward_and_gradients(lambda v, x, w, b=b: ms_deform_attn(v, shapes, x, w, b), tensors)
+        for b, tensors in (
+            ("cpu", [x.requires_grad_() for x in (value, loc, weights)]),
+            ("cuda", there(value, loc, weights)),
+        )
+    )
+    for a, b in zip(there_, here, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n": 2, "k": 3, "d": 32}, {"q": 0}, {"d": 33}], ids=str)
+def test_opcheck(sizes):
+    value, shapes, loc, weights = make_inputs(**sizes, dtype=torch.float32)
+    flat = [x for shape in shapes for x in shape]
+    value, loc, weights = there(value, loc, weights)
+    torch.library.opcheck(torch.ops.dn_detr_d2.ms_deform_attn.default, (value, flat, loc, weights))
+
+
+def test_the_backward_pass_raises_under_deterministic_algorithms():
+    value, shapes, loc, weights = make_inputs(dtype=torch.float32)
+    out = ms_deform_attn(value.cuda().requires_grad_(), shapes, loc.cuda(), weights.cuda())
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="ms_deform_attn_backward_cuda does not have a deterministic"):
+            out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_cuda_graph_can_record_a_call():
+    value, shapes, loc, weights = make_inputs(1, 9, 2, 32, 4, SHAPES, torch.float32)
+    value, loc, weights = value.cuda(), loc.cuda(), weights.cuda()
+    expected = ms_deform_attn(value, shapes, loc, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ms_deform_attn(value, shapes, loc, weights)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+
+
+def test_more_than_two_to_the_31_elements():
+    """The last image of a value of 2^31 + elements is read and its gradient written where it belongs."""
+    n, s, h, d = 257, 64 * 128, 8, 128
+    value = torch.zeros(n, s, h, d, dtype=torch.bfloat16, device="cuda")
+    assert value.numel() > 2**31
+    value[-1] = 1
+    value.requires_grad_()
+    loc = torch.full((n, 1, h, 1, 1, 2), 0.5, device="cuda")
+    out = ms_deform_attn(value, [(64, 128)], loc, torch.ones(n, 1, h, 1, 1, device="cuda"))
+    assert out[:-1].abs().max() == 0
+    assert (out[-1] == 1).all()
+    out[-1].sum().backward()
+    assert value.grad[-1].sum().item() == h * d
+    assert not value.grad[:-1].any()
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

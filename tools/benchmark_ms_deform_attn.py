@@ -1,11 +1,14 @@
-"""Times deformable attention on the CPU against what PyTorch offers, and writes a CSV and a plot.
+"""Times deformable attention against what PyTorch offers, and writes a CSV and a plot.
 
     python tools/benchmark_ms_deform_attn.py --device cpu --quick
+    python tools/benchmark_ms_deform_attn.py --device cpu --curves
+    python tools/benchmark_ms_deform_attn.py --device cuda
 
 All rivals of a row run interleaved in this process on the same inputs; a ratio is the median of the rounds' ratios, with its
 smallest and largest value. "error" is the relative L2 distance to the float64 result. Rivals: ``grid_sample``, one call a
-level; a gather of the four corners under ``torch.compile``; the unfused module arithmetic. Times in ms are of this
-machine; compare ratios.
+level; reads of the four corners under ``torch.compile``, by gather and by index; the unfused module arithmetic; on a GPU
+also a kernel with one thread a channel, after the GPU's measured ceilings. ``--curves`` measures how our time grows with
+each size. Times in ms are of this machine; compare ratios.
 """
 
 import argparse
@@ -16,114 +19,55 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from benchmark import on_cuda
+from benchmark.cases import gather_corners, grid_sample_composite, make_case
+from benchmark.curves import measure_curves, write_curves
 
 from dn_detr_d2.layers import missing_kernel, ms_deform_attn, ms_deform_attn_fused
 from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
 
-Shapes = list[tuple[int, int]]
-
-
-def pyramid(height: int, width: int) -> Shapes:
-    """Level sizes at strides 8 to 64, as in Deformable DETR."""
-    return [(-(-height // s), -(-width // s)) for s in (8, 16, 32, 64)]
-
-
-def make_case(height, width, queries=None, n=1, h=8, d=32, k=4, dtype=torch.float32, seed=0) -> dict:
-    """Inputs of an encoder (``queries`` None: one a cell, points around it) or of a decoder (boxes at random)."""
-    torch.manual_seed(seed)
-    shapes = pyramid(height, width)
-    s, levels = sum(a * b for a, b in shapes), len(shapes)
-    if queries is None:
-        axes = [
-            torch.meshgrid((torch.arange(a) + 0.5) / a, (torch.arange(b) + 0.5) / b, indexing="ij") for a, b in shapes
-        ]
-        centres = torch.cat([torch.stack([x, y], -1).view(-1, 2) for y, x in axes])
-        reference = centres[None, :, None].expand(n, -1, levels, -1)
-    else:
-        reference = torch.cat([torch.rand(n, queries, 1, 2), torch.rand(n, queries, 1, 2) * 0.3 + 0.05], -1)
-        reference = reference.expand(-1, -1, levels, -1)
-    offsets = 2 * torch.randn(n, reference.shape[1], h, levels, k, 2)
-    logits = torch.randn(n, reference.shape[1], h, levels, k)
-    locate = locations_from_points if queries is None else locations_from_boxes
-    return {
-        "value": torch.randn(n, s, h, d).to(dtype),
-        "shapes": shapes,
-        "locations": locate(reference, offsets, shapes).contiguous(),
-        "weights": logits.flatten(3).softmax(-1).view_as(logits),
-        "reference": reference.contiguous(),
-        "offsets": offsets,
-        "logits": logits,
-    }
-
-
-def grid_sample_composite(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """One ``grid_sample`` a level and a weighted sum, in the dtype of the values, without any check."""
-    n, s, h, d = value.shape
-    q = locations.shape[1]
-    grids = (2 * locations - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # (N*H, Q, L, K, 2)
-    shares = weights.to(value.dtype).transpose(1, 2).reshape(n * h, 1, q, -1)
-    maps = value.permute(0, 2, 3, 1).reshape(n * h, d, s).split([a * b for a, b in shapes], -1)
-    sampled = [
-        F.grid_sample(x.view(n * h, d, *shape), grids[:, :, level], align_corners=False)
-        for level, (x, shape) in enumerate(zip(maps, shapes, strict=True))
-    ]
-    return (torch.stack(sampled, -2).flatten(-2) * shares).sum(-1).view(n, h * d, q).transpose(1, 2)
-
-
-def gather_corners(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Four gathers a level: the form that ``torch.compile`` fuses best."""
-    n, _, h, d = value.shape
-    q, k = locations.shape[1], locations.shape[4]
-    total, start = 0, 0
-    for level, (height, width) in enumerate(shapes):
-        x, y = (locations[:, :, :, level] * locations.new_tensor([width, height]) - 0.5).unbind(-1)  # (N, Q, H, K)
-        maps = value[:, start : start + height * width].transpose(1, 2)  # (N, H, S_l, D)
-        for dy in (0, 1):
-            for dx in (0, 1):
-                cx, cy = x.floor() + dx, y.floor() + dy
-                inside = (cx >= 0) & (cx < width) & (cy >= 0) & (cy < height)
-                share = (1 - (x - cx).abs()) * (1 - (y - cy).abs()) * inside * weights[:, :, :, level]
-                cell = (cy.clamp(0, height - 1) * width + cx.clamp(0, width - 1)).long()
-                cell = cell.transpose(1, 2).flatten(2)[..., None].expand(-1, -1, -1, d)
-                corner = maps.gather(2, cell).view(n, h, q, k, d)
-                total = total + (corner * share.transpose(1, 2)[..., None].to(value.dtype)).sum(3)
-        start += height * width
-    return total.transpose(1, 2).flatten(2)
+RIVALS = ("grid_sample", "compiled gather", "compiled indexing", "scalar kernel", "unfused")
 
 
 def rivals_of(case: dict, compiled: bool) -> dict:
     """Name -> (function of leaf tensors, leaf tensors)."""
     plain = (case["value"], case["locations"], case["weights"])
     raw = (case["value"], case["offsets"], case["logits"])
-    shapes, reference = case["shapes"], case["reference"]
+    shapes, reference, device = case["shapes"], case["reference"], case["value"].device.type
     locate = locations_from_boxes if reference.shape[-1] == 4 else locations_from_points
 
     def unfused(value, offsets, logits):
         weights = logits.flatten(3).softmax(-1).view_as(logits)
-        return ms_deform_attn(value, shapes, locate(reference, offsets, shapes), weights, "cpu")
+        return ms_deform_attn(value, shapes, locate(reference, offsets, shapes), weights, device)
 
     rivals = {
-        "kernel": (lambda v, x, w: ms_deform_attn(v, shapes, x, w, "cpu"), plain),
+        "kernel": (lambda v, x, w: ms_deform_attn(v, shapes, x, w, device), plain),
         "grid_sample": (lambda v, x, w: grid_sample_composite(v, shapes, x, w), plain),
-        "fused": (lambda v, o, x: ms_deform_attn_fused(v, shapes, reference, o, x, "cpu"), raw),
+        "fused": (lambda v, o, x: ms_deform_attn_fused(v, shapes, reference, o, x, device), raw),
         "unfused": (unfused, raw),
     }
     if compiled:
-        gather = torch.compile(lambda v, x, w: gather_corners(v, shapes, x, w))
-        rivals["compiled gather"] = (gather, plain)
+        rivals["compiled gather"] = (torch.compile(lambda v, x, w: gather_corners(v, shapes, x, w)), plain)
+        rivals["compiled indexing"] = (torch.compile(lambda v, x, w: gather_corners(v, shapes, x, w, True)), plain)
+    if device == "cuda":
+        rivals["scalar kernel"] = (lambda v, x, w: on_cuda.ScalarAttention.apply(v, x, w, shapes), plain)
     return rivals
 
 
 def run_once(function, leaves, backward: bool) -> float:
-    """Seconds of one call, with the backward pass if asked for."""
+    """Seconds of one call, with the backward pass if asked for; on a GPU the mean of ten calls."""
     leaves = [x.detach().requires_grad_(backward) for x in leaves]
-    with torch.set_grad_enabled(backward):
-        start = time.perf_counter()
+
+    def call():
         out = function(*leaves)
         if backward:
-            out.backward(torch.ones_like(out))
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    with torch.set_grad_enabled(backward):
+        if leaves[0].is_cuda:
+            return on_cuda.seconds_of(call, 10)
+        start = time.perf_counter()
+        call()
         return time.perf_counter() - start
 
 
@@ -146,9 +90,10 @@ def error_of(function, leaves, case: dict) -> float:
         return ((function(*leaves).double() - exact).norm() / exact.norm()).item()
 
 
-def measure(title: str, rounds: int, compiled: bool = False, **sizes) -> list[dict]:
+def measure(title: str, rounds: int, compiled: bool = False, device: str = "cpu", **sizes) -> list[dict]:
     """Rows of one workload: forward and forward + backward of every rival, as ratios to ours."""
     case = make_case(**sizes)
+    case = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.items()}
     rivals = rivals_of(case, compiled)
     rows = []
     for backward in (False, True):
@@ -168,7 +113,7 @@ def measure(title: str, rounds: int, compiled: bool = False, **sizes) -> list[di
                     "error": error_of(function, leaves, case),
                 }
             )
-            print("{workload:34} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
+            print("{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
                   "error {error:.1e}".format(**rows[-1]), flush=True)  # fmt: skip
     return rows
 
@@ -198,16 +143,16 @@ def compare(title: str, rounds: int, variants: dict, rival_of: str) -> list[dict
                 "error": float("nan"),
             }
             rows.append(row)
-            print("{workload:34} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})"
+            print("{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})"
                   .format(**row), flush=True)  # fmt: skip
     torch.ops.dn_detr_d2.cpu_capability("best")
     return rows
 
 
-def write(rows: list[dict], folder: Path) -> None:
-    """``ms_deform_attn_cpu.csv`` and ``.png``: ratios to our kernel, one bar a row, with their range."""
+def write(rows: list[dict], folder: Path, device: str) -> None:
+    """``ms_deform_attn_DEVICE.csv`` and ``.png``: ratios to our kernel, one bar a row, with their range."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "ms_deform_attn_cpu.csv"
+    target = folder / f"ms_deform_attn_{device}.csv"
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -217,7 +162,7 @@ def write(rows: list[dict], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if row["rival"] in ("grid_sample", "compiled gather", "unfused")]
+    shown = [row for row in rows if row["rival"] in RIVALS]
     labels = [f"{row['workload']}, {row['pass']}: {row['rival']}" for row in shown]
     ratios = [row["ratio"] for row in shown]
     spread = [[r["ratio"] - r["ratio_min"] for r in shown], [r["ratio_max"] - r["ratio"] for r in shown]]
@@ -227,45 +172,68 @@ def write(rows: list[dict], folder: Path) -> None:
     axes.set_xscale("log")
     axes.invert_yaxis()
     axes.set_xlabel("time of the rival / time of our kernel (median, range of the rounds)")
-    axes.set_title(f"Deformable attention on the CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    axes.set_title(f"Deformable attention on {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     figure.savefig(target.with_suffix(".png"), dpi=110)
     print(f"wrote {target} and {target.with_suffix('.png').name}")
+
+
+def measure_on_cpu(rounds: int, quick: bool) -> list[dict]:
+    """The four main rows, and with ``quick`` off the larger ones and the compiled rivals."""
+    rows = measure("encoder 400x667", rounds, height=400, width=667)
+    rows += measure("decoder Q=500 800x1333", rounds, height=800, width=1333, queries=500)
+    use = torch.ops.dn_detr_d2.cpu_capability
+    if not quick:
+        rows += measure("encoder 400x667 beside compiled code", rounds, compiled=True, height=400, width=667)
+        rows += measure("encoder 800x1333", rounds, height=800, width=1333)
+        rows += measure("decoder Q=500 800x1333 N=2", rounds, height=800, width=1333, queries=500, n=2)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    cases = {str(x)[6:]: (make_case(400, 667, dtype=x), lambda: use("best")) for x in dtypes}
+    rows += compare("encoder 400x667, stored type", 2 * rounds, cases, "float32")
+    case = make_case(400, 667)
+    names = ["default", "avx2", "avx512"]
+    names = names[: names.index(use("best")) + 1]
+    sets = {name: (case, lambda name=name: use(name)) for name in names}
+    return rows + compare("encoder 400x667, instruction set", 2 * rounds, sets, "default")
+
+
+def measure_on_cuda(rounds: int, quick: bool) -> list[dict]:
+    """The GPU's ceilings are printed first; then encoder and decoder, in float32 and with bfloat16 values."""
+    print(torch.cuda.get_device_name())
+    for name, rate in on_cuda.measure_ceilings().items():
+        print(f"ceiling: {name:28} {rate:8.0f} GB/s", flush=True)
+    rows = []
+    for n in (1,) if quick else (1, 2, 16):
+        for dtype in (torch.float32, torch.bfloat16):
+            sizes = {"height": 800, "width": 1333, "n": n, "dtype": dtype, "device": "cuda"}
+            kind = f"N={n} {str(dtype)[6:]}"
+            rows += measure(f"encoder 800x1333 {kind}", rounds, compiled=not quick and n == 1, **sizes)
+            rows += measure(f"decoder Q=900 800x1333 {kind}", rounds, queries=900, **sizes)
+    return rows
 
 
 def main() -> None:
     """Parses the arguments, measures, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="CUDA kernels have not been timed yet")
-    parser.add_argument("--quick", action="store_true", help="the four main rows")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the main rows")
+    parser.add_argument("--curves", action="store_true", help="how the time grows with each size, on the CPU")
     parser.add_argument("--rounds", type=int, default=5, help="at least 5")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; --curves goes up to them")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
     args = parser.parse_args()
     if reason := missing_kernel(args.device):
         sys.exit(f"error: there is nothing to time: {reason}")
     if args.rounds < 5 or args.threads < 1:
         sys.exit(f"error: --rounds must be 5 or more and --threads positive, got {args.rounds} and {args.threads}")
+    if args.curves and args.device != "cpu":
+        sys.exit("error: --curves are measured on the CPU only: leave --device cuda out")
     torch.set_num_threads(args.threads)
     print(f"{torch.ops.dn_detr_d2.cpu_capability()}, {args.threads} threads, PyTorch {torch.__version__}, seed 0")
-
-    rows = measure("encoder 400x667", args.rounds, compiled=not args.quick, height=400, width=667)
-    rows += measure("decoder Q=500 800x1333", args.rounds, height=800, width=1333, queries=500)
-    use = torch.ops.dn_detr_d2.cpu_capability
-    if not args.quick:
-        rows += measure("encoder 800x1333", args.rounds, height=800, width=1333)
-        rows += measure("decoder Q=500 800x1333 N=2", args.rounds, height=800, width=1333, queries=500, n=2)
-        rows += measure("encoder 400x667 D=48", args.rounds, height=400, width=667, d=48)
-        for queries in (100, 300, 900, 1500):
-            rows += measure(f"decoder Q={queries} 400x667", args.rounds, height=400, width=667, queries=queries)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    cases = {str(x)[6:]: (make_case(400, 667, dtype=x), lambda: use("best")) for x in dtypes}
-    rows += compare("encoder 400x667, stored type", 2 * args.rounds, cases, "float32")
-    case = make_case(400, 667)
-    names = ["default", "avx2", "avx512"]
-    names = names[: names.index(use("best")) + 1]
-    sets = {name: (case, lambda name=name: use(name)) for name in names}
-    rows += compare("encoder 400x667, instruction set", 2 * args.rounds, sets, "default")
-    write(rows, args.output)
+    if args.curves:
+        write_curves(measure_curves(args.rounds, args.threads), args.output)
+        return
+    run = measure_on_cuda if args.device == "cuda" else measure_on_cpu
+    write(run(args.rounds, args.quick), args.output, args.device)
 
 
 if __name__ == "__main__":

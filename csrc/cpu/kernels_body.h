@@ -372,6 +372,8 @@ void backward_slice(const Problem& p, int64_t image, int64_t head, int64_t level
 template <typename T>
 void forward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   switch (p.D) {
+    case 16:
+      return forward_rows<16, T>(p, begin, end, scratch);
     case 32:
       return forward_rows<32, T>(p, begin, end, scratch);
     default:
@@ -384,6 +386,9 @@ void backward(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / (p.H * p.L), head = task / p.L % p.H, level = task % p.L;
     switch (p.D) {
+      case 16:
+        backward_slice<16, T>(p, image, head, level, static_cast<Wide<T>*>(scratch));
+        break;
       case 32:
         backward_slice<32, T>(p, image, head, level, static_cast<Wide<T>*>(scratch));
         break;
