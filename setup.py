@@ -188,6 +188,7 @@ setup(
         "scipy>=1.11",
         "fvcore>=0.1.5,<0.1.6",
         "pycocotools>=2.0.5",
+        "safetensors>=0.4",
     ],
     extras_require={
         "demo": ["opencv-python-headless>=4.8"],

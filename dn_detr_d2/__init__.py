@@ -13,11 +13,15 @@ except ModuleNotFoundError as error:
     ) from None
 
 from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from .checkpoint import allow_plain_types
 from .config import add_dn_detr_config, setup_cfg
 from .denoising import DenoisingGenerator, NoisedTargets
 from .errors import CheckpointError, ConfigError, DatasetError, UserError
 from .layers import MultiScaleDeformableAttention, ms_deform_attn
 from .modeling import DenoisingDETR, HungarianMatcher, SetCriterion
+
+# The authors' checkpoints hold an argparse namespace; Detectron2's own loader shall read them too, and nothing worse.
+allow_plain_types()
 
 __version__ = "0.1.0"
 

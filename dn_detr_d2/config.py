@@ -58,9 +58,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.NECK.POSITION_OFFSET = 0.0
 
     node.QUERY_SOURCE = CfgNode()
-    # Class that makes the queries.
+    # Class that makes the queries: LearnedAnchors, or TopKAnchors (DINO: the best cells of the encoder).
     node.QUERY_SOURCE.NAME = "LearnedAnchors"
-    # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable).
+    # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
+    # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
     node.QUERY_SOURCE.CONTENT = "unknown"
     # Content patterns that share each anchor; 0 = none. 3 in the "3pat" models.
     node.QUERY_SOURCE.NUM_PATTERNS = 0
@@ -78,9 +79,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.ENCODER.NUM_POINTS = 4
 
     node.DECODER = CfgNode()
-    # LookForwardTwiceDecoder (DAB, DN: final norm, gradient also to the layer before) or RefiningDecoder (deformable).
+    # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
+    # (DINO's ablation: final norm, no such gradient) or RefiningDecoder (deformable).
     node.DECODER.NAME = "LookForwardTwiceDecoder"
-    # ConditionalDecoderLayer (DAB, DN) or DeformableDecoderLayer (DD).
+    # ConditionalDecoderLayer (DAB, DN), MultiLevelConditionalDecoderLayer (DN-Deformable with a deformable encoder only),
+    # DeformableDecoderLayer (DAB- and DN-Deformable) or DinoDecoderLayer.
     node.DECODER.LAYER = "ConditionalDecoderLayer"
     # As for the encoder.
     node.DECODER.NUM_LAYERS = 6
@@ -94,7 +97,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DECODER.FIRST_SIZE_BIAS = 0.0
 
     node.DENOISING = CfgNode()
-    # Class that makes the noised targets; "" trains by matching alone (DAB).
+    # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO), or "" to train by
+    # matching alone (DAB).
     node.DENOISING.NAME = "DenoisingGenerator"
     # Groups of noised copies ("scalar" in the official code). 5 in DN.
     node.DENOISING.NUM_GROUPS = 5
@@ -104,6 +108,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.CENTER_NOISE_SCALE = 0.4
     # Largest change of width and height in widths and heights, lambda2 in DN Sec. 4.1; 0.4 in the official code.
     node.DENOISING.SIZE_NOISE_SCALE = 0.4
+    # Contrastive only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100 in DINO.
+    node.DENOISING.NUM_QUERIES = 100
+    # Contrastive only: reach of the near copies' corners in half sizes, the far ones move one to two times as far. 1.0 in
+    # all published DINO runs (their config files say 0.4, their scripts override it).
+    node.DENOISING.CORNER_NOISE_SCALE = 1.0
+    # Contrastive only: swap corners that have crossed. Off in the official code, where at scale 1 seven in sixteen far
+    # copies have a width or height that is not positive.
+    node.DENOISING.KEEP_CORNER_ORDER = False
     # Hard limit on denoising queries; 0 = none. Above it each group gets a fresh random subset of an image's objects.
     # The official code has none: its memory grows with the fullest image.
     node.DENOISING.MAX_QUERIES = 0

@@ -16,7 +16,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from . import data, solver
-from .errors import ConfigError
+from .checkpoint import convert, read_checkpoint
+from .errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,53 @@ def _plain(value):
     return value
 
 
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with safe reading, converted names and classes that may change.
+
+    Conversion happens when a training starts from a file and when a file is evaluated; a run that is resumed reads what it
+    wrote. Saved files carry the class names and the config.
+
+    Args:
+        model, save_dir, checkpointables: as for DetectionCheckpointer.
+        cfg: for the class names.
+        new_classes: whether classes that the file lacks may start at random.
+    """
+
+    def __init__(self, model, save_dir: str = "", *, cfg, new_classes: bool = False, **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
+        self.new_classes, self._resuming = new_classes, False
+
+    def resume_or_load(self, path: str, *, resume: bool = True):
+        """As Detectron2's."""
+        self._resuming = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
+
+    def save(self, name: str, **kwargs) -> None:
+        """Writes ``name``.pth."""
+        super().save(name, class_names=self.class_names, config=self.config, **kwargs)
+
+    def _load_file(self, filename: str) -> dict:
+        if self._resuming:
+            return torch.load(filename, map_location="cpu", weights_only=True)
+        file = read_checkpoint(filename)
+        return {"model": file.state, "class_names": file.class_names}
+
+    def _load_model(self, checkpoint: dict):
+        if not self._resuming:
+            own = self.model.state_dict()
+            conversion = convert(checkpoint["model"], own, checkpoint.pop("class_names", []), self.class_names)
+            if conversion.new_classes and not self.new_classes:
+                raise CheckpointError(
+                    f"the checkpoint lacks {conversion.new_classes} of the model's classes, which only a training may add: "
+                    f"{conversion.log[-1]}"
+                )
+            for sentence in conversion.log:
+                logger.info(sentence)
+            checkpoint["model"] = conversion.state
+        return super()._load_model(checkpoint)
+
+
 class BestCheckpointer(hooks.BestCheckpointer):
     """Keeps the best checkpoint over resumes, and leaves ``last_checkpoint`` to the periodic one.
 
@@ -187,7 +235,7 @@ class Trainer(DefaultTrainer):
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
         self._trainer = TrainStep(model, loader, optimizer, amp_dtype, str(Path(cfg.OUTPUT_DIR) / "nan_report"))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, cfg=cfg, new_classes=True, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
@@ -241,7 +289,7 @@ def best_metric(cfg) -> str:
 def load_for_evaluation(cfg) -> nn.Module:
     """The model of the config with all of MODEL.WEIGHTS; raises CheckpointError if the file lacks a tensor."""
     model = Trainer.build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    Checkpointer(model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
     return model
 
 

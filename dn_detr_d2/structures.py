@@ -112,11 +112,14 @@ class ObjectQueries:
         content: (N, Q, C).
         boxes: (N, Q, 4) reference boxes, cxcywh in [0, 1]; 0.5 stands for "not known", its logit is 0.
         blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
+        proposals: one set of predictions (K = 1) that the matching queries were chosen from and that has a loss of its
+            own (two-stage systems), or None.
     """
 
     content: Tensor
     boxes: Tensor
     blocked: Tensor | None = None
+    proposals: "Predictions | None" = None
 
 
 @dataclass
@@ -146,6 +149,7 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
         torch.cat([denoising.content, matching.content], 1),
         torch.cat([denoising.boxes, matching.boxes], 1),
         blocked,
+        matching.proposals,
     )
 
 

@@ -16,15 +16,17 @@ DOORS = {
     "errors": set(),
     "layers": GROUND | {"_C"},  # the compiled operators
     "denoising": GROUND,
-    "modeling": GROUND | {"layers", "denoising"},
+    "checkpoint": GROUND,
+    "modeling": GROUND | {"layers", "denoising", "checkpoint"},
     "data": GROUND,
     "solver": GROUND,
     "config": GROUND | {"data"},
-    "engine": GROUND | {"data", "solver"},
+    "engine": GROUND | {"data", "solver", "checkpoint"},
 }
 # Which parts of detectron2 each room may know.
 DETECTRON2 = {
     "modeling": {"config", "layers", "modeling", "structures", "utils"},
+    "checkpoint": {"data"},  # names of COCO's classes
     "data": {"config", "data", "structures"},
     "solver": {"solver"},
     "config": {"config"},

@@ -1,6 +1,6 @@
 """Query denoising without a single parameter: draw noise, lay the copies out, say who may see whom."""
 
-from .generator import DenoisingGenerator
+from .generator import ContrastiveDenoisingGenerator, DenoisingGenerator
 from .noised_targets import NoisedTargets
 
-__all__ = ["DenoisingGenerator", "NoisedTargets"]
+__all__ = ["ContrastiveDenoisingGenerator", "DenoisingGenerator", "NoisedTargets"]

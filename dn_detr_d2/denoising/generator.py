@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..structures import Assignment, Targets, upload
-from .noise import flip_labels, random_subset, shift_and_scale
+from .noise import flip_labels, jitter_corners, random_subset, shift_and_scale
 from .noised_targets import NoisedTargets
 
 
@@ -74,39 +74,118 @@ class DenoisingGenerator:
 
     def __call__(self, targets: Targets) -> NoisedTargets:
         """Draws fresh noise for a batch; ``targets`` stay as they were."""
-        room = self._room(targets.labels.shape[1])
-        chosen = self._choose(targets, room)  # (N, G, m) index on the target axis
-        image = torch.arange(len(targets.labels), device=chosen.device)[:, None, None]
+        groups, room = self.layout(targets.labels.shape[1])
+        chosen = _choose(targets, groups, room)  # (N, G, m) index on the target axis
+        chosen = chosen[:, :, None].expand(-1, -1, self.COPIES, -1)  # (N, G, copies, m)
+        image = torch.arange(len(targets.labels), device=chosen.device)[:, None, None, None]
         labels, boxes, valid = (x[image, chosen] for x in (targets.labels, targets.boxes, targets.valid))
 
         labels = flip_labels(labels, self.label_noise_prob, self.num_classes)
-        boxes = shift_and_scale(boxes, self.center_noise_scale, self.size_noise_scale)
         labels = torch.where(valid, labels, self.num_classes)
-        boxes = torch.where(valid[..., None], boxes, 0.5)
+        boxes = torch.where(valid[..., None], self.noise_boxes(boxes), 0.5)
         return NoisedTargets(
             labels.flatten(1),
-            boxes.flatten(1, 2),
+            boxes.flatten(1, 3),
             valid.flatten(1),
-            self.num_groups,
-            self._assign(chosen, targets.counts),
+            groups,
+            _assign(chosen, targets.counts),
+            self.count(valid, targets.counts).flatten(1),
             self.mask_padding,
         )
 
-    def _room(self, num_objects: int) -> int:
-        """Objects that a group has room for."""
-        return min(num_objects, self.max_queries // self.num_groups) if self.max_queries else num_objects
+    COPIES = 1  # of an object in a group
 
-    def _choose(self, targets: Targets, room: int) -> Tensor:
-        """(N, G, m): which ground truth stands in which slot; all of them in order while there is room."""
-        n, m = targets.labels.shape
-        if room == m:
-            return torch.arange(m, device=targets.labels.device).expand(n, self.num_groups, m)
-        return random_subset(targets.valid[:, None].expand(-1, self.num_groups, -1), room)
+    def layout(self, num_objects: int) -> tuple[int, int]:
+        """(groups G, objects m that a group has room for) where the fullest image has ``num_objects``."""
+        room = self.max_queries // self.num_groups if self.max_queries else num_objects
+        return self.num_groups, min(num_objects, room)
 
-    def _assign(self, chosen: Tensor, counts: list[int]) -> Assignment:
-        """Pairs every real slot with its ground truth. Which slots are real is known on the host: no device read."""
-        room = chosen.shape[-1]
-        filled = np.arange(room) < np.minimum(counts, room)[:, None]  # (N, m)
-        image, slot = np.nonzero(np.tile(filled, self.num_groups))
-        image, slot = upload(np.stack([image, slot]), chosen)
-        return Assignment(image, slot[None], chosen.flatten(1)[image, slot][None])
+    def noise_boxes(self, boxes: Tensor) -> Tensor:
+        """(N, G, copies, m, 4) clean boxes -> noised ones."""
+        return shift_and_scale(boxes, self.center_noise_scale, self.size_noise_scale)
+
+    def count(self, valid: Tensor, counts: list[int]) -> Tensor:
+        """(N, G, copies, m) bool: slots with a class loss; here those that restore an object."""
+        return valid
+
+
+class ContrastiveDenoisingGenerator(DenoisingGenerator):
+    """Contrastive denoising of DINO (Zhang et al., ICLR 2023, Sec. 3.3): each group also holds one far copy of every object.
+
+    The near copies restore their object, the far ones and the padded slots must say "no object". Box noise is
+    :func:`~dn_detr_d2.denoising.noise.jitter_corners`.
+
+    Args:
+        num_classes, label_noise_prob, max_queries, mask_padding: as for :class:`DenoisingGenerator`.
+        num_queries: there are ``num_queries // M`` groups, at least one, so that near copies number about ``num_queries``
+            whatever the number of objects M of the fullest image.
+        num_groups: groups if ``num_queries`` is 0.
+        corner_noise_scale: reach of the near copies, in half sizes.
+        keep_order: whether far copies are kept from crossing their corners.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    COPIES = 2
+
+    def __init__(self, *, num_queries: int, corner_noise_scale: float, keep_order: bool, **others):
+        super().__init__(center_noise_scale=0.0, size_noise_scale=0.0, **others)
+        if num_queries < 0 or corner_noise_scale < 0:
+            raise ValueError(
+                f"num_queries and corner_noise_scale must not be negative, got {num_queries} and {corner_noise_scale}"
+            )
+        self.num_queries, self.corner_noise_scale, self.keep_order = num_queries, corner_noise_scale, keep_order
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.DENOISING``."""
+        node = cfg.MODEL.DN_DETR.DENOISING
+        arguments = super().from_config(cfg)
+        del arguments["center_noise_scale"], arguments["size_noise_scale"]
+        return arguments | {
+            "num_queries": node.NUM_QUERIES,
+            "corner_noise_scale": node.CORNER_NOISE_SCALE,
+            "keep_order": node.KEEP_CORNER_ORDER,
+        }
+
+    def layout(self, num_objects: int) -> tuple[int, int]:
+        """As many groups as the budget of queries allows; ``max_queries`` limits both kinds of copies together."""
+        groups = max(self.num_queries // num_objects, 1) if self.num_queries else self.num_groups
+        if not self.max_queries:
+            return groups, num_objects
+        groups = min(groups, max(self.max_queries // (self.COPIES * num_objects), 1))
+        return groups, min(num_objects, max(self.max_queries // (self.COPIES * groups), 1))
+
+    def noise_boxes(self, boxes: Tensor) -> Tensor:
+        """The first copy of each group stays near, the second goes far."""
+        near, far = boxes.unbind(2)
+        return torch.stack(
+            [
+                jitter_corners(near, self.corner_noise_scale, False, self.keep_order),
+                jitter_corners(far, self.corner_noise_scale, True, self.keep_order),
+            ],
+            2,
+        )
+
+    def count(self, valid: Tensor, counts: list[int]) -> Tensor:
+        """All slots, also padded ones, unless the batch has no object at all: then there is nothing to contrast."""
+        return torch.full_like(valid, any(counts))
+
+
+def _choose(targets: Targets, groups: int, room: int) -> Tensor:
+    """(N, G, m): which ground truth stands in which slot; all of them in order while there is room."""
+    n, m = targets.labels.shape
+    if room == m:
+        return torch.arange(m, device=targets.labels.device).expand(n, groups, m)
+    return random_subset(targets.valid[:, None].expand(-1, groups, -1), room)
+
+
+def _assign(chosen: Tensor, counts: list[int]) -> Assignment:
+    """Pairs every real slot of a first copy with its ground truth. Which are real is known on the host: no device read."""
+    _, groups, copies, room = chosen.shape
+    filled = np.arange(room) < np.minimum(counts, room)[:, None]  # (N, m)
+    first = np.arange(copies)[:, None] == 0  # (copies, 1)
+    image, slot = np.nonzero(np.tile((filled[:, None] & first).reshape(len(counts), -1), groups))
+    image, slot = upload(np.stack([image, slot]), chosen)
+    return Assignment(image, slot[None], chosen.flatten(1)[image, slot][None])

@@ -6,6 +6,8 @@ Every function draws on the device of its input from PyTorch's global generator,
 import torch
 from torch import Tensor
 
+from ..boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+
 
 def flip_labels(labels: Tensor, prob: float, num_classes: int) -> Tensor:
     """Label noise (DN-DETR Sec. 4.1): redraws a label uniformly with probability ``prob`` (gamma).
@@ -34,6 +36,31 @@ def shift_and_scale(boxes: Tensor, center_scale: float, size_scale: float) -> Te
     size = boxes[..., 2:]
     reach = torch.cat([size / 2 * center_scale, size * size_scale], -1)
     return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+
+
+def jitter_corners(boxes: Tensor, scale: float, negative: bool, keep_order: bool = False) -> Tensor:
+    """Contrastive box noise (DINO Sec. 3.3): each corner coordinate moves in a random direction.
+
+    Positive copies move by up to ``scale`` half sizes, negative ones by one to two times as much. Coordinates are clamped
+    to the image. The corners are drawn independently, so those of a negative copy may cross: at scale 1, 7 in 16 boxes get
+    a width or a height that is not positive, as in the official code.
+
+    Args:
+        boxes: (..., 4) cxcywh in [0, 1].
+        scale: in half widths and heights, not negative.
+        negative: which of the two.
+        keep_order: swap crossed corners, so that width and height are never negative.
+
+    Returns:
+        Tensor: (..., 4) cxcywh.
+    """
+    half = boxes[..., 2:].tile(2) / 2
+    distance = torch.rand_like(boxes) + float(negative)
+    direction = 2.0 * torch.randint_like(boxes, 2) - 1
+    corners = (cxcywh_to_xyxy(boxes) + direction * distance * half * scale).clamp(0, 1)
+    if keep_order:
+        corners = corners.unflatten(-1, (2, 2)).sort(-2).values.flatten(-2)
+    return xyxy_to_cxcywh(corners)
 
 
 def random_subset(valid: Tensor, size: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Noised ground truth laid out on the query axis, and who may see whom.
 
 Shapes: N images, M objects a group has room for, G groups, D = G * M denoising queries, Q matching queries.
-Slot g * M + j holds copy g of the j-th object of its image. Denoising queries stand before the matching queries.
+Slot g * M + j holds copy g of the j-th object of its image; contrastive groups are 2 M wide, M positive and then M negative
+copies. Denoising queries stand before the matching queries.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class NoisedTargets:
         valid: (N, D) bool, False where padded.
         num_groups: G.
         assignment: which slot restores which ground truth; one row, padding left out.
+        counted: (N, D) bool, slots that have a class loss: those that restore an object, or that must learn to be none.
         mask_padding: whether padded slots are hidden from the other queries of their group.
     """
 
@@ -30,6 +32,7 @@ class NoisedTargets:
     valid: Tensor
     num_groups: int
     assignment: Assignment
+    counted: Tensor
     mask_padding: bool = False
 
     @property

@@ -3,6 +3,7 @@
 from .attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
+    MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
     SelfAttention,
     attend,
@@ -17,6 +18,7 @@ __all__ = [
     "ConditionalCrossAttention",
     "ConditionalSelfAttention",
     "FeedForward",
+    "MultiLevelConditionalCrossAttention",
     "MultiScaleDeformableAttention",
     "SelfAttention",
     "SinePositionEncoding",

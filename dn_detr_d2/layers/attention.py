@@ -80,10 +80,13 @@ class ConditionalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
         """x, position (N, Q, C) -> (N, Q, C)."""
-        query = self.query_content(x) + self.query_position(position)
         key = self.key_content(x) + self.key_position(position)
-        attended = attend(query, key, self.value(x), self.num_heads, blocked)
+        attended = attend(self.query(x, position), key, self.value(x), self.num_heads, blocked)
         return self.norm(x + self.dropout(self.out_proj(attended)))
+
+    def query(self, x: Tensor, position: Tensor) -> Tensor:
+        """(N, Q, C) what the queries ask with: projected content plus projected position."""
+        return self.query_content(x) + self.query_position(position)
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -127,17 +130,61 @@ class ConditionalCrossAttention(nn.Module):
             tokens, token_positions: (N, S, C).
             padding: (N, S) bool, True outside the image.
         """
+        query, key = self._project(x, position, sine, tokens, token_positions)
+        attended = attend(query, key, self.value(tokens), self.num_heads, padding[:, None])
+        return self.norm(x + self.dropout(self.out_proj(attended)))
+
+    def _project(self, x: Tensor, position: Tensor, sine: Tensor, tokens: Tensor, token_positions: Tensor):
+        """(N, Q, 2C) queries and (N, S, 2C) keys."""
         query, key, key_position = self.query_content(x), self.key_content(tokens), self.key_position(token_positions)
         if self.query_position is not None:
             query, key = query + self.query_position(position), key + key_position
-        query, key = self._beside(query, self.query_sine(sine)), self._beside(key, key_position)
-        attended = attend(query, key, self.value(tokens), self.num_heads, padding[:, None])
-        return self.norm(x + self.dropout(self.out_proj(attended)))
+        return self._beside(query, self.query_sine(sine)), self._beside(key, key_position)
 
     def _beside(self, content: Tensor, position: Tensor) -> Tensor:
         """Concatenates two (N, Q, C) tensors head by head into (N, Q, 2C)."""
         heads = (x.unflatten(-1, (self.num_heads, -1)) for x in (content, position))
         return torch.cat(list(heads), -1).flatten(2)
+
+
+class MultiLevelConditionalCrossAttention(ConditionalCrossAttention):
+    """Conditional cross-attention on each level by itself; each query weighs what the levels answer.
+
+    The decoder of DN-Deformable-DETR with a deformable encoder only. A softmax inside a level keeps the many cells of the
+    fine levels from drowning those of the coarse ones.
+
+    Args:
+        dim, num_heads, dropout, add_query_position: as for :class:`ConditionalCrossAttention`.
+        num_levels: L.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, num_levels: int, dropout: float = 0.0, add_query_position: bool = False
+    ):
+        super().__init__(dim, num_heads, dropout, add_query_position)
+        self.level_weights = nn.Linear(dim, num_levels)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        position: Tensor,
+        sine: Tensor,
+        tokens: Tensor,
+        token_positions: Tensor,
+        padding: Tensor,
+        shapes: list[tuple[int, int]],
+        asked: Tensor,
+    ) -> Tensor:
+        """As :class:`ConditionalCrossAttention`, with the (h, w) of each level and ``asked`` (N, Q, C), from which each
+        query weighs the levels."""
+        query, key = self._project(x, position, sine, tokens, token_positions)
+        sizes = [height * width for height, width in shapes]
+        levels = [part.split(sizes, 1) for part in (key, self.value(tokens), padding)]
+        answers = [attend(query, k, v, self.num_heads, blocked[:, None]) for k, v, blocked in zip(*levels, strict=True)]
+        weights = self.level_weights(asked).softmax(-1)  # (N, Q, L)
+        attended = (torch.stack(answers, -1) * weights[:, :, None]).sum(-1)
+        # The weights sum up to 1, so projecting the mixture equals mixing the projections.
+        return self.norm(x + self.dropout(self.out_proj(attended)))
 
 
 class MultiScaleDeformableAttention(nn.Module):

@@ -1,5 +1,6 @@
 """The detector: roles, matcher, criterion, and the meta-architecture that joins them. Importing registers them."""
 
+from .backbone import build_dc5_resnet_backbone
 from .build import (
     DECODER_LAYER_REGISTRY,
     DECODER_REGISTRY,
@@ -8,14 +9,19 @@ from .build import (
     QUERY_SOURCE_REGISTRY,
 )
 from .criterion import SetCriterion
-from .decoder import LookForwardTwiceDecoder, RefiningDecoder
-from .decoder_layer import ConditionalDecoderLayer, DeformableDecoderLayer
+from .decoder import LookForwardOnceDecoder, LookForwardTwiceDecoder, RefiningDecoder
+from .decoder_layer import (
+    ConditionalDecoderLayer,
+    DeformableDecoderLayer,
+    DinoDecoderLayer,
+    MultiLevelConditionalDecoderLayer,
+)
 from .encoder import DeformableEncoder, DenseEncoder
 from .heads import DetectionHeads
 from .matcher import HungarianMatcher
 from .meta_arch import DenoisingDETR
 from .neck import Neck
-from .query_source import LabelEncoder, LearnedAnchors
+from .query_source import LabelEncoder, LearnedAnchors, TopKAnchors
 
 __all__ = [
     "DECODER_LAYER_REGISTRY",
@@ -29,11 +35,16 @@ __all__ = [
     "DenoisingDETR",
     "DenseEncoder",
     "DetectionHeads",
+    "DinoDecoderLayer",
     "HungarianMatcher",
     "LabelEncoder",
     "LearnedAnchors",
+    "LookForwardOnceDecoder",
     "LookForwardTwiceDecoder",
+    "MultiLevelConditionalDecoderLayer",
     "Neck",
     "RefiningDecoder",
     "SetCriterion",
+    "TopKAnchors",
+    "build_dc5_resnet_backbone",
 ]

@@ -76,10 +76,10 @@ class RefiningDecoder(nn.Module):
 
 
 @DECODER_REGISTRY.register()
-class LookForwardTwiceDecoder(RefiningDecoder):
-    """The loss of layer i + 1 also reaches the box of layer i (DINO Sec. 3.5; DAB-DETR and DN-DETR do it unnamed).
+class LookForwardOnceDecoder(RefiningDecoder):
+    """A final norm stands before the heads, while the next reference is refined from the content before that norm.
 
-    A final norm stands before the heads, while the next reference is refined from the content before that norm.
+    The gradient stops between layers: DINO's ablation without looking forward twice.
     """
 
     @configurable
@@ -90,6 +90,15 @@ class LookForwardTwiceDecoder(RefiningDecoder):
     def normalise(self, content: Tensor) -> Tensor:
         """One norm shared by all layers."""
         return self.norm(content)
+
+    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
+        """Refined from the content before the norm, without gradient."""
+        return self.heads.refine(content, seen, layer).detach()
+
+
+@DECODER_REGISTRY.register()
+class LookForwardTwiceDecoder(LookForwardOnceDecoder):
+    """The loss of layer i + 1 also reaches the box of layer i (DINO Sec. 3.5; DAB-DETR and DN-DETR do it unnamed)."""
 
     def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
         """Refined from the content before the norm; keeps its gradient towards this layer's box."""

@@ -13,6 +13,7 @@ from ..layers import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
     FeedForward,
+    MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
     SelfAttention,
     encode_boxes,
@@ -34,6 +35,11 @@ class QueryPosition:
     sine: Tensor | None = None
 
 
+def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
+    """(N, Q, 4) boxes in [0, 1] of the image -> in [0, 1] of the padded image, as its finest level sees it."""
+    return boxes * memory.valid_ratios[:, None, 0].tile(2)
+
+
 class AnchorPosition(nn.Module):
     """Embeds reference boxes; layers after the first scale the embedding by the content (DAB-DETR Eq. 5).
 
@@ -49,9 +55,25 @@ class AnchorPosition(nn.Module):
 
     def forward(self, content: Tensor, boxes: Tensor, memory: Memory, first: bool) -> QueryPosition:
         """content (N, Q, C), boxes (N, Q, 4). Deformable layers encode the box as a part of the *padded* image."""
-        padded = boxes * memory.valid_ratios[:, None, 0].tile(2)
-        embedding = self.embed(encode_boxes(padded, self.dim // 2))
+        embedding = self.embed(encode_boxes(part_of_padded(boxes, memory), self.dim // 2))
         return QueryPosition(embedding if first else embedding * self.scale(content))
+
+
+class UnscaledAnchorPosition(nn.Module):
+    """DINO's positions: embedded reference boxes, the same for any content.
+
+    Args:
+        dim: C, divisible by 4.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.embed = MLP(2 * dim, dim, dim)
+
+    def forward(self, content: Tensor, boxes: Tensor, memory: Memory, first: bool) -> QueryPosition:
+        """content (N, Q, C), boxes (N, Q, 4); the box is encoded as a part of the *padded* image."""
+        return QueryPosition(self.embed(encode_boxes(part_of_padded(boxes, memory), self.dim // 2)))
 
 
 class ModulatedAnchorPosition(AnchorPosition):
@@ -115,6 +137,38 @@ class ConditionalDecoderLayer(nn.Module):
 
 
 @DECODER_LAYER_REGISTRY.register()
+class MultiLevelConditionalDecoderLayer(nn.Module):
+    """Layer of DN-Deformable-DETR with a deformable encoder only: dense conditional attention to each level.
+
+    Args:
+        dim: C.
+        num_heads, ffn_dim, dropout: as named.
+        index: 0 for the first layer, whose cross-attention adds the positions to the contents.
+        num_levels: L.
+        num_points: not used; dense attention sees every cell.
+    """
+
+    Position = ModulatedAnchorPosition
+
+    def __init__(
+        self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float, index: int, num_levels: int, num_points: int
+    ):
+        super().__init__()
+        self.self_attn = ConditionalSelfAttention(dim, num_heads, dropout)
+        self.cross_attn = MultiLevelConditionalCrossAttention(dim, num_heads, num_levels, dropout, index == 0)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(
+        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
+    ) -> Tensor:
+        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
+        asked = self.self_attn.query(content, position.embedding)  # before the content changes, as in the official code
+        content = self.self_attn(content, position.embedding, blocked)
+        image = (memory.tokens, memory.positions, memory.padding, memory.shapes)
+        return self.ffn(self.cross_attn(content, position.embedding, position.sine, *image, asked))
+
+
+@DECODER_LAYER_REGISTRY.register()
 class DeformableDecoderLayer(nn.Module):
     """Layer of the deformable family: self-attention, then K sampling points in and around the reference box.
 
@@ -156,3 +210,10 @@ class DeformableDecoderLayer(nn.Module):
             content + position.embedding, reference, memory.tokens, memory.padding, memory.shapes
         )
         return self.ffn(self.norm(content + self.dropout(attended)))
+
+
+@DECODER_LAYER_REGISTRY.register()
+class DinoDecoderLayer(DeformableDecoderLayer):
+    """Layer of DINO: a deformable layer whose positions do not depend on the content."""
+
+    Position = UnscaledAnchorPosition

@@ -54,13 +54,18 @@ def valid_ratio(padding: Tensor) -> Tensor:
 
 def cell_centres(memory: Memory) -> Tensor:
     """(N, S, L, 2) centre of each cell as (x, y) in [0, 1] of every padded level."""
+    return cell_points(memory)[:, :, None] * memory.valid_ratios[:, None]
+
+
+def cell_points(memory: Memory) -> Tensor:
+    """(N, S, 2) centre of each cell as (x, y) in [0, 1] of the unpadded image; above 1 on padding."""
     centres = []
     for (height, width), ratio in zip(memory.shapes, memory.valid_ratios.unbind(1), strict=True):
         y = (torch.arange(height, device=ratio.device, dtype=ratio.dtype) + 0.5) / height
         x = (torch.arange(width, device=ratio.device, dtype=ratio.dtype) + 0.5) / width
         grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)
-        centres.append(grid / ratio[:, None])  # [0, 1] of the unpadded image
-    return torch.cat(centres, 1)[:, :, None] * memory.valid_ratios[:, None]
+        centres.append(grid / ratio[:, None])
+    return torch.cat(centres, 1)
 
 
 class DenseEncoderLayer(nn.Module):

@@ -1,7 +1,9 @@
-"""The one DETR-like meta-architecture: five roles joined in one sentence (see ``_decode``).
+"""The one DETR-like meta-architecture: five roles joined in one sentence (see ``_queries``).
 
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
+
+import logging
 
 import torch
 import torch.distributed as dist
@@ -13,20 +15,23 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..boxes import image_scale, xyxy_to_cxcywh
+from ..checkpoint import convert, identify
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
-from ..structures import Memory, Predictions, Targets, join_queries
+from ..structures import Memory, ObjectQueries, Predictions, Targets, join_queries
 from .build import build_decoder, build_denoising, build_encoder, build_query_source, name_the_node
 from .criterion import SetCriterion
 from .matcher import HungarianMatcher
 from .neck import Neck, padding_mask
 from .postprocess import stack_top
 
+logger = logging.getLogger(__name__)
+
 
 @META_ARCH_REGISTRY.register()
 class DenoisingDETR(nn.Module):
-    """DAB-DETR, DN-DETR, DAB- and DN-Deformable-DETR, as Detectron2's model interface asks.
+    """DAB-DETR, DN-DETR, DAB- and DN-Deformable-DETR, DINO, as Detectron2's model interface asks.
 
     Args:
         backbone: a Detectron2 backbone.
@@ -72,6 +77,7 @@ class DenoisingDETR(nn.Module):
                 module.backend = op_backend
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.register_load_state_dict_pre_hook(_adapt_names)
         self.register_load_state_dict_post_hook(_refuse_partial_weights)
 
     @classmethod
@@ -127,7 +133,7 @@ class DenoisingDETR(nn.Module):
 
         Returns:
             In training a dict of weighted losses: ``main/*`` of the last layer, ``aux/*_i`` of layer i, ``dn/*`` of the
-            denoising part. Otherwise one ``{"instances": Instances}`` an image.
+            denoising part, ``proposal/*`` of two-stage systems. Otherwise one ``{"instances": Instances}`` an image.
 
         Raises:
             FloatingPointError: predictions are not finite.
@@ -135,21 +141,21 @@ class DenoisingDETR(nn.Module):
         images = self._preprocess(batched_inputs)
         memory = self.encoder(self._pyramid(images))
         if not self.training:
-            predictions, _ = self._decode(memory)
+            predictions = self.decoder(self._queries(memory)[0], memory)
             return self._detections(predictions, images.image_sizes, batched_inputs)
 
         targets = self._targets([x["instances"] for x in batched_inputs])
-        predictions, noised = self._decode(memory, targets)
-        return self._losses(predictions, noised, targets)
+        queries, noised = self._queries(memory, targets)
+        return self._losses(self.decoder(queries, memory), queries.proposals, noised, targets)
 
-    def _decode(self, memory: Memory, targets: Targets | None = None) -> tuple[Predictions, NoisedTargets | None]:
-        """Queries to predictions; with targets and a generator, denoising queries stand before the matching ones."""
+    def _queries(self, memory: Memory, targets: Targets | None = None) -> tuple[ObjectQueries, NoisedTargets | None]:
+        """With targets and a generator, denoising queries stand before the matching ones."""
         queries, noised = self.query_source(memory), None
         if targets is not None and self.denoising is not None:
             noised = self.denoising(targets)
             blocked = noised.attention_mask(queries.content.shape[1])
             queries = join_queries(self.query_source.embed(noised), queries, blocked)
-        return self.decoder(queries, memory), noised
+        return queries, noised
 
     def _preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""
@@ -172,7 +178,13 @@ class DenoisingDETR(nn.Module):
             boxes.append(xyxy_to_cxcywh(absolute / image_scale(image.image_size, absolute)))
         return Targets.pad([image.gt_classes for image in instances], boxes, self.device)
 
-    def _losses(self, predictions: Predictions, noised: NoisedTargets | None, targets: Targets) -> dict[str, Tensor]:
+    def _losses(
+        self,
+        predictions: Predictions,
+        proposals: Predictions | None,
+        noised: NoisedTargets | None,
+        targets: Targets,
+    ) -> dict[str, Tensor]:
         num_objects = sum(targets.counts)
         normalizer = mean_over_ranks(num_objects, self.device)
         losses = {}
@@ -184,8 +196,11 @@ class DenoisingDETR(nn.Module):
                 if self.local_denoising_normalizer
                 else mean_over_ranks(copies, self.device)
             )
-            terms = self.criterion(denoising, targets, noised.assignment, divisor, counted=noised.valid)
+            terms = self.criterion(denoising, targets, noised.assignment, divisor, counted=noised.counted)
             losses = name_layers({k: self.denoising_weight * v for k, v in terms.items()}, "dn", "dn")
+        if proposals is not None:
+            assignment = self.matcher(proposals, targets)
+            losses |= name_layers(self.criterion(proposals, targets, assignment, normalizer), "proposal", "proposal")
         assignment = self.matcher(predictions, targets)
         return name_layers(self.criterion(predictions, targets, assignment, normalizer), "main", "aux") | losses
 
@@ -217,6 +232,24 @@ def name_layers(terms: dict[str, Tensor], last: str, others: str) -> dict[str, T
     for term, values in terms.items():
         named |= {f"{others}/{term}_{i}": value for i, value in enumerate(values[:-1])}
     return named
+
+
+def _adapt_names(model: nn.Module, state: dict, prefix: str, *_) -> None:
+    """Converts a state dict of another code in place, whoever loads it: Detectron2's DefaultPredictor has no other door."""
+    source = identify(state)
+    if prefix or source is None or source.code == "this project":
+        return
+    own = {name: x for part in (model.named_parameters(), model.named_buffers()) for name, x in part}
+    conversion = convert(state, {name: own[name] for name in model.state_dict()})
+    if conversion.new_classes:
+        raise CheckpointError(
+            f"the checkpoint ({source}) lacks {conversion.new_classes} of the model's classes; set "
+            "MODEL.DN_DETR.NUM_CLASSES to its number, or train the model from it with train_net.py"
+        )
+    for sentence in conversion.log:
+        logger.info(sentence)
+    state.clear()
+    state.update(conversion.state)
 
 
 def _refuse_partial_weights(model: nn.Module, incompatible) -> None:

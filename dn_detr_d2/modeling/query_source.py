@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..boxes import logit
 from ..denoising import NoisedTargets
 from ..errors import ConfigError
-from ..structures import Memory, ObjectQueries
+from ..structures import Memory, ObjectQueries, Predictions
 from .build import QUERY_SOURCE_REGISTRY
+from .encoder import cell_points
+from .heads import DetectionHeads
 
 
 class LabelEncoder(nn.Module):
@@ -20,20 +22,27 @@ class LabelEncoder(nn.Module):
 
     Args:
         num_classes: P; row P of the table is "unknown", the content of DN-DETR's matching queries.
-        dim: C; the table has C - 1 columns.
+        dim: C; the table has C - 1 columns beside the indicator.
+        indicator: DINO has none; then the table has C columns.
     """
 
-    def __init__(self, num_classes: int, dim: int):
+    def __init__(self, num_classes: int, dim: int, indicator: bool = True):
         super().__init__()
-        self.embed = nn.Embedding(num_classes + 1, dim - 1)
+        self.embed = nn.Embedding(num_classes + 1, dim - indicator)
+        self.indicator = int(indicator)
 
     def forward(self, noised: NoisedTargets) -> Tensor:
         """(N, D, C) content of the denoising queries; zeros where padded."""
-        return F.pad(self.embed(noised.labels), (0, 1), value=1.0) * noised.valid[..., None]
+        return F.pad(self.embed(noised.labels), (0, self.indicator), value=1.0) * noised.valid[..., None]
 
     def unknown(self) -> Tensor:
         """(C,) content of a query that has no label."""
-        return F.pad(self.embed.weight[-1], (0, 1))
+        return F.pad(self.embed.weight[-1], (0, self.indicator))
+
+
+def embed_boxes(label_encoder: LabelEncoder, noised: NoisedTargets) -> ObjectQueries:
+    """Labels become contents. Boxes pass through the clamped logit as anchors do, so none has a side of 0."""
+    return ObjectQueries(label_encoder(noised), logit(noised.boxes).sigmoid())
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -100,8 +109,8 @@ class LearnedAnchors(nn.Module):
         return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
-        """The denoising queries. Boxes pass through the clamped logit as anchors do, so none has a side of 0."""
-        return ObjectQueries(self.label_encoder(noised), logit(noised.boxes).sigmoid())
+        """The denoising queries."""
+        return embed_boxes(self.label_encoder, noised)
 
     def _content(self) -> Tensor:
         """(num_queries, C) content of the anchors."""
@@ -110,3 +119,90 @@ class LearnedAnchors(nn.Module):
         if self.label_encoder is not None:
             return self.label_encoder.unknown().expand(len(self.anchors.weight), -1)
         return torch.zeros_like(self.anchors.weight[:, :1]).expand(-1, self.dim)
+
+
+@QUERY_SOURCE_REGISTRY.register()
+class TopKAnchors(nn.Module):
+    """Two-stage queries of DINO (Zhang et al., ICLR 2023, Sec. 3.4): the cells most like an object give the anchors.
+
+    Every cell of the memory proposes a box around itself, whose side is 0.05 * 2^l of the image on level l; a class head
+    ranks the cells, a box head corrects the Q best. Their boxes, without gradient, are the anchors.
+
+    Args:
+        num_queries: Q.
+        dim: C.
+        num_classes: P.
+        content: "learned" (mixed query selection: contents stay learnt) or "memory" (pure query selection: contents are the
+            chosen cells, without gradient).
+        denoising: whether ``embed`` will be called.
+    """
+
+    CONTENTS = ("learned", "memory")
+    SIDE = 0.05  # of a proposal on the finest level
+    MARGIN = 0.01  # proposals that reach closer to 0 or 1 are not used
+
+    @configurable
+    def __init__(self, *, num_queries: int, dim: int, num_classes: int, content: str, denoising: bool):
+        super().__init__()
+        self.num_queries = num_queries
+        self.project = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.xavier_uniform_(self.project.weight)
+        self.heads = DetectionHeads(dim, num_classes, 1)
+        self.content = nn.Embedding(num_queries, dim) if content == "learned" else None
+        if self.content is not None:
+            nn.init.xavier_uniform_(self.content.weight)
+        self.label_encoder = LabelEncoder(num_classes, dim, indicator=False) if denoising else None
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR`` and its ``QUERY_SOURCE``."""
+        root = cfg.MODEL.DN_DETR
+        node = root.QUERY_SOURCE
+        if node.CONTENT not in cls.CONTENTS:
+            raise ConfigError(
+                f"MODEL.DN_DETR.QUERY_SOURCE.CONTENT must be one of {cls.CONTENTS} with TopKAnchors, got {node.CONTENT!r}"
+            )
+        if root.NUM_QUERIES < 1 or node.NUM_PATTERNS:
+            raise ConfigError(
+                f"MODEL.DN_DETR.NUM_QUERIES = {root.NUM_QUERIES} must be positive, and QUERY_SOURCE.NUM_PATTERNS = "
+                f"{node.NUM_PATTERNS} must be 0 with TopKAnchors"
+            )
+        return {
+            "num_queries": root.NUM_QUERIES,
+            "dim": root.HIDDEN_DIM,
+            "num_classes": root.NUM_CLASSES,
+            "content": node.CONTENT,
+            "denoising": bool(root.DENOISING.NAME),
+        }
+
+    def forward(self, memory: Memory) -> ObjectQueries:
+        """The matching queries and what they were chosen from; fewer than Q where the image has fewer cells."""
+        boxes, usable = self._propose(memory)
+        hidden = self.norm(self.project(memory.tokens * usable[..., None]))
+        logits = self.heads.classify(hidden, 0)
+        best = logits.amax(-1).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        hidden, logits, boxes = (take(x, best) for x in (hidden, logits, boxes))
+        refined = self.heads.refine(hidden, boxes, 0).masked_fill(~take(usable[..., None], best), 1.0)
+        content = hidden.detach()
+        if self.content is not None:
+            content = self.content.weight[: best.shape[1]].expand(len(best), -1, -1)
+        return ObjectQueries(content, refined.detach(), proposals=Predictions(logits[None], refined[None]))
+
+    def embed(self, noised: NoisedTargets) -> ObjectQueries:
+        """The denoising queries."""
+        return embed_boxes(self.label_encoder, noised)
+
+    def _propose(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """(N, S, 4) box of each cell, and (N, S) whether it may be used: not padding, and not at the border."""
+        points = cell_points(memory)
+        sides = [points.new_full((h * w,), self.SIDE * 2**level) for level, (h, w) in enumerate(memory.shapes)]
+        sides = torch.cat(sides)[None, :, None].expand(len(points), -1, 2)
+        boxes = torch.cat([points, sides], -1)
+        inside = ((boxes > self.MARGIN) & (boxes < 1 - self.MARGIN)).all(-1)
+        return boxes, inside & ~memory.padding
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of (N, S, E) at (N, Q) -> (N, Q, E)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

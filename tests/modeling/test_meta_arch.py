@@ -101,7 +101,7 @@ def test_transformer_does_not_see_padding(toy_model, system):
         small, large = (model.encoder(Pyramid(*map(list, zip(*x, strict=True)))) for x in (alone, padded))
         torch.testing.assert_close(large.tokens[:, torch.cat(inside)], small.tokens, atol=1e-5, rtol=1e-5)
         if dense:
-            results = [model._decode(memory)[0] for memory in (small, large)]
+            results = [model.decoder(model._queries(memory)[0], memory) for memory in (small, large)]
             torch.testing.assert_close(results[0].logits, results[1].logits, atol=1e-4, rtol=0)
             torch.testing.assert_close(results[0].boxes, results[1].boxes, atol=1e-5, rtol=0)
 

@@ -33,7 +33,7 @@ def replace(noised, slots):
     labels, boxes = noised.labels.clone(), noised.boxes.clone()
     labels[:, slots] = (labels[:, slots] + 1) % 5
     boxes[:, slots] = 1 - boxes[:, slots]
-    return NoisedTargets(labels, boxes, noised.valid, noised.num_groups, noised.assignment)
+    return NoisedTargets(labels, boxes, noised.valid, noised.num_groups, noised.assignment, noised.counted)
 
 
 def test_matching_queries_do_not_see_denoising_queries(parts):

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Converts a checkpoint of the authors, of detrex or of torchvision for a model of this project.
+
+    python tools/convert_checkpoint.py checkpoint.pth dn_detr.pth --config-file configs/dn_detr_R50_50ep.yaml
+    python tools/convert_checkpoint.py checkpoint.pth dn_detr.safetensors --config-file ... MODEL.DN_DETR.NUM_CLASSES 91
+
+The source is found by its tensor names. NUM_CLASSES 91 keeps COCO's raw ids, 80 (the default, and
+Detectron2's number of COCO classes) makes them contiguous. Every tensor is used or named in an error, and then nothing is
+written.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from detectron2.modeling import build_model
+
+from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2.checkpoint import COCO_RAW_IDS, CheckpointFile, coco_names, convert, read_checkpoint, write_checkpoint
+
+
+def run(args) -> None:
+    """Reads, converts, writes."""
+    opts = (
+        args.opts
+        if "MODEL.DN_DETR.NUM_CLASSES" in args.opts
+        else [*args.opts, "MODEL.DN_DETR.NUM_CLASSES", args.classes]
+    )
+    cfg = setup_cfg(
+        args.config_file, [*opts, "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], splits=()
+    )
+    target = args.target
+    if args.safetensors and target.suffix != ".safetensors":
+        target = target.with_suffix(".safetensors")
+    source = read_checkpoint(args.source)
+    names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
+    conversion = convert(source.state, build_model(cfg).state_dict(), source.class_names, names)
+    if conversion.new_classes:
+        raise ConfigError(
+            f"the checkpoint lacks {conversion.new_classes} of the {cfg.MODEL.DN_DETR.NUM_CLASSES} classes; convert it with "
+            "its own number of classes, and start a training from that: it carries rows over by name"
+        )
+    for sentence in conversion.log:
+        print(sentence)
+    if not names and len(COCO_RAW_IDS) == cfg.MODEL.DN_DETR.NUM_CLASSES:
+        names = source.class_names or coco_names()
+    cfg.MODEL.DN_DETR.CLASS_NAMES = names
+    write_checkpoint(target, CheckpointFile(conversion.state, names, cfg.dump()))
+    print(f"wrote {target}: {len(conversion.state)} tensors of {conversion.source}")
+
+
+def main() -> int:
+    """Parses the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help=".pth, .pkl or .safetensors")
+    parser.add_argument("target", type=Path, help=".pth or .safetensors")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the system that the checkpoint is for")
+    parser.add_argument("--classes", type=int, default=len(COCO_RAW_IDS), help="of the target, if no override says it")
+    parser.add_argument("--safetensors", action="store_true", help="write .safetensors whatever TARGET ends in")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    logging.disable(logging.INFO)
+    try:
+        run(parser.parse_intermixed_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
