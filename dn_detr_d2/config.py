@@ -13,6 +13,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from .coco import NUM_RAW_CLASSES, coco_names, raw_names
 from .data.coco_custom import class_names, register_coco_json
 from .errors import ConfigError
 
@@ -31,7 +32,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     cfg.MODEL.DN_DETR = CfgNode()
     node = cfg.MODEL.DN_DETR
-    # Number of classes P. null (or "auto", which setup_cfg() takes for null) means the classes of DATASETS.TRAIN.
+    # Number of classes P. null (or "auto", which setup_cfg() takes for null) means the classes of DATASETS.TRAIN. With COCO
+    # also 91: its raw ids, as the official models count.
     node.NUM_CLASSES = None
     # Names of the classes in order of their ids. Filled in by training and kept in config.yaml, so that pictures have
     # names where the data set is not at hand.
@@ -268,6 +270,8 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         )
     if node.NUM_CLASSES is None:
         node.NUM_CLASSES = len(classes)
+    elif node.NUM_CLASSES == NUM_RAW_CLASSES and classes == list(coco_names()):
+        classes = list(raw_names())  # as the official models count
     elif classes is not None and len(classes) != node.NUM_CLASSES:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES = {node.NUM_CLASSES}, but {next(iter(known))} has {len(classes)} classes "

@@ -17,6 +17,7 @@ from torch import nn
 
 from . import data, solver
 from .checkpoint import convert, read_checkpoint
+from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -206,15 +207,34 @@ class TolerantCOCOEvaluator(COCOEvaluator):
 
     Annotations without ``area`` or ``iscrowd`` get width * height and 0, and ids are counted from 1: pycocotools takes the
     id 0 for "not matched" and would count a hit as a miss.
+
+    Args:
+        args, kwargs: as for COCOEvaluator.
+        raw_ids: the model predicts COCO's 91 raw ids; detections of unused ids are left out.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, raw_ids: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self._contiguous = None
+        if raw_ids:
+            self._contiguous = torch.full((NUM_RAW_CLASSES,), -1)
+            self._contiguous[list(RAW_IDS)] = torch.arange(len(RAW_IDS))
         annotations = self._coco_api.dataset.get("annotations", [])
         for i, annotation in enumerate(annotations, 1):
             width, height = annotation["bbox"][2:]
             annotation.update(id=i, area=annotation.get("area", width * height), iscrowd=annotation.get("iscrowd", 0))
         self._coco_api.createIndex()
+
+    def process(self, inputs, outputs) -> None:
+        """Takes the detections of a batch."""
+        if self._contiguous is not None:
+            outputs = [self._make_contiguous(output["instances"].to("cpu")) for output in outputs]
+        super().process(inputs, outputs)
+
+    def _make_contiguous(self, instances) -> dict:
+        known = instances[self._contiguous[instances.pred_classes] >= 0]
+        known.pred_classes = self._contiguous[known.pred_classes]
+        return {"instances": known}
 
 
 class Trainer(DefaultTrainer):
@@ -278,7 +298,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
         """COCO's AP; results go to OUTPUT_DIR/inference."""
-        return TolerantCOCOEvaluator(dataset_name, tasks=("bbox",), output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+        raw_ids = list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names())
+        output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
+        return TolerantCOCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, raw_ids=raw_ids)
 
 
 def best_metric(cfg) -> str:

@@ -32,8 +32,10 @@ SYSTEMS = {
     "dn_detr": "dn_detr_R50_50ep",
     "dab_deformable_detr": "dab_deformable_detr_R50_50ep",
     "dn_deformable_detr": "dn_dab_deformable",
+    "encoder_only": "dn_deformable_detr_encoder_only_R50_12ep",
+    "dino": "dino_R50_4scale_12ep",
 }
-DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr")
+DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr", "encoder_only", "dino")
 
 
 @pytest.fixture(autouse=True)

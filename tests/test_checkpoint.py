@@ -16,15 +16,14 @@ from golden.formula import load
 
 from dn_detr_d2 import CheckpointError, setup_cfg
 from dn_detr_d2.checkpoint import (
-    COCO_RAW_IDS,
     CheckpointFile,
-    coco_names,
     convert,
     identify,
     read_checkpoint,
     write_checkpoint,
 )
 from dn_detr_d2.checkpoint.classes import match_classes
+from dn_detr_d2.coco import RAW_IDS, coco_names
 from dn_detr_d2.engine import Checkpointer
 
 NO_DATA = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
@@ -116,8 +115,8 @@ def test_raw_coco_ids_become_contiguous(official):
 
 def test_coco_has_eighty_ids_without_the_unused_eleven():
     unused = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-    assert len(COCO_RAW_IDS) == len(coco_names()) == 80
-    assert set(range(1, 91)) - set(COCO_RAW_IDS) == unused
+    assert len(RAW_IDS) == len(coco_names()) == 80
+    assert set(range(1, 91)) - set(RAW_IDS) == unused
 
 
 def test_classes_are_carried_over_by_name():
@@ -267,7 +266,7 @@ def detrex_names(official):
     """The authors' DN-DETR under detrex's names, written from the table of the specification; 80 classes."""
     import re
 
-    ids = torch.tensor(COCO_RAW_IDS)
+    ids = torch.tensor(RAW_IDS)
     state = {}
     for key, tensor in official.items():
         if key.startswith("transformer.decoder.bbox_embed"):

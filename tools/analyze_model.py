@@ -2,10 +2,12 @@
 """Counts what a config costs: parameters, multiplications, activations and memory, by part, for one image.
 
     python tools/analyze_model.py --config-file configs/dn_detr_R50_50ep.yaml
-    python tools/analyze_model.py --config-file configs/dino_R50_4scale_12ep.yaml --size 800 1066 MODEL.DN_DETR.NUM_CLASSES 80
+    python tools/analyze_model.py --config-file configs/dino_R50_4scale_12ep.yaml --size 800 1066 --memory
 
-GFLOPs are 10^9 multiply-adds of convolutions, matrix products, attention and deformable attention, as the papers count them;
-91 classes as in the papers unless NUM_CLASSES says otherwise. The image is 800 x 1333 unless --size says otherwise.
+GFLOPs are 10^9 multiply-adds. The first column counts all that matters: convolutions, linear layers, products of attention,
+deformable attention. The second has convolutions, products of attention, and 7 operations for each attention weight, but no
+linear layers and no deformable attention: so the figures of the DAB-DETR and DN-DETR papers come out (docs/parity.md). 91
+classes as there unless NUM_CLASSES says otherwise; the image is 800 x 1333.
 """
 
 import argparse
@@ -30,9 +32,10 @@ PARTS = ("backbone", "neck", "encoder", "query_source", "decoder")
 
 
 def attention_flops(inputs, outputs) -> Counter:
-    """Multiply-adds of ``scaled_dot_product_attention``: Q K^T and the weighted sum of the values."""
+    """Multiply-adds of ``scaled_dot_product_attention``: Q K^T and the weighted sum of the values; the softmax apart."""
     (*batch, queries, width), (*_, keys, values) = get_shape(inputs[0]), get_shape(inputs[2])
-    return Counter({"attention": math.prod(batch) * queries * keys * (width + values)})
+    weights = math.prod(batch) * queries * keys
+    return Counter({"attention": weights * (width + values), "softmax": 7 * weights})
 
 
 def deformable_flops(inputs, outputs) -> Counter:
@@ -74,7 +77,7 @@ class OneImage(torch.nn.Module):
 
 
 def analyze(cfg, height: int, width: int) -> dict:
-    """Part -> {"parameters", "trainable", "gflops", "mactivations"}, and the same for "total"."""
+    """Part -> {"parameters", "trainable", "gflops", "paper_gflops", "mactivations"}, and the same for "total"."""
     model = build_model(cfg).eval()
     image = torch.zeros(1, 3, height, width)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
@@ -84,7 +87,8 @@ def analyze(cfg, height: int, width: int) -> dict:
         activations = ActivationCountAnalysis(OneImage(model), image)
         for analysis in (flops, activations):
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        per_part, outputs = flops.by_module(), activations.by_module()
+        per_part, per_operator = flops.by_module(), flops.by_module_and_operator()
+        outputs = activations.by_module()
     result = {}
     for name in (*PARTS, ""):
         module = model.get_submodule(name)
@@ -92,7 +96,8 @@ def analyze(cfg, height: int, width: int) -> dict:
         result[name or "total"] = {
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "gflops": per_part[name] / 1e9,
+            "gflops": (per_part[name] - per_operator[name]["softmax"]) / 1e9,
+            "paper_gflops": sum(per_operator[name][kind] for kind in ("conv", "attention", "softmax")) / 1e9,
             "mactivations": outputs[name] / 1e6,
         }
     return result
@@ -139,10 +144,11 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    rows = [[part, f"{x['parameters']:,}", f"{x['trainable']:,}", f"{x['gflops']:.1f}", f"{x['mactivations']:.1f}"]
+    rows = [[part, f"{x['parameters']:,}", f"{x['trainable']:,}", f"{x['gflops']:.1f}", f"{x['paper_gflops']:.1f}",
+             f"{x['mactivations']:.1f}"]
             for part, x in table.items()]  # fmt: skip
-    headers = ["part", "parameters", "trainable", "GFLOPs", "M activations"]
-    print(tabulate(rows, headers, tablefmt="github", colalign=("left", *["right"] * 4), disable_numparse=True))
+    headers = ["part", "parameters", "trainable", "GFLOPs", "as in the papers", "M activations"]
+    print(tabulate(rows, headers, tablefmt="github", colalign=("left", *["right"] * 5), disable_numparse=True))
     print(f"one image of {args.size[0]} x {args.size[1]}, {cfg.MODEL.DN_DETR.NUM_CLASSES} classes, inference")
     if args.memory:
         print(

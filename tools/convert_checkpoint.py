@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from detectron2.modeling import build_model
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
-from dn_detr_d2.checkpoint import COCO_RAW_IDS, CheckpointFile, coco_names, convert, read_checkpoint, write_checkpoint
+from dn_detr_d2.checkpoint import CheckpointFile, convert, read_checkpoint, write_checkpoint
+from dn_detr_d2.coco import RAW_IDS, coco_names
 
 
 def run(args) -> None:
@@ -45,8 +46,8 @@ def run(args) -> None:
         )
     for sentence in conversion.log:
         print(sentence)
-    if not names and len(COCO_RAW_IDS) == cfg.MODEL.DN_DETR.NUM_CLASSES:
-        names = source.class_names or coco_names()
+    if not names and len(RAW_IDS) == cfg.MODEL.DN_DETR.NUM_CLASSES:
+        names = source.class_names or list(coco_names())
     cfg.MODEL.DN_DETR.CLASS_NAMES = names
     write_checkpoint(target, CheckpointFile(conversion.state, names, cfg.dump()))
     print(f"wrote {target}: {len(conversion.state)} tensors of {conversion.source}")
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("source", help=".pth, .pkl or .safetensors")
     parser.add_argument("target", type=Path, help=".pth or .safetensors")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the system that the checkpoint is for")
-    parser.add_argument("--classes", type=int, default=len(COCO_RAW_IDS), help="of the target, if no override says it")
+    parser.add_argument("--classes", type=int, default=len(RAW_IDS), help="of the target, if no override says it")
     parser.add_argument("--safetensors", action="store_true", help="write .safetensors whatever TARGET ends in")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     logging.disable(logging.INFO)

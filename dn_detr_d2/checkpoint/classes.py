@@ -9,11 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The ids of COCO's 80 categories in ascending order; the official models have 91 rows, one an id, 11 of them unused.
-COCO_RAW_IDS = (
-    *range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91),
-)  # fmt: skip
-COCO_RAW_CLASSES = 91
+from ..coco import NUM_RAW_CLASSES, RAW_IDS, coco_names, raw_names
+
 CLASS_HEAD = r"^(decoder|query_source)\.heads\.class_heads\.\d+\.(weight|bias)$"
 LABELS = "query_source.label_encoder.embed.weight"
 
@@ -31,13 +28,6 @@ class ClassRows:
     why: str
 
 
-def coco_names() -> list[str]:
-    """Names of COCO's 80 classes in the order of their ids."""
-    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-
-    return [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
-
-
 def count_classes(state: dict[str, Tensor]) -> int | None:
     """Rows of the class heads; None if there is none."""
     return next((len(tensor) for name, tensor in state.items() if re.match(CLASS_HEAD, name)), None)
@@ -51,17 +41,14 @@ def match_classes(theirs: int, ours: int, their_names: list[str], our_names: lis
         their_names: of the checkpoint, [] if unknown; then 91 classes are taken for raw COCO ids.
         our_names: of the model, [] if unknown.
     """
-    if theirs == COCO_RAW_CLASSES and not their_names:
-        their_names = [""] * theirs
-        for row, name in zip(COCO_RAW_IDS, coco_names(), strict=True):
-            their_names[row] = name
-        if ours == len(COCO_RAW_IDS) and our_names in ([], coco_names()):
-            return ClassRows(list(COCO_RAW_IDS), "raw COCO ids made contiguous")
-    if theirs == ours and (
-        not our_names or not any(their_names) or their_names == our_names or theirs == COCO_RAW_CLASSES
-    ):
+    if theirs == NUM_RAW_CLASSES and not their_names:
+        their_names = list(raw_names())
+    raw = their_names == list(raw_names())
+    if raw and ours == len(RAW_IDS) and our_names in ([], list(coco_names())):
+        return ClassRows(list(RAW_IDS), "raw COCO ids made contiguous")
+    if theirs == ours and (not our_names or not their_names or raw or their_names == our_names):
         return ClassRows(list(range(ours)), "kept")
-    found = {name: row for row, name in enumerate(their_names) if name}
+    found = {name: row for row, name in enumerate(their_names)}
     rows = [found.get(name) for name in our_names] if our_names else [None] * ours
     return ClassRows(rows, "carried over by name" if any(row is not None for row in rows) else "new")
 

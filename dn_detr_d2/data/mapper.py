@@ -15,6 +15,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class DetrDatasetMapper:
         is_train: whether to augment and to attach ``instances``.
         image_format: channel order, "RGB" or "BGR".
         num_classes: P; labels must lie in [0, P). 0 = not checked.
+        new_labels: label of each class of the data set, None to keep them (raw COCO ids, see :mod:`dn_detr_d2.coco`).
         flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
     """
 
@@ -104,13 +106,14 @@ class DetrDatasetMapper:
         *,
         image_format: str,
         num_classes: int,
+        new_labels: tuple[int, ...] | None = None,
         flips: list[T.Augmentation],
         resizes: list[T.Augmentation],
         crops: list[T.Augmentation],
     ):
         self.is_train = is_train
         self.image_format = image_format
-        self.num_classes = num_classes
+        self.num_classes, self.new_labels = num_classes, new_labels
         self.plain = T.AugmentationList([*flips, *resizes])
         self.cropping = T.AugmentationList([*flips, *crops, *resizes]) if crops else None
         self.check_box = BoxChecker()
@@ -138,6 +141,7 @@ class DetrDatasetMapper:
             "is_train": is_train,
             "image_format": node.FORMAT,
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
+            "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
             "flips": flips,
             "resizes": [T.ResizeShortestEdge(side, longest, style)],
             "crops": crops,
@@ -180,6 +184,8 @@ class DetrDatasetMapper:
                 continue
             what = f"{record['file_name']}, annotation {annotation.get('id', f'number {i}')}"
             label = annotation["category_id"]
+            if self.new_labels is not None and 0 <= label < len(self.new_labels):
+                label = self.new_labels[label]
             if label < 0 or (self.num_classes and label >= self.num_classes):
                 raise DatasetError(
                     f"{what} has class index {label}, but MODEL.DN_DETR.NUM_CLASSES = {self.num_classes} allows 0 to "

@@ -42,7 +42,8 @@ def flatten_pyramid(pyramid: Pyramid, level_embed: Tensor | None = None) -> Memo
     if level_embed is not None:
         positions = [x + embed for x, embed in zip(positions, level_embed, strict=True)]
     padding = torch.cat([x.flatten(1) for x in pyramid.padding], 1)
-    shapes = [tuple(x.shape[-2:]) for x in pyramid.maps]
+    # Under torch.jit.trace sizes are tensors, but the operator needs numbers.
+    shapes = [tuple(int(s) if isinstance(s, Tensor) else s for s in x.shape[-2:]) for x in pyramid.maps]
     valid_ratios = torch.stack([valid_ratio(x) for x in pyramid.padding], 1)
     return Memory(tokens, torch.cat(positions, 1), padding, shapes, valid_ratios)
 

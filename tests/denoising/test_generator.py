@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dn_detr_d2 import DenoisingGenerator
+from dn_detr_d2.denoising import ContrastiveDenoisingGenerator
 from dn_detr_d2.structures import Targets
 
 SETTINGS = {
@@ -98,3 +99,53 @@ def test_targets_stay_as_they_were():
 def test_values_outside_their_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         DenoisingGenerator(**SETTINGS | change)
+
+
+CONTRASTIVE = {
+    "num_classes": 5, "num_groups": 2, "label_noise_prob": 0.0, "num_queries": 0,
+    "corner_noise_scale": 0.0, "keep_order": False,
+}  # fmt: skip
+
+
+def test_contrastive_groups_hold_near_copies_then_far_ones():
+    """Spec section 2.5: counts (2, 3), two groups: each group is three near and three far slots; near ones restore."""
+    targets = make_targets(2, 3)
+    noised = ContrastiveDenoisingGenerator(**CONTRASTIVE)(targets)
+    assert noised.num_queries == 12
+    assert noised.num_groups == 2
+    assert noised.valid.tolist() == [[True, True, False] * 4, [True] * 12]
+    pairs = [(q.tolist(), t.tolist()) for q, t in noised.assignment.per_image(2)]
+    assert pairs == [([0, 1, 6, 7], [0, 1, 0, 1]), ([0, 1, 2, 6, 7, 8], [0, 1, 2, 0, 1, 2])]
+    assert noised.counted.all()  # far copies and padding must learn to be no object
+    torch.testing.assert_close(noised.boxes[1, 3:6], targets.boxes[1])
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, 100), (5, 20), (7, 14), (60, 1), (101, 1), (300, 1)])
+def test_the_number_of_contrastive_groups_follows_the_fullest_image(most, expected):
+    noised = ContrastiveDenoisingGenerator(**CONTRASTIVE | {"num_queries": 100})(make_targets(most, 0))
+    assert noised.num_groups == expected
+    assert noised.num_queries == 2 * expected * most
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 30), st.integers(2, 40))
+def test_a_hard_limit_holds_for_both_copies_together(counts, num_queries, limit):
+    settings = CONTRASTIVE | {"num_queries": num_queries, "max_queries": limit, "num_groups": 2}
+    noised = ContrastiveDenoisingGenerator(**settings)(make_targets(*counts))
+    assert noised.num_queries <= limit
+    for i, (slots, objects) in enumerate(noised.assignment.per_image(len(counts))):
+        assert noised.valid[i, slots].all()
+        assert (noised.labels[i, slots] < 5).all()
+        assert len(slots) == len(objects)
+
+
+def test_a_contrastive_batch_without_objects_counts_for_nothing():
+    noised = ContrastiveDenoisingGenerator(**CONTRASTIVE)(make_targets(0, 0))
+    assert not noised.counted.any()
+    assert len(noised.assignment) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"num_queries": -1}, {"corner_noise_scale": -0.1}, {"num_groups": 0}])
+def test_contrastive_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ContrastiveDenoisingGenerator(**CONTRASTIVE | wrong)

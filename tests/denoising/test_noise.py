@@ -84,3 +84,40 @@ def test_every_real_position_is_drawn_equally_often():
     mask = torch.tensor([True, True, False, True]).expand(30000, 4)
     counts = torch.bincount(noise.random_subset(mask, 2).flatten(), minlength=4) / 30000
     torch.testing.assert_close(counts, torch.tensor([2 / 3, 2 / 3, 0, 2 / 3]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("negative", "expected"), [
+    (False, [0.525, 0.2875, 0.45, 0.575]),
+    (True, [0.725, 0.1375, 0.45, 0.275]),
+])  # fmt: skip
+def test_corners_of_the_worked_box(monkeypatch, negative, expected):
+    """Spec section 2.5: scale 1, box (.5, .5, .4, .6), u = (0, 1, .25, .75), signs (+, -, +, -)."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: x.new_tensor([0, 1, 0.25, 0.75]).expand_as(x))
+    monkeypatch.setattr(torch, "randint_like", lambda x, high: x.new_tensor([1, 0, 1, 0]).expand_as(x))
+    noised = noise.jitter_corners(torch.tensor([[0.5, 0.5, 0.4, 0.6]]), 1.0, negative)
+    torch.testing.assert_close(noised, torch.tensor([expected]))
+
+
+@settings(max_examples=50)
+@given(st.floats(0, 1), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_near_corners_stay_within_and_far_ones_go_beyond(scale, negative, keep_order, seed):
+    torch.manual_seed(seed)
+    boxes = torch.cat([torch.full((200, 2), 0.5), torch.rand(200, 2) * 0.2 + 0.05], 1)  # never reach the image's border
+    noised = noise.jitter_corners(boxes, scale, negative, keep_order)
+    half = boxes[:, 2:] / 2
+    if keep_order:
+        assert (noised[:, 2:] >= 0).all()
+    else:
+        low = noised[:, :2] - noised[:, 2:] / 2
+        moved = (low - (boxes[:, :2] - half)).abs() / half
+        assert (moved <= scale * (2 if negative else 1) + 1e-4).all()
+        assert (moved >= scale * (1 if negative else 0) - 1e-4).all()
+    assert noised.isfinite().all()
+
+
+def test_seven_in_sixteen_far_boxes_cross_at_scale_one_unless_order_is_kept():
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(40000, 4)
+    crossed = (noise.jitter_corners(boxes, 1.0, True)[:, 2:] <= 0).any(1).float().mean().item()
+    assert crossed == pytest.approx(7 / 16, abs=0.01)
+    assert (noise.jitter_corners(boxes, 1.0, True, keep_order=True)[:, 2:] >= 0).all()
+    assert (noise.jitter_corners(boxes, 1.0, False)[:, 2:] > -1e-6).all()

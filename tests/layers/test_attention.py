@@ -7,6 +7,7 @@ from torch import nn
 from dn_detr_d2.layers import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
+    MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
     SelfAttention,
     attend,
@@ -127,3 +128,26 @@ def test_worked_sampling_locations():
 def test_heads_must_divide_the_channels(layer):
     with pytest.raises(ValueError, match="10 channels and 4 heads"):
         layer(10, 4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_multi_level_attention_weighs_the_answer_of_each_level(first):
+    """Each level attended on its own, projected, then mixed by the softmax of the asking query (spec section 1.7)."""
+    attention = MultiLevelConditionalCrossAttention(16, 4, 2, add_query_position=first)
+    shapes, n, q = [(3, 4), (2, 2)], 2, 5
+    x, position, sine, asked = (torch.randn(n, q, 16) for _ in range(4))
+    tokens, places, padding = torch.randn(n, 16, 16), torch.randn(n, 16, 16), torch.rand(n, 16) < 0.3
+    padding[:, [0, 12]] = False
+    out = attention(x, position, sine, tokens, places, padding, shapes, asked)
+
+    query, key = attention.query_content(x), attention.key_content(tokens)
+    if first:
+        query, key = query + attention.query_position(position), key + attention.key_position(places)
+    query = torch.cat([query.view(n, q, 4, 4), attention.query_sine(sine).view(n, q, 4, 4)], -1).flatten(2)
+    key = torch.cat([key.view(n, 16, 4, 4), attention.key_position(places).view(n, 16, 4, 4)], -1).flatten(2)
+    weights = attention.level_weights(asked).softmax(-1)
+    mixed = 0
+    for level, cells in enumerate((slice(0, 12), slice(12, 16))):
+        answer = loop_attention(query, key[:, cells], attention.value(tokens)[:, cells], 4, padding[:, None, cells])
+        mixed = mixed + weights[..., level : level + 1] * attention.out_proj(answer)
+    torch.testing.assert_close(out, attention.norm(x + mixed), atol=1e-5, rtol=1e-5)

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.parametrize("system", DENOISING_SYSTEMS)
 @pytest.fixture
 def parts(toy_model, system):
     """(model, memory, noised targets, a function from noised targets to predictions)."""
-    model = toy_model(system, "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3).train()
+    groups = ["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3, "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 0]
+    model = toy_model(system, *groups).train()
     batch = make_batch(3, 2)
     images = model._preprocess(batch)
     memory = model.encoder(model._pyramid(images))
