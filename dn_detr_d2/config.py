@@ -60,7 +60,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.NECK.POSITION_OFFSET = 0.0
 
     node.QUERY_SOURCE = CfgNode()
-    # Class that makes the queries: LearnedAnchors, or TopKAnchors (DINO: the best cells of the encoder).
+    # Class that makes the queries: LearnedAnchors, TopKAnchors (DINO: the best cells of the encoder), LearnedQueries or
+    # TwoStageQueries (Deformable DETR without and with two stages).
     node.QUERY_SOURCE.NAME = "LearnedAnchors"
     # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
     # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
@@ -82,10 +83,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     node.DECODER = CfgNode()
     # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
-    # (DINO's ablation: final norm, no such gradient) or RefiningDecoder (deformable).
+    # (DINO's ablation: final norm, no such gradient), RefiningDecoder (deformable) or StaticDecoder (plain DD).
     node.DECODER.NAME = "LookForwardTwiceDecoder"
     # ConditionalDecoderLayer (DAB, DN), MultiLevelConditionalDecoderLayer (DN-Deformable with a deformable encoder only),
-    # DeformableDecoderLayer (DAB- and DN-Deformable) or DinoDecoderLayer.
+    # DeformableDecoderLayer (DAB- and DN-Deformable), DinoDecoderLayer, or of DD PointDecoderLayer (plain),
+    # FirstPointDecoderLayer (box refinement), QueryDecoderLayer (two stages).
     node.DECODER.LAYER = "ConditionalDecoderLayer"
     # As for the encoder.
     node.DECODER.NUM_LAYERS = 6
@@ -97,6 +99,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DECODER.SHARE_HEADS = True
     # Start of the width and height logits of the first box head. 0 in DAB and DN, -2 in DD: begin with small boxes.
     node.DECODER.FIRST_SIZE_BIAS = 0.0
+
+    # Clamp of the logit of a reference box before it is corrected. 1e-3 in DAB, DN and DINO, 1e-5 in DD.
+    node.DECODER.LOGIT_EPS = 1e-3
 
     node.DENOISING = CfgNode()
     # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO), or "" to train by

@@ -112,6 +112,8 @@ class ObjectQueries:
         content: (N, Q, C).
         boxes: (N, Q, 4) reference boxes, cxcywh in [0, 1]; 0.5 stands for "not known", its logit is 0.
         blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
+        position: (N, Q, C) embedding of each query's place that stays the same in all layers, or None where it follows from
+            the reference box (DAB-DETR and its family).
         proposals: one set of predictions (K = 1) that the matching queries were chosen from and that has a loss of its
             own (two-stage systems), or None.
     """
@@ -119,6 +121,7 @@ class ObjectQueries:
     content: Tensor
     boxes: Tensor
     blocked: Tensor | None = None
+    position: Tensor | None = None
     proposals: "Predictions | None" = None
 
 
@@ -149,6 +152,7 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
         torch.cat([denoising.content, matching.content], 1),
         torch.cat([denoising.boxes, matching.boxes], 1),
         blocked,
+        torch.cat([denoising.position, matching.position], 1) if matching.position is not None else None,
         matching.proposals,
     )
 

@@ -97,11 +97,11 @@ def _rename(state: dict[str, Tensor], source: Source, log: list[str]) -> dict[st
         result[name], origin[name] = state[key], key
     if differing:
         log.append(f"copies that should be equal differ, the second of each pair was taken: {_some(differing)}")
-    return _share_heads(result) if source.system == "DINO" else result
+    return _share_heads(result) if source.system in ("DINO", "Deformable-DETR") else result
 
 
 def _share_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINO saves six copies of heads that its layers share; one is left where they are equal."""
+    """DINO and plain Deformable DETR save six copies of heads that their layers share; one is left where they are equal."""
     heads = re.compile(r"^(decoder\.heads\.(?:class|box)_heads)\.(\d+)\.(.*)$")
     first = {m[1] + m[3]: x for name, x in state.items() if (m := heads.match(name)) and m[2] == "0"}
     matches = [(heads.match(name), x) for name, x in state.items()]

@@ -30,6 +30,10 @@ OFFICIAL: Rules = [
     (r"^transformer\.decoder\.ref_anchor_head", "decoder.position.reference_size"),
     (r"^transformer\.patterns", "query_source.patterns"),
     (r"^(transformer\.)?tgt_embed", "query_source.content"),
+    (r"^query_embed", "query_source.queries"),
+    (r"^transformer\.reference_points", "query_source.reference"),
+    (r"^transformer\.pos_trans_norm", "query_source.transform_norm"),
+    (r"^transformer\.pos_trans", "query_source.transform"),
     (r"^transformer\.enc_output_norm", "query_source.norm"),
     (r"^transformer\.enc_output", "query_source.project"),
     (r"^transformer\.enc_out_class_embed", "query_source.heads.class_heads.0"),
@@ -133,7 +137,7 @@ SYSTEMS: list[tuple[str, str, bool, tuple[str, ...]]] = [
     ("ImageNet ResNet", "torchvision", True, (r"^layer1\.0\.conv1\.", r"^conv1\.weight$")),
     ("ImageNet ResNet", "detectron2", True, (r"^(stem|res2)\.",)),
     ("Anchor DETR", "", False, (r"^transformer\.encoder_layers\.",)),
-    ("Deformable-DETR", "", False, (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
+    ("Deformable-DETR", "", True, (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
     ("DETR", "", False, (r"^query_embed\.",)),
     ("the DINO-like model of the DN-DETR repository", "official", False,
      (r"^transformer\.enc_output\.", r"^class_embed\.6\.", r"^transformer\.encoder\.layers\.0\.linear1")),
@@ -177,6 +181,9 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
             official = {
                 key: x.replace("transformer.decoder.transformer.", "transformer.") for key, x in official.items()
             }
+    if source.system == "Deformable-DETR":  # the seventh heads belong to the encoder
+        official = {key: re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.6", r"transformer.enc_out_\2_embed", x)
+                    for key, x in official.items()}  # fmt: skip
     rules = OFFICIAL + (DEFORMABLE_ENCODER if deformable else DENSE_ENCODER)
     rules = rules + (CONDITIONAL_DECODER if conditional else DEFORMABLE_DECODER)
     renamed = {}

@@ -9,19 +9,22 @@ from .build import (
     QUERY_SOURCE_REGISTRY,
 )
 from .criterion import SetCriterion
-from .decoder import LookForwardOnceDecoder, LookForwardTwiceDecoder, RefiningDecoder
+from .decoder import LookForwardOnceDecoder, LookForwardTwiceDecoder, RefiningDecoder, StaticDecoder
 from .decoder_layer import (
     ConditionalDecoderLayer,
     DeformableDecoderLayer,
     DinoDecoderLayer,
+    FirstPointDecoderLayer,
     MultiLevelConditionalDecoderLayer,
+    PointDecoderLayer,
+    QueryDecoderLayer,
 )
 from .encoder import DeformableEncoder, DenseEncoder
 from .heads import DetectionHeads
 from .matcher import HungarianMatcher
 from .meta_arch import DenoisingDETR
 from .neck import Neck
-from .query_source import LabelEncoder, LearnedAnchors, TopKAnchors
+from .query_source import LabelEncoder, LearnedAnchors, LearnedQueries, TopKAnchors, TwoStageQueries
 
 __all__ = [
     "DECODER_LAYER_REGISTRY",
@@ -36,15 +39,21 @@ __all__ = [
     "DenseEncoder",
     "DetectionHeads",
     "DinoDecoderLayer",
+    "FirstPointDecoderLayer",
     "HungarianMatcher",
     "LabelEncoder",
     "LearnedAnchors",
+    "LearnedQueries",
     "LookForwardOnceDecoder",
     "LookForwardTwiceDecoder",
     "MultiLevelConditionalDecoderLayer",
     "Neck",
+    "PointDecoderLayer",
+    "QueryDecoderLayer",
     "RefiningDecoder",
     "SetCriterion",
+    "StaticDecoder",
     "TopKAnchors",
+    "TwoStageQueries",
     "build_dc5_resnet_backbone",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..structures import Memory, ObjectQueries, Predictions
 from .build import DECODER_LAYER_REGISTRY, DECODER_REGISTRY, initialise_transformer, lookup
+from .decoder_layer import QueryPosition
 from .encoder import transformer_arguments
 from .heads import DetectionHeads
 
@@ -42,7 +43,9 @@ class RefiningDecoder(nn.Module):
         node = root.DECODER
         arguments = transformer_arguments(cfg, "DECODER")
         dim, num_layers = arguments.pop("dim"), arguments.pop("num_layers")
-        heads = DetectionHeads(dim, root.NUM_CLASSES, 1 if node.SHARE_HEADS else num_layers, node.FIRST_SIZE_BIAS)
+        heads = DetectionHeads(
+            dim, root.NUM_CLASSES, 1 if node.SHARE_HEADS else num_layers, node.FIRST_SIZE_BIAS, node.LOGIT_EPS
+        )
         return {
             "dim": dim,
             "num_layers": num_layers,
@@ -56,23 +59,43 @@ class RefiningDecoder(nn.Module):
         content, reference = queries.content, queries.boxes
         seen, logits, boxes = reference, [], []  # `seen` is the reference as the layer sees it
         for i, layer in enumerate(self.layers):
-            position = self.position(content, seen, memory, first=i == 0)
+            if queries.position is None:
+                position = self.position(content, seen, memory, first=i == 0)
+            else:
+                position = QueryPosition(queries.position)
             content = layer(content, position, seen, memory, queries.blocked)
             hidden = self.normalise(content)
             logits.append(self.heads.classify(hidden, i))
             boxes.append(self.heads.refine(hidden, reference, i))
             if i + 1 < len(self.layers):
                 reference = self.next_reference(content, seen, boxes[-1], i)
-                seen = reference.detach()
+                seen = self.enter_layer(reference)
         return Predictions(torch.stack(logits), torch.stack(boxes))
 
     def normalise(self, content: Tensor) -> Tensor:
         """What the heads get; here the content as it is."""
         return content
 
+    def enter_layer(self, reference: Tensor) -> Tensor:
+        """The reference as the next layer sees it."""
+        return reference.detach()
+
     def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
         """(N, Q, 4) reference of the next layer: the predicted boxes, without gradient."""
         return predicted.detach()
+
+
+@DECODER_REGISTRY.register()
+class StaticDecoder(RefiningDecoder):
+    """Every layer predicts from the references of the start (plain Deformable DETR)."""
+
+    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
+        """The same again, with its gradient."""
+        return seen
+
+    def enter_layer(self, reference: Tensor) -> Tensor:
+        """As it is: the loss of every layer reaches it."""
+        return reference
 
 
 @DECODER_REGISTRY.register()

@@ -205,11 +205,51 @@ class DeformableDecoderLayer(nn.Module):
     ) -> Tensor:
         """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
         content = self.self_attn(content, position.embedding, blocked)
-        reference = boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None]  # (N, Q, L, 4) of the padded levels
+        reference = self.reference(boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None])
         attended = self.cross_attn(
             content + position.embedding, reference, memory.tokens, memory.padding, memory.shapes
         )
         return self.ffn(self.norm(content + self.dropout(attended)))
+
+    def reference(self, boxes: Tensor) -> Tensor:
+        """(N, Q, L, 4) boxes of the padded levels -> what the points are placed in or around."""
+        return boxes
+
+
+class GivenPosition(nn.Module):
+    """Stands where a layer's positions come with the queries (Deformable DETR)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+
+@DECODER_LAYER_REGISTRY.register()
+class QueryDecoderLayer(DeformableDecoderLayer):
+    """Layer of Deformable DETR: positions come with the queries, points lie in the reference box."""
+
+    Position = GivenPosition
+
+
+@DECODER_LAYER_REGISTRY.register()
+class PointDecoderLayer(QueryDecoderLayer):
+    """Layer of plain Deformable DETR: the points lie around the reference's centre."""
+
+    def reference(self, boxes: Tensor) -> Tensor:
+        """Centres only."""
+        return boxes[..., :2]
+
+
+@DECODER_LAYER_REGISTRY.register()
+class FirstPointDecoderLayer(QueryDecoderLayer):
+    """Layer of Deformable DETR with box refinement: the first one knows a centre, the others a box."""
+
+    def __init__(self, *, index: int, **arguments):
+        super().__init__(index=index, **arguments)
+        self.knows_boxes = index > 0
+
+    def reference(self, boxes: Tensor) -> Tensor:
+        """Centres in the first layer."""
+        return boxes if self.knows_boxes else boxes[..., :2]
 
 
 @DECODER_LAYER_REGISTRY.register()

@@ -5,7 +5,7 @@ import math
 
 from torch import Tensor, nn
 
-from ..boxes import logit
+from ..boxes import LOGIT_EPS, logit
 from ..layers import MLP
 
 # Start with a foreground probability of 0.01 (focal loss, RetinaNet Sec. 3.3).
@@ -21,10 +21,19 @@ class DetectionHeads(nn.Module):
         num_heads: 1 for heads shared by all layers, otherwise one a layer.
         first_size_bias: start of the width and height logits of the first head; -2 lets Deformable DETR begin with
             small boxes, 0 keeps the reference.
+        logit_eps: clamp of the reference's logit.
     """
 
-    def __init__(self, dim: int, num_classes: int, num_heads: int, first_size_bias: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        num_heads: int,
+        first_size_bias: float = 0.0,
+        logit_eps: float = LOGIT_EPS,
+    ):
         super().__init__()
+        self.logit_eps = logit_eps
         classify, refine = nn.Linear(dim, num_classes), MLP(dim, dim, dim, 4)
         nn.init.constant_(classify.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
         nn.init.zeros_(refine.layers[-1].weight)
@@ -45,4 +54,4 @@ class DetectionHeads(nn.Module):
             boxes: (..., 4) cxcywh in [0, 1].
         """
         delta = self.box_heads[layer % len(self.box_heads)](content)
-        return (delta.to(boxes.dtype) + logit(boxes)).sigmoid()
+        return (delta.to(boxes.dtype) + logit(boxes, self.logit_eps)).sigmoid()

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @META_ARCH_REGISTRY.register()
 class DenoisingDETR(nn.Module):
-    """DAB-DETR, DN-DETR, DAB- and DN-Deformable-DETR, DINO, as Detectron2's model interface asks.
+    """DAB-DETR, DN-DETR, DAB- and DN-Deformable-DETR, DINO, Deformable DETR, as Detectron2's model interface asks.
 
     Args:
         backbone: a Detectron2 backbone.
@@ -199,8 +199,9 @@ class DenoisingDETR(nn.Module):
             terms = self.criterion(denoising, targets, noised.assignment, divisor, counted=noised.counted)
             losses = name_layers({k: self.denoising_weight * v for k, v in terms.items()}, "dn", "dn")
         if proposals is not None:
-            assignment = self.matcher(proposals, targets)
-            losses |= name_layers(self.criterion(proposals, targets, assignment, normalizer), "proposal", "proposal")
+            wanted = self.query_source.proposal_targets(targets)
+            assignment = self.matcher(proposals, wanted)
+            losses |= name_layers(self.criterion(proposals, wanted, assignment, normalizer), "proposal", "proposal")
         assignment = self.matcher(predictions, targets)
         return name_layers(self.criterion(predictions, targets, assignment, normalizer), "main", "aux") | losses
 

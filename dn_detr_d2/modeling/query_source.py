@@ -3,6 +3,9 @@
 Shapes: N images, Q matching queries, D denoising queries, C channels, P classes.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 from ..boxes import logit
 from ..denoising import NoisedTargets
 from ..errors import ConfigError
-from ..structures import Memory, ObjectQueries, Predictions
+from ..layers import sine_encoding
+from ..structures import Memory, ObjectQueries, Predictions, Targets
 from .build import QUERY_SOURCE_REGISTRY
 from .encoder import cell_points
 from .heads import DetectionHeads
@@ -38,6 +42,15 @@ class LabelEncoder(nn.Module):
     def unknown(self) -> Tensor:
         """(C,) content of a query that has no label."""
         return F.pad(self.embed.weight[-1], (0, self.indicator))
+
+
+def refuse_denoising(root, name: str) -> None:
+    """Raises ConfigError if a source without label embedding is asked for denoising or patterns."""
+    if root.DENOISING.NAME or root.QUERY_SOURCE.NUM_PATTERNS or root.NUM_QUERIES < 1:
+        raise ConfigError(
+            f"MODEL.DN_DETR.QUERY_SOURCE.NAME = {name!r} needs DENOISING.NAME '', QUERY_SOURCE.NUM_PATTERNS 0 and "
+            f"NUM_QUERIES above 0, got {root.DENOISING.NAME!r}, {root.QUERY_SOURCE.NUM_PATTERNS} and {root.NUM_QUERIES}"
+        )
 
 
 def embed_boxes(label_encoder: LabelEncoder, noised: NoisedTargets) -> ObjectQueries:
@@ -122,6 +135,38 @@ class LearnedAnchors(nn.Module):
 
 
 @QUERY_SOURCE_REGISTRY.register()
+class LearnedQueries(nn.Module):
+    """Learned positions and contents of Deformable DETR; the position says where the reference point is.
+
+    Args:
+        num_queries: Q.
+        dim: C.
+    """
+
+    @configurable
+    def __init__(self, *, num_queries: int, dim: int):
+        super().__init__()
+        self.num_queries = num_queries
+        self.queries = nn.Embedding(num_queries, 2 * dim)  # position, then content
+        self.reference = nn.Linear(dim, 2)
+        nn.init.xavier_uniform_(self.reference.weight)
+        nn.init.zeros_(self.reference.bias)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``; denoising and patterns do not go with it."""
+        root = cfg.MODEL.DN_DETR
+        refuse_denoising(root, "LearnedQueries")
+        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM}
+
+    def forward(self, memory: Memory) -> ObjectQueries:
+        """The same queries for every image; width and height of their references are not known yet: 0.5."""
+        position, content = self.queries.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)
+        points = self.reference(position).sigmoid()
+        return ObjectQueries(content, F.pad(points, (0, 2), value=0.5), position=position)
+
+
+@QUERY_SOURCE_REGISTRY.register()
 class TopKAnchors(nn.Module):
     """Two-stage queries of DINO (Zhang et al., ICLR 2023, Sec. 3.4): the cells most like an object give the anchors.
 
@@ -181,13 +226,25 @@ class TopKAnchors(nn.Module):
         boxes, usable = self._propose(memory)
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
-        best = logits.amax(-1).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        best = self.rank(logits).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
         hidden, logits, boxes = (take(x, best) for x in (hidden, logits, boxes))
         refined = self.heads.refine(hidden, boxes, 0).masked_fill(~take(usable[..., None], best), 1.0)
-        content = hidden.detach()
-        if self.content is not None:
-            content = self.content.weight[: best.shape[1]].expand(len(best), -1, -1)
-        return ObjectQueries(content, refined.detach(), proposals=Predictions(logits[None], refined[None]))
+        proposals = Predictions(logits[None], refined[None])
+        return ObjectQueries(*self.place(hidden.detach(), refined.detach()), proposals=proposals)
+
+    def rank(self, logits: Tensor) -> Tensor:
+        """(N, S, P) class logits -> (N, S) how much a cell looks like an object."""
+        return logits.amax(-1)
+
+    def place(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+        """(content, boxes) of queries at the chosen cells, (N, Q, C) and (N, Q, 4) without gradient."""
+        if self.content is None:
+            return hidden, boxes
+        return self.content.weight[: hidden.shape[1]].expand(len(hidden), -1, -1), boxes
+
+    def proposal_targets(self, targets: Targets) -> Targets:
+        """What the loss of the proposals asks for."""
+        return targets
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries."""
@@ -201,6 +258,49 @@ class TopKAnchors(nn.Module):
         boxes = torch.cat([points, sides], -1)
         inside = ((boxes > self.MARGIN) & (boxes < 1 - self.MARGIN)).all(-1)
         return boxes, inside & ~memory.padding
+
+
+@QUERY_SOURCE_REGISTRY.register()
+class TwoStageQueries(TopKAnchors):
+    """Two-stage Deformable DETR: position and content of a query are made from the box of its cell.
+
+    Only "object or not" is learnt of the proposals: the first class stands for all.
+
+    Args:
+        num_queries: Q.
+        dim: C, divisible by 4.
+        num_classes: P.
+    """
+
+    @configurable
+    def __init__(self, *, num_queries: int, dim: int, num_classes: int):
+        super().__init__(num_queries=num_queries, dim=dim, num_classes=num_classes, content="memory", denoising=False)
+        self.heads.logit_eps = 1e-5
+        self.transform = nn.Linear(2 * dim, 2 * dim)
+        self.transform_norm = nn.LayerNorm(2 * dim)
+        nn.init.xavier_uniform_(self.transform.weight)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``."""
+        root = cfg.MODEL.DN_DETR
+        refuse_denoising(root, "TwoStageQueries")
+        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_classes": root.NUM_CLASSES}
+
+    def rank(self, logits: Tensor) -> Tensor:
+        """The logit of the class that stands for all."""
+        return logits[..., 0]
+
+    def place(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+        """(content, boxes, no mask, position). Boxes are encoded in the order x, y, w, h here, unlike anywhere else."""
+        width = self.transform.in_features // 4
+        sine = sine_encoding(boxes * (2 * math.pi), width).flatten(-2)
+        position, content = self.transform_norm(self.transform(sine)).chunk(2, -1)
+        return content, boxes, None, position
+
+    def proposal_targets(self, targets: Targets) -> Targets:
+        """All objects are of the first class."""
+        return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
