@@ -191,9 +191,11 @@ setup(
         "safetensors>=0.4",
     ],
     extras_require={
+        "backbones": ["timm>=1.0"],
         "demo": ["opencv-python-headless>=4.8"],
         "dev": [
             "opencv-python-headless>=4.8",
+            "timm>=1.0",
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff==0.17.5",

@@ -149,6 +149,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
 
+    # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
+    # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
+    cfg.MODEL.SWIN = CfgNode({"SIZE": "T", "DROP_PATH_RATE": 0.2})
+    # Backbone "build_vitdet_backbone" (maps p2 to p5; needs timm): "B" or "L", and the same chance. 0.1 in ViTDet-B.
+    cfg.MODEL.VIT = CfgNode({"SIZE": "B", "DROP_PATH_RATE": 0.1})
+
     # COCO-format data sets to register: [[name, annotation json, image folder], ...], paths relative to the environment
     # variable DETECTRON2_DATASETS (default ./datasets) unless absolute.
     cfg.DATASETS.COCO_JSON = []

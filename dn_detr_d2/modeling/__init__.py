@@ -1,6 +1,6 @@
 """The detector: roles, matcher, criterion, and the meta-architecture that joins them. Importing registers them."""
 
-from .backbone import build_dc5_resnet_backbone
+from .backbone import build_dc5_resnet_backbone, build_swin_backbone, build_vitdet_backbone
 from .build import (
     DECODER_LAYER_REGISTRY,
     DECODER_REGISTRY,
@@ -56,4 +56,6 @@ __all__ = [
     "TopKAnchors",
     "TwoStageQueries",
     "build_dc5_resnet_backbone",
+    "build_swin_backbone",
+    "build_vitdet_backbone",
 ]

@@ -1,10 +1,24 @@
-"""The dilated ResNet ("DC5") of the DETR family."""
+"""Backbones that Detectron2 has, but cannot build from a YAML file: the DETRs' dilated ResNet, Swin, ViTDet."""
+
+import importlib.util
+from functools import partial
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, ResNet
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet, SimpleFeaturePyramid, SwinTransformer, ViT
 from detectron2.modeling.backbone import build_resnet_backbone
+from torch import nn
 
 from ..errors import ConfigError
+
+# Channels, blocks of each stage, heads of each stage, window, image size of the ImageNet training (Liu et al., ICCV 2021).
+SWIN = {
+    "T": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 224),
+    "S": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7, 224),
+    "B": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 384),
+    "L": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 384),
+}
+# Channels, blocks, heads, blocks that see the whole image (Li et al., ECCV 2022).
+VIT = {"B": (768, 12, 12, (2, 5, 8, 11)), "L": (1024, 24, 16, (5, 11, 17, 23))}
 
 
 @BACKBONE_REGISTRY.register()
@@ -26,3 +40,62 @@ def build_dc5_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     first = backbone.res5[0].conv2
     first.dilation = first.padding = (1, 1)
     return backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's Swin transformer of size ``MODEL.SWIN.SIZE``; its maps are p0 to p3, at strides 4 to 32.
+
+    Raises:
+        ConfigError: an unknown size, or a drop path without the package timm.
+    """
+    node = cfg.MODEL.SWIN
+    dim, depths, heads, window, image_size = choose(SWIN, node.SIZE, "MODEL.SWIN.SIZE")
+    if node.DROP_PATH_RATE > 0:
+        require_timm(f"MODEL.SWIN.DROP_PATH_RATE = {node.DROP_PATH_RATE}")
+    swin = SwinTransformer(
+        pretrain_img_size=image_size,
+        embed_dim=dim,
+        depths=depths,
+        num_heads=heads,
+        window_size=window,
+        drop_path_rate=node.DROP_PATH_RATE,
+    )
+    swin._size_divisibility = 32  # Detectron2's class reads it without ever setting it
+    return swin
+
+
+@BACKBONE_REGISTRY.register()
+def build_vitdet_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's plain ViT of size ``MODEL.VIT.SIZE`` with the simple pyramid p2 to p5, at strides 4 to 32.
+
+    Raises:
+        ConfigError: an unknown size, or the package timm is not there.
+    """
+    node = cfg.MODEL.VIT
+    dim, depth, heads, whole = choose(VIT, node.SIZE, "MODEL.VIT.SIZE")
+    require_timm("MODEL.BACKBONE.NAME = 'build_vitdet_backbone'")
+    vit = ViT(
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        drop_path_rate=node.DROP_PATH_RATE,
+        window_size=14,
+        window_block_indexes=[i for i in range(depth) if i not in whole],
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+    )
+    return SimpleFeaturePyramid(vit, "last_feat", out_channels=256, scale_factors=(4.0, 2.0, 1.0, 0.5))
+
+
+def choose(sizes: dict, size: str, key: str) -> tuple:
+    """The entry of ``size``; raises ConfigError naming the key and the choices."""
+    if size not in sizes:
+        raise ConfigError(f"{key} must be one of {', '.join(sizes)}, got {size!r}")
+    return sizes[size]
+
+
+def require_timm(what: str) -> None:
+    """Raises ConfigError unless timm can be imported; Detectron2's transformers take blocks from it."""
+    if importlib.util.find_spec("timm") is None:
+        raise ConfigError(f"{what} needs the package timm; run: pip install timm")

@@ -1,0 +1,57 @@
+"""Other backbones under the same detectors, chosen by name and IN_FEATURES alone."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import make_batch
+from detectron2.modeling import build_model
+
+from dn_detr_d2 import ConfigError
+
+SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p1", "p2", "p3"]]
+VIT = ["MODEL.BACKBONE.NAME", "build_vitdet_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"]]
+FPN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"]]
+FPN += [
+    "MODEL.RESNETS.OUT_FEATURES",
+    ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES",
+    ["res2", "res3", "res4", "res5"],
+]
+
+
+@pytest.mark.parametrize("backbone", [SWIN, VIT, FPN], ids=["Swin-T", "ViTDet-B", "FPN"])
+@pytest.mark.parametrize("system", ["dino", "dn_deformable_detr"])
+def test_other_backbones_train_a_step_and_predict(toy_cfg, system, backbone):
+    model = build_model(toy_cfg(system, *backbone)).train()
+    losses = model(make_batch(2, 1))
+    sum(losses.values()).backward()
+    trained = [p for name, p in model.named_parameters() if name.startswith("backbone.") and p.grad is not None]
+    assert len(trained) > 20
+    found = model.eval()(make_batch(0, 0))
+    assert all(torch.isfinite(x["instances"].scores).all() for x in found)
+
+
+def test_sizes_and_strides_of_swin(toy_cfg):
+    model = build_model(toy_cfg("dino", *SWIN, "MODEL.SWIN.SIZE", "S"))
+    maps = model.backbone(torch.zeros(1, 3, 64, 96))
+    assert [(name, *maps[name].shape[1:]) for name in sorted(maps)] == [
+        ("p0", 96, 16, 24), ("p1", 192, 8, 12), ("p2", 384, 4, 6), ("p3", 768, 2, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "text"), [
+    ([*SWIN, "MODEL.SWIN.SIZE", "XL"], "MODEL.SWIN.SIZE must be one of T, S, B, L, got 'XL'"),
+    ([*VIT, "MODEL.VIT.SIZE", "g"], "MODEL.VIT.SIZE must be one of B, L, got 'g'"),
+    (["MODEL.BACKBONE.NAME", "build_dc5_resnet_backbone"], "needs MODEL.RESNETS.RES5_DILATION 2"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_refused(toy_cfg, overrides, text):
+    with pytest.raises(ConfigError, match=text):
+        build_model(toy_cfg("dino", *overrides))
+
+
+@pytest.mark.parametrize("backbone", [SWIN, VIT], ids=["Swin-T", "ViTDet-B"])
+def test_a_missing_timm_is_named(toy_cfg, monkeypatch, backbone):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package timm; run: pip install timm"):
+        build_model(toy_cfg("dino", *backbone))
