@@ -153,7 +153,14 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         if self._resuming:
-            return torch.load(filename, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(filename, map_location="cpu", weights_only=True)
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [repr(error)])[0]
+                raise CheckpointError(
+                    f"the checkpoint to resume from, {filename}, is damaged ({first}); write the name of an earlier "
+                    "model_*.pth into the file last_checkpoint beside it"
+                ) from None
         file = read_checkpoint(filename)
         return {"model": file.state, "class_names": file.class_names}
 

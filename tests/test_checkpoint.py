@@ -23,7 +23,7 @@ from dn_detr_d2.checkpoint import (
     write_checkpoint,
 )
 from dn_detr_d2.checkpoint.classes import match_classes
-from dn_detr_d2.coco import RAW_IDS, coco_names
+from dn_detr_d2.coco import RAW_IDS, coco_names, raw_names
 from dn_detr_d2.engine import Checkpointer
 
 NO_DATA = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
@@ -341,3 +341,98 @@ def test_the_tool_writes_nothing_when_it_refuses(tmp_path, official):
     ran = run_tool(tmp_path / "official.pth", tmp_path / "out.pth", "--config-file", config, "--classes", 7)
     assert ran.returncode == 1
     assert "lacks 7 of the 7 classes" in ran.stderr
+
+
+@pytest.mark.parametrize("state", ["R-50 for R-101", "a single tensor"])
+def test_half_a_backbone_is_refused(tmp_path, state):
+    import torchvision
+
+    weights = {f"backbone.{k}": v for k, v in {"stem.conv1.weight": torch.zeros(64, 3, 7, 7)}.items()}
+    if state == "R-50 for R-101":
+        weights = torchvision.models.resnet50().state_dict()
+    torch.save(weights, tmp_path / "x.pth")
+    cfg, model = model_of("dn_detr_R101_12ep")
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .*missing: backbone\."):
+        Checkpointer(model.train(), cfg=cfg, new_classes=True).load(str(tmp_path / "x.pth"), checkpointables=[])
+
+
+def test_names_and_rows_must_agree(official):
+    _, model = model_of("dn_detr_R50_50ep")
+    with pytest.raises(CheckpointError, match="the checkpoint has 91 classes, but 80 class names"):
+        convert(official, model.state_dict(), coco_names())
+    with pytest.raises(CheckpointError, match="the model has 91 classes, but 2 class names"):
+        convert(official, model.state_dict(), [], ["a", "b"])
+
+
+def test_as_many_other_classes_are_not_taken_for_the_same():
+    assert match_classes(91, 91, [], [f"q{i}" for i in range(91)]).why == "new"
+    assert match_classes(91, 91, [], list(raw_names())).why == "kept"
+
+
+def test_a_missing_first_head_is_named_as_missing():
+    state = {k: torch.from_numpy(x).float() for k, x in load("dino_4scale_r50")[2].items()}
+    state = {k: x for k, x in state.items() if "class_embed.0.weight" not in k}
+    _, model = model_of("dino_R50_4scale_12ep", "MODEL.DN_DETR.NUM_QUERIES", 300)
+    with pytest.raises(CheckpointError, match=r"missing: decoder\.heads\.class_heads\.0\.weight"):
+        convert(state, model.state_dict())
+
+
+@pytest.mark.parametrize("names", [5, {"a": 1}, [1, 2]])
+def test_class_names_that_are_none_are_refused(tmp_path, names):
+    torch.save({"model": {"a": torch.ones(1)}, "class_names": names}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="its class names are"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
+def test_random_damage_never_ends_in_another_error(tmp_path, suffix):
+    """300 files with bytes changed at random: read as they are, or refused in a sentence."""
+    good = tmp_path / f"good{suffix}"
+    if suffix == ".pkl":
+        good.write_bytes(pickle.dumps({"model": {"a": np.ones((2, 3), np.float32)}, "x": [1, "b"]}))
+    elif suffix == ".pth":
+        torch.save({"model": {"a": torch.ones(2, 3)}, "class_names": ["b"]}, good)
+    else:
+        write_checkpoint(good, CheckpointFile({"a": torch.ones(2, 3)}, ["b"]))
+    content, stream = good.read_bytes(), np.random.RandomState(0)
+    for i in range(300):
+        damaged = bytearray(content)
+        for place in stream.randint(0, len(content), 1 + i % 5):
+            damaged[place] = stream.randint(256)
+        (tmp_path / f"x{suffix}").write_bytes(damaged)
+        try:
+            read_checkpoint(tmp_path / f"x{suffix}")
+        except CheckpointError as error:
+            assert f"x{suffix}" in str(error)  # noqa: PT017
+
+
+def test_a_damaged_checkpoint_to_resume_from_is_named(tmp_path):
+    (tmp_path / "model_0.pth").write_bytes(b"garbage")
+    (tmp_path / "last_checkpoint").write_text("model_0.pth")
+    cfg, model = model_of("dn_detr_R50_12ep")
+    with pytest.raises(CheckpointError, match=r"to resume from, .*model_0\.pth, is damaged"):
+        Checkpointer(model.train(), str(tmp_path), cfg=cfg, new_classes=True).resume_or_load("", resume=True)
+
+
+def test_the_tool_keeps_the_classes_of_a_finished_training(tmp_path):
+    cfg, model = model_of("quickstart", classes=3)
+    cfg.MODEL.DN_DETR.CLASS_NAMES = ["a", "b", "c"]
+    Checkpointer(model, str(tmp_path), cfg=cfg).save("model_final")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    ran = run_tool(tmp_path / "model_final.pth", tmp_path / "x.safetensors", "--config-file", tmp_path / "config.yaml")
+    assert ran.returncode == 0, ran.stderr
+    written = read_checkpoint(tmp_path / "x.safetensors")
+    assert written.class_names == ["a", "b", "c"]
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in written.state.items())
+
+
+def test_a_pyramid_starts_from_the_body_of_imagenet(tmp_path):
+    import torchvision
+
+    resnet = torchvision.models.resnet50().state_dict()
+    torch.save(resnet, tmp_path / "x.pth")
+    fpn = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"]]
+    fpn += ["MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]
+    cfg, model = model_of("dn_dab_deformable", *fpn)
+    Checkpointer(model.train(), cfg=cfg, new_classes=True).load(str(tmp_path / "x.pth"), checkpointables=[])
+    assert torch.equal(model.backbone.bottom_up.res5[2].conv3.weight, resnet["layer4.2.conv3.weight"])

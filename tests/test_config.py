@@ -139,3 +139,14 @@ def test_inference_needs_no_data(tmp_path):
     assert setup_cfg("", opts, splits=("TEST",)).MODEL.DN_DETR.CLASS_NAMES == ["circle", "rectangle", "triangle"]
     with pytest.raises(DatasetError, match=r"gone\.json"):
         setup_cfg("", opts)
+
+
+def test_every_published_config_has_a_row_in_the_model_zoo():
+    zoo = (ROOT / "MODEL_ZOO.md").read_text()
+    assert [
+        p.stem
+        for p in CONFIGS
+        if p.stem not in ("quickstart", "bccd") and f"| [{p.stem}](configs/{p.name}) |" not in zoo
+    ] == []
+    rows = [line.split("]")[0].removeprefix("| [") for line in zoo.splitlines() if line.startswith("| [")]
+    assert [row for row in rows if not (ROOT / "configs" / f"{row}.yaml").exists()] == []

@@ -20,19 +20,19 @@ from detectron2.modeling import build_model
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
 from dn_detr_d2.checkpoint import CheckpointFile, convert, read_checkpoint, write_checkpoint
-from dn_detr_d2.coco import RAW_IDS, coco_names
+from dn_detr_d2.coco import NUM_RAW_CLASSES, RAW_IDS, coco_names, raw_names
 
 
 def run(args) -> None:
     """Reads, converts, writes."""
-    opts = (
-        args.opts
-        if "MODEL.DN_DETR.NUM_CLASSES" in args.opts
-        else [*args.opts, "MODEL.DN_DETR.NUM_CLASSES", args.classes]
-    )
+    opts = list(args.opts)
+    if args.classes is not None:
+        opts += ["MODEL.DN_DETR.NUM_CLASSES", args.classes]
     cfg = setup_cfg(
         args.config_file, [*opts, "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], splits=()
     )
+    if cfg.MODEL.DN_DETR.NUM_CLASSES is None:
+        cfg.MODEL.DN_DETR.NUM_CLASSES = len(RAW_IDS)
     target = args.target
     if args.safetensors and target.suffix != ".safetensors":
         target = target.with_suffix(".safetensors")
@@ -46,8 +46,11 @@ def run(args) -> None:
         )
     for sentence in conversion.log:
         print(sentence)
-    if not names and len(RAW_IDS) == cfg.MODEL.DN_DETR.NUM_CLASSES:
-        names = source.class_names or list(coco_names())
+    number = cfg.MODEL.DN_DETR.NUM_CLASSES
+    if not names and len(source.class_names) == number:
+        names = source.class_names
+    elif not names and number in (len(RAW_IDS), NUM_RAW_CLASSES):
+        names = list(coco_names() if number == len(RAW_IDS) else raw_names())
     cfg.MODEL.DN_DETR.CLASS_NAMES = names
     write_checkpoint(target, CheckpointFile(conversion.state, names, cfg.dump()))
     print(f"wrote {target}: {len(conversion.state)} tensors of {conversion.source}")
@@ -59,7 +62,7 @@ def main() -> int:
     parser.add_argument("source", help=".pth, .pkl or .safetensors")
     parser.add_argument("target", type=Path, help=".pth or .safetensors")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the system that the checkpoint is for")
-    parser.add_argument("--classes", type=int, default=len(RAW_IDS), help="of the target, if no override says it")
+    parser.add_argument("--classes", type=int, help="of the target; 80 if the config does not say")
     parser.add_argument("--safetensors", action="store_true", help="write .safetensors whatever TARGET ends in")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     logging.disable(logging.INFO)

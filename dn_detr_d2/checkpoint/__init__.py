@@ -1,10 +1,11 @@
 """Other people's checkpoints: read safely, with our names and our classes. Knows files and tensors only."""
 
-from .convert import Conversion, convert
+from .convert import BODIES, Conversion, convert
 from .files import CheckpointFile, allow_plain_types, read_checkpoint, write_checkpoint
 from .names import Source, identify
 
 __all__ = [
+    "BODIES",
     "CheckpointFile",
     "Conversion",
     "Source",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..coco import NUM_RAW_CLASSES, RAW_IDS, coco_names, raw_names
+from ..errors import CheckpointError
 
 CLASS_HEAD = r"^(decoder|query_source)\.heads\.class_heads\.\d+\.(weight|bias)$"
 LABELS = "query_source.label_encoder.embed.weight"
@@ -40,13 +41,22 @@ def match_classes(theirs: int, ours: int, their_names: list[str], our_names: lis
         theirs, ours: number of classes R and P.
         their_names: of the checkpoint, [] if unknown; then 91 classes are taken for raw COCO ids.
         our_names: of the model, [] if unknown.
+
+    Raises:
+        CheckpointError: a list of names has another length than there are classes.
     """
+    for whose, names, number in (("the checkpoint", their_names, theirs), ("the model", our_names, ours)):
+        if names and len(names) != number:
+            raise CheckpointError(
+                f"{whose} has {number} classes, but {len(names)} class names ({', '.join(names[:4])}, ...): "
+                "MODEL.DN_DETR.NUM_CLASSES and CLASS_NAMES must agree"
+            )
     if theirs == NUM_RAW_CLASSES and not their_names:
         their_names = list(raw_names())
     raw = their_names == list(raw_names())
     if raw and ours == len(RAW_IDS) and our_names in ([], list(coco_names())):
         return ClassRows(list(RAW_IDS), "raw COCO ids made contiguous")
-    if theirs == ours and (not our_names or not their_names or raw or their_names == our_names):
+    if theirs == ours and (not our_names or not their_names or their_names == our_names):
         return ClassRows(list(range(ours)), "kept")
     found = {name: row for row, name in enumerate(their_names)}
     rows = [found.get(name) for name in our_names] if our_names else [None] * ours

@@ -13,6 +13,9 @@ from .names import Source, identify, rename_all
 # Names that hold no weight of a model: counters of BatchNorm, and what detrex registers beside its models.
 NOTHING = re.compile(r"num_batches_tracked$|^criterion\.|^pixel_(mean|std)$")
 
+# Where feature pyramids of Detectron2 keep the network that ImageNet has trained: FPN, and that of ViTDet.
+BODIES = ("backbone.bottom_up.", "backbone.net.")
+
 
 @dataclass
 class Conversion:
@@ -62,7 +65,7 @@ def convert(
         log.append(f"the checkpoint is one of {source}; its names were converted")
         state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, log)
     if "backbone" in source.system or source.system == "ImageNet ResNet":
-        return Conversion(state, source, log)
+        return Conversion(_fit_backbone(state, model_state, source), source, log)
 
     theirs, ours = count_classes(state), count_classes(model_state)
     match = match_classes(theirs, ours, list(their_names), list(our_names)) if theirs and ours else None
@@ -85,6 +88,17 @@ def convert(
     return Conversion(state, source, log, new)
 
 
+def _fit_backbone(state: dict[str, Tensor], model_state: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """Weights of a whole backbone, or of the body inside a feature pyramid, whose own layers may then start at random."""
+    body = next((x for x in BODIES if any(name.startswith(x) for name in model_state)), "backbone.")
+    if not any(name.startswith(body) for name in state):
+        state = {body + name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    whole = all(name.startswith(body) for name in state)
+    wanted = {name: x for name, x in model_state.items() if name.startswith(body if whole else "backbone.")}
+    _compare({name: x for name, x in state.items() if not NOTHING.search(name)}, wanted, source, None, None)
+    return state
+
+
 def _rename(state: dict[str, Tensor], source: Source, log: list[str]) -> dict[str, Tensor]:
     """Our names. Of copies of one tensor the last counts, as it does where a file is loaded into tied parameters."""
     result, origin, differing = {}, {}, []
@@ -105,7 +119,7 @@ def _share_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     heads = re.compile(r"^(decoder\.heads\.(?:class|box)_heads)\.(\d+)\.(.*)$")
     first = {m[1] + m[3]: x for name, x in state.items() if (m := heads.match(name)) and m[2] == "0"}
     matches = [(heads.match(name), x) for name, x in state.items()]
-    if any(m and not torch.equal(x, first[m[1] + m[3]]) for m, x in matches):
+    if any(m and not (m[1] + m[3] in first and torch.equal(x, first[m[1] + m[3]])) for m, x in matches):
         return state
     return {name: x for name, x in state.items() if not (m := heads.match(name)) or m[2] == "0"}
 

@@ -64,9 +64,9 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
         if path.suffix == ".pkl":
             with path.open("rb") as file:
                 content = _ArraysOnly(file, encoding="latin1").load()
@@ -79,24 +79,33 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
             f"checkpoint {str(path)!r} was refused: it is damaged, or holds more than tensors and plain values, and nothing "
             f"in it was executed ({first})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, ImportError, OSError) as error:
+    except Exception as error:  # a damaged file can end in any of them; nothing of it has been executed
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {first}") from None
     return _unpack(content, path)
 
 
 def _unpack(content, path: Path) -> CheckpointFile:
-    """The state dict of a file, which may lie under "model", "ema_model" is not looked at."""
+    """The state dict of a file, which may lie under "model" or "state_dict"."""
     extra = content if isinstance(content, dict) else {}
     state = next((extra[key] for key in ("model", "state_dict") if isinstance(extra.get(key), dict)), content)
-    if not isinstance(state, dict) or not any(isinstance(x, Tensor | np.ndarray) for x in state.values()):
+    if not isinstance(state, dict) or not any(_is_tensor(x) for x in state.values()):
         raise CheckpointError(f"{str(path)!r} is not a checkpoint: it holds no named tensors")
-    state = {
-        str(name): x if isinstance(x, Tensor) else torch.as_tensor(x)
-        for name, x in state.items()
-        if isinstance(x, Tensor | np.ndarray)
-    }
-    return CheckpointFile(state, [str(x) for x in extra.get("class_names", [])], str(extra.get("config", "")))
+    state = {str(name): torch.as_tensor(x) for name, x in state.items() if _is_tensor(x)}
+    return CheckpointFile(state, _names(extra.get("class_names"), path), str(extra.get("config", "")))
+
+
+def _is_tensor(x) -> bool:
+    return isinstance(x, Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "fiub")
+
+
+def _names(names, path: Path) -> list[str]:
+    """Class names as a file has them; none is an empty list."""
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"checkpoint {str(path)!r} may be damaged: its class names are {names!r}")
+    return names
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
@@ -106,9 +115,10 @@ def _read_safetensors(path: Path) -> CheckpointFile:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+        names = json.loads(metadata.get("class_names", "[]"))
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {error}") from None
-    return CheckpointFile(state, json.loads(metadata.get("class_names", "[]")), metadata.get("config", ""))
+    return CheckpointFile(state, _names(names, path), metadata.get("config", ""))
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: CheckpointFile) -> None:

@@ -4,6 +4,7 @@ Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
 import logging
+import re
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..boxes import image_scale, xyxy_to_cxcywh
-from ..checkpoint import convert, identify
+from ..checkpoint import BODIES, convert, identify
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
@@ -264,7 +265,11 @@ def _refuse_partial_weights(model: nn.Module, incompatible) -> None:
     missing = everything & set(incompatible.missing_keys)
     ours = {name for name in missing if not name.startswith("backbone.")}
     backbone_only = ours == {name for name in everything if not name.startswith("backbone.")}
-    if not missing or (model.training and backbone_only and missing != everything):
+    pyramid = {
+        name for name in everything if re.match(r"backbone\.(?!bottom_up\.|net\.)", name)
+    }  # around a body, or all
+    fresh = pyramid if any(name.startswith(BODIES) for name in everything) else set()
+    if not missing or (model.training and backbone_only and missing - ours <= fresh):
         return
     shown = ", ".join(sorted(ours or missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     classes = model.decoder.heads.class_heads[0].out_features

@@ -227,10 +227,18 @@ class TopKAnchors(nn.Module):
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
         best = self.rank(logits).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
-        hidden, logits, boxes = (take(x, best) for x in (hidden, logits, boxes))
-        refined = self.heads.refine(hidden, boxes, 0).masked_fill(~take(usable[..., None], best), 1.0)
-        proposals = Predictions(logits[None], refined[None])
-        return ObjectQueries(*self.place(hidden.detach(), refined.detach()), proposals=proposals)
+        chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
+        refined = self.refine(*chosen)
+        proposals = self.judged(take(logits, best), refined, logits, hidden, boxes, usable)
+        return ObjectQueries(*self.place(chosen[0].detach(), refined.detach()), proposals=proposals)
+
+    def refine(self, hidden: Tensor, boxes: Tensor, usable: Tensor) -> Tensor:
+        """Corrected boxes; 1 throughout where a cell may not be used."""
+        return self.heads.refine(hidden, boxes, 0).masked_fill(~usable, 1.0)
+
+    def judged(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
+        """The proposals that have a loss: here those that were chosen, (1, N, Q, P) and (1, N, Q, 4)."""
+        return Predictions(logits[None], boxes[None])
 
     def rank(self, logits: Tensor) -> Tensor:
         """(N, S, P) class logits -> (N, S) how much a cell looks like an object."""
@@ -286,6 +294,13 @@ class TwoStageQueries(TopKAnchors):
         root = cfg.MODEL.DN_DETR
         refuse_denoising(root, "TwoStageQueries")
         return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_classes": root.NUM_CLASSES}
+
+    def judged(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
+        """All cells have a loss, whether chosen or not: (1, N, S, P) and (1, N, S, 4)."""
+        every_logit, hidden, proposed, usable = cells
+        if not self.training:
+            return super().judged(logits, boxes)
+        return Predictions(every_logit[None], self.refine(hidden, proposed, usable[..., None])[None])
 
     def rank(self, logits: Tensor) -> Tensor:
         """The logit of the class that stands for all."""

@@ -27,7 +27,8 @@ def test_images_without_objects_train_with_the_same_losses_and_parameters(toy_mo
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_losses_come_in_groups(toy_model, system):
     losses = toy_model(system).train()(make_batch(2))
-    groups = {"main", "aux", "dn"} if system in DENOISING_SYSTEMS else {"main", "aux"}
+    groups = {"main", "aux"} | ({"dn"} if system in DENOISING_SYSTEMS else set())
+    groups |= {"proposal"} if system == "dino" else set()
     assert {name.split("/")[0] for name in losses} == groups
     assert {name for name in losses if name.startswith("main/")} == {"main/class", "main/l1", "main/giou"}
     assert "aux/giou_1" in losses
@@ -86,9 +87,10 @@ def test_transformer_does_not_see_padding(toy_model, system):
     (spec section 1.6), and every backbone's convolutions see the zeros beyond the image.
     """
     model = toy_model(system).eval()
-    dense = "deformable" not in system
+    dense = system in ("dab_detr", "dn_detr", "encoder_only")
+    levels = [(8, 6), (4, 3), (4, 6), (2, 2)][: len(model.neck.projections)]
     alone, padded, inside = [], [], []
-    for h, w in [(8, 6)] if dense else [(8, 6), (4, 3), (4, 6), (2, 2)]:
+    for h, w in levels:
         tight = torch.zeros(1, h, w, dtype=torch.bool)
         loose = torch.ones(1, 2 * h, 2 * w, dtype=torch.bool)
         loose[:, :h, :w] = False
