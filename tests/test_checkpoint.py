@@ -436,3 +436,56 @@ def test_a_pyramid_starts_from_the_body_of_imagenet(tmp_path):
     cfg, model = model_of("dn_dab_deformable", *fpn)
     Checkpointer(model.train(), cfg=cfg, new_classes=True).load(str(tmp_path / "x.pth"), checkpointables=[])
     assert torch.equal(model.backbone.bottom_up.res5[2].conv3.weight, resnet["layer4.2.conv3.weight"])
+
+
+def detrex_deformable_names(official, dino):
+    """The authors' DN-Deformable-DETR or DINO under detrex's names (spec section 6.3); 80 classes."""
+    import re
+
+    ids, state = torch.tensor(RAW_IDS), {}
+    rules = [
+        (r"^backbone\.0\.body\.", "backbone."), (r"layer([1-4])\.", lambda m: f"res{int(m[1]) + 1}."),
+        (r"^(backbone.*)\.bn(\d)", r"\1.conv\2.norm"), (r"^backbone\.conv1", "backbone.stem.conv1"),
+        (r"^backbone\.bn1", "backbone.stem.conv1.norm"),
+        (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut.norm"),
+        (r"(encoder\.layers\.\d)\.self_attn", r"\1.attentions.0"),
+        (r"(decoder\.layers\.\d)\.self_attn", r"\1.attentions.0.attn"),
+        (r"(decoder\.layers\.\d)\.cross_attn", r"\1.attentions.1"),
+        (r"(encoder\.layers\.\d)\.norm(\d)", lambda m: f"{m[1]}.norms.{int(m[2]) - 1}"),
+        (r"(decoder\.layers\.\d)\.norm([123])", lambda m: f"{m[1]}.norms.{ {'1': 1, '2': 0, '3': 2}[m[2]]}"),
+        (r"linear1", "ffns.0.layers.0.0"), (r"linear2", "ffns.0.layers.1"),
+        (r"transformer\.level_embed", "transformer.level_embeds"),
+        (r"^input_proj\.([012])\.0", r"neck.convs.\1.conv"), (r"^input_proj\.([012])\.1", r"neck.convs.\1.norm"),
+        (r"^input_proj\.3\.0", "neck.extra_convs.0.conv"), (r"^input_proj\.3\.1", "neck.extra_convs.0.norm"),
+        (r"transformer\.enc_out_(class|bbox)_embed", r"\1_embed.6"),
+        (r"^label_enc", "label_enc" if dino else "denoising_generator.label_encoder"),
+    ]  # fmt: skip
+    for key, tensor in official.items():
+        if re.search(r"class_embed", key):
+            tensor = tensor[ids]
+        if key.startswith("label_enc"):
+            tensor = tensor[ids if dino else torch.cat([ids, torch.tensor([91])])]
+        for pattern, new in rules:
+            key = re.sub(pattern, new, key)
+        state[key] = tensor
+        if dino and re.match(r"(class|bbox)_embed\.6", key):
+            state["transformer.decoder." + key] = tensor
+    return state
+
+
+@pytest.mark.parametrize(("case", "config", "system"), [
+    ("dab_deformable_detr_r50_dn", "dn_dab_deformable", "DN-Deformable-DETR"),
+    ("dino_4scale_r50", "dino_R50_4scale_12ep", "DINO"),
+])  # fmt: skip
+def test_detrex_deformable_files_equal_the_official_ones(case, config, system):
+    files = {k: torch.from_numpy(x).float() for k, x in load(case)[2].items()}
+    _, model = model_of(config, "MODEL.DN_DETR.NUM_QUERIES", 300, classes=80)
+    theirs = convert(detrex_deformable_names(files, system == "DINO"), model.state_dict())
+    assert str(theirs.source) == f"{system} (detrex)"
+    ours = convert(files, model.state_dict()).state
+    assert theirs.state.keys() == ours.keys()
+    for name, x in ours.items():
+        rows = len(x) - 1 if system == "DINO" and "label_encoder" in name else None  # its detrex file has no "unknown"
+        assert torch.equal(theirs.state[name][:rows] if x.dim() else theirs.state[name], x[:rows] if x.dim() else x), (
+            name
+        )
