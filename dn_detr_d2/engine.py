@@ -170,8 +170,8 @@ class Checkpointer(DetectionCheckpointer):
             conversion = convert(checkpoint["model"], own, checkpoint.pop("class_names", []), self.class_names)
             if conversion.new_classes and not self.new_classes:
                 raise CheckpointError(
-                    f"the checkpoint lacks {conversion.new_classes} of the model's classes, which only a training may add: "
-                    f"{conversion.log[-1]}"
+                    f"the checkpoint ({conversion.source}) lacks {len(conversion.new_classes)} of the model's classes "
+                    f"({', '.join(conversion.new_classes[:4])}), which only a training can add"
                 )
             for sentence in conversion.log:
                 logger.info(sentence)

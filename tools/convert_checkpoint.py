@@ -41,8 +41,8 @@ def run(args) -> None:
     conversion = convert(source.state, build_model(cfg).state_dict(), source.class_names, names)
     if conversion.new_classes:
         raise ConfigError(
-            f"the checkpoint lacks {conversion.new_classes} of the {cfg.MODEL.DN_DETR.NUM_CLASSES} classes; convert it with "
-            "its own number of classes, and start a training from that: it carries rows over by name"
+            f"the checkpoint lacks {len(conversion.new_classes)} of the {cfg.MODEL.DN_DETR.NUM_CLASSES} classes; convert "
+            "it with its own number of classes, and start a training from that: it carries rows over by name"
         )
     for sentence in conversion.log:
         print(sentence)

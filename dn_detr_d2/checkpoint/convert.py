@@ -25,13 +25,13 @@ class Conversion:
         state: tensors under our names.
         source: what the file was.
         log: sentences for the user, in order.
-        new_classes: how many classes of the model have no row in the file.
+        new_classes: names (or "class 3") of the model's classes that have no row in the file.
     """
 
     state: dict[str, Tensor]
     source: Source
     log: list[str] = field(default_factory=list)
-    new_classes: int = 0
+    new_classes: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -84,7 +84,8 @@ def convert(
         del state[LABELS]
         log.append("the label embedding was left out: the model is built without denoising")
     _compare(state, model_state, source, theirs, ours)
-    new = sum(row is None for row in match.rows) if match else 0
+    rows = match.rows if match else []
+    new = [our_names[i] if our_names else f"class {i}" for i, row in enumerate(rows) if row is None]
     return Conversion(state, source, log, new)
 
 

@@ -245,7 +245,7 @@ def _adapt_names(model: nn.Module, state: dict, prefix: str, *_) -> None:
     conversion = convert(state, {name: own[name] for name in model.state_dict()})
     if conversion.new_classes:
         raise CheckpointError(
-            f"the checkpoint ({source}) lacks {conversion.new_classes} of the model's classes; set "
+            f"the checkpoint ({source}) lacks {len(conversion.new_classes)} of the model's classes; set "
             "MODEL.DN_DETR.NUM_CLASSES to its number, or train the model from it with train_net.py"
         )
     for sentence in conversion.log:
