@@ -132,7 +132,7 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
     command = ["train_net.py", "--config-file", QUICK, "--eval-only", "MODEL.WEIGHTS", str(tmp_path / "eight.pth")]
     monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
     assert train_net.run() == 1
-    assert "MODEL.DN_DETR.NUM_CLASSES = 3" in capsys.readouterr().err
+    assert "lacks 3 of the model's classes (circle, rectangle, triangle)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -12,12 +12,7 @@ from dn_detr_d2 import ConfigError
 SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p1", "p2", "p3"]]
 VIT = ["MODEL.BACKBONE.NAME", "build_vitdet_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"]]
 FPN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"]]
-FPN += [
-    "MODEL.RESNETS.OUT_FEATURES",
-    ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES",
-    ["res2", "res3", "res4", "res5"],
-]
+FPN += ["MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]
 
 
 @pytest.mark.parametrize("backbone", [SWIN, VIT, FPN], ids=["Swin-T", "ViTDet-B", "FPN"])
@@ -26,8 +21,8 @@ def test_other_backbones_train_a_step_and_predict(toy_cfg, system, backbone):
     model = build_model(toy_cfg(system, *backbone)).train()
     losses = model(make_batch(2, 1))
     sum(losses.values()).backward()
-    trained = [p for name, p in model.named_parameters() if name.startswith("backbone.") and p.grad is not None]
-    assert len(trained) > 20
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []  # distributed training stops at a parameter without gradient
     found = model.eval()(make_batch(0, 0))
     assert all(torch.isfinite(x["instances"].scores).all() for x in found)
 
@@ -36,7 +31,7 @@ def test_sizes_and_strides_of_swin(toy_cfg):
     model = build_model(toy_cfg("dino", *SWIN, "MODEL.SWIN.SIZE", "S"))
     maps = model.backbone(torch.zeros(1, 3, 64, 96))
     assert [(name, *maps[name].shape[1:]) for name in sorted(maps)] == [
-        ("p0", 96, 16, 24), ("p1", 192, 8, 12), ("p2", 384, 4, 6), ("p3", 768, 2, 3),
+        ("p1", 192, 8, 12), ("p2", 384, 4, 6), ("p3", 768, 2, 3),
     ]  # fmt: skip
 
 
