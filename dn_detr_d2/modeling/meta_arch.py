@@ -5,6 +5,7 @@ Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 
 import logging
 import re
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,35 @@ from .neck import Neck, padding_mask
 from .postprocess import stack_top
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Observation:
+    """What passed between the parts of the model in one pass.
+
+    Attributes:
+        memory: what the decoder looked at.
+        targets: ground truth, None if it was not asked for.
+        queries: as they entered the decoder, denoising queries first.
+        noised: what the denoising queries stand for, None without them.
+        predictions: of all layers and queries.
+    """
+
+    memory: Memory
+    targets: Targets | None
+    queries: ObjectQueries
+    noised: NoisedTargets | None
+    predictions: Predictions
+
+    @property
+    def matching(self) -> Predictions:
+        """Predictions of the matching queries."""
+        return self.predictions.split(self.noised.num_queries)[1] if self.noised is not None else self.predictions
+
+    @property
+    def denoising(self) -> Predictions:
+        """Predictions of the denoising queries, none without a generator."""
+        return self.predictions.split(self.noised.num_queries if self.noised is not None else 0)[0]
 
 
 @META_ARCH_REGISTRY.register()
@@ -139,21 +169,34 @@ class DenoisingDETR(nn.Module):
         Raises:
             FloatingPointError: predictions are not finite.
         """
-        images = self._preprocess(batched_inputs)
-        memory = self.encoder(self._pyramid(images))
-        if not self.training:
-            predictions = self.decoder(self._queries(memory)[0], memory)
-            return self._detections(predictions, images.image_sizes, batched_inputs)
+        if self.training:
+            return self._losses(self.observe(batched_inputs, self.denoising))
+        predictions = self.observe(batched_inputs, annotated=False).predictions
+        return self._detections(predictions, [tuple(x["image"].shape[-2:]) for x in batched_inputs], batched_inputs)
 
-        targets = self._targets([x["instances"] for x in batched_inputs])
-        queries, noised = self._queries(memory, targets)
-        return self._losses(self.decoder(queries, memory), queries.proposals, noised, targets)
+    def observe(
+        self, batched_inputs: list[dict], denoising: DenoisingGenerator | None = None, *, annotated: bool = True
+    ) -> Observation:
+        """One pass with everything that passes between the parts: what training and the instruments look at.
 
-    def _queries(self, memory: Memory, targets: Targets | None = None) -> tuple[ObjectQueries, NoisedTargets | None]:
+        Args:
+            batched_inputs: as for :meth:`forward`; with ``instances`` where ``annotated``.
+            denoising: puts denoising queries before the matching ones, in training and in evaluation mode; None = no such
+                queries.
+            annotated: whether to read the ground truth.
+        """
+        memory = self.encoder(self._pyramid(self._preprocess(batched_inputs)))
+        targets = self._targets([x["instances"] for x in batched_inputs]) if annotated else None
+        queries, noised = self._queries(memory, targets, denoising)
+        return Observation(memory, targets, queries, noised, self.decoder(queries, memory))
+
+    def _queries(
+        self, memory: Memory, targets: Targets | None = None, denoising: DenoisingGenerator | None = None
+    ) -> tuple[ObjectQueries, NoisedTargets | None]:
         """With targets and a generator, denoising queries stand before the matching ones."""
         queries, noised = self.query_source(memory), None
-        if targets is not None and self.denoising is not None:
-            noised = self.denoising(targets)
+        if targets is not None and denoising is not None:
+            noised = denoising(targets)
             blocked = noised.attention_mask(queries.content.shape[1])
             queries = join_queries(self.query_source.embed(noised), queries, blocked)
         return queries, noised
@@ -179,13 +222,9 @@ class DenoisingDETR(nn.Module):
             boxes.append(xyxy_to_cxcywh(absolute / image_scale(image.image_size, absolute)))
         return Targets.pad([image.gt_classes for image in instances], boxes, self.device)
 
-    def _losses(
-        self,
-        predictions: Predictions,
-        proposals: Predictions | None,
-        noised: NoisedTargets | None,
-        targets: Targets,
-    ) -> dict[str, Tensor]:
+    def _losses(self, seen: Observation) -> dict[str, Tensor]:
+        predictions, proposals = seen.predictions, seen.queries.proposals
+        noised, targets = seen.noised, seen.targets
         num_objects = sum(targets.counts)
         normalizer = mean_over_ranks(num_objects, self.device)
         losses = {}

@@ -97,9 +97,7 @@ def test_evaluation_outputs(case):
     model, batch, _, arrays, _ = case
     model.eval()
     with torch.no_grad():
-        images = model._preprocess(batch)
-        memory = model.encoder(model._pyramid(images))
-        predictions = model.decoder(model._queries(memory)[0], memory)
+        predictions = model.observe(batch, annotated=False).predictions
     close(predictions.logits[-1], arrays["eval_logits"], atol=2e-4)
     close(predictions.boxes[-1], arrays["eval_boxes"], atol=1e-5)
 
@@ -121,12 +119,9 @@ def test_detections_in_the_pixels_of_the_original_image(case):
 def test_training_outputs_of_both_parts(case):
     model, batch, _, arrays, _ = case
     model.train()
-    targets = model._targets([x["instances"] for x in batch])
     with torch.no_grad():
-        memory = model.encoder(model._pyramid(model._preprocess(batch)))
-        queries, noised = model._queries(memory, targets)
-        predictions = model.decoder(queries, memory)
-    denoising, matching = predictions.split(noised.num_queries)
+        seen = model.observe(batch, model.denoising)
+    queries, denoising, matching = seen.queries, seen.denoising, seen.matching
     recorded = slice(None) if arrays["dn_logits"].ndim == 4 else -1  # of DINO the last layer only
     close(denoising.logits[recorded], arrays["dn_logits"], atol=2e-4)
     close(denoising.boxes[recorded], arrays["dn_boxes"], atol=1e-5)
