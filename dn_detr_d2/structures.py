@@ -5,6 +5,7 @@ the levels, Q queries, K prediction sets (decoder layers), T matched pairs, P cl
 In every mask True means blocked or padded, except ``Targets.valid``, which says what is real.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,8 @@ class Memory:
         padding: (N, S) bool, True outside the image.
         shapes: (h, w) of each level, Python integers.
         valid_ratios: (N, L, 2) part of each level's (width, height) that lies inside the image.
+        axis_encoding: how the encoder turned the coordinates of cells into channels, where the queries must do the same with
+            theirs (Anchor DETR): (...) in [0, 1] -> (..., C). None elsewhere.
     """
 
     tokens: Tensor
@@ -102,6 +105,7 @@ class Memory:
     padding: Tensor
     shapes: list[tuple[int, int]]
     valid_ratios: Tensor
+    axis_encoding: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass

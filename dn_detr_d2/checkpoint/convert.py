@@ -114,7 +114,7 @@ def _rename(state: dict[str, Tensor], source: Source, log: list[str]) -> dict[st
         result = _part_no_object(result)
     if differing:
         log.append(f"copies that should be equal differ, the second of each pair was taken: {_some(differing)}")
-    return _share_heads(result) if source.system in ("DINO", "Deformable-DETR") else result
+    return _share_heads(result) if source.system in ("DINO", "Deformable-DETR", "Anchor DETR") else result
 
 
 def _part_no_object(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -74,6 +74,21 @@ PLAIN_DECODER: Rules = [
     (r"(decoder\.layers\.\d+)\.norm2", r"\1.cross_attn.norm"),
     (r"\bmultihead_attn", "cross_attn"),
 ]
+ANCHOR_DETR: Rules = [
+    (r"^backbone\.body\.", "backbone.0.body."),
+    (r"^transformer\.position\b", "query_source.points"),
+    (r"^transformer\.pattern\b", "query_source.patterns"),
+    (r"^transformer\.adapt_pos1d", "encoder.axis_encoding.layers"),
+    (r"^transformer\.adapt_pos2d\.0", "decoder.position.embed.layers.0"),
+    (r"^transformer\.adapt_pos2d\.2", "decoder.position.embed.layers.1"),
+    (r"^transformer\.(class|bbox)_embed", r"\1_embed"),
+    (r"^transformer\.(en|de)coder_layers", r"\1coder.layers"),
+    (r"(encoder\.layers\.\d+)\.norm1", r"\1.self_attn.norm"),
+    (r"(decoder\.layers\.\d+)\.norm1", r"\1.cross_attn.norm"),
+    (r"(decoder\.layers\.\d+)\.norm2", r"\1.self_attn.norm"),
+    (r"\bffn\.norm2", "ffn.norm"),
+    (r"\bffn\.linear([12])", r"linear\1"),  # which the rules that all share turn back
+]
 # The deformable family numbers its norms in the order in which they were written, not in which they are used.
 DEFORMABLE_DECODER: Rules = [
     (r"(decoder\.layers\.\d+)\.norm1", r"\1.norm"),
@@ -147,7 +162,7 @@ SYSTEMS: list[tuple[str, str, bool, tuple[str, ...]]] = [
     ("a detector", "this project", True, (r"^(query_source|decoder\.heads)\.",)),
     ("ImageNet ResNet", "torchvision", True, (r"^layer1\.0\.conv1\.", r"^conv1\.weight$")),
     ("ImageNet ResNet", "detectron2", True, (r"^(stem|res2)\.",)),
-    ("Anchor DETR", "", False, (r"^transformer\.encoder_layers\.",)),
+    ("Anchor DETR", "", True, (r"^transformer\.encoder_layers\.",)),
     ("Deformable-DETR", "", True, (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
     ("DETR", "", True, (r"^query_embed\.",)),
     (DINO_LIKE, "official", True,
@@ -196,6 +211,8 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
     if source.system in ("Deformable-DETR", DINO_LIKE):  # the seventh heads belong to the encoder
         official = {key: re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.6", r"transformer.enc_out_\2_embed", x)
                     for key, x in official.items()}  # fmt: skip
+    if source.system == "Anchor DETR":
+        official = {key: apply(ANCHOR_DETR, name) for key, name in official.items()}
     rules = OFFICIAL + (DEFORMABLE_ENCODER if deformable else DENSE_ENCODER)
     plain = PLAIN_DECODER if source.system == "DETR" else DEFORMABLE_DECODER
     rules = rules + (CONDITIONAL_DECODER if conditional else plain)

@@ -13,18 +13,22 @@ from .kernels import missing_kernel, uses_kernel
 from .mlp import MLP, FeedForward
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .position_encoding import SinePositionEncoding, encode_boxes, sine_encoding
+from .row_column_attention import AxisEncoding, RowColumnAttention, axis_coordinates
 
 __all__ = [
     "MLP",
+    "AxisEncoding",
     "ConditionalCrossAttention",
     "ConditionalSelfAttention",
     "CrossAttention",
     "FeedForward",
     "MultiLevelConditionalCrossAttention",
     "MultiScaleDeformableAttention",
+    "RowColumnAttention",
     "SelfAttention",
     "SinePositionEncoding",
     "attend",
+    "axis_coordinates",
     "encode_boxes",
     "missing_kernel",
     "ms_deform_attn",

@@ -26,8 +26,9 @@ from .decoder_layer import (
     PlainDecoderLayer,
     PointDecoderLayer,
     QueryDecoderLayer,
+    RowColumnDecoderLayer,
 )
-from .encoder import DeformableEncoder, DenseEncoder, PlainEncoder
+from .encoder import DeformableEncoder, DenseEncoder, PlainEncoder, RowColumnEncoder
 from .heads import DetectionHeads
 from .matcher import HungarianMatcher, SoftmaxMatcher
 from .meta_arch import DenoisingDETR
@@ -35,6 +36,7 @@ from .neck import Neck
 from .query_source import (
     LabelEncoder,
     LearnedAnchors,
+    LearnedPoints,
     LearnedPositions,
     LearnedQueries,
     ObjectnessAnchors,
@@ -59,6 +61,7 @@ __all__ = [
     "HungarianMatcher",
     "LabelEncoder",
     "LearnedAnchors",
+    "LearnedPoints",
     "LearnedPositions",
     "LearnedQueries",
     "LookForwardOnceDecoder",
@@ -73,6 +76,8 @@ __all__ = [
     "PointDecoderLayer",
     "QueryDecoderLayer",
     "RefiningDecoder",
+    "RowColumnDecoderLayer",
+    "RowColumnEncoder",
     "SetCriterion",
     "SoftmaxCriterion",
     "SoftmaxMatcher",

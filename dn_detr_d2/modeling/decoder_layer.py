@@ -16,7 +16,9 @@ from ..layers import (
     FeedForward,
     MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
+    RowColumnAttention,
     SelfAttention,
+    axis_coordinates,
     encode_boxes,
 )
 from ..structures import Memory
@@ -217,6 +219,23 @@ class DeformableDecoderLayer(nn.Module):
         return boxes
 
 
+class PointPosition(nn.Module):
+    """Anchor DETR's positions: a learnt function of the reference's centre.
+
+    Args:
+        dim: C, divisible by 4.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.embed = MLP(dim, dim, dim)
+
+    def forward(self, content: Tensor, boxes: Tensor, memory: Memory, first: bool) -> QueryPosition:
+        """content (N, Q, C), boxes (N, Q, 4)."""
+        return QueryPosition(self.embed(encode_boxes(boxes, self.dim // 2)[..., : self.dim]))
+
+
 class GivenPosition(nn.Module):
     """Stands where a layer's positions come with the queries (Deformable DETR)."""
 
@@ -249,6 +268,35 @@ class PlainDecoderLayer(nn.Module):
         content = self.self_attn(content, position.embedding, blocked)
         image = (memory.tokens, memory.positions, memory.padding)
         return self.ffn(self.cross_attn(content, position.embedding, *image))
+
+
+@DECODER_LAYER_REGISTRY.register()
+class RowColumnDecoderLayer(nn.Module):
+    """Layer of Anchor DETR: self-attention, row-column attention to the map, feed-forward block (ReLU).
+
+    Args:
+        dim: C.
+        num_heads, ffn_dim, dropout: as named.
+        unused: index, num_levels and num_points of other layers.
+    """
+
+    Position = PointPosition
+
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float, **unused: int):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, num_heads, dropout)
+        self.cross_attn = RowColumnAttention(dim, num_heads, dropout)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(
+        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
+    ) -> Tensor:
+        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C); needs RowColumnEncoder's memory."""
+        padding = memory.padding.unflatten(1, memory.shapes[0])
+        encode = memory.axis_encoding
+        content = self.self_attn(content, position.embedding, blocked)
+        grid = (memory.tokens.unflatten(1, memory.shapes[0]), *(encode(x) for x in axis_coordinates(padding)), padding)
+        return self.ffn(self.cross_attn(content, encode(boxes[..., 0]), encode(boxes[..., 1]), *grid))
 
 
 @DECODER_LAYER_REGISTRY.register()

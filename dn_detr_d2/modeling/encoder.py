@@ -8,7 +8,15 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..layers import MLP, FeedForward, MultiScaleDeformableAttention, SelfAttention
+from ..layers import (
+    MLP,
+    AxisEncoding,
+    FeedForward,
+    MultiScaleDeformableAttention,
+    RowColumnAttention,
+    SelfAttention,
+    axis_coordinates,
+)
 from ..structures import Memory, Pyramid
 from .build import ENCODER_REGISTRY, initialise_transformer
 
@@ -202,4 +210,56 @@ class DeformableEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, reference, memory)
         memory.tokens = tokens
+        return memory
+
+
+class RowColumnEncoderLayer(nn.Module):
+    """Row-column attention of all cells to the map, and a feed-forward block (ReLU)."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.self_attn = RowColumnAttention(dim, num_heads, dropout)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(self, grid: Tensor, grid_x: Tensor, grid_y: Tensor, padding: Tensor) -> Tensor:
+        """grid (N, h, w, C), grid_x (N, w, C), grid_y (N, h, C), padding (N, h, w) -> (N, h, w, C)."""
+        positions = (y.expand_as(grid).flatten(1, 2) for y in (grid_x[:, None], grid_y[:, :, None]))
+        tokens = self.self_attn(grid.flatten(1, 2), *positions, grid, grid_x, grid_y, padding)
+        return self.ffn(tokens).view_as(grid)
+
+
+@ENCODER_REGISTRY.register()
+class RowColumnEncoder(nn.Module):
+    """Anchor DETR's encoder, over one map: row-column attention. Its encoding of coordinates is passed on to the decoder.
+
+    Args:
+        dim: C.
+        num_layers, num_heads, ffn_dim, dropout: of the layers.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, num_layers: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(RowColumnEncoderLayer(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
+        self.axis_encoding = AxisEncoding(dim)
+        initialise_transformer(self)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.ENCODER``; it sees one level."""
+        if cfg.MODEL.DN_DETR.NUM_FEATURE_LEVELS != 1:
+            raise ConfigError(
+                "MODEL.DN_DETR.ENCODER.NAME = 'RowColumnEncoder' needs NUM_FEATURE_LEVELS 1, got "
+                f"{cfg.MODEL.DN_DETR.NUM_FEATURE_LEVELS}"
+            )
+        return transformer_arguments(cfg, "ENCODER")
+
+    def forward(self, pyramid: Pyramid) -> Memory:
+        """Pyramid of one level -> Memory."""
+        memory, (padding,) = flatten_pyramid(pyramid), pyramid.padding
+        grid_x, grid_y = (self.axis_encoding(x) for x in axis_coordinates(padding))
+        grid = pyramid.maps[0].permute(0, 2, 3, 1)
+        for layer in self.layers:
+            grid = layer(grid, grid_x, grid_y, padding)
+        memory.tokens, memory.axis_encoding = grid.flatten(1, 2), self.axis_encoding
         return memory

@@ -167,6 +167,44 @@ class LearnedQueries(nn.Module):
 
 
 @QUERY_SOURCE_REGISTRY.register()
+class LearnedPoints(nn.Module):
+    """Anchor DETR's queries: learned anchor points, each with several content patterns.
+
+    Args:
+        num_queries: points; Q = num_queries * num_patterns, pattern-major.
+        dim: C.
+        num_patterns: at least 1.
+    """
+
+    @configurable
+    def __init__(self, *, num_queries: int, dim: int, num_patterns: int):
+        super().__init__()
+        self.num_queries = num_queries * num_patterns
+        self.points = nn.Embedding(num_queries, 2)  # in [0, 1], not logits
+        self.patterns = nn.Embedding(num_patterns, dim)
+        nn.init.uniform_(self.points.weight)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``; denoising does not go with it yet."""
+        root = cfg.MODEL.DN_DETR
+        patterns = root.QUERY_SOURCE.NUM_PATTERNS
+        if root.DENOISING.NAME or patterns < 1 or root.NUM_QUERIES < 1:
+            raise ConfigError(
+                "MODEL.DN_DETR.QUERY_SOURCE.NAME = 'LearnedPoints' needs DENOISING.NAME '', QUERY_SOURCE.NUM_PATTERNS and "
+                f"NUM_QUERIES above 0, got {root.DENOISING.NAME!r}, {patterns} and {root.NUM_QUERIES}"
+            )
+        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_patterns": patterns}
+
+    def forward(self, memory: Memory) -> ObjectQueries:
+        """The same queries for every image; width and height of their references are not known: 0.5."""
+        content = self.patterns.weight.repeat_interleave(len(self.points.weight), 0)
+        boxes = F.pad(self.points.weight, (0, 2), value=0.5).tile(len(self.patterns.weight), 1)
+        n = len(memory.tokens)
+        return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
+
+
+@QUERY_SOURCE_REGISTRY.register()
 class LearnedPositions(nn.Module):
     """DETR's object queries: learned positions, no content and no reference box.
 

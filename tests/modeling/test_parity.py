@@ -130,6 +130,30 @@ def detr():
     return shapes
 
 
+def anchor_detr():
+    shapes = (
+        {k.replace("backbone.0.", "backbone."): v for k, v in backbone().items()}
+        | norm("input_proj.0.1")
+        | {"input_proj.0.0.weight": (256, 2048, 1, 1)}
+    )
+    shapes |= {"input_proj.0.0.bias": (256,), "transformer.pattern.weight": (3, 256)}
+    shapes |= {"transformer.position.weight": (300, 2)}
+    for name in ("adapt_pos1d.0", "adapt_pos1d.2", "adapt_pos2d.0", "adapt_pos2d.2"):
+        shapes |= linear(f"transformer.{name}", 256)
+    for i in range(6):
+        encoder, decoder = f"transformer.encoder_layers.{i}", f"transformer.decoder_layers.{i}"
+        shapes |= attention(f"{encoder}.self_attn", 5) | attention(f"{decoder}.cross_attn", 5)
+        shapes |= (
+            attention(f"{decoder}.self_attn") | norm(f"{decoder}.norm2") | linear(f"transformer.class_embed.{i}", 91)
+        )
+        for layer in (encoder, decoder):
+            shapes |= norm(f"{layer}.norm1") | norm(f"{layer}.ffn.norm2") | linear(f"{layer}.ffn.linear1", 1024)
+            shapes |= linear(f"{layer}.ffn.linear2", 256, 1024)
+        for j, rows in enumerate((256, 256, 4)):
+            shapes |= linear(f"transformer.bbox_embed.{i}.layers.{j}", rows)
+    return shapes
+
+
 def encoder_only():
     return resize(official_shapes("dn_deformable_encoder_only"), 300)
 
@@ -279,6 +303,26 @@ CASES = {
         (0.37484, 0.49238, 0.3737, 0.66312),
         None,
     ),
+    "Anchor DETR DC5": (
+        "anchor_detr_DC5-R50_50ep",
+        [],
+        anchor_detr(),
+        5,
+        (-0.13279, 1.04701),
+        (0.3659, -0.06944, 1.14768, 0.71945),
+        (0.43011, 0.41252, 0.54483, 0.51664),
+        (0.60915, 0.35229, 0.55186, 0.52228),
+    ),
+    "Anchor DETR": (
+        "anchor_detr_R50_50ep",
+        [],
+        anchor_detr(),
+        5,
+        (-0.13597, 1.05109),
+        (0.49288, -0.00152, 1.11019, 0.73835),
+        (0.42495, 0.4097, 0.55109, 0.52088),
+        (0.6045, 0.34977, 0.55244, 0.52522),
+    ),
 }
 
 
@@ -290,9 +334,12 @@ def test_evaluation_of_every_system_is_that_of_its_authors(case):
 
     def canonical(key):
         key = re.sub(r"^transformer\.decoder\.(bbox|class)_embed", r"\1_embed", key)
-        return key if tied is None else re.sub(r"^(bbox|class)_embed\.\d", rf"\1_embed.{tied}", key)
+        return key if tied is None else re.sub(r"^(transformer\.)?(bbox|class)_embed\.\d", rf"\1\2_embed.{tied}", key)
 
-    model.load_state_dict(convert({k: value(canonical(k), v) for k, v in shapes.items()}, model.state_dict()).state)
+    state = {k: value(canonical(k), v) for k, v in shapes.items()}
+    if "transformer.position.weight" in state:  # points in [0, 1], not logits
+        state["transformer.position.weight"] = state["transformer.position.weight"].sigmoid()
+    model.load_state_dict(convert(state, model.state_dict()).state)
     stream = np.random.RandomState(0)
     images = [torch.from_numpy(stream.standard_normal((3, *size)).astype(np.float32)) for size in SIZES]
     with torch.no_grad():
