@@ -120,7 +120,8 @@ def run(argv: list[str] | None = None) -> int:
             write(rows, args.top, Path(args.output))
             print(f"table and pictures: {args.output}")
     except (UserError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sentence = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback before it
+        print(f"error: {sentence.removeprefix('dn_detr_d2.errors.DatasetError: ')}", file=sys.stderr)
         return 1
     return 0
 

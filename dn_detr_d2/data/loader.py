@@ -59,7 +59,7 @@ def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
 
 
 def build_annotated_batch(cfg, dataset_name: str, num_images: int) -> list[dict]:
-    """The first images with boxes as one batch, the same on every rank; drawn from no random stream."""
+    """The first images with boxes as one batch, the same on every rank."""
     mapper = AnnotatedDatasetMapper(cfg)
     with_boxes = [record for record in probe_records(dataset_name, 0) if has_boxes(record)]
     return [mapper(record) for record in with_boxes[:num_images]]

@@ -213,7 +213,7 @@ class DetrDatasetMapper:
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):
-    """Images as evaluation sees them, targets as training sees them: the resize of ``INPUT.*_SIZE_TEST``, no augmentation."""
+    """Images as evaluation sees them, resized by ``INPUT.*_SIZE_TEST``, with the targets that training sees."""
 
     @classmethod
     def from_config(cls, cfg) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, matched_pairwise_iou
+from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from detectron2.utils import comm
 from torch import Tensor, nn
 

@@ -13,6 +13,7 @@ from ..data import build_annotated_batch, build_probe_loader
 from ..errors import CheckpointError, ConfigError
 from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
+from .isolation import own_randomness
 from .leak import check_denoising
 from .probe import ProbedImage, probe
 
@@ -28,7 +29,8 @@ def build_instruments(cfg) -> list[HookBase]:
     """
     hooks, node = [], cfg.TEST.INSTABILITY
     if cfg.DEBUG.CHECK_DENOISING:
-        hooks.append(LeakCheckHook(build_annotated_batch(cfg, cfg.DATASETS.TRAIN[0], 2)))
+        with own_randomness(0):  # Detectron2's resize draws even where there is one size
+            hooks.append(LeakCheckHook(build_annotated_batch(cfg, cfg.DATASETS.TRAIN[0], 2)))
     if node.NUM_IMAGES:
         if not cfg.DATASETS.TEST:
             raise ConfigError(

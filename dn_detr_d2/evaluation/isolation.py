@@ -24,17 +24,25 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """
     bare = unwrap(model)
     modes = [(module, module.training) for module in bare.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    device = next(bare.parameters()).device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            reseed(seed)
+        with own_randomness(seed, next(bare.parameters()).device), torch.no_grad():
             yield bare.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Random streams of Python, NumPy and PyTorch (CPU and ``device``) that start at ``seed`` and end without a trace."""
+    python, numpy, device = random.getstate(), np.random.get_state(), torch.device(device)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            reseed(seed)
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for module, mode in modes:
-            module.training = mode
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -43,7 +51,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def reseed(seed: int) -> None:
-    """Starts the streams of Python, NumPy and PyTorch anew; only inside :func:`untouched`."""
+    """Starts the streams of Python, NumPy and PyTorch anew; only inside :func:`own_randomness`."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

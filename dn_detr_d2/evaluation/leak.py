@@ -87,7 +87,7 @@ def _movement(bare: nn.Module, seen: Observation, changed: Tensor, strength: flo
     after = bare.decoder(_perturb(seen.queries, changed, strength), seen.memory)
     pairs = ((seen.predictions.logits, after.logits), (seen.predictions.boxes, after.boxes))
     moved = [(old - new).abs().amax((0, 1, 3)) for old, new in pairs]
-    return torch.maximum(*moved).nan_to_num(nan=float("inf"))
+    return torch.maximum(*moved).nan_to_num(nan=float("inf"))  # NaN is not above any tolerance
 
 
 def _perturb(queries: ObjectQueries, changed: Tensor, strength: float) -> ObjectQueries:
@@ -110,7 +110,7 @@ def _refuse_movement(moved: Tensor, group: Tensor, tolerance: float) -> None:
     count, of = (matching if matching.any() else guilty).sum().item(), (group < 0).sum().item()
     total = f" of {of}" if matching.any() else ""
     raise LeakError(
-        f"the attention mask leaks: when denoising queries are perturbed, {count}{total} {kind} change what they predict, by "
+        f"the attention mask leaks: when denoising queries are perturbed, {count}{total} {kind} change their output, by "
         f"up to {moved.max().item():.2g} (tolerance {tolerance:g}; query {moved.argmax().item()} the most), so they would "
         "learn to copy the ground truth; correct attention_mask() of the noised targets or the decoder's self-attention"
     )
