@@ -10,6 +10,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..data import build_annotated_batch, build_probe_loader
+from ..data.loader import probe_records
 from ..errors import CheckpointError, ConfigError
 from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
@@ -42,9 +43,11 @@ def build_instruments(cfg) -> list[HookBase]:
                 f"TEST.INSTABILITY.HEALTH_SCALES = {list(node.HEALTH_SCALES)} measures denoising queries, but "
                 "MODEL.DN_DETR.DENOISING.NAME is ''; set it to []"
             )
+        chosen = (cfg.DATASETS.TEST[0], node.NUM_IMAGES)
         hooks.append(
             InstabilityHook(
-                build_probe_loader(cfg, cfg.DATASETS.TEST[0], node.NUM_IMAGES),
+                build_probe_loader(cfg, *chosen),
+                [str(record["image_id"]) for record in probe_records(*chosen)],
                 Path(cfg.OUTPUT_DIR) / "instability.npz",
                 periods=(cfg.TEST.EVAL_PERIOD, node.PERIOD),
                 top_k=node.ATD_K,
@@ -76,6 +79,7 @@ class InstabilityHook(HookBase):
 
     Args:
         loader: annotated images, the same in every probe.
+        image_ids: of all ranks.
         record: the file, ``.npz``.
         periods: probe whenever one of them divides the number of iterations done; 0 = never.
         top_k: k of ATD(k).
@@ -85,29 +89,36 @@ class InstabilityHook(HookBase):
     def __init__(
         self,
         loader: Iterable[list[dict]],
+        image_ids: Iterable[str],
         record: Path,
         *,
         periods: tuple[int, ...],
         top_k: int,
         scales: Iterable[float] = (),
     ):
-        self.loader, self.record = loader, record
+        self.loader, self.image_ids, self.record = loader, set(image_ids), record
         self.periods, self.top_k, self.scales = [p for p in periods if p > 0], top_k, list(scales)
         self.previous = None
 
     def before_train(self) -> None:
-        """Takes up the last assignment of the training that is resumed."""
-        if self.trainer.start_iter > 0 and comm.is_main_process() and self.record.is_file():
-            iteration, assignment = read_assignment(self.record)
-            if iteration <= self.trainer.start_iter:
-                self.previous = assignment
-                return
+        """Takes up the last assignment of the training that is resumed; raises ConfigError if it is of other images."""
+        start = self.trainer.start_iter
+        if start == 0 or not comm.is_main_process() or not self.record.is_file():
+            return
+        iteration, assignment = read_assignment(self.record)
+        if iteration > start:
             logger.warning(
                 "%s is of iteration %d, after the checkpoint of iteration %d; the curve of the instability starts anew",
-                self.record,
-                iteration,
-                self.trainer.start_iter,
+                *(self.record, iteration, start),
             )
+        elif assignment.keys() != self.image_ids:
+            raise ConfigError(
+                f"{self.record} is of {len(assignment)} other images than the {len(self.image_ids)} that "
+                "TEST.INSTABILITY.NUM_IMAGES and DATASETS.TEST choose; set them as before, or delete the file to begin a "
+                "new curve"
+            )
+        else:
+            self.previous = assignment
 
     def after_step(self) -> None:
         """Probes if it is time; the last time is left to :meth:`after_train`."""

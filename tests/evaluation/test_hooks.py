@@ -109,6 +109,18 @@ def test_a_record_from_after_the_checkpoint_is_not_taken_up(cfg, monkeypatch, ca
     assert "instability/layer_0" not in trainer.storage.latest()
 
 
+def test_a_record_of_other_images_is_refused_before_the_first_step(cfg):
+    record = Path(cfg.OUTPUT_DIR) / "instability.npz"
+    write_assignment(record, 3, {"0": np.ones((2, 9), np.int16), "5": np.ones((2, 9), np.int16)})
+    hook = build_instruments(cfg)[-1]
+    hook.trainer = SimpleNamespace(start_iter=4)
+    with pytest.raises(ConfigError, match=r"instability\.npz is of 2 other images than the 6 that TEST\.INSTABILITY"):
+        hook.before_train()
+    hook.trainer.start_iter = 0  # a fresh training does not look at what lies there
+    hook.before_train()
+    assert hook.previous is None
+
+
 def test_a_damaged_record_is_named(tmp_path):
     path = tmp_path / "instability.npz"
     write_assignment(path, 3, {"b": np.ones((2, 4), np.int16), "a": np.zeros((2, 4), np.int16)})
