@@ -29,7 +29,7 @@ def flip(content: dict, rate: float, seed: int) -> dict:
     if len(categories) < 2:
         raise DatasetError("labels can only be flipped where there are at least 2 categories")
     generator, annotations = random.Random(seed), content["annotations"]
-    chosen = set(generator.sample(range(len(annotations)), round(rate * len(annotations))))
+    chosen = set(generator.sample(range(len(annotations)), int(rate * len(annotations))))
     flipped = []
     for i, annotation in enumerate(annotations):
         others = [category for category in categories if category != annotation["category_id"]]
