@@ -145,6 +145,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.LOSS.CLASS_WEIGHT = 1.0
     node.LOSS.L1_WEIGHT = 5.0
     node.LOSS.GIOU_WEIGHT = 2.0
+    # "focal" = sigmoid focal loss, one probability a class (DAB, DN, DINO, DD); "softmax" = cross-entropy with one class
+    # more for "no object" (DETR), which counts NO_OBJECT_WEIGHT. 0.1 in DETR.
+    node.LOSS.CLASS_LOSS = "focal"
+    node.LOSS.NO_OBJECT_WEIGHT = 0.1
     # Focal loss: weight alpha of positives and exponent gamma. 0.25 and 2 everywhere.
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
@@ -269,6 +273,7 @@ def check_config(cfg: CfgNode) -> None:
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
+        "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
     }
     for key, known in choices.items():
         if _get(cfg, key) not in known:

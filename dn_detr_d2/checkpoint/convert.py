@@ -110,9 +110,22 @@ def _rename(state: dict[str, Tensor], source: Source, log: list[str]) -> dict[st
         if name in result and not torch.equal(result[name], state[key]):
             differing.append(f"{origin[name]} and {key}")
         result[name], origin[name] = state[key], key
+    if source.system == "DETR":
+        result = _part_no_object(result)
     if differing:
         log.append(f"copies that should be equal differ, the second of each pair was taken: {_some(differing)}")
     return _share_heads(result) if source.system in ("DINO", "Deformable-DETR") else result
+
+
+def _part_no_object(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DETR's class head has a last row for "no object"; here it is a head of its own."""
+    head, parted = "decoder.heads.class_heads.", "decoder.heads.no_object_heads."
+    heads = {name: x for name, x in state.items() if name.startswith(head)}
+    return {
+        **state,
+        **{name: x[:-1] for name, x in heads.items()},
+        **{name.replace(head, parted): x[-1:] for name, x in heads.items()},
+    }
 
 
 def _share_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:

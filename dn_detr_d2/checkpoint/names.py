@@ -69,6 +69,11 @@ CONDITIONAL_DECODER: Rules = [
     (r"attn\.kpos_proj", "attn.key_position"),
     (r"attn\.v_proj", "attn.value"),
 ]
+PLAIN_DECODER: Rules = [
+    (r"(decoder\.layers\.\d+)\.norm1", r"\1.self_attn.norm"),
+    (r"(decoder\.layers\.\d+)\.norm2", r"\1.cross_attn.norm"),
+    (r"\bmultihead_attn", "cross_attn"),
+]
 # The deformable family numbers its norms in the order in which they were written, not in which they are used.
 DEFORMABLE_DECODER: Rules = [
     (r"(decoder\.layers\.\d+)\.norm1", r"\1.norm"),
@@ -105,6 +110,11 @@ DETREX_CONDITIONAL: Rules = [
     (r"(decoder\.layers\.\d+)\.attentions\.0", r"\1.self_attn"),
     (r"(decoder\.layers\.\d+)\.attentions\.1", r"\1.cross_attn"),
 ]
+DETREX_PLAIN: Rules = [
+    (r"(decoder\.layers\.\d+)\.norms\.([01])", lambda m: f"{m[1]}.norm{int(m[2]) + 1}"),
+    (r"(decoder\.layers\.\d+)\.attentions\.0(\.attn)?", r"\1.self_attn"),
+    (r"(decoder\.layers\.\d+)\.attentions\.1(\.attn)?", r"\1.multihead_attn"),
+]
 DETREX_DEFORMABLE: Rules = [
     (r"(decoder\.layers\.\d+)\.norms\.0", r"\1.norm2"),
     (r"(decoder\.layers\.\d+)\.norms\.1", r"\1.norm1"),
@@ -131,6 +141,7 @@ class Source:
         return f"{self.system} ({self.code})"
 
 
+DINO_LIKE = "the DINO-like model of the DN-DETR repository"
 # (system, code, supported, patterns that must all be there); the first that fits holds.
 SYSTEMS: list[tuple[str, str, bool, tuple[str, ...]]] = [
     ("a detector", "this project", True, (r"^(query_source|decoder\.heads)\.",)),
@@ -138,8 +149,8 @@ SYSTEMS: list[tuple[str, str, bool, tuple[str, ...]]] = [
     ("ImageNet ResNet", "detectron2", True, (r"^(stem|res2)\.",)),
     ("Anchor DETR", "", False, (r"^transformer\.encoder_layers\.",)),
     ("Deformable-DETR", "", True, (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
-    ("DETR", "", False, (r"^query_embed\.",)),
-    ("the DINO-like model of the DN-DETR repository", "official", False,
+    ("DETR", "", True, (r"^query_embed\.",)),
+    (DINO_LIKE, "official", True,
      (r"^transformer\.enc_output\.", r"^class_embed\.6\.", r"^transformer\.encoder\.layers\.0\.linear1")),
     ("DINO", "", True, (r"^transformer\.enc_output\.",)),
     ("DN-Deformable-DETR with a deformable encoder only", "", True, (r"qcontent_proj|query_content_proj", r"level_embed")),
@@ -172,7 +183,8 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
     deformable = any(re.search(r"encoder\.layers\.0\..*sampling_offsets", key) for key in keys)
     official = {key: key for key in keys}
     if source.code == "detrex":
-        rules = DETREX + (DETREX_CONDITIONAL if conditional else DETREX_DEFORMABLE)
+        plain = DETREX_PLAIN if source.system == "DETR" else DETREX_DEFORMABLE
+        rules = DETREX + (DETREX_CONDITIONAL if conditional else plain)
         last = len({match[1] for key in keys if (match := re.match(r"neck\.convs\.(\d)", key))})
         official = {key: apply(rules, key).replace("EXTRA", str(last)) for key in keys}
         if source.system == "DINO":  # its last heads belong to the encoder
@@ -181,11 +193,12 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
             official = {
                 key: x.replace("transformer.decoder.transformer.", "transformer.") for key, x in official.items()
             }
-    if source.system == "Deformable-DETR":  # the seventh heads belong to the encoder
+    if source.system in ("Deformable-DETR", DINO_LIKE):  # the seventh heads belong to the encoder
         official = {key: re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.6", r"transformer.enc_out_\2_embed", x)
                     for key, x in official.items()}  # fmt: skip
     rules = OFFICIAL + (DEFORMABLE_ENCODER if deformable else DENSE_ENCODER)
-    rules = rules + (CONDITIONAL_DECODER if conditional else DEFORMABLE_DECODER)
+    plain = PLAIN_DECODER if source.system == "DETR" else DEFORMABLE_DECODER
+    rules = rules + (CONDITIONAL_DECODER if conditional else plain)
     renamed = {}
     for key, name in official.items():
         if name.startswith("backbone.0.body."):

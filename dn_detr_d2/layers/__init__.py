@@ -3,6 +3,7 @@
 from .attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
+    CrossAttention,
     MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
     SelfAttention,
@@ -17,6 +18,7 @@ __all__ = [
     "MLP",
     "ConditionalCrossAttention",
     "ConditionalSelfAttention",
+    "CrossAttention",
     "FeedForward",
     "MultiLevelConditionalCrossAttention",
     "MultiScaleDeformableAttention",

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from .ms_deform_attn import ms_deform_attn_fused
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """Multi-head scaled dot-product attention on projected inputs.
 
     Args:
@@ -21,6 +23,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: T
         value: (N, S, H * D).
         num_heads: H; heads are consecutive blocks of channels.
         blocked: bool, (Q, S) or (N, Q, S) or (N, 1, S), True where a query must not look.
+        dropout: probability of losing an attention weight; 0 outside training.
 
     Returns:
         Tensor: (N, Q, H * D), heads side by side.
@@ -28,7 +31,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: T
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     if blocked is not None:
         blocked = ~blocked if blocked.dim() == 2 else ~blocked[:, None]  # SDPA's mask says what is allowed
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=blocked).transpose(1, 2).flatten(2)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=blocked, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -37,7 +41,7 @@ class SelfAttention(nn.Module):
     Args:
         dim: channels C, divisible by ``num_heads``.
         num_heads: H.
-        dropout: probability, on the residual branch.
+        dropout: probability, on the residual branch and on the attention weights.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
@@ -57,8 +61,31 @@ class SelfAttention(nn.Module):
         dim = x.shape[-1]
         weight, bias = self.in_proj.weight, self.in_proj.bias
         query, key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, -1)
-        value = F.linear(x, weight[2 * dim :], bias[2 * dim :])
-        return self.norm(x + self.dropout(self.out_proj(attend(query, key, value, self.num_heads, blocked))))
+        return self._add(x, query, key, F.linear(x, weight[2 * dim :], bias[2 * dim :]), blocked)
+
+    def _add(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+        """Residual and norm around what the projected queries find."""
+        attended = attend(query, key, value, self.num_heads, blocked, self.dropout.p if self.training else 0.0)
+        return self.norm(x + self.dropout(self.out_proj(attended)))
+
+
+class CrossAttention(SelfAttention):
+    """Plain multi-head attention of queries to the image, residual and post-norm (DETR)."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, position: Tensor, tokens: Tensor, token_positions: Tensor, padding: Tensor
+    ) -> Tensor:
+        """x, position (N, Q, C); tokens, token_positions (N, S, C); padding (N, S) bool -> (N, Q, C)."""
+        query, key, value = (
+            F.linear(y, weight, bias)
+            for y, weight, bias in zip(
+                (x + position, tokens + token_positions, tokens),
+                self.in_proj.weight.chunk(3),
+                self.in_proj.bias.chunk(3),
+                strict=True,
+            )
+        )
+        return self._add(x, query, key, value, padding[:, None])
 
 
 class ConditionalSelfAttention(nn.Module):

@@ -8,23 +8,39 @@ from .build import (
     ENCODER_REGISTRY,
     QUERY_SOURCE_REGISTRY,
 )
-from .criterion import SetCriterion
-from .decoder import LookForwardOnceDecoder, LookForwardTwiceDecoder, RefiningDecoder, StaticDecoder
+from .criterion import SetCriterion, SoftmaxCriterion
+from .decoder import (
+    LookForwardOnceDecoder,
+    LookForwardTwiceDecoder,
+    NormalisedStaticDecoder,
+    PlainLookForwardTwiceDecoder,
+    RefiningDecoder,
+    StaticDecoder,
+)
 from .decoder_layer import (
     ConditionalDecoderLayer,
     DeformableDecoderLayer,
     DinoDecoderLayer,
     FirstPointDecoderLayer,
     MultiLevelConditionalDecoderLayer,
+    PlainDecoderLayer,
     PointDecoderLayer,
     QueryDecoderLayer,
 )
-from .encoder import DeformableEncoder, DenseEncoder
+from .encoder import DeformableEncoder, DenseEncoder, PlainEncoder
 from .heads import DetectionHeads
-from .matcher import HungarianMatcher
+from .matcher import HungarianMatcher, SoftmaxMatcher
 from .meta_arch import DenoisingDETR
 from .neck import Neck
-from .query_source import LabelEncoder, LearnedAnchors, LearnedQueries, TopKAnchors, TwoStageQueries
+from .query_source import (
+    LabelEncoder,
+    LearnedAnchors,
+    LearnedPositions,
+    LearnedQueries,
+    ObjectnessAnchors,
+    TopKAnchors,
+    TwoStageQueries,
+)
 
 __all__ = [
     "DECODER_LAYER_REGISTRY",
@@ -43,15 +59,23 @@ __all__ = [
     "HungarianMatcher",
     "LabelEncoder",
     "LearnedAnchors",
+    "LearnedPositions",
     "LearnedQueries",
     "LookForwardOnceDecoder",
     "LookForwardTwiceDecoder",
     "MultiLevelConditionalDecoderLayer",
     "Neck",
+    "NormalisedStaticDecoder",
+    "ObjectnessAnchors",
+    "PlainDecoderLayer",
+    "PlainEncoder",
+    "PlainLookForwardTwiceDecoder",
     "PointDecoderLayer",
     "QueryDecoderLayer",
     "RefiningDecoder",
     "SetCriterion",
+    "SoftmaxCriterion",
+    "SoftmaxMatcher",
     "StaticDecoder",
     "TopKAnchors",
     "TwoStageQueries",

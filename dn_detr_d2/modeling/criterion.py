@@ -4,6 +4,7 @@ Shapes: K prediction sets (decoder layers), N images, Q queries, P classes, T pa
 """
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
@@ -76,14 +77,12 @@ class SetCriterion:
             pairs = (layer, assignment.image, assignment.query)
             l1, overlap = box_terms(boxes[pairs], targets.boxes[assignment.image, assignment.target])
             labels = targets.labels[assignment.image, assignment.target]
-            sums = (self._class_loss(logits, pairs, labels, counted), l1.sum(1), overlap.sum(1))
-            return {
-                name: weight / normalizer * total
-                for name, weight, total in zip(self.TERMS, self.weights, sums, strict=True)
-            }
+            classes = self._class_loss(logits, pairs, labels, normalizer, counted)
+            terms = (classes, l1.sum(1) / normalizer, overlap.sum(1) / normalizer)
+            return {name: weight * term for name, weight, term in zip(self.TERMS, self.weights, terms, strict=True)}
 
-    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, counted: Tensor | None) -> Tensor:
-        """(K,) focal sums: every logit as a negative, then the paired ones turned into positives.
+    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None) -> Tensor:
+        """(K,) focal losses: every logit as a negative, then the paired ones turned into positives.
 
         No one-hot target of the size of the logits is built.
         """
@@ -91,4 +90,37 @@ class SetCriterion:
         if counted is not None:
             everywhere = everywhere * counted
         negative, positive = focal_terms(logits[(*pairs, labels)], self.focal_alpha, self.focal_gamma)
-        return everywhere.flatten(1).sum(1) + (positive - negative).sum(1)
+        return (everywhere.flatten(1).sum(1) + (positive - negative).sum(1)) / normalizer
+
+
+class SoftmaxCriterion(SetCriterion):
+    """DETR's class loss: cross-entropy over the classes and "no object", the last logit (DETR Sec. 3.1).
+
+    It is the mean over all queries, in which queries that shall say "no object" count less.
+
+    Args:
+        no_object_weight: how much they count; 0.1 in DETR.
+        weights: as for :class:`SetCriterion`.
+    """
+
+    @configurable
+    def __init__(self, *, no_object_weight: float = 0.1, **weights: float):
+        super().__init__(**weights)
+        if not 0 < no_object_weight <= 1:
+            raise ValueError(f"no_object_weight must lie in (0, 1], got {no_object_weight}")
+        self.no_object_weight = no_object_weight
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.LOSS``."""
+        return {**super().from_config(cfg), "no_object_weight": cfg.MODEL.DN_DETR.LOSS.NO_OBJECT_WEIGHT}
+
+    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None) -> Tensor:
+        """(K,) weighted means of the cross-entropy."""
+        target = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=logits.device)  # (K, N, Q)
+        target[pairs] = labels.expand(len(logits), -1)
+        weight = torch.where(target == logits.shape[-1] - 1, self.no_object_weight, 1.0)
+        if counted is not None:
+            weight = weight * counted
+        entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(weight)
+        return (entropy * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-6)

@@ -44,7 +44,12 @@ class RefiningDecoder(nn.Module):
         arguments = transformer_arguments(cfg, "DECODER")
         dim, num_layers = arguments.pop("dim"), arguments.pop("num_layers")
         heads = DetectionHeads(
-            dim, root.NUM_CLASSES, 1 if node.SHARE_HEADS else num_layers, node.FIRST_SIZE_BIAS, node.LOGIT_EPS
+            dim,
+            root.NUM_CLASSES,
+            1 if node.SHARE_HEADS else num_layers,
+            node.FIRST_SIZE_BIAS,
+            node.LOGIT_EPS,
+            no_object=root.LOSS.CLASS_LOSS == "softmax",
         )
         return {
             "dim": dim,
@@ -86,6 +91,15 @@ class RefiningDecoder(nn.Module):
 
 
 @DECODER_REGISTRY.register()
+class PlainLookForwardTwiceDecoder(RefiningDecoder):
+    """Looks forward twice without a final norm (the DINO-like model in the DN-DETR repository)."""
+
+    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
+        """The predicted boxes, with a gradient towards this layer's correction but not to the layers before."""
+        return self.heads.refine(content, seen, layer)
+
+
+@DECODER_REGISTRY.register()
 class StaticDecoder(RefiningDecoder):
     """Every layer predicts from the references of the start (plain Deformable DETR)."""
 
@@ -117,6 +131,15 @@ class LookForwardOnceDecoder(RefiningDecoder):
     def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
         """Refined from the content before the norm, without gradient."""
         return self.heads.refine(content, seen, layer).detach()
+
+
+@DECODER_REGISTRY.register()
+class NormalisedStaticDecoder(LookForwardOnceDecoder):
+    """A final norm, and every layer predicts from the references of the start (DETR)."""
+
+    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
+        """The same again."""
+        return seen
 
 
 @DECODER_REGISTRY.register()

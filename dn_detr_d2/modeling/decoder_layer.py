@@ -12,6 +12,7 @@ from ..layers import (
     MLP,
     ConditionalCrossAttention,
     ConditionalSelfAttention,
+    CrossAttention,
     FeedForward,
     MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
@@ -221,6 +222,33 @@ class GivenPosition(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+
+
+@DECODER_LAYER_REGISTRY.register()
+class PlainDecoderLayer(nn.Module):
+    """Layer of DETR: self-attention, attention to all cells, feed-forward block (ReLU).
+
+    Args:
+        dim: C.
+        num_heads, ffn_dim, dropout: as named.
+        unused: index, num_levels and num_points of other layers.
+    """
+
+    Position = GivenPosition
+
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float, **unused: int):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, num_heads, dropout)
+        self.cross_attn = CrossAttention(dim, num_heads, dropout)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(
+        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
+    ) -> Tensor:
+        """content (N, Q, C), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C); DETR has no boxes to look around."""
+        content = self.self_attn(content, position.embedding, blocked)
+        image = (memory.tokens, memory.positions, memory.padding)
+        return self.ffn(self.cross_attn(content, position.embedding, *image))
 
 
 @DECODER_LAYER_REGISTRY.register()

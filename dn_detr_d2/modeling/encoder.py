@@ -70,12 +70,12 @@ def cell_points(memory: Memory) -> Tensor:
 
 
 class DenseEncoderLayer(nn.Module):
-    """Self-attention over all cells and a feed-forward block with a learnt slope (PReLU)."""
+    """Self-attention over all cells and a feed-forward block; the activation is the block's ("relu" or "prelu")."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float):
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float, activation: str):
         super().__init__()
         self.self_attn = SelfAttention(dim, num_heads, dropout)
-        self.ffn = FeedForward(dim, ffn_dim, dropout, activation="prelu")
+        self.ffn = FeedForward(dim, ffn_dim, dropout, activation)
 
     def forward(self, tokens: Tensor, positions: Tensor, padding: Tensor) -> Tensor:
         """(N, S, C) -> (N, S, C)."""
@@ -83,19 +83,22 @@ class DenseEncoderLayer(nn.Module):
 
 
 @ENCODER_REGISTRY.register()
-class DenseEncoder(nn.Module):
-    """DAB-DETR's encoder: dense self-attention whose positions are scaled by the content.
+class PlainEncoder(nn.Module):
+    """DETR's encoder: dense self-attention of all cells.
 
     Args:
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
     """
 
+    ACTIVATION = "relu"
+
     @configurable
     def __init__(self, *, dim: int, num_layers: int, num_heads: int, ffn_dim: int, dropout: float):
         super().__init__()
-        self.layers = nn.ModuleList(DenseEncoderLayer(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
-        self.position_scale = MLP(dim, dim, dim)
+        self.layers = nn.ModuleList(
+            DenseEncoderLayer(dim, num_heads, ffn_dim, dropout, self.ACTIVATION) for _ in range(num_layers)
+        )
         initialise_transformer(self)
 
     @classmethod
@@ -108,9 +111,34 @@ class DenseEncoder(nn.Module):
         memory = flatten_pyramid(pyramid)
         tokens = memory.tokens
         for layer in self.layers:
-            tokens = layer(tokens, memory.positions * self.position_scale(tokens), memory.padding)
+            tokens = layer(tokens, self.place(tokens, memory.positions), memory.padding)
         memory.tokens = tokens
         return memory
+
+    def place(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(N, S, C) positions as a layer adds them; here the encoding as it is."""
+        return positions
+
+
+@ENCODER_REGISTRY.register()
+class DenseEncoder(PlainEncoder):
+    """DAB-DETR's encoder: positions are scaled by the content, and the activation has a learnt slope (PReLU).
+
+    Args:
+        dim: C.
+        arguments: as for :class:`PlainEncoder`.
+    """
+
+    ACTIVATION = "prelu"
+
+    @configurable
+    def __init__(self, *, dim: int, **arguments):
+        super().__init__(dim=dim, **arguments)
+        self.position_scale = initialise_transformer(MLP(dim, dim, dim))
+
+    def place(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Scaled by a learnt function of the content (DAB-DETR Sec. 4)."""
+        return positions * self.position_scale(tokens)
 
 
 class DeformableEncoderLayer(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import torch
 from torch import Tensor, nn
 
 from ..boxes import LOGIT_EPS, logit
@@ -22,6 +23,8 @@ class DetectionHeads(nn.Module):
         first_size_bias: start of the width and height logits of the first head; -2 lets Deformable DETR begin with
             small boxes, 0 keeps the reference.
         logit_eps: clamp of the reference's logit.
+        no_object: give each class head one logit more, the last, for "no object" (DETR). Then no head starts from a
+            prior, as in DETR.
     """
 
     def __init__(
@@ -31,20 +34,28 @@ class DetectionHeads(nn.Module):
         num_heads: int,
         first_size_bias: float = 0.0,
         logit_eps: float = LOGIT_EPS,
+        no_object: bool = False,
     ):
         super().__init__()
         self.logit_eps = logit_eps
         classify, refine = nn.Linear(dim, num_classes), MLP(dim, dim, dim, 4)
-        nn.init.constant_(classify.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
-        nn.init.zeros_(refine.layers[-1].weight)
-        nn.init.zeros_(refine.layers[-1].bias)
+        if not no_object:
+            nn.init.constant_(classify.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
+            nn.init.zeros_(refine.layers[-1].weight)
+            nn.init.zeros_(refine.layers[-1].bias)
         self.class_heads = nn.ModuleList(copy.deepcopy(classify) for _ in range(num_heads))
         self.box_heads = nn.ModuleList(copy.deepcopy(refine) for _ in range(num_heads))
-        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], first_size_bias)
+        # Beside the class heads and not in them, so that their rows are always the classes.
+        self.no_object_heads = nn.ModuleList(nn.Linear(dim, 1) for _ in range(num_heads if no_object else 0))
+        if first_size_bias:
+            nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], first_size_bias)
 
     def classify(self, content: Tensor, layer: int) -> Tensor:
-        """(..., C) -> (..., P) logits of decoder layer ``layer``."""
-        return self.class_heads[layer % len(self.class_heads)](content)
+        """(..., C) -> (..., P) logits of decoder layer ``layer``; (..., P + 1) with one for "no object"."""
+        logits = self.class_heads[layer % len(self.class_heads)](content)
+        if not self.no_object_heads:
+            return logits
+        return torch.cat([logits, self.no_object_heads[layer % len(self.no_object_heads)](content)], -1)
 
     def refine(self, content: Tensor, boxes: Tensor, layer: int) -> Tensor:
         """Corrects reference boxes: sigmoid(head(content) + logit(boxes)), float32.

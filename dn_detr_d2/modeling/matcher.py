@@ -82,10 +82,14 @@ class HungarianMatcher:
             logits, boxes = float32(predictions.logits, predictions.boxes)
             k, n, q, _ = logits.shape
             index = targets.labels[None, :, None].expand(k, n, q, -1)
-            negative, positive = focal_terms(logits.gather(-1, index), self.focal_alpha, self.focal_gamma)
             overlap = giou(cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(targets.boxes)[:, None])
-            cost = self.class_cost * (positive - negative) - self.giou_cost * overlap
+            cost = self.class_cost * self._class_cost(logits, index) - self.giou_cost * overlap
             return cost + self.l1_cost * pairwise_l1(boxes, targets.boxes)
+
+    def _class_cost(self, logits: Tensor, index: Tensor) -> Tensor:
+        """(K, N, Q, P) logits and (K, N, Q, M) labels -> (K, N, Q, M): what the focal loss would change by."""
+        negative, positive = focal_terms(logits.gather(-1, index), self.focal_alpha, self.focal_gamma)
+        return positive - negative
 
     @staticmethod
     def _solve(cost: np.ndarray, layer: int, image: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,3 +99,11 @@ class HungarianMatcher:
                 "logits or boxes hold NaN or Inf"
             )
         return linear_sum_assignment(cost)
+
+
+class SoftmaxMatcher(HungarianMatcher):
+    """DETR's class cost: minus the probability of the class, "no object" being one of them."""
+
+    def _class_cost(self, logits: Tensor, index: Tensor) -> Tensor:
+        """(K, N, Q, P + 1) logits and (K, N, Q, M) labels -> (K, N, Q, M)."""
+        return -logits.softmax(-1).gather(-1, index)

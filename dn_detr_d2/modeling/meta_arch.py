@@ -5,6 +5,7 @@ Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,10 @@ from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..structures import Memory, ObjectQueries, Predictions, Targets, join_queries
 from .build import build_decoder, build_denoising, build_encoder, build_query_source, name_the_node
-from .criterion import SetCriterion
-from .matcher import HungarianMatcher
+from .criterion import SetCriterion, SoftmaxCriterion
+from .matcher import HungarianMatcher, SoftmaxMatcher
 from .neck import Neck, padding_mask
-from .postprocess import stack_top
+from .postprocess import select_best, select_top
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class DenoisingDETR(nn.Module):
         denoising_weight: factor of the denoising losses.
         local_denoising_normalizer: divide denoising losses by the objects of this rank (official DN-DETR) instead of
             the mean over all ranks.
+        select: from logits, boxes, image size and ``top_k`` to detections, see ``postprocess.py``.
         top_k: detections per image.
         op_backend: what computes deformable attention, see :func:`dn_detr_d2.layers.ms_deform_attn`.
         pixel_mean, pixel_std: of each channel, in the order of the input.
@@ -91,6 +93,7 @@ class DenoisingDETR(nn.Module):
         criterion: SetCriterion,
         denoising_weight: float,
         local_denoising_normalizer: bool,
+        select: Callable[..., Instances],
         top_k: int,
         op_backend: str,
         pixel_mean: list[float],
@@ -102,7 +105,7 @@ class DenoisingDETR(nn.Module):
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
         self.denoising_weight = denoising_weight
         self.local_denoising_normalizer = local_denoising_normalizer
-        self.top_k = top_k
+        self.select, self.top_k = select, top_k
         for module in self.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.backend = op_backend
@@ -127,7 +130,9 @@ class DenoisingDETR(nn.Module):
         with name_the_node("MODEL.BACKBONE / MODEL.RESNETS"):
             backbone = build_backbone(cfg)
         with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
-            matcher, criterion = HungarianMatcher(cfg), SetCriterion(cfg)
+            softmax = root.LOSS.CLASS_LOSS == "softmax"
+            matcher = SoftmaxMatcher(cfg) if softmax else HungarianMatcher(cfg)
+            criterion = SoftmaxCriterion(cfg) if softmax else SetCriterion(cfg)
         neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
         with name_the_node("MODEL.DN_DETR.OP_BACKEND"):
             if any(isinstance(x, MultiScaleDeformableAttention) for part in (encoder, decoder) for x in part.modules()):
@@ -143,6 +148,7 @@ class DenoisingDETR(nn.Module):
             "criterion": criterion,
             "denoising_weight": root.DENOISING.LOSS_WEIGHT,
             "local_denoising_normalizer": root.DENOISING.NORMALIZER == "local",
+            "select": select_best if softmax else select_top,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
             "op_backend": root.OP_BACKEND,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -252,11 +258,11 @@ class DenoisingDETR(nn.Module):
                 "the model predicts NaN or Inf: its weights or its input are not finite "
                 f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
             )
-        results = stack_top(logits, boxes, image_sizes, self.top_k)
-        return [
-            {"instances": detector_postprocess(result, x.get("height", size[0]), x.get("width", size[1]))}
-            for result, x, size in zip(results, batched_inputs, image_sizes, strict=True)
-        ]
+        found = []
+        for *image, x, size in zip(logits, boxes, batched_inputs, image_sizes, strict=True):
+            result = self.select(*image, size, self.top_k)
+            found.append({"instances": detector_postprocess(result, x.get("height", size[0]), x.get("width", size[1]))})
+        return found
 
 
 def mean_over_ranks(count: int, device: torch.device) -> Tensor:

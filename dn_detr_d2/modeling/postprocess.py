@@ -31,6 +31,22 @@ def select_top(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_k
     )
 
 
-def stack_top(logits: Tensor, boxes: Tensor, image_sizes: list[tuple[int, int]], top_k: int) -> list[Instances]:
-    """:func:`select_top` for a batch: logits (N, Q, P), boxes (N, Q, 4)."""
-    return [select_top(*image, size, top_k) for *image, size in zip(logits, boxes, image_sizes, strict=True)]
+def select_best(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_k: int) -> Instances:
+    """The best class of each query by a softmax whose last class is "no object" (DETR); the ``top_k`` best queries.
+
+    Args:
+        logits: (Q, P + 1).
+        boxes, image_size, top_k: as for :func:`select_top`.
+
+    Returns:
+        Instances: as of :func:`select_top`.
+    """
+    scores, classes = logits.float().softmax(-1)[:, :-1].max(-1)
+    scores, index = scores.topk(min(top_k, len(scores)))
+    chosen = boxes.float()[index]
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(cxcywh_to_xyxy(chosen) * image_scale(image_size, chosen)),
+        scores=scores,
+        pred_classes=classes[index],
+    )

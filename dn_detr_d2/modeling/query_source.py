@@ -167,6 +167,35 @@ class LearnedQueries(nn.Module):
 
 
 @QUERY_SOURCE_REGISTRY.register()
+class LearnedPositions(nn.Module):
+    """DETR's object queries: learned positions, no content and no reference box.
+
+    Args:
+        num_queries: Q.
+        dim: C.
+    """
+
+    @configurable
+    def __init__(self, *, num_queries: int, dim: int):
+        super().__init__()
+        self.num_queries = num_queries
+        self.queries = nn.Embedding(num_queries, dim)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``; denoising and patterns do not go with it."""
+        root = cfg.MODEL.DN_DETR
+        refuse_denoising(root, "LearnedPositions")
+        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM}
+
+    def forward(self, memory: Memory) -> ObjectQueries:
+        """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
+        position = self.queries.weight.expand(len(memory.tokens), -1, -1)
+        boxes = torch.full_like(position[..., :4], 0.5)
+        return ObjectQueries(torch.zeros_like(position), boxes, position=position)
+
+
+@QUERY_SOURCE_REGISTRY.register()
 class TopKAnchors(nn.Module):
     """Two-stage queries of DINO (Zhang et al., ICLR 2023, Sec. 3.4): the cells most like an object give the anchors.
 
@@ -269,10 +298,40 @@ class TopKAnchors(nn.Module):
 
 
 @QUERY_SOURCE_REGISTRY.register()
-class TwoStageQueries(TopKAnchors):
-    """Two-stage Deformable DETR: position and content of a query are made from the box of its cell.
+class ObjectnessAnchors(TopKAnchors):
+    """Two-stage queries of the DINO-like model in the DN-DETR repository.
 
-    Only "object or not" is learnt of the proposals: the first class stands for all.
+    Only "object or not" is learnt of the proposals: the first class stands for all, and every cell has a loss. Denoising
+    contents carry DN-DETR's indicator, which the learnt contents of the matching queries do not have room for.
+
+    Args:
+        num_queries, dim, num_classes, content, denoising: as for :class:`TopKAnchors`.
+    """
+
+    @configurable
+    def __init__(self, *, dim: int, num_classes: int, denoising: bool, **arguments):
+        super().__init__(dim=dim, num_classes=num_classes, denoising=False, **arguments)
+        self.label_encoder = LabelEncoder(num_classes, dim) if denoising else None
+
+    def judged(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
+        """In training all cells, whether chosen or not: (1, N, S, P) and (1, N, S, 4)."""
+        every_logit, hidden, proposed, usable = cells
+        if not self.training:
+            return super().judged(logits, boxes)
+        return Predictions(every_logit[None], self.refine(hidden, proposed, usable[..., None])[None])
+
+    def rank(self, logits: Tensor) -> Tensor:
+        """The logit of the class that stands for all."""
+        return logits[..., 0]
+
+    def proposal_targets(self, targets: Targets) -> Targets:
+        """All objects are of the first class."""
+        return replace(targets, labels=torch.zeros_like(targets.labels))
+
+
+@QUERY_SOURCE_REGISTRY.register()
+class TwoStageQueries(ObjectnessAnchors):
+    """Two-stage Deformable DETR: position and content of a query are made from the box of its cell.
 
     Args:
         num_queries: Q.
@@ -295,27 +354,12 @@ class TwoStageQueries(TopKAnchors):
         refuse_denoising(root, "TwoStageQueries")
         return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_classes": root.NUM_CLASSES}
 
-    def judged(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
-        """All cells have a loss, whether chosen or not: (1, N, S, P) and (1, N, S, 4)."""
-        every_logit, hidden, proposed, usable = cells
-        if not self.training:
-            return super().judged(logits, boxes)
-        return Predictions(every_logit[None], self.refine(hidden, proposed, usable[..., None])[None])
-
-    def rank(self, logits: Tensor) -> Tensor:
-        """The logit of the class that stands for all."""
-        return logits[..., 0]
-
     def place(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
         """(content, boxes, no mask, position). Boxes are encoded in the order x, y, w, h here, unlike anywhere else."""
         width = self.transform.in_features // 4
         sine = sine_encoding(boxes * (2 * math.pi), width).flatten(-2)
         position, content = self.transform_norm(self.transform(sine)).chunk(2, -1)
         return content, boxes, None, position
-
-    def proposal_targets(self, targets: Targets) -> Targets:
-        """All objects are of the first class."""
-        return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ CASES = {
     "dn_detr_r50_dc5_3pat": ("dn_detr_DC5-R50_3pat_12ep", QUERIES),
     "dab_deformable_detr_r50_dn": ("dn_dab_deformable", []),
     "dn_deformable_encoder_only": ("dn_deformable_detr_encoder_only_R50_12ep", QUERIES + FIVE_GROUPS),
+    "dino_like_r50": (
+        "dino_like_R50_12ep",
+        ["MODEL.DN_DETR.NUM_QUERIES", 300, "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 20],
+    ),
     # The reference backend: one denoising query sits so near a corner of a loss or of a ReLU that the kernel's rounding puts
     # it on the other side; without noise its 20 copies move together, and two gradient norms of layer 5 change by 0.8 %.
     "dino_4scale_r50": (
@@ -163,4 +167,6 @@ def their_loss(name, known):
     theirs = "loss_" + next(k for k, v in TERMS.items() if v == term)
     if group == "dn":
         theirs = f"tgt_{theirs}" if "tgt_loss_ce" in known else f"{theirs}_dn"
-    return theirs + ("_interm" if group == "proposal" else "") + (f"_{layer}" if layer else "")
+    if group == "proposal":
+        theirs += "_enc" if "loss_ce_enc" in known else "_interm"
+    return theirs + (f"_{layer}" if layer else "")

@@ -95,6 +95,41 @@ def deformable(kind):
     return shapes
 
 
+def backbone():
+    return {k: v for k, v in official_shapes("dn_detr_r50").items() if k.startswith("backbone.")}
+
+
+def linear(name, rows, columns=256):
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name):
+    return {f"{name}.weight": (256,), f"{name}.bias": (256,)}
+
+
+def attention(name, parts=3):
+    joined = {f"{name}.in_proj_weight": (parts * 256, 256), f"{name}.in_proj_bias": (parts * 256,)}
+    return joined | linear(f"{name}.out_proj", 256)
+
+
+def detr():
+    shapes = backbone() | {
+        "query_embed.weight": (100, 256),
+        "input_proj.weight": (256, 2048, 1, 1),
+        "input_proj.bias": (256,),
+    }
+    shapes |= norm("transformer.decoder.norm") | linear("class_embed", 92)
+    for i, rows in enumerate((256, 256, 4)):
+        shapes |= linear(f"bbox_embed.layers.{i}", rows)
+    for side, i in ((side, i) for side in ("encoder", "decoder") for i in range(6)):
+        layer = f"transformer.{side}.layers.{i}"
+        shapes |= attention(f"{layer}.self_attn") | norm(f"{layer}.norm1") | norm(f"{layer}.norm2")
+        shapes |= linear(f"{layer}.linear1", 2048) | linear(f"{layer}.linear2", 256, 2048)
+        if side == "decoder":
+            shapes |= attention(f"{layer}.multihead_attn") | norm(f"{layer}.norm3")
+    return shapes
+
+
 def encoder_only():
     return resize(official_shapes("dn_deformable_encoder_only"), 300)
 
@@ -232,6 +267,16 @@ CASES = {
         (-0.01328, 1.02036),
         (1.63022, 1.48653, -0.31392, -0.84364),
         (0.56506, 0.73719, 0.71541, 0.06481),
+        None,
+    ),
+    "DETR": (
+        "detr_R50_500ep",
+        [],
+        detr(),
+        None,
+        (0.22745, 1.11824),
+        (1.32164, 0.68898, -0.39584, 1.56494),
+        (0.37484, 0.49238, 0.3737, 0.66312),
         None,
     ),
 }
