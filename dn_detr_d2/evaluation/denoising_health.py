@@ -77,12 +77,13 @@ def measure_restoration(
         ConfigError: the model has no denoising.
         DatasetError: no image has a box that can be used.
     """
-    scales, noise = list(scales), denoising_of(model).label_noise_prob
+    scales, generator = list(scales), denoising_of(model)
+    noise, classes = generator.label_noise_prob, generator.num_classes
     sums = {scale: [] for scale in scales}
     with untouched(model) as bare:
         for batch in loader:
             for scale in scales:
-                sums[scale] += [_count_restored(seen) for seen in _observe(bare, batch, noise, scale, [seed])]
+                sums[scale] += [_count_restored(seen, classes) for seen in _observe(bare, batch, noise, scale, [seed])]
     sums = gather([sums])
     if not comm.is_main_process():
         return {}
@@ -111,14 +112,15 @@ def judge_labels(
     Raises:
         ConfigError: the model has no denoising, or only one class.
     """
-    if denoising_of(model).num_classes < 2:
+    classes = denoising_of(model).num_classes
+    if classes < 2:
         raise ConfigError("labels can only be judged where there are at least 2 classes, the model has 1")
     judged = []
     with untouched(model) as bare:
         for batch in loader:
             seeds = range(seed, seed + repeats)
             passes = list(_observe(bare, batch, 1.0, box_noise_scale, seeds))
-            probability = torch.stack([_mean_probability(seen) for seen in passes]).mean(0)  # (N, M, P)
+            probability = torch.stack([_mean_probability(seen, classes) for seen in passes]).mean(0)  # (N, M, P)
             for record, labels in zip(batch, probability, strict=True):
                 judged += _judge(record, labels.cpu())
     return sorted(gather(judged), key=lambda x: (-x.score, str(x.image_id), x.index))
@@ -146,12 +148,13 @@ def _observe(
         yield bare.observe(batch, generator)
 
 
-def _count_restored(seen: Observation) -> tuple[np.ndarray, np.ndarray, float, int]:
+def _count_restored(seen: Observation, num_classes: int) -> tuple[np.ndarray, np.ndarray, float, int]:
     """Sums over the near copies of one pass: (K,) right classes, (K,) IoU, IoU before the decoder, copies."""
     pairs = seen.noised.assignment
     query, target = pairs.query[0], pairs.target[0]
     clean = seen.targets.boxes[pairs.image, target]
-    right = seen.denoising.logits[:, pairs.image, query].argmax(-1) == seen.targets.labels[pairs.image, target]
+    logits = seen.denoising.logits[:, pairs.image, query, :num_classes]  # without "no object" of softmax heads
+    right = logits.argmax(-1) == seen.targets.labels[pairs.image, target]
     overlap = torch.stack([_iou(boxes, clean) for boxes in seen.denoising.boxes[:, pairs.image, query]])
     start = _iou(seen.noised.boxes[pairs.image, query], clean)
     return right.sum(-1).cpu().numpy(), overlap.double().sum(-1).cpu().numpy(), start.double().sum().item(), len(pairs)
@@ -168,15 +171,20 @@ def _average(rows: list[tuple[np.ndarray, np.ndarray, float, int]]) -> Restorati
     return Restoration(right / count, overlap / count, start / count, count)
 
 
-def _mean_probability(seen: Observation) -> Tensor:
+def _mean_probability(seen: Observation, num_classes: int) -> Tensor:
     """(N, M, P) class probabilities of the last layer, averaged over the near copies of each ground truth."""
     pairs = seen.noised.assignment
-    (n, m), probability = seen.targets.labels.shape, seen.denoising.logits[-1].sigmoid()
+    (n, m), probability = seen.targets.labels.shape, _probability(seen.denoising.logits[-1], num_classes)
     row = pairs.image * m + pairs.target[0]
     total = probability.new_zeros(n * m, probability.shape[-1]).index_add(
         0, row, probability[pairs.image, pairs.query[0]]
     )
     return (total / row.bincount(minlength=n * m).clamp(min=1)[:, None]).unflatten(0, (n, m))
+
+
+def _probability(logits: Tensor, num_classes: int) -> Tensor:
+    """(..., P) from the logits of sigmoid heads, or of softmax heads, which have "no object" behind the classes."""
+    return logits.sigmoid() if logits.shape[-1] == num_classes else logits.softmax(-1)[..., :num_classes]
 
 
 def _judge(record: dict, probability: Tensor) -> list[JudgedLabel]:

@@ -122,9 +122,10 @@ def test_boxes_of_judged_labels_are_in_pixels_of_the_original_image():
         assert x.box == pytest.approx(resized.tolist(), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["focal", "softmax"])
 @pytest.mark.parametrize("system", DENOISING_SYSTEMS)
-def test_real_models_can_be_measured(toy_model, system):
-    model = toy_model(system).train()
+def test_real_models_can_be_measured(toy_model, system, loss):
+    model = toy_model(system, "MODEL.DN_DETR.LOSS.CLASS_LOSS", loss).train()
     loader = scenes(2, 0, 3)
     found = measure_restoration(model, loader, [0.2, 0.8])
     for result in found.values():
@@ -134,6 +135,7 @@ def test_real_models_can_be_measured(toy_model, system):
     judged = judge_labels(model, loader)
     assert len(judged) == 5
     assert [x.score for x in judged] == sorted((x.score for x in judged), reverse=True)
+    assert all(x.suggested < 5 for x in judged)  # never "no object"
     assert all(x.label != x.suggested and -1 <= x.score <= 1 for x in judged)
     assert model.training
 
