@@ -16,7 +16,7 @@ from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from .checkpoint import allow_plain_types
 from .config import add_dn_detr_config, setup_cfg
 from .denoising import DenoisingGenerator, NoisedTargets
-from .errors import CheckpointError, ConfigError, DatasetError, UserError
+from .errors import CheckpointError, ConfigError, DatasetError, LeakError, UserError
 from .layers import MultiScaleDeformableAttention, ms_deform_attn
 from .modeling import DenoisingDETR, HungarianMatcher, SetCriterion
 
@@ -32,6 +32,7 @@ __all__ = [
     "DenoisingDETR",
     "DenoisingGenerator",
     "HungarianMatcher",
+    "LeakError",
     "MultiScaleDeformableAttention",
     "NoisedTargets",
     "SetCriterion",

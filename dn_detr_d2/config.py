@@ -197,6 +197,25 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
 
+    # Instruments, see docs/instruments.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
+    # the training is over; the values go to TensorBoard and metrics.json. Weights and random streams stay as without them.
+    cfg.TEST.INSTABILITY = CfgNode()
+    # Images to look at, evenly spaced by image id; 0 = no instruments. DN Sec. 3.2 takes the 5000 of val2017.
+    cfg.TEST.INSTABILITY.NUM_IMAGES = 0
+    # Look also every so many iterations; 0 = at evaluations only. Detectron2 writes metrics.json every 20 iterations, so
+    # take a multiple of 20; and for equal steps a divisor of TEST.EVAL_PERIOD.
+    cfg.TEST.INSTABILITY.PERIOD = 0
+    # k of ATD(k), the mean of the k largest distances between an anchor and its object (DINO Sec. 4). 100 in DINO.
+    cfg.TEST.INSTABILITY.ATD_K = 100
+    # Box noise (lambda1 = lambda2 of DN, the reach of near copies in DINO) at which the restoring of noised objects is
+    # measured; [] = not at all. One pass over the images for each. [0.2, 0.4, 0.8] shows the training's 0.4 and both sides.
+    cfg.TEST.INSTABILITY.HEALTH_SCALES = []
+
+    cfg.DEBUG = CfgNode()
+    # Before the first step perturb the denoising queries of two training images, and refuse to train if a matching query or
+    # another group notices. Costs some decoder passes, about 6 log2(groups).
+    cfg.DEBUG.CHECK_DENOISING = False
+
 
 def setup_cfg(
     config_file: str = "", opts: list | None = None, *, splits: tuple[str, ...] = ("TRAIN", "TEST")
@@ -244,6 +263,7 @@ def check_config(cfg: CfgNode) -> None:
     for key in (*(f"SOLVER.{key}" for key in positive), "TEST.DETECTIONS_PER_IMAGE"):
         if _get(cfg, key) <= 0:
             raise ConfigError(f"{key} must be positive, got {_get(cfg, key)}")
+    _check_instruments(cfg.TEST.INSTABILITY)
     num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
@@ -266,6 +286,15 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
+
+
+def _check_instruments(node: CfgNode) -> None:
+    for key, least in (("NUM_IMAGES", 0), ("PERIOD", 0), ("ATD_K", 1)):
+        if node[key] < least:
+            raise ConfigError(f"TEST.INSTABILITY.{key} must be at least {least}, got {node[key]}")
+    scales = node.HEALTH_SCALES
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < float("inf") for x in scales):
+        raise ConfigError(f"TEST.INSTABILITY.HEALTH_SCALES takes numbers that are not negative, got {list(scales)}")
 
 
 def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:

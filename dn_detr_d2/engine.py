@@ -19,6 +19,7 @@ from . import data, solver
 from .checkpoint import convert, read_checkpoint
 from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .errors import CheckpointError, ConfigError
+from .evaluation import build_instruments
 
 logger = logging.getLogger(__name__)
 
@@ -267,12 +268,13 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list:
-        """Detectron2's hooks, and the best checkpoint by AP right after each evaluation."""
+        """Detectron2's hooks; after each evaluation the best checkpoint by AP and the instruments, before the writers."""
         found = super().build_hooks()
+        added = build_instruments(self.cfg)
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(self.cfg))
-            after_evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook)) + 1
-            found.insert(after_evaluation, best)
+            added.insert(0, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(self.cfg)))
+        after_evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook)) + 1
+        found[after_evaluation:after_evaluation] = added
         return found
 
     @classmethod

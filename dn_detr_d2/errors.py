@@ -18,3 +18,7 @@ class DatasetError(UserError):
 
 class CheckpointError(UserError):
     """Weights that are missing or do not fit the configured model."""
+
+
+class LeakError(UserError):
+    """A generator or a decoder that lets queries see noised ground truth that they must not see."""

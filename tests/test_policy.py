@@ -22,7 +22,8 @@ DOORS = {
     "data": GROUND,
     "solver": GROUND,
     "config": GROUND | {"data"},
-    "engine": GROUND | {"data", "solver", "checkpoint"},
+    "evaluation": GROUND | {"data", "denoising", "modeling"},
+    "engine": GROUND | {"data", "solver", "checkpoint", "evaluation"},
 }
 # Which parts of detectron2 each room may know.
 DETECTRON2 = {
@@ -30,6 +31,7 @@ DETECTRON2 = {
     "coco": {"data"},  # names of the classes
     "data": {"config", "data", "structures"},
     "solver": {"solver"},
+    "evaluation": {"engine", "structures", "utils"},
     "config": {"config"},
     "engine": {"checkpoint", "engine", "evaluation", "modeling", "utils"},
 }

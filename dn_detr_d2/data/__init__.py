@@ -1,7 +1,7 @@
 """Data: the mapper, users' COCO-format sets, the embedded set (registered on import), and the training loader."""
 
 from .coco_custom import check_files, load_coco_json, register_coco_json
-from .loader import build_test_loader, build_train_loader
+from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
 from .mapper import DetrDatasetMapper, read_image
 from .shapes import register_shapes
 
@@ -9,6 +9,8 @@ register_shapes()
 
 __all__ = [
     "DetrDatasetMapper",
+    "build_annotated_batch",
+    "build_probe_loader",
     "build_test_loader",
     "build_train_loader",
     "check_files",

@@ -142,7 +142,7 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
     if doubled := [key for key, count in seen.items() if count > 1]:
         raise DatasetError(f"{json_file}: annotation ids appear more than once: {doubled[:10]}")
     logger.info("Loaded %d images with %d boxes from %s", len(records), sum(seen.values()), json_file)
-    return [records[key] for key in sorted(records, key=_sort_key)], categories
+    return [records[key] for key in sorted(records, key=sort_key)], categories
 
 
 def _read(json_file: Path) -> dict:
@@ -166,7 +166,7 @@ def _categories(content: dict, json_file: Path) -> dict:
     for field in ("id", "name"):
         if doubled := [v for v, count in Counter(c[field] for c in categories).items() if count > 1]:
             raise DatasetError(f"{json_file}: category {field}s appear more than once: {doubled[:10]}")
-    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: _sort_key(c["id"]))}
+    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: sort_key(c["id"]))}
 
 
 def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
@@ -197,5 +197,6 @@ def _box(box, where: str) -> list[float]:
     return [float(x) for x in box]
 
 
-def _sort_key(identifier):
+def sort_key(identifier: int | str) -> tuple:
+    """Orders ids of any kind: numbers first, then strings."""
     return (isinstance(identifier, str), identifier)

@@ -2,10 +2,16 @@
 
 import logging
 
-from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 
 from ..errors import DatasetError
-from .mapper import DetrDatasetMapper
+from .coco_custom import sort_key
+from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,48 @@ def build_train_loader(cfg):
 def build_test_loader(cfg, dataset_name: str):
     """A loader that yields every image of a data set once."""
     return build_detection_test_loader(cfg, dataset_name, mapper=DetrDatasetMapper(cfg, False))
+
+
+def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
+    """A loader for instruments: annotated images without augmentation, one a batch, each on one rank only.
+
+    Args:
+        cfg: for ``INPUT.*_SIZE_TEST`` and the classes.
+        dataset_name: a registered data set.
+        num_images: how many, see :func:`probe_records`.
+    """
+    records = probe_records(dataset_name, num_images)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return build_detection_test_loader(dataset=records, mapper=AnnotatedDatasetMapper(cfg), num_workers=workers)
+
+
+def build_annotated_batch(cfg, dataset_name: str, num_images: int) -> list[dict]:
+    """The first images with boxes as one batch, the same on every rank."""
+    mapper = AnnotatedDatasetMapper(cfg)
+    with_boxes = [record for record in probe_records(dataset_name, 0) if has_boxes(record)]
+    return [mapper(record) for record in with_boxes[:num_images]]
+
+
+def probe_records(dataset_name: str, num_images: int) -> list[dict]:
+    """A fixed choice of images: evenly spaced in the order of the image ids, so that neighbours in a film are spread.
+
+    Args:
+        dataset_name: a registered data set.
+        num_images: how many; 0, or more than there are, means all.
+
+    Raises:
+        DatasetError: there is no image, or none of those chosen has a box.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    records = sorted(records, key=lambda record: sort_key(record["image_id"]))
+    count = min(num_images or len(records), len(records))
+    chosen = [records[i * len(records) // count] for i in range(count)]
+    if not any(has_boxes(record) for record in chosen):
+        raise DatasetError(
+            f"none of the {len(chosen)} images chosen from {dataset_name!r} has a box; there is nothing to measure, take "
+            "more images or another data set"
+        )
+    return chosen
 
 
 def has_boxes(record: dict) -> bool:

@@ -150,13 +150,15 @@ class DetrDatasetMapper:
     def __call__(self, dataset_dict: dict) -> dict:
         """One Detectron2 dataset dict -> the same with ``image`` (3, H, W) uint8 and, in training, ``instances``.
 
+        Their ``gt_index`` is the place of each box among the annotations of the record.
+
         Raises:
             DatasetError: the image cannot be read or has another size than annotated, or a label is out of range.
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format)
         self._check_size(record, image.shape[:2])
-        raw = self._raw_boxes(record, image.shape[:2]) if self.is_train else ([], [])
+        raw = self._raw_boxes(record, image.shape[:2]) if self.is_train else ([], [], [])
         record.pop("annotations", None)
 
         crop = self.cropping is not None and np.random.rand() < 0.5
@@ -176,9 +178,9 @@ class DetrDatasetMapper:
                 f"{annotated[1]}x{annotated[0]} (width x height)"
             )
 
-    def _raw_boxes(self, record: dict, image_size: tuple[int, int]) -> tuple[list[list[float]], list[int]]:
-        """Checked boxes, absolute xyxy, and their labels; crowds are left out, as all DETRs do."""
-        boxes, labels = [], []
+    def _raw_boxes(self, record: dict, image_size: tuple[int, int]) -> tuple[list[list[float]], list[int], list[int]]:
+        """Checked boxes, absolute xyxy, their labels and annotation numbers; crowds are left out, as all DETRs do."""
+        boxes, labels, numbers = [], [], []
         for i, annotation in enumerate(record.get("annotations", [])):
             if annotation.get("iscrowd", 0):
                 continue
@@ -196,14 +198,24 @@ class DetrDatasetMapper:
             if box is not None:
                 boxes.append(box)
                 labels.append(label)
-        return boxes, labels
+                numbers.append(i)
+        return boxes, labels, numbers
 
     @staticmethod
-    def _instances(boxes, labels, transforms: T.TransformList, image_size: tuple[int, int]) -> Instances:
+    def _instances(boxes, labels, numbers, transforms: T.TransformList, image_size: tuple[int, int]) -> Instances:
         """Boxes moved with the image and clipped to it; what a crop has cut away entirely is left out."""
         moved = transforms.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
         gt_boxes = Boxes(torch.from_numpy(moved).float())
         gt_boxes.clip(image_size)
-        gt_classes = torch.tensor(labels, dtype=torch.int64)
+        gt_classes, gt_index = (torch.tensor(column, dtype=torch.int64) for column in (labels, numbers))
         keep = gt_boxes.nonempty()
-        return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep])
+        return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep], gt_index=gt_index[keep])
+
+
+class AnnotatedDatasetMapper(DetrDatasetMapper):
+    """Images as evaluation sees them, resized by ``INPUT.*_SIZE_TEST``, with the targets that training sees."""
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments of the test-time mapper that also attaches ``instances``."""
+        return super().from_config(cfg, False) | {"is_train": True}

@@ -3,6 +3,8 @@
 Shapes: N images, M ground truths of the fullest image, m = min(M, room in a group), G groups, D = G * m queries.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -95,6 +97,29 @@ class DenoisingGenerator:
 
     COPIES = 1  # of an object in a group
 
+    def renoised(self, *, label_noise_prob: float, box_noise_scale: float) -> "DenoisingGenerator":
+        """The same generator with other noise and no limit of queries, so that every object is in every group.
+
+        Args:
+            label_noise_prob: gamma in [0, 1].
+            box_noise_scale: lambda1 = lambda2; of contrastive denoising the reach of the corners. Not negative.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        if not 0 <= label_noise_prob <= 1 or box_noise_scale < 0:
+            raise ValueError(
+                f"label_noise_prob must lie in [0, 1] and box_noise_scale must not be negative, got {label_noise_prob} "
+                f"and {box_noise_scale}"
+            )
+        twin = copy.copy(self)
+        twin.label_noise_prob, twin.max_queries = label_noise_prob, 0
+        twin._scale_boxes(box_noise_scale)
+        return twin
+
+    def _scale_boxes(self, scale: float) -> None:
+        self.center_noise_scale = self.size_noise_scale = scale
+
     def layout(self, num_objects: int) -> tuple[int, int]:
         """(groups G, objects m that a group has room for) where the fullest image has ``num_objects``."""
         room = self.max_queries // self.num_groups if self.max_queries else num_objects
@@ -156,6 +181,9 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
             return groups, num_objects
         groups = min(groups, max(self.max_queries // (self.COPIES * num_objects), 1))
         return groups, min(num_objects, max(self.max_queries // (self.COPIES * groups), 1))
+
+    def _scale_boxes(self, scale: float) -> None:
+        self.corner_noise_scale = scale
 
     def noise_boxes(self, boxes: Tensor) -> Tensor:
         """The first copy of each group stays near, the second goes far."""

@@ -1,10 +1,12 @@
+import copy
 import logging
 
 import pytest
 from detectron2.data import DatasetCatalog
 
 from dn_detr_d2 import DatasetError
-from dn_detr_d2.data import build_test_loader, build_train_loader
+from dn_detr_d2.data import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
+from dn_detr_d2.data.loader import probe_records
 
 SHAPES = [
     "MODEL.DN_DETR.NUM_CLASSES",
@@ -43,3 +45,51 @@ def test_evaluation_sees_every_image_once(toy_cfg):
     loader = build_test_loader(toy_cfg("dn_detr", *SHAPES), "shapes_val")
     ids = [x["image_id"] for batch in loader for x in batch]
     assert sorted(ids) == [r["image_id"] for r in DatasetCatalog.get("shapes_val")]
+
+
+def test_a_probe_shows_the_same_annotated_images_each_time_as_evaluation_shows_them(toy_cfg):
+    cfg = toy_cfg("dn_detr", *SHAPES, "INPUT.MIN_SIZE_TEST", 48, "INPUT.RANDOM_FLIP", "horizontal")
+    shown = {x["image_id"]: x["image"] for [x] in build_test_loader(cfg, "shapes_val")}
+    annotated = {r["image_id"]: r["annotations"] for r in DatasetCatalog.get("shapes_val")}
+    loader = build_probe_loader(cfg, "shapes_val", 8)
+    for _ in range(2):
+        batches = list(loader)
+        assert [[x["image_id"] for x in batch] for batch in batches] == [[i * 25] for i in range(8)]
+        for [x] in batches:
+            assert x["image"].equal(shown[x["image_id"]])
+            wanted = [annotation["category_id"] for annotation in annotated[x["image_id"]]]
+            assert x["instances"].gt_classes.tolist() == wanted
+            assert x["instances"].gt_index.tolist() == list(range(len(wanted)))
+
+
+def test_zero_or_too_many_probe_images_are_all():
+    for wanted in (0, 500):
+        ids = [record["image_id"] for record in probe_records("shapes_val", wanted)]
+        assert ids == sorted(record["image_id"] for record in DatasetCatalog.get("shapes_val"))
+
+
+def test_crowds_and_degenerate_boxes_are_no_targets_of_a_probe(toy_cfg):
+    record = copy.deepcopy(next(r for r in DatasetCatalog.get("shapes_val") if len(r["annotations"]) >= 3))
+    record["annotations"][0]["iscrowd"] = 1
+    record["annotations"][1]["bbox"][2] = 0.0
+    DatasetCatalog.register("test_crowd", lambda: [record])
+    try:
+        [batch] = build_probe_loader(toy_cfg("dn_detr", *SHAPES), "test_crowd", 1)
+        assert batch[0]["instances"].gt_index.tolist() == list(range(2, len(record["annotations"])))
+    finally:
+        DatasetCatalog.remove("test_crowd")
+
+
+def test_a_probe_without_any_box_is_refused(toy_cfg):
+    DatasetCatalog.register("test_blank_probe", lambda: [{"file_name": "x", "image_id": 1, "annotations": []}])
+    try:
+        with pytest.raises(DatasetError, match="none of the 1 images chosen from 'test_blank_probe' has a box"):
+            build_probe_loader(toy_cfg("dn_detr", *SHAPES), "test_blank_probe", 1)
+    finally:
+        DatasetCatalog.remove("test_blank_probe")
+
+
+def test_a_batch_for_checks_has_boxes_in_each_image(toy_cfg):
+    batch = build_annotated_batch(toy_cfg("dn_detr", *SHAPES), "shapes_train", 3)
+    assert len(batch) == 3
+    assert all(len(x["instances"]) for x in batch)

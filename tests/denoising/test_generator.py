@@ -149,3 +149,27 @@ def test_a_contrastive_batch_without_objects_counts_for_nothing():
 def test_contrastive_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ContrastiveDenoisingGenerator(**CONTRASTIVE | wrong)
+
+
+@pytest.mark.parametrize("system", [DenoisingGenerator, ContrastiveDenoisingGenerator])
+def test_other_noise_is_a_generator_of_its_own_that_noises_every_object(system):
+    contrastive = QUIET | {"num_queries": 0, "corner_noise_scale": 1.0, "keep_order": False, "num_groups": 2}
+    del contrastive["center_noise_scale"], contrastive["size_noise_scale"]
+    original = system(**(QUIET if system is DenoisingGenerator else contrastive), max_queries=4)
+    state, targets = dict(vars(original)), make_targets(3, 5)
+    quiet = original.renoised(label_noise_prob=0.0, box_noise_scale=0.0)(targets)
+    pairs = quiet.assignment
+    assert len(pairs) == (3 + 5) * 2
+    torch.testing.assert_close(quiet.boxes[pairs.image, pairs.query[0]], targets.boxes[pairs.image, pairs.target[0]])
+    loud = original.renoised(label_noise_prob=1.0, box_noise_scale=0.4)(targets)
+    assert (loud.boxes != quiet.boxes).any()
+    assert (loud.labels != quiet.labels).any()
+    assert vars(original) == state
+
+
+@pytest.mark.parametrize("noise", [(1.1, 0.0), (-0.1, 0.0), (0.0, -0.1)])
+def test_other_noise_out_of_range_is_refused(noise):
+    with pytest.raises(
+        ValueError, match=r"label_noise_prob must lie in \[0, 1\] and box_noise_scale must not be negative"
+    ):
+        DenoisingGenerator(**QUIET).renoised(label_noise_prob=noise[0], box_noise_scale=noise[1])
