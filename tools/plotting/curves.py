@@ -58,6 +58,7 @@ def _draw_panel(panel, groups: list[Group], pattern: str, label: str, axis: str)
             panel.fill_between(x, low, high, color=colour(i), alpha=0.2, linewidth=0)
     panel.set(xlabel=UNITS[axis], ylabel=label)
     panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
 
 
