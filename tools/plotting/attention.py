@@ -10,7 +10,7 @@ from .images import draw_box, image_grid, legend, to_pixels
 from .recording import Layer, heat_map, on_image
 from .style import ON_IMAGE
 
-REFERENCE, PREDICTED = "#FFFFFF", "#F0E442"
+REFERENCE, PREDICTED = "#FFFFFF", "#FF5AC8"
 MARGIN = 0.06  # of the image's sides, shown around it where points may lie
 
 
@@ -54,7 +54,7 @@ def draw_attention(seen: Observation, layers: list[Layer], query: int, pixels: n
 
 def _entries(seen: Observation, deformable: bool) -> list[tuple[str, str, str]]:
     """What the legend says."""
-    boxes = [("reference (+: a point) that enters the layer", "#B0B0B0", "-"), ("box that the layer predicts", "#C9BC1F", "--")]
+    boxes = [("reference (+: a point) that enters the layer", "#B0B0B0", "-"), ("box that the layer predicts", PREDICTED, "--")]
     if not deformable:
         return [*boxes, ("attention, bright = the layer's maximum", "#FCA50A", "s")]
     shapes = seen.memory.shapes
@@ -71,7 +71,7 @@ def _draw_points(panel, layer: Layer, query: int, seen: Observation, pixels: np.
     for level in range(points.shape[1]):
         x, y = points[:, level].flatten(0, 1).T
         share = strength.view(weights.shape)[:, level].flatten()
-        panel.scatter(x, y, s=4 + 40 * share, alpha=(0.25 + 0.75 * share).numpy(), color=ON_IMAGE[level % len(ON_IMAGE)],
+        panel.scatter(x, y, s=8 + 50 * share, alpha=(0.35 + 0.65 * share).numpy(), color=ON_IMAGE[level % len(ON_IMAGE)],
                       edgecolors="black", linewidths=0.4, zorder=3)  # fmt: skip
     panel.set(xlim=(-MARGIN * width, (1 + MARGIN) * width), ylim=((1 + MARGIN) * height, -MARGIN * height))
 
@@ -81,7 +81,8 @@ def _draw_heat(panel, layer: Layer, query: int, seen: Observation, pixels: np.nd
     height, width = pixels.shape[:2]
     heat = heat_map(layer.maps[query], seen.memory.shapes)
     ratio = seen.memory.valid_ratios[0, 0].tolist()
-    panel.imshow(heat, extent=(0, width / ratio[0], height / ratio[1], 0), cmap="inferno", alpha=0.65, vmin=0,
+    opacity = (0.3 + 0.5 * heat / heat.max()).numpy()  # where nobody looks the image shines through
+    panel.imshow(heat, extent=(0, width / ratio[0], height / ratio[1], 0), cmap="inferno", alpha=opacity, vmin=0,
                  interpolation="bilinear")  # fmt: skip
     panel.set(xlim=(0, width), ylim=(height, 0))
 

@@ -79,7 +79,7 @@ def class_names(cfg) -> list[str]:
     if cfg.MODEL.DN_DETR.CLASS_NAMES:
         return list(cfg.MODEL.DN_DETR.CLASS_NAMES)
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else Metadata()
-    return list(metadata.get("thing_classes", map(str, range(cfg.MODEL.DN_DETR.NUM_CLASSES))))
+    return list(metadata.get("thing_classes", [f"class {i}" for i in range(cfg.MODEL.DN_DETR.NUM_CLASSES)]))
 
 
 def title_of(image: str, weights: str) -> str:

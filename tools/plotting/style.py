@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette without black and yellow, which vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # The same idea on photographs: light colours, each drawn on a dark outline.
-ON_IMAGE = ("#56B4E9", "#E69F00", "#35C99B", "#F0E442", "#F28AC2", "#FFFFFF", "#FF7F50")
+ON_IMAGE = ("#56B4E9", "#E69F00", "#35C99B", "#F0E442", "#FF7F50", "#B39DDB", "#FFFFFF")
 
 
 def colour(index: int, palette: tuple[str, ...] = PALETTE) -> str:
