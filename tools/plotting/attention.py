@@ -69,9 +69,9 @@ def _draw_points(panel, layer: Layer, query: int, seen: Observation, pixels: np.
     weights = layer.sampling.weights[query]
     strength = (weights / weights.max()).flatten(1)
     for level in range(points.shape[1]):
-        x, y = points[:, level].flatten(0, 1).T
-        share = strength.view(weights.shape)[:, level].flatten()
-        panel.scatter(x, y, s=8 + 50 * share, alpha=(0.35 + 0.65 * share).numpy(), color=ON_IMAGE[level % len(ON_IMAGE)],
+        x, y = points[:, level].flatten(0, 1).T.numpy()
+        share = strength.view(weights.shape)[:, level].flatten().numpy()
+        panel.scatter(x, y, s=8 + 50 * share, alpha=0.35 + 0.65 * share, color=ON_IMAGE[level % len(ON_IMAGE)],
                       edgecolors="black", linewidths=0.4, zorder=3)  # fmt: skip
     panel.set(xlim=(-MARGIN * width, (1 + MARGIN) * width), ylim=((1 + MARGIN) * height, -MARGIN * height))
 
@@ -79,9 +79,9 @@ def _draw_points(panel, layer: Layer, query: int, seen: Observation, pixels: np.
 def _draw_heat(panel, layer: Layer, query: int, seen: Observation, pixels: np.ndarray) -> None:
     """The map spans the padded level, of which the image is the valid part."""
     height, width = pixels.shape[:2]
-    heat = heat_map(layer.maps[query], seen.memory.shapes)
+    heat = heat_map(layer.maps[query], seen.memory.shapes).numpy()
     ratio = seen.memory.valid_ratios[0, 0].tolist()
-    opacity = (0.3 + 0.5 * heat / heat.max()).numpy()  # where nobody looks the image shines through
+    opacity = 0.3 + 0.5 * heat / heat.max()  # where nobody looks the image shines through
     panel.imshow(heat, extent=(0, width / ratio[0], height / ratio[1], 0), cmap="inferno", alpha=opacity, vmin=0,
                  interpolation="bilinear")  # fmt: skip
     panel.set(xlim=(0, width), ylim=(height, 0))

@@ -6,7 +6,6 @@ Shapes: K layers, G groups, D denoising queries, Q matching queries, T objects o
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -147,7 +146,7 @@ def draw_mask(seen: Observation, copies: int) -> Figure:
     blocked = (blocked[0] if blocked.dim() == 3 else blocked).cpu()
     total, denoising, groups = len(blocked), seen.noised.num_queries, seen.noised.num_groups
     figure, (panel,) = new_figure(1, 1, (6.4, 6.4))
-    panel.imshow(blocked.to(torch.uint8), cmap=ListedColormap([SEEN, BLOCKED]), vmin=0, vmax=1,
+    panel.imshow(blocked.numpy(), cmap=ListedColormap([SEEN, BLOCKED]), vmin=0, vmax=1,
                  interpolation="nearest", extent=(0, total, total, 0))  # fmt: skip
     width = denoising // groups
     for start, size, edge in [(g * width, width, 0) for g in range(groups)] + [(denoising, total - denoising, 1)]:
