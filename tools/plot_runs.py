@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plotting.curves import HEADERS, draw, table
 from plotting.runs import Group, Run, group_runs, read_run

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plotting.attention import best_queries, draw_attention, verdict
 from plotting.images import class_names, title_of, to_rgb
@@ -33,7 +33,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", required=True, metavar="IMAGE", help="an image file")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--query", type=int, metavar="N", help="number of a matching query, from 0")
-    which.add_argument("--best", type=int, default=3, metavar="K", help="the queries of the K best detections (default 3)")
+    which.add_argument(
+        "--best", type=int, default=3, metavar="K", help="the queries of the K best detections (default 3)"
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_intermixed_args(argv)

@@ -3,7 +3,8 @@
 
     python tools/visualize_denoising.py --config-file output/quickstart/config.yaml \\
         --weights output/quickstart/model_final.pth --image 3 --output pictures/
-    python tools/visualize_denoising.py --config-file configs/dino_R50_4scale_12ep.yaml --dataset shapes_train --output pictures/
+    python tools/visualize_denoising.py --config-file configs/dino_R50_4scale_12ep.yaml --dataset shapes_train \\
+        --output pictures/
 
 Without --weights the model is random, and the pictures say so. The image is resized as for a test and not augmented.
 """
@@ -12,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from plotting.denoising import draw_mask, draw_noise, draw_refinement
@@ -29,7 +30,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="of a system with denoising")
     parser.add_argument("--weights", default="", metavar="FILE", help="of a training (default: a random model)")
     parser.add_argument("--dataset", metavar="NAME", help="registered data set (default DATASETS.TRAIN)")
-    parser.add_argument("--image", metavar="ID", help="image id, or else its position (default: the first with an object)")
+    parser.add_argument(
+        "--image", metavar="ID", help="image id, or else its position (default: the first with an object)"
+    )
     parser.add_argument("--groups", type=int, default=6, metavar="N", help="show at most so many groups (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of a random model (default 0)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")

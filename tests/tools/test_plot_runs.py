@@ -30,7 +30,9 @@ def make_run(tmp_path):
 
 def lines_of(aps, time=0.5, **more):
     """Lines of a run that evaluates every 20 iterations; the last evaluation has a line of its own, as Detectron2 writes."""
-    lines = [{"iteration": 20 * i + 19, "time": time, "total_loss": 9.0 - i, "loss_main": 3.0 - i} for i in range(len(aps))]
+    lines = [
+        {"iteration": 20 * i + 19, "time": time, "total_loss": 9.0 - i, "loss_main": 3.0 - i} for i in range(len(aps))
+    ]
     for line, ap in zip(lines[:-1], aps, strict=False):
         line |= {"bbox/AP": ap, "bbox/AP50": 2 * ap}
     return [*lines, {"iteration": 20 * len(aps), "bbox/AP": aps[-1], "bbox/AP50": 2 * aps[-1], **more}]
@@ -75,12 +77,18 @@ def test_the_last_layer_and_the_first_test_set_are_shown(make_run):
 
 
 def test_values_that_are_not_numbers_are_no_points(make_run):
-    run = read_run(make_run("a", '{"iteration": 19, "bbox/AP": NaN, "time": 1}\n{"iteration": 39, "bbox/AP": 4, "time": 1}\n'))
+    run = read_run(
+        make_run("a", '{"iteration": 19, "bbox/AP": NaN, "time": 1}\n{"iteration": 39, "bbox/AP": 4, "time": 1}\n')
+    )
     assert run.curve("bbox/AP").tolist() == [[40, 4]]
 
 
 def test_runs_that_differ_by_seed_and_folder_are_one_group(make_run):
-    folders = [*seeds_of(make_run, "a", [1, 2], [3, 4]), *seeds_of(make_run, "b", [5, 6]), make_run("bare", lines_of([1]))]
+    folders = [
+        *seeds_of(make_run, "a", [1, 2], [3, 4]),
+        *seeds_of(make_run, "b", [5, 6]),
+        make_run("bare", lines_of([1])),
+    ]
     folders.append(make_run("bare_too", lines_of([1])))
     groups = group_runs([read_run(folder) for folder in folders])
     assert [[run.name for run in group.runs] for group in groups] == [["a0", "a1"], ["b0"], ["bare"], ["bare_too"]]
@@ -95,17 +103,25 @@ def test_the_band_is_the_mean_and_the_lowest_and_highest_run(make_run):
     assert group.band("bbox/AR") is None
 
 
-def test_runs_of_different_pace_are_compared_where_all_have_been(make_run):
+def test_runs_of_different_pace_are_compared_at_equal_iterations(make_run):
     config = {"MODEL": 1}
-    fast, slow = make_run("f", lines_of([0.0, 4.0], 0.5), **config), make_run("s", lines_of([0.0, 4.0], 1.0), **config)
+    fast, slow = make_run("f", lines_of([0.0, 4.0], 0.5), **config), make_run("s", lines_of([2.0, 6.0], 1.0), **config)
     (group,) = group_runs([read_run(fast), read_run(slow)])
-    # fast: AP 0 at 10 s, 4 at 20 s; slow: 0 at 20 s, 4 at 40 s. Only 20 s belongs to both.
-    assert group.band("bbox/AP", "seconds").tolist() == [[20, 2, 0, 4]]
+    # 20 iterations take 10 and 20 seconds, 40 take 20 and 40.
+    assert group.band("bbox/AP", "seconds").tolist() == [[15, 1, 0, 2], [30, 5, 4, 6]]
+
+
+def test_the_band_ends_where_the_first_run_ends(make_run):
+    folders = seeds_of(make_run, "a", [1.0, 2.0, 3.0], [3.0, 4.0])
+    (group,) = group_runs([read_run(folder) for folder in folders])
+    assert group.band("bbox/AP")[:, :2].tolist() == [[20, 2], [40, 3]]
 
 
 def test_the_table_has_the_numbers_of_the_files(make_run, tmp_path, capsys):
     base, better = seeds_of(make_run, "base", [1, 3, 2], [2, 2, 4]), seeds_of(make_run, "better", [2, 9, 8], [1, 2, 1])
-    assert plot_runs.main([*map(str, base + better), "--labels", "old", "new", "--output", str(tmp_path / "p.png")]) == 0
+    assert (
+        plot_runs.main([*map(str, base + better), "--labels", "old", "new", "--output", str(tmp_path / "p.png")]) == 0
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:4]]
     assert rows[0] == ["old", "2", "3.00 (2.00 to 4.00)", "3.50 (3.00 to 4.00)", "50 (40 to 60)", "0.5"]
     assert rows[1] == ["new", "2", "4.50 (1.00 to 8.00)", "5.50 (2.00 to 9.00)", "40, 1 of 2 runs", "0.5"]

@@ -91,7 +91,9 @@ def test_near_copies_lie_nearer_than_far_ones(observe):
 
 def test_without_noise_nothing_is_flipped_and_the_start_is_perfect(observe):
     seen, pixels, copies = observe("dn_deformable_detr", *(x for key in QUIET for x in (key, 0.0)))
-    assert titles(draw_noise(seen, pixels, NAMES, copies, 2)) == [f"group {g} of 5: 0 of 3 labels flipped" for g in (1, 2)]
+    assert titles(draw_noise(seen, pixels, NAMES, copies, 2)) == [
+        f"group {g} of 5: 0 of 3 labels flipped" for g in (1, 2)
+    ]
     assert titles(draw_refinement(seen, pixels, copies))[0] == "noised: mean IoU 1.00, 3 of 3 labels right"
 
 
@@ -114,7 +116,10 @@ def test_refinement_shows_the_predictions_of_every_layer(observe):
     height, width = pixels.shape[:2]
     expected = 0.0
     for slot in (3, 4, 5):  # group 1 of three objects, without any of the tool's functions
-        (ax, ay, aw, ah), (bx, by, bw, bh) = seen.predictions.boxes[2, 0, slot].tolist(), seen.targets.boxes[0, slot - 3].tolist()
+        (ax, ay, aw, ah), (bx, by, bw, bh) = (
+            seen.predictions.boxes[2, 0, slot].tolist(),
+            seen.targets.boxes[0, slot - 3].tolist(),
+        )
         w = max(0, min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2)) * width
         h = max(0, min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)) * height
         expected += w * h / ((aw * ah + bw * bh) * width * height - w * h) / 3
@@ -131,7 +136,9 @@ def test_the_mask_is_the_one_rule(observe):
     figure = draw_mask(seen, copies)
     (panel,) = figure.axes
     total = 5 * 3 + 9
-    expected = [[key < 15 and (query >= 15 or query // 3 != key // 3) for key in range(total)] for query in range(total)]
+    expected = [
+        [key < 15 and (query >= 15 or query // 3 != key // 3) for key in range(total)] for query in range(total)
+    ]
     np.testing.assert_array_equal(panel.images[0].get_array(), np.array(expected))
     assert [text.get_text() for text in panel.get_xticklabels()] == [*(f"group {g}" for g in range(1, 6)), "matching"]
     outlines = [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in panel.patches]
@@ -163,7 +170,16 @@ def test_bgr_images_are_turned():
 @pytest.mark.parametrize("system", DENOISING_SYSTEMS)
 def test_three_pictures_of_every_system(saved, system, tmp_path, capsys):
     config, weights = saved(system)
-    arguments = ["--config-file", config, "--dataset", "three_images", "--output", str(tmp_path / "out"), "--groups", "2"]
+    arguments = [
+        "--config-file",
+        config,
+        "--dataset",
+        "three_images",
+        "--output",
+        str(tmp_path / "out"),
+        "--groups",
+        "2",
+    ]
     assert visualize_denoising.main([*arguments, "--weights", weights, "--image", "5"]) == 0
     names = [f"5_{kind}.png" for kind in ("noise", "refinement", "attention_mask")]
     assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()[-3:]] == names

@@ -54,7 +54,10 @@ def draw_attention(seen: Observation, layers: list[Layer], query: int, pixels: n
 
 def _entries(seen: Observation, deformable: bool) -> list[tuple[str, str, str]]:
     """What the legend says."""
-    boxes = [("reference (+: a point) that enters the layer", "#B0B0B0", "-"), ("box that the layer predicts", PREDICTED, "--")]
+    boxes = [
+        ("reference (+: a point) that enters the layer", "#B0B0B0", "-"),
+        ("box that the layer predicts", PREDICTED, "--"),
+    ]
     if not deformable:
         return [*boxes, ("attention, bright = the layer's maximum", "#FCA50A", "s")]
     shapes = seen.memory.shapes

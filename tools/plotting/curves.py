@@ -35,7 +35,9 @@ def draw(groups: list[Group], path: str | Path) -> Path:
     shown = [[(row, axis) for axis in AXES if any(g.band(row[0], axis) is not None for g in groups)] for row in ROWS]
     shown = [panels for panels in shown if panels]
     if not shown:
-        raise ValueError(f"none of the runs of {[g.name for g in groups]} has a value to draw: {[row[0] for row in ROWS]}")
+        raise ValueError(
+            f"none of the runs of {[g.name for g in groups]} has a value to draw: {[row[0] for row in ROWS]}"
+        )
     columns = max(map(len, shown))
     figure, panels = new_figure(len(shown), columns, (5.2, 2.5))
     for i, row in enumerate(shown):

@@ -76,7 +76,9 @@ def draw_noise(seen: Observation, pixels: np.ndarray, names: list[str], copies: 
         kinds = copies_of(seen, group, copies)
         flipped = sum(_draw_copies(panel, seen, kind, clean, noisy, names) for kind in kinds)
         total = sum(len(kind.slot) for kind in kinds)
-        panel.set_title(f"group {group + 1} of {seen.noised.num_groups}: {flipped} of {total} labels flipped", fontsize=9)
+        panel.set_title(
+            f"group {group + 1} of {seen.noised.num_groups}: {flipped} of {total} labels flipped", fontsize=9
+        )
     entries = [("object (a colour each)", ON_IMAGE[0], "-")]
     entries += [(f"{kind.kind} copy", ON_IMAGE[0], kind.style) for kind in copies_of(seen, 0, copies)]
     legend(figure, [*entries, ("bold on this colour: flipped label", FLIPPED, "s")])
@@ -150,7 +152,9 @@ def draw_mask(seen: Observation, copies: int) -> Figure:
                  interpolation="nearest", extent=(0, total, total, 0))  # fmt: skip
     width = denoising // groups
     for start, size, edge in [(g * width, width, 0) for g in range(groups)] + [(denoising, total - denoising, 1)]:
-        outline = Rectangle((start, start), size, size, fill=False, edgecolor=PALETTE[edge], linewidth=1.6, clip_on=False)
+        outline = Rectangle(
+            (start, start), size, size, fill=False, edgecolor=PALETTE[edge], linewidth=1.6, clip_on=False
+        )
         panel.add_patch(outline)
     places, words = _ticks(groups, width, denoising, total)
     panel.set_xticks(places, words, rotation=90 if len(words) > 5 else 0, fontsize=8)

@@ -71,7 +71,9 @@ def legend(figure: Figure, entries: list[tuple[str, str, str]], columns: int = 4
         else Line2D([], [], color=colour, linestyle=style, label=label)
         for label, colour, style in entries
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8, frameon=False)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=8, frameon=False
+    )
 
 
 def class_names(cfg) -> list[str]:

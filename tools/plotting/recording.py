@@ -1,7 +1,7 @@
 """Records where the decoder's cross-attention looks, without touching what the model computes.
 
-Hooks keep the arguments of every layer; locations and weights are then computed from them a second time. Shapes: N = 1 image,
-Q queries, H heads, L levels, K points, S cells.
+Hooks keep the arguments of every layer; locations and weights are then computed from them a second time.
+Shapes: N = 1 image, Q queries, H heads, L levels, K points, S cells.
 """
 
 import math
@@ -89,7 +89,9 @@ def _read(module: nn.Module, arguments: tuple) -> dict:
     )
 
 
-def sampling(module: MultiScaleDeformableAttention, query: Tensor, reference: Tensor, tokens, padding, shapes) -> Sampling:
+def sampling(
+    module: MultiScaleDeformableAttention, query: Tensor, reference: Tensor, tokens, padding, shapes
+) -> Sampling:
     """Locations and weights of the first image; arguments as for the module's ``forward``."""
     sizes = (module.num_heads, module.num_levels, module.num_points)
     offsets = module.sampling_offsets(query).unflatten(-1, (*sizes, 2))

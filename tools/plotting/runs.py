@@ -1,7 +1,8 @@
 """Reads what trainings have logged, and groups trainings that differ by their seed only.
 
-A run is a folder with the metrics.json of Detectron2's JSONWriter: one JSON object a line, mostly one for every 20 iterations,
-whose training values are medians of those 20. *Iterations* are iterations done: the line of "iteration" 19 stands at 20.
+A run is a folder with the metrics.json of Detectron2's JSONWriter: one JSON object a line, mostly one for every 20
+iterations, whose training values are medians of those 20. *Iterations* are iterations done: the line of "iteration" 19
+stands at 20.
 *Seconds* are seconds of training alone, without evaluations and checkpoints: "time" is the median of the iterations since
 the line before, so each line adds that median times their number, and a few slow iterations among them go unseen.
 """
@@ -81,16 +82,20 @@ class Group:
     def band(self, pattern: str, axis: str = "iterations") -> np.ndarray | None:
         """(T, 4) position, mean, minimum and maximum over the runs; None where no run has the values.
 
-        Runs are read at the union of their positions, between their points by straight lines, and only where all that have
-        the values at all have begun and not ended.
+        Runs are compared at equal iterations: at all where one of them has a value, between their points by straight lines,
+        from where all that have such values have begun to where the first of them ends. In seconds the position is the mean
+        of the times at which the runs were there.
         """
-        curves = [curve for run in self.runs if (curve := run.curve(pattern, axis)) is not None]
-        if not curves:
+        runs = [run for run in self.runs if run.curve(pattern, axis) is not None]
+        if not runs:
             return None
+        curves = [run.curve(pattern) for run in runs]
         begin, end = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
         position = np.unique(np.concatenate([c[:, 0] for c in curves]))
         position = position[(position >= begin) & (position <= end)]
         values = np.stack([np.interp(position, *c.T) for c in curves])
+        if axis == "seconds":
+            position = np.mean([np.interp(position, *run.clock.T) for run in runs], 0)
         return np.stack([position, values.mean(0), values.min(0), values.max(0)], 1)
 
 
@@ -157,7 +162,9 @@ def _as_record(line: str) -> dict:
 
 def _curves(by_iteration: dict[int, dict]) -> dict[str, np.ndarray]:
     """The evaluation after the last step is logged one iteration later than that step, so it counts as that step."""
-    last = max((i for i, record in by_iteration.items() if "time" in record or "total_loss" in record), default=math.inf)
+    last = max(
+        (i for i, record in by_iteration.items() if "time" in record or "total_loss" in record), default=math.inf
+    )
     points = {}
     for iteration in sorted(by_iteration):
         for key, value in by_iteration[iteration].items():
