@@ -36,8 +36,7 @@ def draw_attention(seen: Observation, layers: list[Layer], query: int, pixels: n
         names: of the classes.
     """
     deformable = layers[0].sampling is not None
-    shown = pixels if deformable else _greyed(pixels)
-    figure, panels = image_grid(shown, len(layers))
+    figure, panels = image_grid(_greyed(pixels), len(layers))
     for i, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
         (_draw_points if deformable else _draw_heat)(panel, layer, query, seen, pixels)
         point = deformable and layer.sampling.around_point
@@ -91,5 +90,5 @@ def _draw_heat(panel, layer: Layer, query: int, seen: Observation, pixels: np.nd
 
 
 def _greyed(pixels: np.ndarray) -> np.ndarray:
-    """The image without colour, so that colour means heat."""
+    """The image without colour, so that colour means levels or heat."""
     return np.repeat(pixels.mean(-1, keepdims=True), 3, -1).astype(np.uint8)

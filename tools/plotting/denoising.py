@@ -17,7 +17,7 @@ from dn_detr_d2.modeling.meta_arch import Observation
 from .images import FLIPPED, draw_box, image_grid, legend, to_pixels, write
 from .style import ON_IMAGE, PALETTE, colour, new_figure
 
-CROWDED = 8  # in an image with more objects only flipped labels are written
+CROWDED = 8  # in an image with more objects only flipped labels are written, without what they were
 SEEN, BLOCKED = "#DCEBF5", "#3A3A3A"  # in the picture of the mask
 MANY_GROUPS = 12  # of more groups only the first and the last are named
 
@@ -94,10 +94,10 @@ def _draw_copies(panel, seen: Observation, kind: Copies, clean: Tensor, noisy: T
         draw_box(panel, noisy[slot], colour(target, ON_IMAGE), kind.style)
     for slot, target, flip in zip(kind.slot.tolist(), kind.target.tolist(), flips.tolist(), strict=True):
         if flip or len(flips) <= CROWDED:
-            text = names[labels[slot]] + (f" (is {names[truths[target]]})" if flip else "")
+            truth = f" (is {names[truths[target]]})" if flip and len(flips) <= CROWDED else ""
             far = kind.kind == "far"
             x, y = noisy[slot][[0, 3] if far else [0, 1]].tolist()
-            write(panel, x, y, text, marked=flip, below=far)
+            write(panel, x, y, names[labels[slot]] + truth, marked=flip, below=far)
     return int(flips.sum())
 
 

@@ -35,7 +35,7 @@ def image_grid(pixels: np.ndarray, count: int) -> tuple[Figure, list]:
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3 if count <= 6 else 4)
     rows = math.ceil(count / columns)
     height, width = pixels.shape[:2]
-    side = 3.8 / max(height, width)
+    side = (3.8 if count > 2 else 5.5) / max(height, width)  # inches a pixel
     figure, panels = new_figure(rows, columns, (max(width * side, 2.6), height * side + 0.35))
     for panel in panels:
         panel.set_axis_off()
