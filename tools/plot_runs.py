@@ -60,10 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         groups = collect(args.runs, args.labels, args.group)
-        try:
-            path = draw(groups, args.output)
-        except (ValueError, OSError) as error:
-            raise UserError(f"--output {args.output} cannot be drawn: {error}") from None
+        path = draw(groups, args.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -181,7 +181,8 @@ def test_a_damaged_file_is_one_sentence_that_names_the_line(make_run, capsys, te
     (["--group", "name"], "--group 'name' is not NAME=RUN,RUN"),
     (["--group", "name=a,,b"], "--group 'name=a,,b' is not NAME=RUN,RUN"),
     (["--group", "x={run}", "--group", "x={run}"], "two groups are called 'x'"),
-    (["{run}", "--output", "p.xyz"], "--output p.xyz cannot be drawn"),
+    (["{run}", "--output", "p.xyz"], "the picture p.xyz cannot be written"),
+    (["{run}", "--output", "{run}/metrics.json/p.png"], "p.png cannot be written"),
     (["{other}"], "none of the runs"),
 ])  # fmt: skip
 def test_bad_commands_are_one_sentence(make_run, capsys, arguments, sentence):

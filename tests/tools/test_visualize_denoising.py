@@ -35,12 +35,14 @@ def observe(toy_model):
 
 @pytest.fixture
 def saved(toy_cfg, toy_model, tmp_path):
-    """saved(system) -> (config file, weights) of a small model of three classes."""
+    """saved(system) -> config file of a small model of three classes; saved(system, True) -> its weights too."""
 
-    def save(system, *overrides):
-        overrides = ("MODEL.DN_DETR.NUM_CLASSES", 3, "INPUT.MIN_SIZE_TEST", 64, *overrides)
+    def save(system, with_weights=False):
+        overrides = ("MODEL.DN_DETR.NUM_CLASSES", 3, "INPUT.MIN_SIZE_TEST", 64)
         config, weights = tmp_path / f"{system}.yaml", tmp_path / f"{system}.pth"
         config.write_text(toy_cfg(system, *overrides).dump())
+        if not with_weights:
+            return str(config)
         torch.save({"model": toy_model(system, *overrides).state_dict()}, weights)
         return str(config), str(weights)
 
@@ -168,8 +170,16 @@ def test_bgr_images_are_turned():
 
 
 @pytest.mark.parametrize("system", DENOISING_SYSTEMS)
-def test_three_pictures_of_every_system(saved, system, tmp_path, capsys):
-    config, weights = saved(system)
+def test_every_system_can_be_drawn(observe, system):
+    seen, pixels, copies = observe(system)
+    assert len(titles(draw_noise(seen, pixels, NAMES, copies, 2))) == 2
+    assert len(titles(draw_refinement(seen, pixels, copies))) == 4
+    assert len(draw_mask(seen, copies).axes[0].patches) == seen.noised.num_groups + 1
+
+
+@pytest.mark.parametrize("system", ["dn_deformable_detr", "dino"])
+def test_the_command_writes_three_pictures(saved, system, tmp_path, capsys):
+    config, weights = saved(system, True)
     arguments = [
         "--config-file",
         config,
@@ -193,7 +203,7 @@ def test_three_pictures_of_every_system(saved, system, tmp_path, capsys):
 def test_without_weights_the_pictures_say_so(saved, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(visualize_denoising, "save", lambda figure, path: seen.append(figure.get_suptitle()) or path)
-    arguments = ["--config-file", saved("dn_detr")[0], "--dataset", "three_images", "--output", str(tmp_path)]
+    arguments = ["--config-file", saved("dn_detr"), "--dataset", "three_images", "--output", str(tmp_path)]
     assert visualize_denoising.main(arguments) == 0
     assert seen == ["4.png, random weights: this model has learnt nothing"] * 3
 
@@ -215,9 +225,9 @@ def test_images_are_found_by_id_then_by_position():
     ("dn_detr", ["MODEL.DN_DETR.NUM_QUERRIES", "3"], "did you mean MODEL.DN_DETR.NUM_QUERIES"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(saved, tmp_path, capsys, system, arguments, sentence):
-    other = saved("dn_deformable_detr")[1] if "{other}" in arguments else ""
+    other = saved("dn_deformable_detr", True)[1] if "{other}" in arguments else ""
     arguments = [argument.format(other=other) for argument in arguments]
-    command = ["--config-file", saved(system)[0], "--dataset", "three_images", "--output", str(tmp_path / "out")]
+    command = ["--config-file", saved(system), "--dataset", "three_images", "--output", str(tmp_path / "out")]
     assert visualize_denoising.main([*command, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -226,7 +236,7 @@ def test_bad_input_is_one_sentence(saved, tmp_path, capsys, system, arguments, s
 
 
 def test_a_config_without_data_asks_for_it(saved, tmp_path, capsys):
-    assert visualize_denoising.main(["--config-file", saved("dn_detr")[0], "--output", str(tmp_path)]) == 2
+    assert visualize_denoising.main(["--config-file", saved("dn_detr"), "--output", str(tmp_path)]) == 2
     assert "add --dataset NAME" in capsys.readouterr().err
     assert visualize_denoising.main(["--config-file", str(ROOT / "no.yaml"), "--output", str(tmp_path)]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dn_detr_d2 import UserError
+
 from .runs import AXES, Group, Run
 from .style import colour, new_figure, save
 
@@ -30,14 +32,13 @@ def draw(groups: list[Group], path: str | Path) -> Path:
         path: of the picture; its folder is made if need be.
 
     Raises:
-        ValueError: no group has any of the values.
+        UserError: no group has any of the values, or the picture cannot be written.
     """
     shown = [[(row, axis) for axis in AXES if any(g.band(row[0], axis) is not None for g in groups)] for row in ROWS]
     shown = [panels for panels in shown if panels]
     if not shown:
-        raise ValueError(
-            f"none of the runs of {[g.name for g in groups]} has a value to draw: {[row[0] for row in ROWS]}"
-        )
+        names, keys = [group.name for group in groups], [pattern for pattern, _ in ROWS]
+        raise UserError(f"none of the runs {names} has a value to draw; metrics.json must hold one of {keys}")
     columns = max(map(len, shown))
     figure, panels = new_figure(len(shown), columns, (5.2, 2.5))
     for i, row in enumerate(shown):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dn_detr_d2 import UserError
+
 # Okabe and Ito's palette without black and yellow, which vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # The same idea on photographs: light colours, each drawn on a dark outline.
@@ -27,7 +29,10 @@ def new_figure(rows: int, columns: int, panel: tuple[float, float]) -> tuple[Fig
 
 
 def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
-    """Writes a picture, makes its folder if need be, and returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    """Writes a picture, makes its folder if need be, and returns the path; raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise UserError(f"the picture {path} cannot be written: {error}") from None
     return path
