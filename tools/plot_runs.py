@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from plotting.command import answer
 from plotting.curves import HEADERS, draw, table
 from plotting.runs import Group, Run, group_runs, read_run
 from tabulate import tabulate
@@ -55,18 +56,17 @@ def collect(runs: list[str], labels: list[str], named: list[str]) -> list[Group]
     return groups
 
 
+def compare(args: argparse.Namespace) -> list[str]:
+    """Draws; returns the table and where the picture is."""
+    groups = collect(args.runs, args.labels, args.group)
+    path = draw(groups, args.output)
+    return [tabulate(table(groups), HEADERS, tablefmt="github", disable_numparse=True), f"picture: {path}"]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Draws, prints the table, returns the exit code."""
+    """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    try:
-        groups = collect(args.runs, args.labels, args.group)
-        path = draw(groups, args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(tabulate(table(groups), HEADERS, tablefmt="github", disable_numparse=True))
-    print(f"picture: {path}")
-    return 0
+    return answer(lambda: compare(args))
 
 
 if __name__ == "__main__":

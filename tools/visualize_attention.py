@@ -17,12 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plotting.attention import best_queries, draw_attention, verdict
+from plotting.command import answer
 from plotting.images import class_names, title_of, to_rgb
 from plotting.models import inference_image, load_model
 from plotting.recording import record
 from plotting.style import save
 
-from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2 import ConfigError, setup_cfg
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,8 +52,8 @@ def choose_queries(args: argparse.Namespace, seen) -> list[int]:
     return best_queries(seen, args.best) if args.query is None else [args.query]
 
 
-def visualize(args: argparse.Namespace) -> list[tuple[Path, str]]:
-    """Writes a picture for each query; returns paths and what the queries found."""
+def visualize(args: argparse.Namespace) -> list[str]:
+    """Writes a picture for each query; returns a line for each: what the query found, and the path."""
     cfg = setup_cfg(args.config_file, args.opts, splits=())
     image = inference_image(cfg, args.input)
     model = load_model(cfg, args.weights)
@@ -64,21 +65,14 @@ def visualize(args: argparse.Namespace) -> list[tuple[Path, str]]:
         found = f"query {query}: {verdict(seen, query, -1, names)}"
         figure.suptitle(f"{found} - {title_of(args.input, args.weights)}", fontsize=10)
         path = save(figure, Path(args.output) / f"{Path(args.input).stem}_query{query}.png")
-        written.append((path, found))
+        written.append(f"{found} -> {path}")
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    try:
-        written = visualize(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path, found in written:
-        print(f"{found} -> {path}")
-    return 0
+    return answer(lambda: visualize(args))
 
 
 if __name__ == "__main__":

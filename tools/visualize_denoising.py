@@ -16,12 +16,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from plotting.command import answer
 from plotting.denoising import draw_mask, draw_noise, draw_refinement
 from plotting.images import class_names, title_of, to_rgb
 from plotting.models import load_model, observe_denoising, training_image
 from plotting.style import save
 
-from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2 import ConfigError, setup_cfg
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +55,7 @@ def read_config(args: argparse.Namespace):
     return cfg
 
 
-def visualize(args: argparse.Namespace) -> list[Path]:
+def visualize(args: argparse.Namespace) -> list[str]:
     """Writes the three pictures; returns their paths."""
     cfg = read_config(args)
     record = training_image(cfg, args.image)
@@ -70,21 +71,15 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     written = []
     for name, figure in figures.items():
         figure.suptitle(title_of(record["file_name"], args.weights), fontsize=10)
-        written.append(save(figure, Path(args.output) / f"{Path(record['file_name']).stem}_{name}.png"))
+        path = Path(args.output) / f"{Path(record['file_name']).stem}_{name}.png"
+        written.append(str(save(figure, path)))
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    try:
-        written = visualize(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in written:
-        print(path)
-    return 0
+    return answer(lambda: visualize(args))
 
 
 if __name__ == "__main__":
