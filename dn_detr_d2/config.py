@@ -60,8 +60,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.NECK.POSITION_OFFSET = 0.0
 
     node.QUERY_SOURCE = CfgNode()
-    # Class that makes the queries: LearnedAnchors, TopKAnchors (DINO: the best cells of the encoder), LearnedQueries or
-    # TwoStageQueries (Deformable DETR without and with two stages).
+    # Class that makes the queries: LearnedAnchors, TopKAnchors (DINO: the best cells of the encoder), ObjectnessAnchors (the
+    # DINO-like model of DN's repository), LearnedQueries or TwoStageQueries (Deformable DETR without and with two stages),
+    # LearnedPositions (DETR), LearnedPoints (Anchor DETR).
     node.QUERY_SOURCE.NAME = "LearnedAnchors"
     # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
     # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
@@ -70,7 +71,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.QUERY_SOURCE.NUM_PATTERNS = 0
 
     node.ENCODER = CfgNode()
-    # DenseEncoder (DAB, DN) or DeformableEncoder (DD).
+    # DenseEncoder (DAB, DN), DeformableEncoder (DD), PlainEncoder (DETR) or RowColumnEncoder (Anchor DETR).
     node.ENCODER.NAME = "DenseEncoder"
     # Layers, attention heads, width of the feed-forward blocks: 6, 8, 2048 in DAB and DN.
     node.ENCODER.NUM_LAYERS = 6
@@ -83,11 +84,13 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     node.DECODER = CfgNode()
     # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
-    # (DINO's ablation: final norm, no such gradient), RefiningDecoder (deformable) or StaticDecoder (plain DD).
+    # (DINO's ablation: final norm, no such gradient), PlainLookForwardTwiceDecoder (no norm), RefiningDecoder (deformable),
+    # StaticDecoder (plain DD, Anchor DETR) or NormalisedStaticDecoder (DETR).
     node.DECODER.NAME = "LookForwardTwiceDecoder"
     # ConditionalDecoderLayer (DAB, DN), MultiLevelConditionalDecoderLayer (DN-Deformable with a deformable encoder only),
     # DeformableDecoderLayer (DAB- and DN-Deformable), DinoDecoderLayer, or of DD PointDecoderLayer (plain),
-    # FirstPointDecoderLayer (box refinement), QueryDecoderLayer (two stages).
+    # FirstPointDecoderLayer (box refinement), QueryDecoderLayer (two stages); PlainDecoderLayer (DETR),
+    # RowColumnDecoderLayer (Anchor DETR).
     node.DECODER.LAYER = "ConditionalDecoderLayer"
     # As for the encoder.
     node.DECODER.NUM_LAYERS = 6

@@ -34,8 +34,11 @@ SYSTEMS = {
     "dn_deformable_detr": "dn_dab_deformable",
     "encoder_only": "dn_deformable_detr_encoder_only_R50_12ep",
     "dino": "dino_R50_4scale_12ep",
+    "dino_like": "dino_like_R50_12ep",
+    "detr": "detr_R50_500ep",
+    "anchor_detr": "anchor_detr_R50_50ep",
 }
-DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr", "encoder_only", "dino")
+DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr", "encoder_only", "dino", "dino_like")
 
 
 @pytest.fixture(autouse=True)

@@ -69,12 +69,12 @@ def test_the_source_is_found_by_its_names(case, expected):
         (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "ImageNet ResNet (torchvision)"),
     ],
 )
-def test_systems_without_a_model_are_recognised(names, expected):
+def test_baselines_and_backbones_are_recognised(names, expected):
     assert str(identify(names)) == expected
 
 
-def test_a_system_without_a_model_is_refused_by_its_name(dn_detr):
-    with pytest.raises(CheckpointError, match=r"one of Anchor DETR \(official\), for which there is no model"):
+def test_a_file_of_another_system_is_refused_by_its_name(dn_detr):
+    with pytest.raises(CheckpointError, match=r"does not fit the model: it looks like Anchor DETR \(official\)"):
         convert({"transformer.encoder_layers.0.norm1.weight": torch.ones(2)}, dn_detr[1].state_dict())
 
 

@@ -58,8 +58,6 @@ def convert(
         raise CheckpointError(
             f"this is not a checkpoint of a known system: its tensors are named {_some(state) or 'nothing at all'}"
         )
-    if not source.supported:
-        raise CheckpointError(f"the checkpoint is one of {source}, for which there is no model in this project")
     log = []
     if source.code != "this project":
         log.append(f"the checkpoint is one of {source}; its names were converted")

@@ -145,34 +145,32 @@ class Source:
     Attributes:
         system: "DN-DETR", "DINO", ...; "ImageNet ResNet" for a backbone alone.
         code: "this project", "official", "detrex" or "torchvision".
-        supported: whether there is a model here that such a file could fit.
     """
 
     system: str
     code: str
-    supported: bool = True
 
     def __str__(self) -> str:
         return f"{self.system} ({self.code})"
 
 
 DINO_LIKE = "the DINO-like model of the DN-DETR repository"
-# (system, code, supported, patterns that must all be there); the first that fits holds.
-SYSTEMS: list[tuple[str, str, bool, tuple[str, ...]]] = [
-    ("a detector", "this project", True, (r"^(query_source|decoder\.heads)\.",)),
-    ("ImageNet ResNet", "torchvision", True, (r"^layer1\.0\.conv1\.", r"^conv1\.weight$")),
-    ("ImageNet ResNet", "detectron2", True, (r"^(stem|res2)\.",)),
-    ("Anchor DETR", "", True, (r"^transformer\.encoder_layers\.",)),
-    ("Deformable-DETR", "", True, (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
-    ("DETR", "", True, (r"^query_embed\.",)),
-    (DINO_LIKE, "official", True,
+# (system, code, patterns that must all be there); the first that fits holds.
+SYSTEMS: list[tuple[str, str, tuple[str, ...]]] = [
+    ("a detector", "this project", (r"^(query_source|decoder\.heads)\.",)),
+    ("ImageNet ResNet", "torchvision", (r"^layer1\.0\.conv1\.", r"^conv1\.weight$")),
+    ("ImageNet ResNet", "detectron2", (r"^(stem|res2)\.",)),
+    ("Anchor DETR", "", (r"^transformer\.encoder_layers\.",)),
+    ("Deformable-DETR", "", (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
+    ("DETR", "", (r"^query_embed\.",)),
+    (DINO_LIKE, "official",
      (r"^transformer\.enc_output\.", r"^class_embed\.6\.", r"^transformer\.encoder\.layers\.0\.linear1")),
-    ("DINO", "", True, (r"^transformer\.enc_output\.",)),
-    ("DN-Deformable-DETR with a deformable encoder only", "", True, (r"qcontent_proj|query_content_proj", r"level_embed")),
-    ("DN-DETR", "", True, (r"qcontent_proj|query_content_proj", r"label_enc")),
-    ("DAB-DETR", "", True, (r"qcontent_proj|query_content_proj",)),
-    ("DN-Deformable-DETR", "", True, (r"decoder\.layers\.0\.(cross_attn|attentions\.1)\.sampling_off", r"label_enc")),
-    ("DAB-Deformable-DETR", "", True, (r"decoder\.layers\.0\.(cross_attn|attentions\.1)\.sampling_off",)),
+    ("DINO", "", (r"^transformer\.enc_output\.",)),
+    ("DN-Deformable-DETR with a deformable encoder only", "", (r"qcontent_proj|query_content_proj", r"level_embed")),
+    ("DN-DETR", "", (r"qcontent_proj|query_content_proj", r"label_enc")),
+    ("DAB-DETR", "", (r"qcontent_proj|query_content_proj",)),
+    ("DN-Deformable-DETR", "", (r"decoder\.layers\.0\.(cross_attn|attentions\.1)\.sampling_off", r"label_enc")),
+    ("DAB-Deformable-DETR", "", (r"decoder\.layers\.0\.(cross_attn|attentions\.1)\.sampling_off",)),
 ]  # fmt: skip
 
 
@@ -182,9 +180,9 @@ def identify(keys: Iterable[str]) -> Source | None:
     if keys and all(key.startswith("backbone.") for key in keys):
         return Source("a backbone", "this project")
     guess = "detrex" if any(".attentions.0." in key for key in keys) else "official"
-    for system, code, supported, patterns in SYSTEMS:
+    for system, code, patterns in SYSTEMS:
         if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
-            return Source(system, code or guess, supported)
+            return Source(system, code or guess)
     return None
 
 

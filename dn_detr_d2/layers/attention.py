@@ -157,12 +157,12 @@ class ConditionalCrossAttention(nn.Module):
             tokens, token_positions: (N, S, C).
             padding: (N, S) bool, True outside the image.
         """
-        query, key = self._project(x, position, sine, tokens, token_positions)
+        query, key = self.project(x, position, sine, tokens, token_positions)
         attended = attend(query, key, self.value(tokens), self.num_heads, padding[:, None])
         return self.norm(x + self.dropout(self.out_proj(attended)))
 
-    def _project(self, x: Tensor, position: Tensor, sine: Tensor, tokens: Tensor, token_positions: Tensor):
-        """(N, Q, 2C) queries and (N, S, 2C) keys."""
+    def project(self, x: Tensor, position: Tensor, sine: Tensor, tokens: Tensor, token_positions: Tensor):
+        """(N, Q, 2C) queries and (N, S, 2C) keys, as the heads compare them; arguments as for :meth:`forward`."""
         query, key, key_position = self.query_content(x), self.key_content(tokens), self.key_position(token_positions)
         if self.query_position is not None:
             query, key = query + self.query_position(position), key + key_position
@@ -204,7 +204,7 @@ class MultiLevelConditionalCrossAttention(ConditionalCrossAttention):
     ) -> Tensor:
         """As :class:`ConditionalCrossAttention`, with the (h, w) of each level and ``asked`` (N, Q, C), from which each
         query weighs the levels."""
-        query, key = self._project(x, position, sine, tokens, token_positions)
+        query, key = self.project(x, position, sine, tokens, token_positions)
         sizes = [height * width for height, width in shapes]
         levels = [part.split(sizes, 1) for part in (key, self.value(tokens), padding)]
         answers = [attend(query, k, v, self.num_heads, blocked[:, None]) for k, v, blocked in zip(*levels, strict=True)]

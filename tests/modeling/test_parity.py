@@ -326,6 +326,26 @@ CASES = {
 }
 
 
+# Spec section 5.6; with other numbers of queries than the published ones the rest must still be there.
+PARAMETERS = {
+    "DN-DETR": 43694977,
+    "DN-DETR, 3 patterns": 43695745,
+    "DN-Deformable-DETR": 47429154,
+    "encoder only": 48488589,
+    "DINO-4scale": 46893182 - 840 * 256,
+    "DINO-5scale": 47255806 - 840 * 256,
+    "DAB-DETR": 43671517,
+    "DAB-DETR, 3 patterns": 43672285,
+    "DAB-Deformable-DETR": 47405994,
+    "Deformable-DETR": 40069665,
+    "Deformable-DETR, refine": 40849660,
+    "Deformable-DETR, two stage": 41181529,
+    "DETR": 41524768,
+    "Anchor DETR": 37038711,
+    "Anchor DETR DC5": 37038711,
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_evaluation_of_every_system_is_that_of_its_authors(case):
     config, overrides, shapes, tied, statistics, logits, first, last = CASES[case]
@@ -340,6 +360,8 @@ def test_evaluation_of_every_system_is_that_of_its_authors(case):
     if "transformer.position.weight" in state:  # points in [0, 1], not logits
         state["transformer.position.weight"] = state["transformer.position.weight"].sigmoid()
     model.load_state_dict(convert(state, model.state_dict()).state)
+    if case in PARAMETERS:
+        assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[case]
     stream = np.random.RandomState(0)
     images = [torch.from_numpy(stream.standard_normal((3, *size)).astype(np.float32)) for size in SIZES]
     with torch.no_grad():

@@ -1,0 +1,17 @@
+"""How the tools end."""
+
+import sys
+from collections.abc import Callable
+
+from dn_detr_d2 import UserError
+
+
+def answer(work: Callable[[], list[str]]) -> int:
+    """Prints the lines that ``work`` returns; a UserError is one sentence on stderr. Returns the exit code, 0 or 2."""
+    try:
+        lines = work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*lines, sep="\n")
+    return 0

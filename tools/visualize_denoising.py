@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Shows what denoising training does to one image: the noise, its removal layer by layer, and the attention mask.
+
+    python tools/visualize_denoising.py --config-file output/quickstart/config.yaml \\
+        --weights output/quickstart/model_final.pth --image 3 --output pictures/
+    python tools/visualize_denoising.py --config-file configs/dino_R50_4scale_12ep.yaml --dataset shapes_train \\
+        --output pictures/
+
+Without --weights the model is random, and the pictures say so. The image is resized as for a test and not augmented.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from plotting.command import answer
+from plotting.denoising import draw_mask, draw_noise, draw_refinement
+from plotting.images import class_names, title_of, to_rgb
+from plotting.models import load_model, observe_denoising, training_image
+from plotting.style import save
+
+from dn_detr_d2 import ConfigError, setup_cfg
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of a system with denoising")
+    parser.add_argument("--weights", default="", metavar="FILE", help="of a training (default: a random model)")
+    parser.add_argument("--dataset", metavar="NAME", help="registered data set (default DATASETS.TRAIN)")
+    parser.add_argument(
+        "--image", metavar="ID", help="image id, or else its position (default: the first with an object)"
+    )
+    parser.add_argument("--groups", type=int, default=6, metavar="N", help="show at most so many groups (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of a random model (default 0)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    return parser.parse_intermixed_args(argv)
+
+
+def read_config(args: argparse.Namespace):
+    """The config with ``--dataset`` as its training set; raises ConfigError where there is no denoising."""
+    if args.groups < 1:
+        raise ConfigError(f"--groups must be at least 1, got {args.groups}")
+    chosen = ["DATASETS.TRAIN", (args.dataset,)] if args.dataset else []
+    cfg = setup_cfg(args.config_file, [*args.opts, *chosen], splits=("TRAIN",))
+    if not cfg.MODEL.DN_DETR.DENOISING.NAME:
+        raise ConfigError(
+            f"{args.config_file} trains without denoising; choose another config, or set MODEL.DN_DETR.DENOISING.NAME to "
+            "DenoisingGenerator or ContrastiveDenoisingGenerator"
+        )
+    return cfg
+
+
+def visualize(args: argparse.Namespace) -> list[str]:
+    """Writes the three pictures; returns their paths."""
+    cfg = read_config(args)
+    record = training_image(cfg, args.image)
+    torch.manual_seed(args.seed)
+    model = load_model(cfg, args.weights)
+    seen = observe_denoising(model, record, args.seed)
+    pixels, names, copies = to_rgb(record["image"], cfg.INPUT.FORMAT), class_names(cfg), model.denoising.COPIES
+    figures = {
+        "noise": draw_noise(seen, pixels, names, copies, args.groups),
+        "refinement": draw_refinement(seen, pixels, copies),
+        "attention_mask": draw_mask(seen, copies),
+    }
+    written = []
+    for name, figure in figures.items():
+        figure.suptitle(title_of(record["file_name"], args.weights), fontsize=10)
+        path = Path(args.output) / f"{Path(record['file_name']).stem}_{name}.png"
+        written.append(str(save(figure, path)))
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return answer(lambda: visualize(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
