@@ -54,6 +54,7 @@ def dn_detr():
         ("dab_deformable_detr_r50_dn", "DN-Deformable-DETR (official)"),
         ("dn_deformable_encoder_only", "DN-Deformable-DETR with a deformable encoder only (official)"),
         ("dino_4scale_r50", "DINO (official)"),
+        ("dino_like_r50", "the DINO-like model of the DN-DETR repository (official)"),
     ],
 )
 def test_the_source_is_found_by_its_names(case, expected):
@@ -312,6 +313,56 @@ def test_detrex_gives_the_same_weights_as_the_official_file(official):
     ours = convert(official, model.state_dict()).state
     assert theirs.state.keys() == ours.keys()
     assert all(torch.equal(theirs.state[name], x) for name, x in ours.items())
+
+
+def official_detr(model):
+    """(DETR under the authors' names, the same under detrex's), 91 and 80 classes with "no object" last; spec section 6."""
+    import re
+
+    ids = torch.tensor([*RAW_IDS, 91])
+    theirs, detrex = {}, {}
+    for name, x in model.state_dict().items():
+        side = "decoder" if name.startswith("decoder") else "encoder"
+        if "no_object" in name:
+            continue
+        tensor = torch.randn_like(x)
+        if "class_heads" in name:
+            tensor = torch.randn(92, *x.shape[1:])
+        shared = [
+            (r"^query_source\.queries", "query_embed"), (r"^neck\.projections\.0\.0", "input_proj"),
+            (r"^decoder\.heads\.class_heads\.0", "class_embed"), (r"^decoder\.heads\.box_heads\.0", "bbox_embed"),
+            (r"^(en|de)coder\.", r"transformer.\1coder."), (r"in_proj\.", "in_proj_"),
+        ]  # fmt: skip
+        last = "norm3" if side == "decoder" else "norm2"
+        official = [
+            *shared, (r"self_attn\.norm", "norm1"), (r"cross_attn\.norm", "norm2"), (r"ffn\.norm", last),
+            (r"cross_attn", "multihead_attn"), (r"ffn\.linear", "linear"),
+        ]  # fmt: skip
+        other = [
+            *shared, (r"self_attn\.norm", "norms.0"), (r"cross_attn\.norm", "norms.1"),
+            (r"ffn\.norm", "norms.2" if side == "decoder" else "norms.1"), (r"self_attn\.", "attentions.0.attn."),
+            (r"cross_attn\.", "attentions.1.attn."), (r"ffn\.linear1", "ffns.0.layers.0.0"),
+            (r"ffn\.linear2", "ffns.0.layers.1"), (r"decoder\.norm\.", "decoder.post_norm_layer."),
+        ]  # fmt: skip
+        if name.startswith("backbone."):
+            official = other = []
+        for table, state in ((official, theirs), (other, detrex)):
+            key = name
+            for pattern, new in table:
+                key = re.sub(pattern, new, key)
+            state[key] = tensor[ids] if state is detrex and "class_heads" in name else tensor
+    return theirs, {**detrex, "criterion.empty_weight": torch.ones(81)}
+
+
+def test_detr_files_of_both_codes_give_the_same_weights_with_no_object_last():
+    _, model = model_of("detr_R50_500ep", classes=80)
+    official, detrex = official_detr(model)
+    ours, theirs = (convert(state, model.state_dict()) for state in (official, detrex))
+    assert (str(ours.source), str(theirs.source)) == ("DETR (official)", "DETR (detrex)")
+    assert ours.state.keys() == theirs.state.keys() == model.state_dict().keys()
+    assert all(torch.equal(theirs.state[name], x) for name, x in ours.state.items())
+    assert torch.equal(ours.state["decoder.heads.no_object_heads.0.weight"][0], official["class_embed.weight"][91])
+    assert torch.equal(ours.state["decoder.heads.class_heads.0.weight"][79], official["class_embed.weight"][90])
 
 
 def run_tool(*arguments):
