@@ -14,7 +14,7 @@ from .position_encoding import sine_encoding
 class RowColumnAttention(nn.Module):
     """A query weighs the w columns and the h rows of a map; a cell gets the product of both. Residual and post-norm.
 
-    Keys are means over the other axis, padding included as in the official code. The memory is Q * (h + w) weights instead of
+    Keys are means over the other axis, padding included as in the official code. Memory: Q * (h + w) weights instead of
     Q * h * w.
 
     Args:

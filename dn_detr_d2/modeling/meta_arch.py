@@ -71,6 +71,7 @@ class DenoisingDETR(nn.Module):
         denoising: generator of noised targets, or None to train by matching alone.
         matcher, criterion: pairs of queries and ground truths, and losses from pairs.
         denoising_weight: factor of the denoising losses.
+        denoising_mask: hide denoising queries; False only to show what then happens.
         local_denoising_normalizer: divide denoising losses by the objects of this rank (official DN-DETR) instead of
             the mean over all ranks.
         select: from logits, boxes, image size and ``top_k`` to detections, see ``postprocess.py``.
@@ -92,6 +93,7 @@ class DenoisingDETR(nn.Module):
         matcher: HungarianMatcher,
         criterion: SetCriterion,
         denoising_weight: float,
+        denoising_mask: bool,
         local_denoising_normalizer: bool,
         select: Callable[..., Instances],
         top_k: int,
@@ -103,7 +105,7 @@ class DenoisingDETR(nn.Module):
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder = query_source, decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
-        self.denoising_weight = denoising_weight
+        self.denoising_weight, self.denoising_mask = denoising_weight, denoising_mask
         self.local_denoising_normalizer = local_denoising_normalizer
         self.select, self.top_k = select, top_k
         for module in self.modules():
@@ -147,6 +149,7 @@ class DenoisingDETR(nn.Module):
             "matcher": matcher,
             "criterion": criterion,
             "denoising_weight": root.DENOISING.LOSS_WEIGHT,
+            "denoising_mask": root.DENOISING.ATTENTION_MASK,
             "local_denoising_normalizer": root.DENOISING.NORMALIZER == "local",
             "select": select_best if softmax else select_top,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -203,7 +206,7 @@ class DenoisingDETR(nn.Module):
         queries, noised = self.query_source(memory), None
         if targets is not None and denoising is not None:
             noised = denoising(targets)
-            blocked = noised.attention_mask(queries.content.shape[1])
+            blocked = noised.attention_mask(queries.content.shape[1]) if self.denoising_mask else None
             queries = join_queries(self.query_source.embed(noised), queries, blocked)
         return queries, noised
 

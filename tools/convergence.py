@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Does denoising do what the papers say? Trains pairs that differ in nothing else, and reports.
+
+    python tools/convergence.py --quick                    # one seed, both pairs, under 15 minutes on two cores
+    python tools/convergence.py --seeds 1 2 3 --output docs/evidence/convergence
+    python tools/convergence.py --pairs deformable --ablations --seeds 1
+    python tools/convergence.py --bccd ../shared/data/bccd --pairs deformable
+
+Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (tools/race/*.yaml), DN also with half the iterations,
+on the embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images in the same order,
+and comparable times. Writes OUTPUT/<pair>.md and <pair>.png; the runs themselves stay in --runs. Exit code 2: bad input.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from plotting.command import answer
+from plotting.curves import draw
+from plotting.runs import Group, read_run
+from race.report import HEADERS, rows, verdicts
+from race.train import race
+from race.variants import FOLDER, PAIRS, contestants
+from tabulate import tabulate
+
+from dn_detr_d2 import UserError
+
+QUICK_ITERATIONS = 300
+INSTRUMENTS = ["TEST.INSTABILITY.NUM_IMAGES", 100]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"one seed, {QUICK_ITERATIONS} iterations")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--ablations", action="store_true", help="also groups, noise and mask")
+    parser.add_argument(
+        "--bccd", metavar="FOLDER", help="train on BCCD, with train.json, test.json and images/ in FOLDER"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes, which share the cores (default 2)")
+    parser.add_argument("--runs", default="output/convergence", metavar="DIR", help="where the trainings go")
+    parser.add_argument("--output", default="output/convergence", metavar="DIR", help="where tables and pictures go")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all trainings, after all else")
+    return parser.parse_args(argv)
+
+
+def options(args: argparse.Namespace) -> list:
+    """[key, value, ...] for all trainings; raises UserError for a BCCD folder without annotations."""
+    quick = ["SOLVER.MAX_ITER", QUICK_ITERATIONS] if args.quick else []
+    return [*INSTRUMENTS, *quick, *(bccd(Path(args.bccd)) if args.bccd else []), *args.opts]
+
+
+def bccd(folder: Path) -> list:
+    """The data set of configs/bccd.yaml from ``folder``."""
+    if missing := [name for name in ("train.json", "test.json", "images") if not (folder / name).exists()]:
+        raise UserError(f"--bccd {folder} holds no {missing[0]}; name the folder of BCCD in COCO format")
+    sets = [[f"bccd_{name}", str((folder / f"{name}.json").resolve()), str((folder / "images").resolve())]
+            for name in ("train", "test")]  # fmt: skip
+    return [
+        *("DATASETS.COCO_JSON", sets, "DATASETS.TRAIN", ("bccd_train",), "DATASETS.TEST", ("bccd_test",)),
+        *("INPUT.MIN_SIZE_TRAIN", (192, 208, 224, 240, 256), "INPUT.MAX_SIZE_TRAIN", 400),
+        *("INPUT.MIN_SIZE_TEST", 224, "INPUT.MAX_SIZE_TEST", 400, "TEST.DETECTIONS_PER_IMAGE", 100),
+        *("MODEL.DN_DETR.NUM_QUERIES", 60, "MODEL.DN_DETR.DENOISING.MAX_QUERIES", 200),
+    ]
+
+
+def train(args: argparse.Namespace) -> dict[str, list[Group]]:
+    """Runs all pairs and seeds; {pair: a group of runs for each variant, the baseline first}."""
+    opts, seeds = options(args), args.seeds[:1] if args.quick else args.seeds
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    jobs, context = {}, multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        for pair in args.pairs:
+            variants = contestants(pair, args.ablations)
+            for seed in seeds:
+                task = (FOLDER / f"{pair}.yaml", variants, seed, Path(args.runs), opts, threads)
+                jobs[pair, seed] = pool.submit(race, *task)
+        folders = {key: job.result() for key, job in jobs.items()}
+    found = {}
+    for pair in args.pairs:
+        columns = zip(*(folders[pair, seed] for seed in seeds), strict=True)
+        names = [variant.name for variant in contestants(pair, args.ablations)]
+        found[pair] = [Group(name, [read_run(x) for x in column]) for name, column in zip(names, columns, strict=True)]
+    return found
+
+
+def report(args: argparse.Namespace) -> list[str]:
+    """Trains, writes a page and a picture for each pair, and returns the pages."""
+    if args.jobs < 1:
+        raise UserError(f"--jobs must be positive, got {args.jobs}")
+    start = time.monotonic()
+    groups = train(args)
+    minutes, pages = (time.monotonic() - start) / 60, []
+    for pair, found in groups.items():
+        picture = draw(found, Path(args.output) / f"{pair}.png")
+        config, seeds = found[0].runs[0].config, [run.config["SEED"] for run in found[0].runs]
+        lines = [
+            f"# {pair}: {config['DATASETS']['TRAIN'][0]}, {config['SOLVER']['MAX_ITER']} iterations",
+            "",
+            f"`{command_line()}`, seeds {seeds}, {machine()}; {minutes:.0f} minutes.",
+            "",
+            tabulate(rows(found), HEADERS, tablefmt="github", disable_numparse=True),
+            "",
+            *verdicts(found),
+            "",
+            f"![Curves]({picture.name})",
+            "",
+        ]
+        pages.append("\n".join(lines))
+        (Path(args.output) / f"{pair}.md").write_text(pages[-1])
+    return pages
+
+
+def command_line() -> str:
+    """What was called."""
+    called = sys.argv[1:] if Path(sys.argv[0]).name == Path(__file__).name else []
+    return shlex.join(["python", "tools/convergence.py", *called])
+
+
+def machine() -> str:
+    """What it ran on."""
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{device}, PyTorch {torch.__version__}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return answer(lambda: report(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What came out of a race, as tables."""
+
+import numpy as np
+from plotting.curves import AP
+from plotting.runs import Group, Run
+
+from .variants import DENOISED, HALF, MATCHING
+
+INSTABILITY = r"instability/layer_\d+"
+HEADERS = (
+    "training", "seeds", "final AP", "iterations to the AP of matching alone", "IS of the last layer", "anchor distance",
+    "time of an iteration",
+)  # fmt: skip
+
+
+def rows(groups: list[Group]) -> list[list[str]]:
+    """A row of text for each group; the first is the baseline.
+
+    AP and distance are of the last evaluation, IS is the mean over the training; means over seeds, with the lowest and the
+    highest behind. An evaluation that is not below the mean final AP of the baseline reaches it. Times are medians, as
+    multiples of the baseline's of the same seed, with which the training took turns.
+    """
+    base = groups[0].runs
+    goal = float(np.mean(ends(base, AP)))
+    return [
+        [
+            group.name,
+            str(len(group.runs)),
+            spread(ends(group.runs, AP), ".1f"),
+            reached(group.runs, goal, length(base[0])),
+            spread(means(group.runs, INSTABILITY), ".2f"),
+            spread(ends(group.runs, r"anchors/distance"), ".3f"),
+            spread([pace(run) / pace(first) for run, first in zip(group.runs, base, strict=True)], ".2f"),
+        ]
+        for group in groups
+    ]
+
+
+def verdicts(groups: list[Group]) -> list[str]:
+    """The claims of the paper that the numbers carry, and those they do not, one sentence each."""
+    by_name = {group.name: group.runs for group in groups}
+    alone, denoised, half = (by_name[name] for name in (MATCHING, DENOISED, HALF))
+    ap = [float(np.mean(ends(runs, AP))) for runs in (alone, denoised, half)]
+    unstable = [float(np.mean(means(runs, INSTABILITY))) for runs in (alone, denoised)]
+    distance = [float(np.mean(ends(runs, r"anchors/distance"))) for runs in (alone, denoised)]
+    ratio = float(np.median([pace(a) / pace(b) for a, b in zip(denoised, alone, strict=True)]))
+    return [
+        claim("ends higher", ap[1] > ap[0], f"AP {ap[1]:.1f} against {ap[0]:.1f}"),
+        claim("half the iterations are enough", ap[2] >= ap[0], f"AP {ap[2]:.1f} against {ap[0]:.1f}"),
+        claim("matching is more stable", unstable[1] < unstable[0], f"IS {unstable[1]:.2f} against {unstable[0]:.2f}"),
+        claim("anchors are nearer", distance[1] < distance[0], f"{distance[1]:.3f} against {distance[0]:.3f}"),
+        claim("an iteration takes at most 1.10 times as long", ratio <= 1.10, f"{ratio:.2f}"),
+    ]
+
+
+def claim(text: str, holds: bool, numbers: str) -> str:
+    """One sentence."""
+    return f"- {text}: {'yes' if holds else '**no**'} ({numbers})"
+
+
+def ends(runs: list[Run], pattern: str) -> list[float]:
+    """The last value of each run."""
+    return [float(run.curve(pattern)[-1, 1]) for run in runs]
+
+
+def means(runs: list[Run], pattern: str) -> list[float]:
+    """The mean value of each run."""
+    return [float(run.curve(pattern)[:, 1].mean()) for run in runs]
+
+
+def length(run: Run) -> int:
+    """Iterations of a training."""
+    return run.config["SOLVER"]["MAX_ITER"]
+
+
+def pace(run: Run) -> float:
+    """Median seconds of a step, the first ten left out."""
+    seconds = [float(line) for line in (run.folder / "step_seconds.txt").read_text().split()]
+    return float(np.median(seconds[min(10, len(seconds) - 1) :]))
+
+
+def reached(runs: list[Run], goal: float, whole: int) -> str:
+    """Iterations to an AP as a share of a whole training, over the runs that get there."""
+    curves = [run.curve(AP) for run in runs]
+    first = [curve[curve[:, 1] >= goal][0, 0] / whole for curve in curves if curve[:, 1].max() >= goal]
+    missing = f", {len(first)} of {len(runs)} runs" if len(first) < len(runs) else ""
+    return spread(first, ".0%") + missing if first else "not reached"
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean (lowest to highest)."""
+    mean, low, high = np.mean(values), min(values), max(values)
+    return f"{mean:{form}}" if len(values) == 1 else f"{mean:{form}} ({low:{form}} to {high:{form}})"

@@ -1,0 +1,114 @@
+"""Trains several configs side by side in one process, step by step in turn, so that their times can be compared.
+
+Each has random streams of its own that start from the same seed: the order of the images and their augmentation are the
+same for all, whatever else they draw.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from dn_detr_d2 import setup_cfg
+from dn_detr_d2.engine import Trainer
+
+from .variants import Variant
+
+# Left of an earlier race in the same folder, which the writers would continue.
+LEFT = ("metrics.json", "instability.npz", "best_metric.json", "last_checkpoint", "step_seconds.txt")
+
+
+class Contestant:
+    """One training that can be advanced by a step.
+
+    Args:
+        cfg: complete; ``SEED`` starts its random streams.
+    """
+
+    def __init__(self, cfg):
+        folder = Path(cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in LEFT:
+            (folder / name).unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        seed_all_rng(cfg.SEED)
+        self.trainer, self.seconds = Trainer(cfg), []
+        with EventStorage(0) as self.trainer.storage:
+            self.trainer.iter = 0
+            self.trainer.before_train()
+        self.streams = streams()
+
+    @property
+    def done(self) -> bool:
+        """Whether all iterations have been made."""
+        return self.trainer.iter >= self.trainer.max_iter
+
+    def advance(self) -> None:
+        """One iteration with its hooks; only the step itself is timed. After the last one the training is closed."""
+        restore(self.streams)
+        with self.trainer.storage:
+            self.trainer.before_step()
+            start = time.perf_counter()
+            self.trainer.run_step()
+            self.seconds.append(time.perf_counter() - start)
+            self.trainer.after_step()
+            self.trainer.iter += 1
+            if self.done:
+                self.trainer.after_train()
+                Path(self.trainer.cfg.OUTPUT_DIR, "step_seconds.txt").write_text("\n".join(map(str, self.seconds)))
+        self.streams = streams()
+
+
+def streams() -> tuple:
+    """Where Python's, NumPy's and PyTorch's random streams stand."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def restore(states: tuple) -> None:
+    """Lets them go on from there."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int) -> list[Path]:
+    """Trains all variants of one pair under one seed.
+
+    Args:
+        config: of the pair.
+        variants: see :mod:`race.variants`.
+        seed: of all of them.
+        output: a folder for each variant is made in it.
+        opts: [key, value, ...] for all; ``SOLVER.MAX_ITER`` is that of a whole training.
+        threads: of PyTorch.
+
+    Returns:
+        list: the folders.
+    """
+    torch.set_num_threads(threads)
+    running, folders = [], []
+    for variant in variants:
+        cfg = configure(config, variant, seed, output, opts)
+        folders.append(Path(cfg.OUTPUT_DIR))
+        running.append(Contestant(cfg))
+    while running:
+        for contestant in running:
+            contestant.advance()
+        running = [contestant for contestant in running if not contestant.done]
+    return folders
+
+
+def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):
+    """The config of one variant: probes and evaluations at every tenth of the whole training."""
+    folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"
+    whole = setup_cfg(str(config), opts).SOLVER.MAX_ITER
+    period = max(whole // 10, 1)
+    made = [
+        *("SEED", seed, "OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", int(whole * variant.share)),
+        *("TEST.EVAL_PERIOD", period, "SOLVER.CHECKPOINT_PERIOD", whole),
+    ]
+    return setup_cfg(str(config), [*opts, *variant.overrides, *made])
