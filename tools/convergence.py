@@ -6,9 +6,10 @@
     python tools/convergence.py --pairs deformable --ablations --seeds 1
     python tools/convergence.py --bccd ../shared/data/bccd --pairs deformable
 
-Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (tools/race/*.yaml), DN also with half the iterations,
-on the embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images in the same order,
-and comparable times. Writes OUTPUT/<pair>.md and <pair>.png; the runs themselves stay in --runs. Exit code 2: bad input.
+Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (tools/race/*.yaml), DN also with half the
+iterations, on the embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images
+in the same order, and comparable times. Writes OUTPUT/<pair>.md and <pair>.png; the runs themselves, and what
+pycocotools prints, stay in --runs. Exit code 2: bad input.
 """
 
 import argparse

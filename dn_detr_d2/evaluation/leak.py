@@ -112,5 +112,6 @@ def _refuse_movement(moved: Tensor, group: Tensor, tolerance: float) -> None:
     raise LeakError(
         f"the attention mask leaks: when denoising queries are perturbed, {count}{total} {kind} change their output, by "
         f"up to {moved.max().item():.2g} (tolerance {tolerance:g}; query {moved.argmax().item()} the most), so they would "
-        "learn to copy the ground truth; correct attention_mask() of the noised targets or the decoder's self-attention"
+        "learn to copy the ground truth; leave DENOISING.ATTENTION_MASK on, and correct attention_mask() of the "
+        "noised targets or the decoder's self-attention"
     )

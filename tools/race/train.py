@@ -5,7 +5,9 @@ same for all, whatever else they draw.
 """
 
 import random
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -90,16 +92,22 @@ def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: l
         list: the folders.
     """
     torch.set_num_threads(threads)
-    running, folders = [], []
-    for variant in variants:
-        cfg = configure(config, variant, seed, output, opts)
-        folders.append(Path(cfg.OUTPUT_DIR))
-        running.append(Contestant(cfg))
-    while running:
+    configs = [configure(config, variant, seed, output, opts) for variant in variants]
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / f"{config.stem}_seed{seed}.log").open("w") as log, redirect_stdout(log):
+        run([Contestant(cfg) for cfg in configs], f"{config.stem}, seed {seed}")
+    return [Path(cfg.OUTPUT_DIR) for cfg in configs]
+
+
+def run(running: list[Contestant], name: str) -> None:
+    """Advances all in turn until all are done; says on stderr how far they are, at every tenth."""
+    total, whole = len(running), max(contestant.trainer.max_iter for contestant in running)
+    for i in range(whole):
+        if i % max(whole // 10, 1) == 0:
+            print(f"{name}: {i} of {whole} iterations, {total} trainings in turn", file=sys.stderr, flush=True)
         for contestant in running:
             contestant.advance()
         running = [contestant for contestant in running if not contestant.done]
-    return folders
 
 
 def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):

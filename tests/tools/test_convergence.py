@@ -1,0 +1,158 @@
+"""tools/convergence.py: pairs differ in denoising alone, trainings side by side do not touch each other."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+from plotting.runs import Group, read_run
+from race.report import rows, verdicts
+from race.train import Contestant, configure, race
+from race.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
+
+SMALL = [
+    *("MODEL.DEVICE", "cpu", "MODEL.DN_DETR.NUM_CLASSES", 3, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 4),
+    *("INPUT.MIN_SIZE_TRAIN", (48, 64), "MODEL.DN_DETR.HIDDEN_DIM", 64, "SOLVER.IMS_PER_BATCH", 2),
+    *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 2),
+]
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        yield from leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", str(value))]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_differs_in_denoising_and_in_nothing_else(pair, tmp_path):
+    made = [configure(FOLDER / f"{pair}.yaml", v, 1, tmp_path, SMALL) for v in (ALONE[pair], Variant(DENOISED))]
+    first, second = (dict(leaves(cfg)) for cfg in made)
+    differing = {key for key in first if first[key] != second[key]} - {"OUTPUT_DIR"}
+    assert differing <= {"MODEL.DN_DETR.DENOISING.NAME", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT"}
+    assert first["MODEL.DN_DETR.DENOISING.NAME"] == ""
+
+
+@pytest.mark.parametrize("variant", ABLATIONS, ids=lambda v: v.name)
+def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
+    full, changed = (
+        dict(leaves(configure(FOLDER / "deformable.yaml", v, 1, tmp_path, SMALL))) for v in (Variant(DENOISED), variant)
+    )
+    differing = {key for key in full if full[key] != changed[key]} - {"OUTPUT_DIR"}
+    assert differing
+    assert all(key.startswith("MODEL.DN_DETR.DENOISING.") for key in differing)
+
+
+def test_half_the_iterations_are_a_shorter_schedule(tmp_path):
+    half = next(v for v in contestants("dense", False) if v.name == HALF)
+    cfg = configure(FOLDER / "dense.yaml", half, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 40])
+    assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (20, 4)
+
+
+def record(contestant, seen):
+    contestant.trainer.model.register_forward_pre_hook(
+        lambda _, inputs: seen.append([(x["file_name"], x["image"].sum().item()) for x in inputs[0]])
+    )
+
+
+def test_all_see_the_same_images_in_the_same_order_with_the_same_augmentation(tmp_path):
+    """Though denoising draws numbers of its own between them."""
+    seen, running = {}, []
+    for variant in contestants("deformable", False)[:2]:
+        contestant = Contestant(configure(FOLDER / "deformable.yaml", variant, 7, tmp_path, SMALL))
+        record(contestant, seen.setdefault(variant.name, []))
+        running.append(contestant)
+    for _ in range(3):
+        for contestant in running:
+            contestant.advance()
+    assert seen[MATCHING] == seen[DENOISED]
+    assert len({str(batch) for batch in seen[MATCHING]}) == 3
+
+
+def test_a_training_side_by_side_is_the_training_alone(tmp_path):
+    variants = contestants("dense", False)[:2]
+    race(FOLDER / "dense.yaml", variants, 3, tmp_path / "both", SMALL, threads=2)
+    alone = race(FOLDER / "dense.yaml", variants[1:], 3, tmp_path / "alone", SMALL, threads=2)[0]
+    first, second = (
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (tmp_path / "both" / alone.name, alone)
+    )
+    assert all(torch.equal(first[name], x) for name, x in second.items())
+    assert len((alone / "step_seconds.txt").read_text().split()) == 4
+
+
+def make_run(folder, ap, unstable, distance, seconds, max_iter=100):
+    """ap: one value each evaluation, at equal steps."""
+    folder.mkdir(parents=True)
+    step = max_iter // len(ap)
+    lines = [
+        {"iteration": step * (i + 1) - 1, "bbox/AP": x, "instability/layer_0": 99.0, "instability/layer_1": u, "time": 1.0,
+         "anchors/distance": distance, "loss_main": 1.0}
+        for i, (x, u) in enumerate(zip(ap, unstable, strict=True))
+    ]  # fmt: skip
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text(f"SOLVER: {{MAX_ITER: {max_iter}}}\nSEED: 1\n")
+    (folder / "step_seconds.txt").write_text("\n".join(map(str, [9.0] * 10 + seconds)))
+    return read_run(folder)
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """The baseline ends at 30 on average; denoising is there at 40 % and at 60 %, with half the iterations once of twice."""
+    alone = [
+        make_run(tmp_path / "a1", [0, 0, 10, 20, 32], [4, 3, 2, 2, 1], 0.5, [1.0, 2, 3]),
+        make_run(tmp_path / "a2", [0, 5, 10, 20, 28], [4, 4, 4, 4, 4], 0.7, [2.0]),
+    ]
+    denoised = [
+        make_run(tmp_path / "b1", [10, 30, 31, 40, 41], [2, 2, 2, 1, 1], 0.4, [2.1]),
+        make_run(tmp_path / "b2", [10, 20, 30, 40, 43], [2, 2, 2, 2, 2], 0.4, [2.2]),
+    ]
+    half = [
+        make_run(tmp_path / "c1", [10, 31], [2, 2], 0.4, [2], 40),
+        make_run(tmp_path / "c2", [10, 27], [2, 2], 0.4, [2], 40),
+    ]
+    return [Group(MATCHING, alone), Group(DENOISED, denoised), Group(HALF, half)]
+
+
+def test_the_table_holds_what_was_worked_out_by_hand(groups):
+    alone, denoised, half = rows(groups)
+    assert alone == ["matching alone", "2", "30.0 (28.0 to 32.0)", "100%, 1 of 2 runs", "3.20 (2.40 to 4.00)",
+                     "0.600 (0.500 to 0.700)", "1.00 (1.00 to 1.00)"]  # fmt: skip
+    assert denoised[2:6] == ["42.0 (41.0 to 43.0)", "50% (40% to 60%)", "1.80 (1.60 to 2.00)", "0.400 (0.400 to 0.400)"]
+    assert denoised[6] == "1.08 (1.05 to 1.10)"
+    assert half[3] == "40%, 1 of 2 runs"
+
+
+def test_the_verdicts_say_yes_and_no(groups):
+    said = verdicts(groups)
+    assert said[0] == "- ends higher: yes (AP 42.0 against 30.0)"
+    assert said[1] == "- half the iterations are enough: **no** (AP 29.0 against 30.0)"
+    assert said[2] == "- matching is more stable: yes (IS 1.80 against 3.20)"
+    assert said[3] == "- anchors are nearer: yes (0.400 against 0.600)"
+    assert said[4] == "- an iteration takes at most 1.10 times as long: yes (1.08)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--jobs", "0"], "error: --jobs must be positive, got 0"),
+        (["--bccd", "nowhere"], "error: --bccd nowhere holds no train.json; name the folder of BCCD in COCO format"),
+        (["--jobs", "1", "--pairs", "dense", "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER?"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(ROOT / "tools" / "convergence.py"),
+        "--runs",
+        str(tmp_path),
+        *arguments,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 2
+    assert sentence in result.stderr.splitlines()[-1]
