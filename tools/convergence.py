@@ -52,7 +52,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes, which share the cores (default 2)")
     parser.add_argument("--runs", default="output/convergence", metavar="DIR", help="where the trainings go")
     parser.add_argument("--output", default="output/convergence", metavar="DIR", help="where tables and pictures go")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all trainings, after all else")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... for all trainings, after all else"
+    )
     return parser.parse_args(argv)
 
 

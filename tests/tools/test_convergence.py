@@ -140,7 +140,7 @@ def test_the_verdicts_say_yes_and_no(groups):
     [
         (["--jobs", "0"], "error: --jobs must be positive, got 0"),
         (["--bccd", "nowhere"], "error: --bccd nowhere holds no train.json; name the folder of BCCD in COCO format"),
-        (["--jobs", "1", "--pairs", "dense", "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER?"),
+        (["--jobs", "1", "--pairs", "dense", "--opts", "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER?"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
