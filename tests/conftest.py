@@ -1,5 +1,6 @@
 """Shared fixtures: small configs of every system, batches of made-up scenes, a private cache for the embedded data set."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.logger import setup_logger
 
 from dn_detr_d2 import setup_cfg
 
@@ -44,6 +46,17 @@ DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr", "encoder_only", "dino", "d
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """Takes away what a command line has attached to the loggers: its stream is pytest's, which ends with the test."""
+    loggers = [logging.getLogger(name) for name in ("", "detectron2", "fvcore", "dn_detr_d2")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers, _ = handlers, logger.setLevel(level)
+    setup_logger.cache_clear()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_a_probe_is_the_matching_of_the_model_in_evaluation_mode(toy_model, syst
         with torch.no_grad():
             seen = model.observe([record])
         count = len(record["instances"])
-        queries = 27 if system == "encoder_only" else 9  # three patterns
+        queries = 27 if system in ("encoder_only", "anchor_detr") else 9  # three patterns
         assert image.matched.shape == (3, queries)
         for layer, rows in enumerate(image.matched):
             assert sorted(rows[rows >= 0].tolist()) == list(range(count))
