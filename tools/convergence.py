@@ -28,8 +28,8 @@ import torch
 from plotting.command import answer
 from plotting.curves import draw
 from plotting.runs import Group, read_run
-from race.report import HEADERS, rows, verdicts
-from race.train import race
+from race.report import HEADERS, ended, rows, verdicts
+from race.train import folders_of, race
 from race.variants import FOLDER, PAIRS, contestants
 from tabulate import tabulate
 
@@ -46,10 +46,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--ablations", action="store_true", help="also groups, noise and mask")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument(
         "--bccd", metavar="FOLDER", help="train on BCCD, with train.json, test.json and images/ in FOLDER"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, which share the cores (default 2)")
+    parser.add_argument("--threads", type=int, default=0, help="of a process; 0 = what the processes share (default)")
     parser.add_argument("--runs", default="output/convergence", metavar="DIR", help="where the trainings go")
     parser.add_argument("--output", default="output/convergence", metavar="DIR", help="where tables and pictures go")
     parser.add_argument(
@@ -81,20 +83,24 @@ def bccd(folder: Path) -> list:
 def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     """Runs all pairs and seeds; {pair: a group of runs for each variant, the baseline first}."""
     opts, seeds = options(args), args.seeds[:1] if args.quick else args.seeds
-    threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    jobs, context = {}, multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        for pair in args.pairs:
-            variants = contestants(pair, args.ablations)
-            for seed in seeds:
-                task = (FOLDER / f"{pair}.yaml", variants, seed, Path(args.runs), opts, threads)
-                jobs[pair, seed] = pool.submit(race, *task)
-        folders = {key: job.result() for key, job in jobs.items()}
+    threads = args.threads or max((os.cpu_count() or 1) // args.jobs, 1)
+    tasks = {
+        (pair, seed): (FOLDER / f"{pair}.yaml", contestants(pair, args.ablations), seed, Path(args.runs), opts)
+        for pair in args.pairs
+        for seed in seeds
+    }
+    if args.report:
+        folders = {key: folders_of(*task) for key, task in tasks.items()}
+    else:
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = {key: pool.submit(race, *task, threads) for key, task in tasks.items()}
+            folders = {key: job.result() for key, job in jobs.items()}
     found = {}
     for pair in args.pairs:
         columns = zip(*(folders[pair, seed] for seed in seeds), strict=True)
         names = [variant.name for variant in contestants(pair, args.ablations)]
         found[pair] = [Group(name, [read_run(x) for x in column]) for name, column in zip(names, columns, strict=True)]
+        ended(found[pair])
     return found
 
 
@@ -104,14 +110,14 @@ def report(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--jobs must be positive, got {args.jobs}")
     start = time.monotonic()
     groups = train(args)
-    minutes, pages = (time.monotonic() - start) / 60, []
+    spent, pages = "" if args.report else f"; {(time.monotonic() - start) / 60:.0f} minutes", []
     for pair, found in groups.items():
         picture = draw(found, Path(args.output) / f"{pair}.png")
         config, seeds = found[0].runs[0].config, [run.config["SEED"] for run in found[0].runs]
         lines = [
             f"# {pair}: {config['DATASETS']['TRAIN'][0]}, {config['SOLVER']['MAX_ITER']} iterations",
             "",
-            f"`{command_line()}`, seeds {seeds}, {machine()}; {minutes:.0f} minutes.",
+            f"`{command_line()}`, seeds {seeds}, {machine()}{spent}.",
             "",
             tabulate(rows(found), HEADERS, tablefmt="github", disable_numparse=True),
             "",

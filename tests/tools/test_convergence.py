@@ -11,9 +11,11 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 
 from plotting.runs import Group, read_run
-from race.report import rows, verdicts
+from race.report import ended, rows, verdicts
 from race.train import Contestant, configure, race
 from race.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
+
+from dn_detr_d2 import UserError
 
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.DN_DETR.NUM_CLASSES", 3, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 4),
@@ -126,6 +128,12 @@ def test_the_table_holds_what_was_worked_out_by_hand(groups):
     assert half[3] == "40%, 1 of 2 runs"
 
 
+def test_a_training_that_was_cut_off_is_not_reported(groups):
+    (groups[1].runs[0].folder / "step_seconds.txt").unlink()
+    with pytest.raises(UserError, match="b1 has not been trained to its end"):
+        ended(groups)
+
+
 def test_the_verdicts_say_yes_and_no(groups):
     said = verdicts(groups)
     assert said[0] == "- ends higher: yes (AP 42.0 against 30.0)"
@@ -135,11 +143,20 @@ def test_the_verdicts_say_yes_and_no(groups):
     assert said[4] == "- an iteration takes at most 1.10 times as long: yes (1.08)"
 
 
+def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups):
+    said = verdicts([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
+    assert said == [
+        "- with denoising ends above matching alone: yes (AP 42.0 against 30.0)",
+        "- no attention mask ends below the whole: yes (AP 28.0: -14.0 to the whole, -2.0 to matching alone)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--jobs", "0"], "error: --jobs must be positive, got 0"),
         (["--bccd", "nowhere"], "error: --bccd nowhere holds no train.json; name the folder of BCCD in COCO format"),
+        (["--report", "--pairs", "dense", "--seeds", "1"], "holds no metrics.json; name the OUTPUT_DIR of a training"),
         (["--jobs", "1", "--pairs", "dense", "--opts", "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER?"),
     ],
 )

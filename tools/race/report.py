@@ -4,6 +4,8 @@ import numpy as np
 from plotting.curves import AP
 from plotting.runs import Group, Run
 
+from dn_detr_d2 import UserError
+
 from .variants import DENOISED, HALF, MATCHING
 
 INSTABILITY = r"instability/layer_\d+"
@@ -39,6 +41,8 @@ def rows(groups: list[Group]) -> list[list[str]]:
 def verdicts(groups: list[Group]) -> list[str]:
     """The claims of the paper that the numbers carry, and those they do not, one sentence each."""
     by_name = {group.name: group.runs for group in groups}
+    if HALF not in by_name:
+        return orders(groups)
     alone, denoised, half = (by_name[name] for name in (MATCHING, DENOISED, HALF))
     ap = [float(np.mean(ends(runs, AP))) for runs in (alone, denoised, half)]
     unstable = [float(np.mean(means(runs, INSTABILITY))) for runs in (alone, denoised)]
@@ -51,6 +55,16 @@ def verdicts(groups: list[Group]) -> list[str]:
         claim("anchors are nearer", distance[1] < distance[0], f"{distance[1]:.3f} against {distance[0]:.3f}"),
         claim("an iteration takes at most 1.10 times as long", ratio <= 1.10, f"{ratio:.2f}"),
     ]
+
+
+def orders(groups: list[Group]) -> list[str]:
+    """What each ablation does to the AP of the whole denoising, and whether it still is above matching alone."""
+    alone, whole, *others = (float(np.mean(ends(group.runs, AP))) for group in groups)
+    said = [claim(f"{groups[1].name} ends above {groups[0].name}", whole > alone, f"AP {whole:.1f} against {alone:.1f}")]
+    for group, ap in zip(groups[2:], others, strict=True):
+        numbers = f"AP {ap:.1f}: {ap - whole:+.1f} to the whole, {ap - alone:+.1f} to matching alone"
+        said.append(claim(f"{group.name} ends below the whole", ap < whole, numbers))
+    return said
 
 
 def claim(text: str, holds: bool, numbers: str) -> str:
@@ -66,6 +80,13 @@ def ends(runs: list[Run], pattern: str) -> list[float]:
 def means(runs: list[Run], pattern: str) -> list[float]:
     """The mean value of each run."""
     return [float(run.curve(pattern)[:, 1].mean()) for run in runs]
+
+
+def ended(groups: list[Group]) -> None:
+    """Raises UserError unless every training has come to its end."""
+    for run in (run for group in groups for run in group.runs):
+        if not (run.folder / "step_seconds.txt").is_file() or run.curve(AP) is None:
+            raise UserError(f"{run.folder} has not been trained to its end; train it without --report")
 
 
 def length(run: Run) -> int:

@@ -110,6 +110,11 @@ def run(running: list[Contestant], name: str) -> None:
         running = [contestant for contestant in running if not contestant.done]
 
 
+def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, opts: list) -> list[Path]:
+    """Where :func:`race` puts, or has put, the trainings."""
+    return [Path(configure(config, variant, seed, output, opts).OUTPUT_DIR) for variant in variants]
+
+
 def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):
     """The config of one variant: probes and evaluations at every tenth of the whole training."""
     folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"

@@ -49,5 +49,5 @@ PAIRS = tuple(ALONE)
 
 
 def contestants(pair: str, ablations: bool) -> list[Variant]:
-    """Everything that is trained for one pair and seed, the baseline first."""
-    return [ALONE[pair], *RACE, *(ABLATIONS if ablations else ())]
+    """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest."""
+    return [ALONE[pair], *RACE[:1], *(ABLATIONS if ablations else RACE[1:])]
