@@ -1,14 +1,13 @@
 """Training and evaluation on Detectron2's engine: the trainer, its step, and the hooks that differ."""
 
-import json
 import logging
 import math
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
@@ -16,10 +15,11 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from . import data, solver
-from .checkpoint import convert, read_checkpoint
 from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 from .evaluation import build_instruments
+from .randomness import own_randomness
+from .training import BestCheckpointer, Checkpointer, CheckpointHook, progress, take_up
 
 logger = logging.getLogger(__name__)
 
@@ -126,90 +126,6 @@ def _plain(value):
     return value
 
 
-class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with safe reading, converted names and classes that may change.
-
-    Conversion happens when a training starts from a file and when a file is evaluated; a run that is resumed reads what it
-    wrote. Saved files carry the class names and the config.
-
-    Args:
-        model, save_dir, checkpointables: as for DetectionCheckpointer.
-        cfg: for the class names.
-        new_classes: whether classes that the file lacks may start at random.
-    """
-
-    def __init__(self, model, save_dir: str = "", *, cfg, new_classes: bool = False, **checkpointables):
-        super().__init__(model, save_dir, **checkpointables)
-        self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
-        self.new_classes, self._resuming = new_classes, False
-
-    def resume_or_load(self, path: str, *, resume: bool = True):
-        """As Detectron2's."""
-        self._resuming = resume and self.has_checkpoint()
-        return super().resume_or_load(path, resume=resume)
-
-    def save(self, name: str, **kwargs) -> None:
-        """Writes ``name``.pth."""
-        super().save(name, class_names=self.class_names, config=self.config, **kwargs)
-
-    def _load_file(self, filename: str) -> dict:
-        if self._resuming:
-            try:
-                return torch.load(filename, map_location="cpu", weights_only=True)
-            except Exception as error:
-                first = (str(error).strip().splitlines() or [repr(error)])[0]
-                raise CheckpointError(
-                    f"the checkpoint to resume from, {filename}, is damaged ({first}); write the name of an earlier "
-                    "model_*.pth into the file last_checkpoint beside it"
-                ) from None
-        file = read_checkpoint(filename)
-        return {"model": file.state, "class_names": file.class_names}
-
-    def _load_model(self, checkpoint: dict):
-        if not self._resuming:
-            own = self.model.state_dict()
-            conversion = convert(checkpoint["model"], own, checkpoint.pop("class_names", []), self.class_names)
-            if conversion.new_classes and not self.new_classes:
-                raise CheckpointError(
-                    f"the checkpoint ({conversion.source}) lacks {len(conversion.new_classes)} of the model's classes "
-                    f"({', '.join(conversion.new_classes[:4])}), which only a training can add"
-                )
-            for sentence in conversion.log:
-                logger.info(sentence)
-            checkpoint["model"] = conversion.state
-        return super()._load_model(checkpoint)
-
-
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Keeps the best checkpoint over resumes, and leaves ``last_checkpoint`` to the periodic one.
-
-    The best value stands in ``best_metric.json`` beside ``model_best.pth``: a periodic checkpoint is written before the
-    evaluation of its iteration, so it could not know.
-    """
-
-    @property
-    def _record(self) -> Path:
-        return Path(self._checkpointer.save_dir) / "best_metric.json"
-
-    def before_train(self) -> None:
-        """Takes up the best value of the run that is resumed."""
-        if self.trainer.start_iter > 0 and self._record.is_file():
-            record = json.loads(self._record.read_text())
-            self.best_metric, self.best_iter = record["value"], record["iteration"]
-
-    def _update_best(self, val, iteration) -> bool:
-        updated = super()._update_best(val, iteration)
-        if updated:
-            self._record.write_text(json.dumps({"metric": self._val_metric, "value": val, "iteration": iteration}))
-        return updated
-
-    def _best_checking(self) -> None:
-        last = self._checkpointer.get_checkpoint_file()
-        super()._best_checking()
-        if last:
-            self._checkpointer.tag_last_checkpoint(Path(last).name)
-
-
 class TolerantCOCOEvaluator(COCOEvaluator):
     """COCO's AP on files that leave out what detection does not need.
 
@@ -263,19 +179,42 @@ class Trainer(DefaultTrainer):
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
         self._trainer = TrainStep(model, loader, optimizer, amp_dtype, str(Path(cfg.OUTPUT_DIR) / "nan_report"))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, cfg=cfg, new_classes=True, trainer=weakref.proxy(self))
+        self.device = next(model.parameters()).device
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            cfg=cfg,
+            new_classes=True,
+            progress=partial(progress, loader, self.device),
+            trainer=weakref.proxy(self),
+        )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; a training that is resumed goes on with its images and its random numbers."""
+        saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resuming:
+            self.start_iter = self.iter + 1
+            take_up(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
+
     def build_hooks(self) -> list:
-        """Detectron2's hooks; after each evaluation the best checkpoint by AP and the instruments, before the writers."""
-        found = super().build_hooks()
-        added = build_instruments(self.cfg)
-        if comm.is_main_process() and self.cfg.DATASETS.TEST:
-            added.insert(0, BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(self.cfg)))
-        after_evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook)) + 1
-        found[after_evaluation:after_evaluation] = added
+        """Detectron2's hooks with our checkpoints; after an evaluation the best one and the instruments."""
+        cfg = self.cfg
+        found = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
+        added = build_instruments(cfg)
+        if cfg.DATASETS.TEST:
+            added.insert(0, BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(cfg)))
+        evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+        found[evaluation + 1 : evaluation + 1] = added
+        found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         return found
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None) -> dict:
+        """As Detectron2's; the random streams of the training stay where they are."""
+        with own_randomness(0, next(model.parameters()).device):
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:

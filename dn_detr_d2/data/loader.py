@@ -8,16 +8,21 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.utils import comm
 
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
+from .stream import Positions, StreamLoader, TrainingStream
 
 logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg):
     """An endless loader of batches of this process; says what happens to images without boxes.
+
+    The batches are a function of the seed and the iteration, see :mod:`.stream`; those of Detectron2's other samplers and of
+    its grouping by aspect ratio are not, which is said in a warning.
 
     Raises:
         DatasetError: no image has a box.
@@ -37,7 +42,18 @@ def build_train_loader(cfg):
         "left out" if filtered else "trained on",
     )
     kept = [record for record in everything if has_boxes(record)] if filtered else everything
-    return build_detection_train_loader(cfg, dataset=kept, mapper=DetrDatasetMapper(cfg, True))
+    mapper, node = DetrDatasetMapper(cfg, True), cfg.DATALOADER
+    if node.SAMPLER_TRAIN != "TrainingSampler" or node.ASPECT_RATIO_GROUPING:
+        logger.warning(
+            "DATALOADER.SAMPLER_TRAIN = %s, ASPECT_RATIO_GROUPING = %s: a training that is resumed begins a new order of "
+            "images; with TrainingSampler and False it would go on with its own",
+            node.SAMPLER_TRAIN,
+            node.ASPECT_RATIO_GROUPING,
+        )
+        return build_detection_train_loader(cfg, dataset=kept, mapper=mapper)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    positions = Positions(cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size())
+    return StreamLoader(TrainingStream(kept, mapper, seed), positions, node.NUM_WORKERS)
 
 
 def build_test_loader(cfg, dataset_name: str):

@@ -18,7 +18,8 @@ from ..boxes import cxcywh_to_xyxy, image_scale
 from ..denoising import DenoisingGenerator
 from ..errors import ConfigError
 from ..modeling.meta_arch import Observation
-from .isolation import gather, reseed, untouched, unwrap
+from ..randomness import reseed
+from .isolation import gather, untouched, unwrap
 from .probe import require_objects
 
 
@@ -144,7 +145,7 @@ def _observe(
     generator = bare.denoising.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
     names = ",".join(str(record["image_id"]) for record in batch)
     for seed in seeds:
-        reseed(zlib.crc32(f"{seed}:{names}".encode()))
+        reseed(zlib.crc32(f"{seed}:{names}".encode()), next(bare.parameters()).device)
         yield bare.observe(batch, generator)
 
 

@@ -12,9 +12,9 @@ from detectron2.utils import comm
 from ..data import build_annotated_batch, build_probe_loader
 from ..data.loader import probe_records
 from ..errors import CheckpointError, ConfigError
+from ..randomness import own_randomness
 from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
-from .isolation import own_randomness
 from .leak import check_denoising
 from .probe import ProbedImage, probe
 

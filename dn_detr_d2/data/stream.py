@@ -1,0 +1,97 @@
+"""The endless stream of training images as a pure function of (seed, position).
+
+Position i of the stream is image ``order(seed, i // N)[i % N]`` of N, augmented with the random numbers of (seed, i).
+Iteration t of batch size B takes the positions from t * B on, whatever the number of processes and loader workers; nothing
+has to be remembered to go on after a stop.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import torch
+from detectron2.data import DatasetFromList
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..randomness import mix, own_randomness
+
+
+class TrainingStream(Dataset):
+    """Positions of the stream -> augmented images.
+
+    Args:
+        records: Detectron2's dicts; N of them.
+        mapper: augments one.
+        seed: of the order and of the augmentation, not negative.
+    """
+
+    def __init__(self, records: list[dict], mapper: Callable[[dict], dict], seed: int):
+        self.records, self.mapper, self.seed = DatasetFromList(records, copy=False), mapper, seed
+        self._shuffled = (-1, None)  # (epoch, its order)
+
+    def index(self, position: int) -> int:
+        """Which record stands at a position."""
+        epoch, place = divmod(position, len(self.records))
+        if self._shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self._shuffled = (epoch, torch.randperm(len(self.records), generator=generator))
+        return int(self._shuffled[1][place])
+
+    def __getitem__(self, position: int) -> dict:
+        record = self.records[self.index(position)]
+        with own_randomness(mix(self.seed, position, 1)):
+            return self.mapper(record)
+
+
+class Positions(Sampler):
+    """The positions of one process, a list for each iteration: every ``world_size``-th of the whole batch.
+
+    Args:
+        batch_size: B, of all processes together.
+        rank, world_size: of this process.
+    """
+
+    def __init__(self, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.start = 0  # iteration that the next iterator begins with
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start * self.batch_size
+        while True:
+            yield list(range(first + self.rank, first + self.batch_size, self.world_size))
+            first += self.batch_size
+
+
+class StreamLoader(DataLoader):
+    """Batches of the stream; :meth:`seek` chooses where it begins.
+
+    Args:
+        stream, positions: see there.
+        num_workers: loader processes; 0 = in this process.
+    """
+
+    def __init__(self, stream: TrainingStream, positions: Positions, num_workers: int):
+        super().__init__(
+            stream,
+            batch_sampler=positions,
+            num_workers=num_workers,
+            collate_fn=list,
+            worker_init_fn=outlive_the_first_signal,
+            generator=torch.Generator(),  # else the start of an iterator would draw from the model's stream
+        )
+
+    def seek(self, iteration: int, seed: int | None = None) -> None:
+        """Lets the next iterator begin with an iteration; ``seed`` puts another stream in place of the present one."""
+        self.batch_sampler.start = iteration
+        if seed is not None:
+            self.dataset.seed, self.dataset._shuffled = seed, (-1, None)
+
+
+def outlive_the_first_signal(worker: int) -> None:
+    """Lets a loader process go on when a cluster tells all processes to stop: the last step still needs its images."""
+
+    def _first(number, frame):
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the second is meant for us
+
+    signal.signal(signal.SIGTERM, _first)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,64 @@
+"""Hooks that write checkpoints; every rank has them, because every rank's random state is in a checkpoint."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+
+from .checkpointer import BEST, Checkpointer
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointHook(HookBase):
+    """Writes ``model_<iteration>.pth`` now and then, and ``model_final.pth`` after the last iteration.
+
+    Args:
+        checkpointer: of the training.
+        period: iterations between two checkpoints.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int):
+        self.checkpointer, self.period = checkpointer, period
+
+    def after_step(self) -> None:
+        """Writes if it is time."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0:
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        if done >= self.trainer.max_iter:
+            self.checkpointer.save("model_final", iteration=self.trainer.iter)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Keeps the best checkpoint over resumes.
+
+    The best value stands in ``best_metric.json`` beside ``model_best.pth``: a periodic checkpoint is written before the
+    evaluation of its iteration, so it could not know.
+    """
+
+    @property
+    def _record(self) -> Path:
+        return Path(self._checkpointer.save_dir) / "best_metric.json"
+
+    def before_train(self) -> None:
+        """Takes up the best value of the run that is resumed."""
+        if self.trainer.start_iter > 0 and self._record.is_file():
+            record = json.loads(self._record.read_text())
+            self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def _best_checking(self) -> None:
+        """Rank 0 knows the value; all ranks write, or none."""
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
+        better = math.isfinite(value) and (self.best_metric is None or self._compare(value, self.best_metric))
+        if not comm.all_gather(better)[0]:
+            return
+        self._checkpointer.save(BEST, iteration=iteration)
+        if comm.is_main_process():
+            self.best_metric, self.best_iter = value, iteration
+            record = {"metric": self._val_metric, "value": value, "iteration": iteration}
+            self._record.write_text(json.dumps(record))
+            logger.info("%s = %.3f after %d iterations is the best so far", self._val_metric, value, iteration)

@@ -1,0 +1,52 @@
+"""A training of seconds for tests of what stops and goes on; DATASETS.TEST is empty."""
+
+from pathlib import Path
+
+import torch
+from conftest import ROOT, SYSTEMS, TOY
+from detectron2.utils.env import seed_all_rng
+
+from dn_detr_d2 import setup_cfg
+from dn_detr_d2.engine import Trainer
+
+OPTIONS = [
+    *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0, "MODEL.DN_DETR.NUM_CLASSES", "auto"),
+    *("INPUT.MIN_SIZE_TRAIN", (40, 48), "INPUT.MIN_SIZE_TEST", 48, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6),
+    *("INPUT.CROP.RESIZE", (48, 56), "INPUT.CROP.SIZE", (30, 40), "MODEL.DN_DETR.ENCODER.DROPOUT", 0.1),
+    *("SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.STEPS", (5,), "SEED", 7, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2),
+]
+
+
+def make_cfg(folder, *overrides):
+    """The config of a training that writes into ``folder``."""
+    config = ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"
+    return setup_cfg(str(config), [*OPTIONS, *overrides, "OUTPUT_DIR", str(folder)])
+
+
+def train(cfg, resume=False, seed=0):
+    """Trains; ``seed`` is of the random streams before anything is made."""
+    torch.set_num_threads(1)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    seed_all_rng(seed)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def differing(first, second, where=""):
+    """Names of what differs between two checkpoints in weights, optimizer, schedule and random states, to the bit."""
+    if isinstance(first, dict):
+        keys = first.keys() | second.keys()
+        return [n for key in keys for n in differing(first.get(key), second.get(key), f"{where}.{key}")]
+    if isinstance(first, list | tuple):
+        pairs = enumerate(zip(first, second, strict=True))
+        return [n for i, (a, b) in pairs for n in differing(a, b, f"{where}.{i}")]
+    same = first.equal(second) if isinstance(first, torch.Tensor) else first == second
+    return [] if same else [where]
+
+
+def load(folder, name="model_final"):
+    """A checkpoint without its config, which names the folder."""
+    state = torch.load(Path(folder) / f"{name}.pth", weights_only=True)
+    return {key: value for key, value in state.items() if key != "config"}
