@@ -60,7 +60,9 @@ def verdicts(groups: list[Group]) -> list[str]:
 def orders(groups: list[Group]) -> list[str]:
     """What each ablation does to the AP of the whole denoising, and whether it still is above matching alone."""
     alone, whole, *others = (float(np.mean(ends(group.runs, AP))) for group in groups)
-    said = [claim(f"{groups[1].name} ends above {groups[0].name}", whole > alone, f"AP {whole:.1f} against {alone:.1f}")]
+    said = [
+        claim(f"{groups[1].name} ends above {groups[0].name}", whole > alone, f"AP {whole:.1f} against {alone:.1f}")
+    ]
     for group, ap in zip(groups[2:], others, strict=True):
         numbers = f"AP {ap:.1f}: {ap - whole:+.1f} to the whole, {ap - alone:+.1f} to matching alone"
         said.append(claim(f"{group.name} ends below the whole", ap < whole, numbers))
