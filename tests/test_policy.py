@@ -24,6 +24,7 @@ DOORS = {
     "config": GROUND | {"data"},
     "evaluation": GROUND | {"data", "denoising", "modeling"},
     "engine": GROUND | {"data", "solver", "checkpoint", "evaluation"},
+    "doctor": GROUND | {"layers", "checkpoint", "data", "config", "__version__"},
 }
 # Which parts of detectron2 each room may know.
 DETECTRON2 = {
@@ -34,6 +35,7 @@ DETECTRON2 = {
     "evaluation": {"engine", "structures", "utils"},
     "config": {"config"},
     "engine": {"checkpoint", "engine", "evaluation", "modeling", "utils"},
+    "doctor": {"config", "data", "modeling", "structures"},
 }
 
 
