@@ -1,9 +1,9 @@
 """Data: the mapper, users' COCO-format sets, the embedded set (registered on import), and the training loader."""
 
-from .coco_custom import check_files, load_coco_json, register_coco_json
+from .coco_custom import check_files, class_names, dataset_path, load_coco_json, register_coco_json
 from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
 from .mapper import DetrDatasetMapper, read_image
-from .shapes import register_shapes
+from .shapes import cache_folder, register_shapes
 
 register_shapes()
 
@@ -13,7 +13,10 @@ __all__ = [
     "build_probe_loader",
     "build_test_loader",
     "build_train_loader",
+    "cache_folder",
     "check_files",
+    "class_names",
+    "dataset_path",
     "load_coco_json",
     "read_image",
     "register_coco_json",
