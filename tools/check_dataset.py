@@ -71,7 +71,8 @@ def write(content: dict, path: str) -> None:
     except OSError as error:
         raise DatasetError(f"--fix {path} cannot be written: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_file():  # the disk was full
+            part.unlink()
 
 
 def refuse_overwriting(args: argparse.Namespace) -> None:

@@ -222,7 +222,7 @@ def as_box(box) -> list[float] | None:
     try:
         return [float(x) for x in box]
     except OverflowError:
-        return [float(x) if abs(x) < LARGEST else math.copysign(math.inf, x) for x in box]
+        return [float(x) if not abs(x) > LARGEST else math.inf if x > 0 else -math.inf for x in box]
 
 
 def is_id(value) -> bool:

@@ -158,6 +158,12 @@ def image_facts(file_name: str) -> ImageFacts:
         return ImageFacts((turned.height, turned.width), mode, orientation)
 
 
+def image_size(file_name: str) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header alone; raises DatasetError, see open_image."""
+    with open_image(file_name) as image:
+        return image.size if _orientation(image) >= 5 else (image.height, image.width)
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -32,9 +32,11 @@ def repaired(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
     if not columns.entries:
         return content, Counter()
     verdicts, entries = columns.judged(), list(columns.entries)
-    for row in np.flatnonzero(verdicts == CLIPPED):
+    clipped, after = np.flatnonzero(verdicts == CLIPPED), np.where(verdicts == CLIPPED, 0, verdicts)
+    for row in clipped:
         entries[row] = _with_box(entries[row], clip_boxes(columns.boxes[[row]], columns.sizes[[row]])[0])
-    after = Columns.of(content | {"annotations": entries}, sizes).judged()  # a box may be clipped to nothing
+    again = content | {"annotations": [entries[row] for row in clipped]}
+    after[clipped] = Columns.of(again, sizes).judged()  # a box may be clipped to nothing
     kept = [entry for entry, verdict in zip(entries, after, strict=True) if verdict == 0]
     changes = Counter(VERDICTS[code] for code in verdicts[verdicts > 0])
     kept, numbered = _renumbered(kept)
