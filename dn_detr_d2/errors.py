@@ -13,7 +13,16 @@ class ConfigError(UserError):
 
 
 class DatasetError(UserError):
-    """An annotation file, a record in it, or an image that cannot be used."""
+    """An annotation file, a record in it, or an image that cannot be used.
+
+    Args:
+        message: the sentence.
+        kind: what ``tools/check_dataset.py`` counts it as; "" where it does not matter.
+    """
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(UserError):

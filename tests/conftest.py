@@ -104,3 +104,19 @@ def make_batch(*counts, sizes=((64, 96), (96, 64), (80, 80)), num_classes=5, see
             }
         )
     return batch
+
+
+def valid_coco(**changes):
+    """The content of an annotation file without a fault, with changes; images a.png and b.png are 30 x 20 pixels."""
+    return {
+        "images": [
+            {"id": 1, "file_name": "a.png", "width": 30, "height": 20},
+            {"id": 2, "file_name": "b.png", "width": 30, "height": 20},
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"id": 3, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 0, "area": 12},
+            {"id": 4, "image_id": 1, "category_id": 2, "bbox": [0, 0, 30, 20], "area": 600},
+            {"id": 5, "image_id": 2, "category_id": 2, "bbox": [5.5, 5, 9, 9], "segmentation": [[1, 2]], "area": 81},
+        ],
+    } | changes

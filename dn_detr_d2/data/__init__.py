@@ -1,8 +1,9 @@
 """Data: the mapper, users' COCO-format sets, the embedded set (registered on import), and the training loader."""
 
 from .coco_custom import check_files, class_names, dataset_path, load_coco_json, register_coco_json
+from .images import read_image
 from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
-from .mapper import DetrDatasetMapper, read_image
+from .mapper import DetrDatasetMapper
 from .shapes import cache_folder, register_shapes
 
 register_shapes()

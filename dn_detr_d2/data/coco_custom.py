@@ -7,7 +7,9 @@ complaint names the file, the record and the field.
 import difflib
 import json
 import logging
+import math
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import ConfigError, DatasetError
+from .images import OUTSIDE, ImageFolder
 
 logger = logging.getLogger(__name__)
+
+LARGEST = sys.float_info.max
 
 
 def dataset_path(path: str) -> Path:
@@ -108,23 +113,26 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
 
 def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
     """(dataset dicts, {category id: name})."""
-    content = _read(json_file)
+    content = read_content(json_file)
     categories = _categories(content, json_file)
     classes = {category: i for i, category in enumerate(categories)}
     records = _image_records(content, json_file, image_folder)
     seen = Counter()
     annotations = content.get("annotations")
-    if not isinstance(annotations, list) or not all(isinstance(x, dict) and "id" in x for x in annotations):
-        raise DatasetError(f"{json_file}: annotations must be a list of objects with an id each")
+    if not isinstance(annotations, list) or not all(isinstance(x, dict) and is_id(x.get("id")) for x in annotations):
+        raise DatasetError(
+            f"{json_file}: annotations must be a list of objects with an id each, a whole number or text; "
+            "tools/check_dataset.py --fix numbers them"
+        )
     for annotation in annotations:
-        where = f"{json_file}: annotation {annotation['id']}"
-        record = records.get(annotation.get("image_id"))
+        where = f"{json_file}: annotation {annotation['id']!r:.200}"
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        record = records.get(image_id) if is_id(image_id) else None
         if record is None:
-            raise DatasetError(f"{where} has image_id {annotation.get('image_id')!r}, which is not among the images")
-        if annotation.get("category_id") not in classes:
+            raise DatasetError(f"{where} has image_id {image_id!r:.200}, which is not among the images")
+        if not is_id(category_id) or category_id not in classes:
             raise DatasetError(
-                f"{where} has category_id {annotation.get('category_id')!r}, which is not among the categories "
-                f"{list(classes)[:10]}"
+                f"{where} has category_id {category_id!r:.200}, which is not among the categories {list(classes)[:10]}"
             )
         crowd = annotation.get("iscrowd", 0)
         if crowd not in (0, 1) or isinstance(crowd, str):
@@ -135,7 +143,7 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
                 "id": annotation["id"],
                 "bbox": _box(annotation.get("bbox"), where),
                 "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": classes[annotation["category_id"]],
+                "category_id": classes[category_id],
                 "iscrowd": crowd,
             }
         )
@@ -145,11 +153,14 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
     return [records[key] for key in sorted(records, key=sort_key)], categories
 
 
-def _read(json_file: Path) -> dict:
+def read_content(json_file: Path) -> dict:
+    """The object in a JSON file; raises DatasetError, with the file's name, if there is none."""
     try:
-        content = json.loads(json_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(json_file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{json_file} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise DatasetError(f"{json_file} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise DatasetError(f"{json_file} must hold an object with images, annotations and categories")
     return content
@@ -158,11 +169,11 @@ def _read(json_file: Path) -> dict:
 def _categories(content: dict, json_file: Path) -> dict:
     """{category id: name} in ascending order of the ids."""
     categories = content.get("categories")
-    if not categories:
+    if not categories or not isinstance(categories, list):
         raise DatasetError(f"{json_file} has no categories")
     for category in categories:
-        if not isinstance(category, dict) or "id" not in category or "name" not in category:
-            raise DatasetError(f"{json_file}: category {category!r} needs an id and a name")
+        if not isinstance(category, dict) or not is_id(category.get("id")) or not is_id(category.get("name")):
+            raise DatasetError(f"{json_file}: category {category!r:.200} needs an id and a name, whole numbers or text")
     for field in ("id", "name"):
         if doubled := [v for v, count in Counter(c[field] for c in categories).items() if count > 1]:
             raise DatasetError(f"{json_file}: category {field}s appear more than once: {doubled[:10]}")
@@ -171,18 +182,25 @@ def _categories(content: dict, json_file: Path) -> dict:
 
 def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
     images = content.get("images")
-    if not images:
+    if not images or not isinstance(images, list):
         raise DatasetError(f"{json_file} has no images; is it an annotation file in COCO format?")
-    records, missing = {}, []
+    records, missing, folder = {}, [], ImageFolder(image_folder)
     for i, image in enumerate(images):
-        if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
-            raise DatasetError(f"{json_file}: image number {i} needs an id and a file_name, got {image!r}")
+        if not isinstance(image, dict) or not is_id(image.get("id")) or not is_file_name(image.get("file_name")):
+            raise DatasetError(
+                f"{json_file}: image number {i} needs an id and a file_name, got {image!r:.200}; an id is a whole number or "
+                "text"
+            )
         if image["id"] in records:
             raise DatasetError(f"{json_file}: image id {image['id']!r} appears more than once")
-        path = image_folder / image["file_name"]
-        if not path.is_file():
-            missing.append(str(path))
-        record = {"file_name": str(path), "image_id": image["id"], "annotations": []}
+        try:
+            path = folder.find(image["file_name"])
+        except DatasetError as error:
+            if error.kind == OUTSIDE:
+                raise DatasetError(f"{json_file}, image {image['id']!r}: {error}") from None
+            path = ""
+            missing.append(str(image_folder / image["file_name"]))
+        record = {"file_name": path, "image_id": image["id"], "annotations": []}
         records[image["id"]] = record | {key: image[key] for key in ("height", "width") if key in image}
     if missing:
         raise DatasetError(f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}")
@@ -191,10 +209,30 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
 
 def _box(box, where: str) -> list[float]:
     """A box as four floats; NaN and Inf, which JSON dialects allow, pass on to the mapper's count."""
-    numbers = isinstance(box, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in box)
-    if not numbers or len(box) != 4:
-        raise DatasetError(f"{where} has bbox {box!r}; it must be four numbers [x, y, width, height] in pixels")
-    return [float(x) for x in box]
+    numbers = as_box(box)
+    if numbers is None:
+        raise DatasetError(f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels")
+    return numbers
+
+
+def as_box(box) -> list[float] | None:
+    """Four floats, None if ``box`` is not a list of four numbers; a whole number beyond float64 becomes infinite."""
+    if not isinstance(box, list) or len(box) != 4 or not all(type(x) is int or type(x) is float for x in box):
+        return None
+    try:
+        return [float(x) for x in box]
+    except OverflowError:
+        return [float(x) if not abs(x) > LARGEST else math.inf if x > 0 else -math.inf for x in box]
+
+
+def is_id(value) -> bool:
+    """Whether ``value`` can be an id: a whole number or text."""
+    return type(value) is int or type(value) is str
+
+
+def is_file_name(value) -> bool:
+    """Whether ``value`` can name a file."""
+    return type(value) is str and value != ""
 
 
 def sort_key(identifier: int | str) -> tuple:

@@ -14,6 +14,7 @@ from ..errors import DatasetError
 from .coco_custom import sort_key
 from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
 from .stream import Positions, StreamLoader, TrainingStream
+from .summary import log_summary
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,11 @@ def build_train_loader(cfg):
     Raises:
         DatasetError: no image has a box.
     """
-    everything = get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), filter_empty=False)
+    everything = []
+    for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has seen to it that they have the same classes
+        records = get_detection_dataset_dicts(name, filter_empty=False)
+        log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
+        everything += records
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
         raise DatasetError(

@@ -11,29 +11,17 @@ from collections import Counter
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
+from .images import read_image
 
 logger = logging.getLogger(__name__)
 
 # A box may reach out of the image by rounding; up to so many pixels it is clipped without a word.
 ROUNDING = 1.0
-
-
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """(H, W, 3) uint8 pixels, EXIF orientation applied; raises DatasetError with the file's name."""
-    try:
-        return detection_utils.read_image(file_name, image_format)
-    except FileNotFoundError:
-        raise DatasetError(f"image {file_name} does not exist") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(
-            f"image {file_name} cannot be read: {error}; repair it or take it out of the data set"
-        ) from None
 
 
 class BoxChecker:

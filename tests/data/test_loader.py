@@ -3,10 +3,12 @@ import logging
 
 import pytest
 from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
 from dn_detr_d2.data.loader import probe_records
+from dn_detr_d2.data.summary import summarise
 
 SHAPES = [
     "MODEL.DN_DETR.NUM_CLASSES",
@@ -93,3 +95,30 @@ def test_a_batch_for_checks_has_boxes_in_each_image(toy_cfg):
     batch = build_annotated_batch(toy_cfg("dn_detr", *SHAPES), "shapes_train", 3)
     assert len(batch) == 3
     assert all(len(x["instances"]) for x in batch)
+
+
+def test_a_training_starts_with_a_summary_that_a_second_start_takes_from_the_cache(toy_cfg, caplog, monkeypatch):
+    cfg = toy_cfg("dn_detr", *SHAPES, "MODEL.DN_DETR.NUM_QUERIES", 3)
+    records = DatasetCatalog.get("shapes_train")
+    boxes = sum(len(r["annotations"]) for r in records)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "dn_detr_d2"):
+            build_train_loader(cfg)
+        assert (
+            f"shapes_train: 1200 images ({sum(not r['annotations'] for r in records)} without boxes), {boxes} boxes"
+            in caplog.text
+        )
+        assert "has 4 objects, NUM_QUERIES is 3: the rest of its objects is not learned" in caplog.text
+        monkeypatch.setattr("dn_detr_d2.data.summary.summarise", lambda records: pytest.fail("made a second time"))
+
+
+def test_a_summary_counts_what_the_mapper_will_do():
+    boxes = [[1, 1, 5, 5], [1, 1, -5, 5], [50, 50, 5, 5], [-5, 1, 20, 5], [float("nan"), 1, 5, 5]]
+    annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for box in boxes]
+    annotations.append(annotations[0] | {"iscrowd": 1})
+    found = summarise(
+        [{"file_name": "x.png", "height": 20, "width": 30, "annotations": annotations}, {"file_name": "y"}]
+    )
+    assert (found["boxes"], found["crowds"], found["empty"], found["fullest_name"]) == (5, 1, 1, "x.png")
+    assert list(found["problems"].values()) == [1, 1, 1, 1]

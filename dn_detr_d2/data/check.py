@@ -1,0 +1,165 @@
+"""Everything that is wrong with an annotation file in COCO format, not only what is met first.
+
+    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER
+
+I images, A annotations, P categories. A *row* is the place of an entry in its list.
+"""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+
+from . import report as r
+from .coco_custom import is_file_name, is_id, sort_key
+from .columns import VERDICTS, Columns, objects_of
+from .images import MAX_PIXELS
+from .report import Report
+
+RANGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1 << 62)  # of the histogram of objects, lower ends
+
+
+def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries: int = 0, budget: int = 0) -> None:
+    """Adds everything that the annotations alone tell to ``report``.
+
+    Args:
+        content: of an annotation file.
+        report: is added to.
+        sizes: (I, 2) of :func:`annotated_sizes`, or of the files.
+        num_queries: NUM_QUERIES of the model; 0 = do not compare.
+        budget: objects of an image that one denoising group can hold; 0 = do not compare.
+    """
+    for name, missing in (("images", r.NO_IMAGES), ("categories", r.NO_CATEGORIES), ("annotations", r.NO_ANNOTATIONS)):
+        entries = content.get(name)
+        if not isinstance(entries, list) or not (entries or name == "annotations"):
+            report.add(missing, f"{name!r} is {entries!r:.60}")
+            continue
+        bad = [i for i, entry in enumerate(entries) if not isinstance(entry, dict)]
+        report.add_rows(r.NO_OBJECT, bad, lambda i, entries=entries, name=name: f"{name}[{i}] is {entries[i]!r:.60}")
+    images, categories = objects_of(content, "images"), objects_of(content, "categories")
+    report.num_images, report.num_categories = len(images), len(categories)
+    _check_images(images, report)
+    _check_categories(categories, report)
+    columns = Columns.of(content, sizes)
+    report.num_annotations = len(columns.entries)
+    _check_annotations(columns, report)
+    _count_objects(columns, images, categories, report, num_queries, budget)
+
+
+def annotated_sizes(images: list[dict]) -> np.ndarray:
+    """(I, 2) float64 (height, width) in pixels as annotated, infinite where they are missing or senseless."""
+    sizes = [[image.get("height"), image.get("width")] for image in images]
+    return np.array([s if all(map(_is_length, s)) else [np.inf] * 2 for s in sizes], np.float64).reshape(-1, 2)
+
+
+def _check_ids(entries: list[dict], name: str, kinds: tuple[str, str], report: Report) -> None:
+    """Ids that are missing, of a wrong type, doubled, or text."""
+    ids = [entry.get("id") for entry in entries]
+    wrong = [i for i, value in enumerate(ids) if not is_id(value)]
+    report.add_rows(kinds[0], wrong, lambda i: f"{name}[{i}] has id {ids[i]!r:.60}")
+    seen, again = set(), []
+    for i, value in enumerate(ids):
+        if is_id(value):
+            again += [i] * (value in seen)
+            seen.add(value)
+    report.add_rows(kinds[1], again, lambda i: f"{name}[{i}] has id {ids[i]!r:.60}")
+    text = [i for i, value in enumerate(ids) if isinstance(value, str)]
+    report.add_rows(r.TEXT_ID, text, lambda i: f"{name}[{i}] has id {ids[i]!r:.60}")
+
+
+def _check_images(images: list[dict], report: Report) -> None:
+    _check_ids(images, "images", (r.IMAGE_ID, r.SAME_IMAGE_ID), report)
+    names = Counter()
+    for i, image in enumerate(images):
+        where, name = f"images[{i}] {name_of(image)}", image.get("file_name")
+        if not is_file_name(name):
+            report.add(r.FILE_NAME, f"images[{i}] has file_name {name!r:.60}")
+        else:
+            names[name] += 1
+            if names[name] == 2:
+                report.add(r.SAME_FILE_NAME, where)
+        size = [image[key] for key in ("width", "height") if key in image]
+        if not size:
+            report.add(r.NO_SIZE, where)
+        elif not all(map(_is_length, size)):
+            report.add(r.BAD_SIZE, f"{where} has width {image.get('width')!r:.20}, height {image.get('height')!r:.20}")
+
+
+def _is_length(value) -> bool:
+    return isinstance(value, int | float) and 0 < value <= MAX_PIXELS and value == int(value)
+
+
+def _check_categories(categories: list[dict], report: Report) -> None:
+    _check_ids(categories, "categories", (r.CATEGORY_ID, r.SAME_CATEGORY_ID), report)
+    names = Counter()
+    for i, category in enumerate(categories):
+        name = category.get("name")
+        if not is_id(name):
+            report.add(r.CATEGORY_NAME, f"categories[{i}] has name {name!r:.60}")
+            continue
+        names[name] += 1
+        if names[name] == 2:
+            report.add(r.SAME_NAME, f"categories[{i}] {name!r:.60}")
+    ids = sorted({c["id"] for c in categories if is_id(c.get("id"))}, key=sort_key)
+    if ids and ids not in (list(range(len(ids))), list(range(1, len(ids) + 1))):
+        report.add(r.GAPS, f"{len(ids)} ids from {ids[0]!r:.20} to {ids[-1]!r:.20}")
+
+
+def _check_annotations(columns: Columns, report: Report) -> None:
+    entries = columns.entries
+    _check_ids(entries, "annotations", (r.ANNOTATION_ID, r.SAME_ANNOTATION_ID), report)
+
+    def _says(*fields):
+        return lambda i: (
+            f"annotation {entries[i].get('id')!r:.60}"
+            + "".join(f", {field} {entries[i].get(field)!r:.80}" for field in fields)
+        )
+
+    report.add_rows(r.UNKNOWN_IMAGE, np.flatnonzero(columns.image < 0), _says("image_id"))
+    report.add_rows(r.UNKNOWN_CATEGORY, np.flatnonzero(columns.category < 0), _says("category_id"))
+    report.add_rows(r.BAD_BOX, np.flatnonzero(~columns.formed), _says("bbox"))
+    crowds = [entry.get("iscrowd", 0) for entry in entries]
+    bad = [i for i, crowd in enumerate(crowds) if not isinstance(crowd, int | float) or crowd not in (0, 1)]
+    report.add_rows(r.BAD_CROWD, bad, _says("iscrowd"))
+    report.add_rows(r.CROWD, np.flatnonzero(columns.crowd), _says("image_id"))
+    verdicts = columns.judged()
+    for code, kind in enumerate(VERDICTS[1:], 1):
+        report.add_rows(kind, np.flatnonzero(verdicts == code), _says("image_id", "bbox"))
+
+
+def _count_objects(columns, images, categories, report: Report, num_queries: int, budget: int) -> None:
+    """Objects that training sees: of each image and of each class."""
+    dropped = np.isin(columns.judged(), (1, 2, 3))
+    used = columns.formed & ~columns.crowd & ~dropped & (columns.image >= 0) & (columns.category >= 0)
+    counts = np.bincount(columns.image[used], minlength=len(images))
+    if len(images):
+        fullest = int(counts.argmax())
+        report.fullest = (int(counts[fullest]), name_of(images[fullest]))
+    if len(images) and not used.any():
+        report.add(r.NOTHING, f"{len(images)} images, {len(columns.entries)} annotations")
+    report.objects = histogram(counts)
+
+    def _says(i):
+        return f"{name_of(images[i])} has {counts[i]}"
+
+    report.add_rows(r.NO_BOXES, np.flatnonzero(counts == 0), _says)
+    for kind, limit in ((r.CROWDED, num_queries), (r.OVER_BUDGET, budget)):
+        report.add_rows(kind, np.flatnonzero(counts > limit) if limit else [], _says)
+    boxes = np.bincount(columns.category[used], minlength=len(categories))
+    names = [f"{category.get('name')!s:.60}" for category in categories]
+    for name, n in zip(names, boxes, strict=True):
+        report.classes[name] = report.classes.get(name, 0) + int(n)
+    report.add_rows(r.UNUSED, np.flatnonzero(boxes == 0), lambda i: repr(names[i]))
+
+
+def histogram(counts: np.ndarray) -> dict[str, int]:
+    """{range of objects: images} without empty ranges, from (I,) objects of each image."""
+    images, ends = np.histogram(counts, RANGES)
+    labels = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(ends)]
+    labels[-1] = f"{RANGES[-2]}+"
+    return {label: int(n) for label, n in zip(labels, images, strict=True) if n}
+
+
+def name_of(image: dict) -> str:
+    """An image in words."""
+    return f"image {image.get('id')!r:.60} {image.get('file_name')!r:.80}"

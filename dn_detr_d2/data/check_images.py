@@ -1,0 +1,111 @@
+"""What is wrong with the image files of a data set, and which of them another set has too.
+
+    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --val OTHER.json OTHER_FOLDER
+
+Every image is decoded by the code that decodes it for training. A *row* is the place of an image in its list.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DatasetError
+from . import report as r
+from .check import annotated_sizes, name_of
+from .coco_custom import is_file_name
+from .images import ImageFacts, ImageFolder, image_facts, sha256_of
+from .report import Report
+
+MODES = {"RGB": None, "L": r.GREY, "1": r.GREY, "P": r.PALETTE, "RGBA": r.ALPHA, "LA": r.ALPHA, "PA": r.ALPHA,
+         "RGBX": r.ALPHA, "RGBa": r.ALPHA, "La": r.ALPHA, "CMYK": r.CMYK}  # fmt: skip
+
+
+def check_images(images: list[dict], folder: str | Path, report: Report) -> np.ndarray:
+    """Decodes every image and adds what is wrong with it to ``report``.
+
+    Args:
+        images: entries of an annotation file.
+        folder: what their ``file_name`` is relative to.
+        report: is added to.
+
+    Returns:
+        numpy.ndarray: (I, 2) float64 (height, width) of the files; as annotated, or infinite, where one cannot be read.
+    """
+    sizes, finder = annotated_sizes(images), ImageFolder(folder)
+    rows = [i for i, image in enumerate(images) if is_file_name(image.get("file_name"))]  # the others are reported
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
+        looks = pool.map(lambda i: _look(finder, images[i]["file_name"]), rows)
+        for i, facts in zip(rows, looks, strict=True):
+            if isinstance(facts, DatasetError):
+                report.add(facts.kind, f"{name_of(images[i])}: {facts}")
+                continue
+            sizes[i] = facts.size
+            _compare(images[i], facts, report)
+    return sizes
+
+
+def _look(finder: ImageFolder, file_name: str) -> ImageFacts | DatasetError:
+    try:
+        return image_facts(finder.find(file_name))
+    except DatasetError as error:
+        return error
+
+
+def _compare(image: dict, facts: ImageFacts, report: Report) -> None:
+    """What a readable file tells."""
+    height, width = facts.size
+    if (image.get("height", height), image.get("width", width)) != facts.size:
+        annotated = f"{image.get('width', width)!r:.20}x{image.get('height', height)!r:.20}"
+        report.add(r.SIZE, f"{name_of(image)} is {width}x{height}, annotated {annotated} (width x height)")
+    if kind := MODES.get(facts.mode, r.OTHER_MODE):
+        report.add(kind, f"{name_of(image)}, mode {facts.mode}")
+    if facts.orientation != 1:
+        report.add(r.TURNED, f"{name_of(image)}, orientation {facts.orientation}")
+
+
+def check_overlap(first: list[dict], folder: str, second: list[dict], other: str, report: Report, read: bool) -> None:
+    """Adds to ``report`` the images that are in both sets: the same file, or another with the same bytes.
+
+    Args:
+        first, second: entries of two annotation files.
+        folder, other: their image folders.
+        report: is added to.
+        read: whether files may be read; without that, names alone are compared.
+    """
+    ours, theirs = _paths(first, folder), _paths(second, other)
+    copies = _copies(list(ours), list(theirs)) if read else {}
+    names = {image.get("file_name") for path, image in theirs.items() if path not in ours}
+    for path, image in ours.items():
+        twin = theirs.get(path) or theirs.get(copies.get(path))
+        same_name = twin is not None and twin.get("file_name") == image["file_name"]
+        if twin is not None:
+            kind = r.SAME_FILE if path in theirs or same_name else r.SAME_BYTES
+            report.add(kind, f"{name_of(image)} is {name_of(twin)} of the other set")
+        elif image["file_name"] in names:
+            report.add(r.NAMESAKE if read else r.NOT_COMPARED, name_of(image))
+
+
+def _paths(images: list[dict], folder: str) -> dict[str, dict]:
+    """{path without links: entry} of the images that have a file name."""
+    root = os.path.realpath(folder)
+    named = (image for image in images if is_file_name(image.get("file_name")) and "\0" not in image["file_name"])
+    return {os.path.normpath(os.path.join(root, image["file_name"])): image for image in named}
+
+
+def _copies(first: list[str], second: list[str]) -> dict[str, str]:
+    """{path of ``first``: one of ``second`` with the same bytes}; only files of a length that both have are read."""
+    lengths = {path: _length(path) for path in (*first, *second)}
+    shared = {lengths[path] for path in first} & {lengths[path] for path in second} - {-1}
+    digests = {sha256_of(path): path for path in second if lengths[path] in shared}
+    candidates = {path: sha256_of(path) for path in first if lengths[path] in shared}
+    return {path: digests[digest] for path, digest in candidates.items() if digest in digests}
+
+
+def _length(path: str) -> int:
+    """Bytes of a readable regular file; -1 for everything else, which check_images reports."""
+    try:
+        return os.path.getsize(path) if os.path.isfile(path) and os.access(path, os.R_OK) else -1
+    except (OSError, ValueError):
+        return -1

@@ -1,0 +1,181 @@
+"""Image files: where they may lie, what they may be, and their pixels.
+
+Everything that opens an image for training, evaluation or a check comes through here, so that
+``tools/check_dataset.py`` refuses what a training would refuse. A size is (height, width) in pixels.
+"""
+
+import hashlib
+import os
+import stat
+import struct
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import detection_utils
+from PIL import ExifTags, Image
+
+from ..errors import DatasetError
+
+# Decoders that may run, whatever the file is called (JPEG's reads MPO too, which phones write into .jpg). Of several
+# pictures in one file the first is read.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# 8192 x 8192: decoded, converted and turned, such an image takes less than 1 GB. Read from the header, before decoding.
+MAX_PIXELS = 8192 * 8192
+# More than 8 bits a channel; Pillow's conversion to RGB saturates them, nearly everything would be white.
+DEEP_MODES = ("I", "F")
+ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, MemoryError),
+    *(OverflowError, ZeroDivisionError, struct.error, zlib.error, Image.DecompressionBombError),
+)  # what Pillow raises on damaged files
+
+MISSING = "image file does not exist"
+OUTSIDE = "image file lies outside the image folder"
+NOT_AN_IMAGE = "image file has no allowed format"
+DAMAGED = "image is truncated or damaged"
+TOO_LARGE = f"image has more than {MAX_PIXELS} pixels"
+DEEP = "image has more than 8 bits a channel"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a file holds: ``size`` (height, width) after EXIF orientation, Pillow's ``mode``, EXIF ``orientation`` 1 to 8."""
+
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+
+
+class ImageFolder:
+    """Finds files below a folder, and nothing outside it.
+
+    Args:
+        folder: may be a link itself; links inside it must not lead out.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._root = os.path.realpath(folder)
+        self._parents = {}  # folder as written: whether it lies inside, each looked up once
+
+    def find(self, file_name: str) -> str:
+        """The path of a regular file.
+
+        Raises:
+            DatasetError: ``file_name`` leads out of the folder, or there is no such file; ``kind`` says which.
+        """
+        path = os.path.join(self.folder, file_name)
+        try:
+            found = stat.S_ISREG(os.stat(path).st_mode)
+            inside = self._inside(file_name, path)
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            found, inside = False, not os.path.isabs(file_name) and ".." not in Path(file_name).parts
+        if not inside:
+            raise DatasetError(
+                f"image file {file_name!r} lies outside the image folder {self.folder}; put it there, or name the folder "
+                "that holds it",
+                OUTSIDE,
+            )
+        if not found:
+            raise DatasetError(f"image file {path!r} does not exist or is no regular file", MISSING)
+        return path
+
+    def _inside(self, file_name: str, path: str) -> bool:
+        if os.path.isabs(file_name) or ".." in Path(file_name).parts:
+            return False
+        if os.path.islink(path):
+            return self._below(os.path.realpath(path))
+        parent = os.path.dirname(path)
+        if parent not in self._parents:
+            self._parents[parent] = self._below(os.path.realpath(parent))
+        return self._parents[parent]
+
+    def _below(self, real: str) -> bool:
+        return os.path.commonpath([self._root, real]) == self._root
+
+
+@contextmanager
+def open_image(file_name: str):
+    """Yields an opened ``PIL.Image`` whose header is acceptable; no pixel has been decoded.
+
+    Raises:
+        DatasetError: the file is missing, has none of ``FORMATS``, more than ``MAX_PIXELS`` or more than 8 bits a channel,
+            or reading it fails, also inside the ``with`` block; it names the file, ``kind`` is one of this module's.
+    """
+    try:
+        with detection_utils.PathManager.open(file_name, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            _check_header(image, file_name)
+            yield image
+    except FileNotFoundError:
+        raise DatasetError(f"image {file_name} does not exist", MISSING) from None
+    except Image.UnidentifiedImageError:
+        raise DatasetError(
+            f"image {file_name} cannot be read as any of {', '.join(FORMATS)}; convert it, or take it out of the data set",
+            NOT_AN_IMAGE,
+        ) from None
+    except DatasetError:
+        raise
+    except ERRORS as error:
+        kind = TOO_LARGE if isinstance(error, Image.DecompressionBombError) else DAMAGED
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DatasetError(
+            f"image {file_name} cannot be read: {reason}; repair it or take it out of the data set", kind
+        ) from error
+
+
+def _check_header(image: Image.Image, file_name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DatasetError(
+            f"image {file_name} has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; shrink it or cut it",
+            TOO_LARGE,
+        )
+    if image.mode.split(";")[0] in DEEP_MODES:
+        raise DatasetError(
+            f"image {file_name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits, with the range "
+            "of values that matters",
+            DEEP,
+        )
+
+
+def read_image(file_name: str, image_format: str) -> np.ndarray:
+    """(H, W, 3) uint8 pixels, EXIF orientation applied; raises DatasetError with the file's name, see open_image.
+
+    Grey, palette and CMYK become colours; an alpha channel is left out, not blended.
+    """
+    with open_image(file_name) as image:
+        return detection_utils.convert_PIL_to_numpy(detection_utils._apply_exif_orientation(image), image_format)
+
+
+def image_facts(file_name: str) -> ImageFacts:
+    """What a file holds, after every pixel has been decoded as for a training; raises DatasetError, see open_image."""
+    with open_image(file_name) as image:
+        mode, orientation = image.mode, _orientation(image)
+        turned = detection_utils._apply_exif_orientation(image)
+        detection_utils.convert_PIL_to_numpy(turned, "RGB")
+        return ImageFacts((turned.height, turned.width), mode, orientation)
+
+
+def image_size(file_name: str) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header alone; raises DatasetError, see open_image."""
+    with open_image(file_name) as image:
+        return image.size if _orientation(image) >= 5 else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Detectron2 too reads an image whose EXIF block is broken as if it had none
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits; raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

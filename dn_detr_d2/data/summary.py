@@ -1,0 +1,99 @@
+"""One paragraph about a training set in the log, before the first iteration; no image is read.
+
+It is made from the records that are loaded anyway, and kept in the cache folder under the annotation file's SHA-256.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+
+from .check import annotated_sizes
+from .columns import VERDICTS, judge_boxes
+from .images import sha256_of
+from .shapes import cache_folder
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # part of the file's name; raise it when the summary changes
+
+
+def log_summary(name: str, records: list[dict], num_queries: int) -> None:
+    """Says how many images and boxes a training set has, what will be dropped or clipped, and its fullest image.
+
+    Args:
+        name: of a registered data set.
+        records: its dataset dicts.
+        num_queries: NUM_QUERIES of the model, which bounds the objects that an image can have.
+    """
+    found = _cached(name, records)
+    problems = "; ".join(f"{count} x {kind}" for kind, count in found["problems"].items()) or "none"
+    crowded = found["fullest"] > num_queries
+    logger.log(
+        logging.WARNING if crowded else logging.INFO,
+        "%s: %d images (%d without boxes), %d boxes, %d crowds; boxes that are dropped or clipped: %s; the fullest image %s "
+        "has %d objects, NUM_QUERIES is %d%s. tools/check_dataset.py lists everything and reads the images",
+        *(name, found["images"], found["empty"], found["boxes"], found["crowds"], problems, found["fullest_name"]),
+        *(found["fullest"], num_queries, ": the rest of its objects is not learned" if crowded else ""),
+    )
+
+
+def _cached(name: str, records: list[dict]) -> dict:
+    """The summary from the cache if the annotation file has been summarised before."""
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if not json_file or not os.path.isfile(json_file):
+        return summarise(records)
+    kept = cache_folder().parent / f"summary-v{VERSION}" / f"{sha256_of(json_file)}.json"
+    if kept.is_file():
+        try:
+            return json.loads(kept.read_bytes())
+        except ValueError:
+            logger.warning("%s is damaged and made anew", kept)
+    found = summarise(records)
+    _write(kept, found)
+    return found
+
+
+def _write(path: Path, found: dict) -> None:
+    """Writes the summary whole or not at all; a cache that cannot be written costs time, not the training."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(found))
+        part.replace(path)
+    except OSError as error:
+        logger.warning("the summary of a data set cannot be kept in %s: %s", path.parent, error.strerror)
+
+
+def summarise(records: list[dict]) -> dict:
+    """Counts of dataset dicts, of ``BoxMode.XYWH_ABS`` or ``XYXY_ABS``; boxes are judged as by the mapper."""
+    counts, boxes, crowds = [], [], 0
+    for record in records:
+        usable = [x for x in record.get("annotations", []) if not x.get("iscrowd", 0)]
+        crowds += len(record.get("annotations", [])) - len(usable)
+        counts.append(len(usable))
+        boxes += [_corners(x) for x in usable]
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = annotated_sizes(records).repeat(counts, 0).astype(np.float32)
+        judged = judge_boxes(np.array(boxes, np.float32).reshape(-1, 4), sizes)
+    problems = Counter(VERDICTS[code] for code in judged[judged > 0])
+    fullest = int(np.argmax(counts)) if counts else 0
+    return {
+        "images": len(records),
+        "empty": counts.count(0),
+        "boxes": len(boxes),
+        "crowds": crowds,
+        "problems": {kind: problems[kind] for kind in VERDICTS[1:] if problems[kind]},
+        "fullest": max(counts, default=0),
+        "fullest_name": str(records[fullest]["file_name"]) if records else "",
+    }
+
+
+def _corners(annotation: dict) -> list[float]:
+    x, y, w, h = annotation["bbox"]
+    return [x, y, x + w, y + h] if annotation["bbox_mode"] == BoxMode.XYWH_ABS else [x, y, w, h]

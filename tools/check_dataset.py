@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Lists everything that is wrong with a COCO-format data set and its images, and repairs what needs no judgement.
+
+    python tools/check_dataset.py train.json images/train --val val.json images/val --num-queries 300
+    python tools/check_dataset.py train.json images/train --fix repaired.json
+
+Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or the repaired file not be written.
+With --fix the report and the code are about the repaired file. What is checked and repaired: docs/datasets.md.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dn_detr_d2 import DatasetError, UserError
+from dn_detr_d2.data.check import annotated_sizes, check_content
+from dn_detr_d2.data.check_images import check_images, check_overlap
+from dn_detr_d2.data.coco_custom import read_content
+from dn_detr_d2.data.columns import objects_of
+from dn_detr_d2.data.repair import repaired
+from dn_detr_d2.data.report import Report
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", metavar="ANNOTATIONS.json", help="COCO format")
+    parser.add_argument("folder", metavar="IMAGE_FOLDER", help="what file_name is relative to")
+    parser.add_argument("--val", nargs=2, metavar=("JSON", "FOLDER"), help="second set, checked too and compared")
+    parser.add_argument("--num-queries", type=int, default=0, metavar="N", help="MODEL.DN_DETR.NUM_QUERIES")
+    parser.add_argument(
+        "--denoising-budget", type=int, default=0, metavar="N", help="DENOISING.MAX_QUERIES // DENOISING.NUM_GROUPS"
+    )
+    parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
+    parser.add_argument("--fix", metavar="OUT.json", help="write a repaired copy of ANNOTATIONS.json")
+    return parser.parse_args(argv)
+
+
+def read(json_file: str, folder: str) -> dict:
+    """The content of an annotation file whose image folder exists; raises DatasetError."""
+    content = read_content(Path(json_file))
+    if not Path(folder).is_dir():
+        raise DatasetError(f"image folder {folder} does not exist or is no folder")
+    return content
+
+
+def check(content: dict, folder: str, args: argparse.Namespace, fix: bool) -> Report:
+    """One data set; with ``fix`` the repaired file is written and reported on."""
+    report, images = Report(), objects_of(content, "images")
+    sizes = annotated_sizes(images) if args.no_images else check_images(images, folder, report)
+    if fix:
+        content, changes = repaired(content, sizes)
+        write(content, args.fix)
+        for kind, count in changes.items():
+            print(f"repaired: {count} x {kind}")
+        print(f"{sum(changes.values())} annotations changed or dropped; written: {args.fix}")
+    check_content(content, report, sizes, args.num_queries, args.denoising_budget)
+    return report
+
+
+def write(content: dict, path: str) -> None:
+    """Writes a JSON file whole or not at all; raises DatasetError."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(json.dumps(content))
+        os.replace(part, path)
+    except OSError as error:
+        raise DatasetError(f"--fix {path} cannot be written: {error.strerror}") from None
+    finally:
+        if part.is_file():  # the disk was full
+            part.unlink()
+
+
+def refuse_overwriting(args: argparse.Namespace) -> None:
+    """Raises UserError if --fix names a file that is read."""
+    read_files = [args.annotations, *(args.val or [])[:1]]
+    if args.fix and os.path.realpath(args.fix) in map(os.path.realpath, read_files):
+        raise UserError(f"--fix {args.fix} is an input; name another file")
+    if min(args.num_queries, args.denoising_budget) < 0:
+        raise UserError(
+            f"--num-queries and --denoising-budget must not be negative, got {args.num_queries} and {args.denoising_budget}"
+        )
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code. What cannot be read is one sentence on stderr."""
+    args = parse_arguments(argv)
+    try:
+        refuse_overwriting(args)
+        content = read(args.annotations, args.folder)
+        other = read(*args.val) if args.val else None
+        reports = {args.annotations: check(content, args.folder, args, bool(args.fix))}
+        if other is not None:
+            reports[args.val[0]] = check(other, args.val[1], args, False)
+            images = objects_of(content, "images"), objects_of(other, "images")
+            report = reports[args.annotations]
+            check_overlap(images[0], args.folder, images[1], args.val[1], report, not args.no_images)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, report in reports.items():
+        print("\n".join([f"{name}:", *report.lines()]))
+    return int(any(report.problems() for report in reports.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
