@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BoxMode
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -57,6 +57,7 @@ def test_boxes_follow_the_flip_and_the_resize(toy_cfg, record):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31 - 1))
+@example(4238)
 def test_crops_keep_boxes_on_their_objects(seed):
     crop = DetrDatasetMapper(True, image_format="RGB", num_classes=0, flips=[], **_crop_augmentations())
     rng = np.random.RandomState(seed)
@@ -71,6 +72,9 @@ def test_crops_keep_boxes_on_their_objects(seed):
     boxes = out["instances"].gt_boxes.tensor
     if not len(boxes):
         assert white.float().mean() < 0.02
+        return
+    if not white.any():  # a crop through the object's last pixels: resizing blends the sliver with the ground
+        assert (boxes[0, 2:] - boxes[0, :2]).min() < 2.5
         return
     rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
     seen = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
