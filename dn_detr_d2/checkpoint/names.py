@@ -55,9 +55,13 @@ OFFICIAL: Rules = [
 ]
 DENSE_ENCODER: Rules = [(r"(encoder\.layers\.\d+)\.norm1", r"\1.self_attn.norm")]
 DEFORMABLE_ENCODER: Rules = [(r"(encoder\.layers\.\d+)\.norm1", r"\1.norm")]
-CONDITIONAL_DECODER: Rules = [
+# DETR and the DAB family number the norms of a decoder layer in the order in which they are used.
+NORMS_IN_ORDER: Rules = [
     (r"(decoder\.layers\.\d+)\.norm1", r"\1.self_attn.norm"),
     (r"(decoder\.layers\.\d+)\.norm2", r"\1.cross_attn.norm"),
+]
+CONDITIONAL_DECODER: Rules = [
+    *NORMS_IN_ORDER,
     (r"\bca_out_v_proj", "cross_attn.out_proj"),
     (r"\blvl_attn", "cross_attn.level_weights"),
     (r"\bsa_", "self_attn."),
@@ -69,11 +73,7 @@ CONDITIONAL_DECODER: Rules = [
     (r"attn\.kpos_proj", "attn.key_position"),
     (r"attn\.v_proj", "attn.value"),
 ]
-PLAIN_DECODER: Rules = [
-    (r"(decoder\.layers\.\d+)\.norm1", r"\1.self_attn.norm"),
-    (r"(decoder\.layers\.\d+)\.norm2", r"\1.cross_attn.norm"),
-    (r"\bmultihead_attn", "cross_attn"),
-]
+PLAIN_DECODER: Rules = [*NORMS_IN_ORDER, (r"\bmultihead_attn", "cross_attn")]
 ANCHOR_DETR: Rules = [
     (r"^backbone\.body\.", "backbone.0.body."),
     (r"^transformer\.position\b", "query_source.points"),
@@ -113,8 +113,11 @@ DETREX: Rules = [
     (r"^anchor_box_embed", "refpoint_embed"),
     (r"^(denoising_generator\.)?label_encoder", "label_enc"),
 ]
-DETREX_CONDITIONAL: Rules = [
+DETREX_NORMS_IN_ORDER: Rules = [
     (r"(decoder\.layers\.\d+)\.norms\.([01])", lambda m: f"{m[1]}.norm{int(m[2]) + 1}"),
+]
+DETREX_CONDITIONAL: Rules = [
+    *DETREX_NORMS_IN_ORDER,
     (r"attentions\.0\.(query|key)_content_proj", lambda m: f"sa_{m[1][0]}content_proj"),
     (r"attentions\.0\.(query|key)_pos_proj", lambda m: f"sa_{m[1][0]}pos_proj"),
     (r"attentions\.0\.value_proj", "sa_v_proj"),
@@ -126,7 +129,7 @@ DETREX_CONDITIONAL: Rules = [
     (r"(decoder\.layers\.\d+)\.attentions\.1", r"\1.cross_attn"),
 ]
 DETREX_PLAIN: Rules = [
-    (r"(decoder\.layers\.\d+)\.norms\.([01])", lambda m: f"{m[1]}.norm{int(m[2]) + 1}"),
+    *DETREX_NORMS_IN_ORDER,
     (r"(decoder\.layers\.\d+)\.attentions\.0(\.attn)?", r"\1.self_attn"),
     (r"(decoder\.layers\.\d+)\.attentions\.1(\.attn)?", r"\1.multihead_attn"),
 ]

@@ -74,7 +74,11 @@ def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
         dataset_name: a registered data set.
         num_images: how many, see :func:`probe_records`.
     """
-    records = probe_records(dataset_name, num_images)
+    return load_annotated(cfg, probe_records(dataset_name, num_images))
+
+
+def load_annotated(cfg, records: list[dict]):
+    """The loader of :func:`build_probe_loader` for records that are at hand."""
     workers = cfg.DATALOADER.NUM_WORKERS
     return build_detection_test_loader(dataset=records, mapper=AnnotatedDatasetMapper(cfg), num_workers=workers)
 

@@ -9,8 +9,8 @@ import numpy as np
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..data import build_annotated_batch, build_probe_loader
-from ..data.loader import probe_records
+from ..data import build_annotated_batch
+from ..data.loader import load_annotated, probe_records
 from ..errors import CheckpointError, ConfigError
 from ..randomness import own_randomness
 from .denoising_health import Restoration, measure_restoration
@@ -43,11 +43,11 @@ def build_instruments(cfg) -> list[HookBase]:
                 f"TEST.INSTABILITY.HEALTH_SCALES = {list(node.HEALTH_SCALES)} measures denoising queries, but "
                 "MODEL.DN_DETR.DENOISING.NAME is ''; set it to []"
             )
-        chosen = (cfg.DATASETS.TEST[0], node.NUM_IMAGES)
+        records = probe_records(cfg.DATASETS.TEST[0], node.NUM_IMAGES)
         hooks.append(
             InstabilityHook(
-                build_probe_loader(cfg, *chosen),
-                [str(record["image_id"]) for record in probe_records(*chosen)],
+                load_annotated(cfg, records),
+                [str(record["image_id"]) for record in records],
                 Path(cfg.OUTPUT_DIR) / "instability.npz",
                 periods=(cfg.TEST.EVAL_PERIOD, node.PERIOD),
                 top_k=node.ATD_K,

@@ -135,7 +135,38 @@ class LearnedAnchors(nn.Module):
 
 
 @QUERY_SOURCE_REGISTRY.register()
-class LearnedQueries(nn.Module):
+class LearnedPositions(nn.Module):
+    """DETR's object queries: learned positions, no content and no reference box.
+
+    Args:
+        num_queries: Q.
+        dim: C.
+    """
+
+    PARTS = 1  # of a row: the position
+
+    @configurable
+    def __init__(self, *, num_queries: int, dim: int):
+        super().__init__()
+        self.num_queries = num_queries
+        self.queries = nn.Embedding(num_queries, self.PARTS * dim)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``; denoising and patterns do not go with it."""
+        root = cfg.MODEL.DN_DETR
+        refuse_denoising(root, cls.__name__)
+        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM}
+
+    def forward(self, memory: Memory) -> ObjectQueries:
+        """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
+        position = self.queries.weight.expand(len(memory.tokens), -1, -1)
+        boxes = torch.full_like(position[..., :4], 0.5)
+        return ObjectQueries(torch.zeros_like(position), boxes, position=position)
+
+
+@QUERY_SOURCE_REGISTRY.register()
+class LearnedQueries(LearnedPositions):
     """Learned positions and contents of Deformable DETR; the position says where the reference point is.
 
     Args:
@@ -143,21 +174,14 @@ class LearnedQueries(nn.Module):
         dim: C.
     """
 
+    PARTS = 2  # position, then content
+
     @configurable
     def __init__(self, *, num_queries: int, dim: int):
-        super().__init__()
-        self.num_queries = num_queries
-        self.queries = nn.Embedding(num_queries, 2 * dim)  # position, then content
+        super().__init__(num_queries=num_queries, dim=dim)
         self.reference = nn.Linear(dim, 2)
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
-
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; denoising and patterns do not go with it."""
-        root = cfg.MODEL.DN_DETR
-        refuse_denoising(root, "LearnedQueries")
-        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM}
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; width and height of their references are not known yet: 0.5."""
@@ -202,35 +226,6 @@ class LearnedPoints(nn.Module):
         boxes = F.pad(self.points.weight, (0, 2), value=0.5).tile(len(self.patterns.weight), 1)
         n = len(memory.tokens)
         return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
-
-
-@QUERY_SOURCE_REGISTRY.register()
-class LearnedPositions(nn.Module):
-    """DETR's object queries: learned positions, no content and no reference box.
-
-    Args:
-        num_queries: Q.
-        dim: C.
-    """
-
-    @configurable
-    def __init__(self, *, num_queries: int, dim: int):
-        super().__init__()
-        self.num_queries = num_queries
-        self.queries = nn.Embedding(num_queries, dim)
-
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; denoising and patterns do not go with it."""
-        root = cfg.MODEL.DN_DETR
-        refuse_denoising(root, "LearnedPositions")
-        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM}
-
-    def forward(self, memory: Memory) -> ObjectQueries:
-        """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
-        position = self.queries.weight.expand(len(memory.tokens), -1, -1)
-        boxes = torch.full_like(position[..., :4], 0.5)
-        return ObjectQueries(torch.zeros_like(position), boxes, position=position)
 
 
 @QUERY_SOURCE_REGISTRY.register()

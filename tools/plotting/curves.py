@@ -79,7 +79,7 @@ def table(groups: list[Group]) -> list[list[str]]:
         best = _of_curves(group.runs, lambda curve: curve[:, 1].max())
         seconds = [x for run in group.runs if (x := run.seconds_an_iteration) is not None]
         pace = f"{np.median(seconds):.3g}" if seconds else "-"
-        rows.append([group.name, str(len(group.runs)), _spread(final), _spread(best), _reached(group.runs, goal), pace])
+        rows.append([group.name, str(len(group.runs)), spread(final), spread(best), _reached(group.runs, goal), pace])
     return rows
 
 
@@ -92,15 +92,21 @@ def _reached(runs: list[Run], goal: float | None) -> str:
     """Mean number of iterations until the AP is at least ``goal``, over the runs that get there."""
     if goal is None:
         return "-"
+    if all(run.curve(AP) is None for run in runs):
+        return "-"
+    return reaching(runs, goal, ".0f")
+
+
+def reaching(runs: list[Run], goal: float, form: str, whole: int = 1) -> str:
+    """Iterations until the AP is at least ``goal``, in units of ``whole``, over the runs that get there."""
     curves = [curve for run in runs if (curve := run.curve(AP)) is not None]
-    first = [curve[curve[:, 1] >= goal - 1e-9][0, 0] for curve in curves if curve[:, 1].max() >= goal - 1e-9]
-    if not first:
-        return "not reached" if curves else "-"
+    first = [curve[curve[:, 1] >= goal - 1e-9][0, 0] / whole for curve in curves if curve[:, 1].max() >= goal - 1e-9]
     missing = f", {len(first)} of {len(runs)} runs" if len(first) < len(runs) else ""
-    return _spread(first, ".0f") + missing
+    return spread(first, form) + missing if first else "not reached"
 
 
-def _spread(values: list[float], form: str = ".2f") -> str:
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Mean (lowest to highest); the value alone of one, "-" of none."""
     if not values:
         return "-"
     mean, low, high = np.mean(values), min(values), max(values)

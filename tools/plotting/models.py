@@ -9,6 +9,7 @@ from torch import nn
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError
 from dn_detr_d2.data import DetrDatasetMapper, check_files
 from dn_detr_d2.data.loader import has_boxes
+from dn_detr_d2.data.mapper import AnnotatedDatasetMapper
 from dn_detr_d2.engine import Trainer, load_for_evaluation
 
 
@@ -48,8 +49,7 @@ def training_image(cfg, wanted: str | None) -> dict:
     for name in names:
         check_files(name)
     records = [record for name in names for record in DatasetCatalog.get(name)]
-    unaugmented = DetrDatasetMapper.from_config(cfg, False) | {"is_train": True}
-    return DetrDatasetMapper(**unaugmented)(choose(records, wanted, ", ".join(names)))
+    return AnnotatedDatasetMapper(cfg)(choose(records, wanted, ", ".join(names)))
 
 
 def choose(records: list[dict], wanted: str | None, where: str) -> dict:

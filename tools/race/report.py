@@ -1,7 +1,7 @@
 """What came out of a race, as tables."""
 
 import numpy as np
-from plotting.curves import AP
+from plotting.curves import AP, reaching, spread
 from plotting.runs import Group, Run
 
 from dn_detr_d2 import UserError
@@ -29,7 +29,7 @@ def rows(groups: list[Group]) -> list[list[str]]:
             group.name,
             str(len(group.runs)),
             spread(ends(group.runs, AP), ".1f"),
-            reached(group.runs, goal, length(base[0])),
+            reaching(group.runs, goal, ".0%", length(base[0])),
             spread(means(group.runs, INSTABILITY), ".2f"),
             spread(ends(group.runs, r"anchors/distance"), ".3f"),
             spread([pace(run) / pace(first) for run, first in zip(group.runs, base, strict=True)], ".2f"),
@@ -100,17 +100,3 @@ def pace(run: Run) -> float:
     """Median seconds of a step, the first ten left out."""
     seconds = [float(line) for line in (run.folder / "step_seconds.txt").read_text().split()]
     return float(np.median(seconds[min(10, len(seconds) - 1) :]))
-
-
-def reached(runs: list[Run], goal: float, whole: int) -> str:
-    """Iterations to an AP as a share of a whole training, over the runs that get there."""
-    curves = [run.curve(AP) for run in runs]
-    first = [curve[curve[:, 1] >= goal][0, 0] / whole for curve in curves if curve[:, 1].max() >= goal]
-    missing = f", {len(first)} of {len(runs)} runs" if len(first) < len(runs) else ""
-    return spread(first, ".0%") + missing if first else "not reached"
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean (lowest to highest)."""
-    mean, low, high = np.mean(values), min(values), max(values)
-    return f"{mean:{form}}" if len(values) == 1 else f"{mean:{form}} ({low:{form}} to {high:{form}})"

@@ -4,19 +4,18 @@ Each has random streams of its own that start from the same seed: the order of t
 same for all, whatever else they draw.
 """
 
-import random
 import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
+from dn_detr_d2.randomness import random_state, set_random_state
 
 from .variants import Variant
 
@@ -42,7 +41,7 @@ class Contestant:
         with EventStorage(0) as self.trainer.storage:
             self.trainer.iter = 0
             self.trainer.before_train()
-        self.streams = streams()
+        self.streams = random_state(self.trainer.device)
 
     @property
     def done(self) -> bool:
@@ -51,7 +50,7 @@ class Contestant:
 
     def advance(self) -> None:
         """One iteration with its hooks; only the step itself is timed. After the last one the training is closed."""
-        restore(self.streams)
+        set_random_state(self.streams, self.trainer.device)
         with self.trainer.storage:
             self.trainer.before_step()
             start = time.perf_counter()
@@ -62,19 +61,7 @@ class Contestant:
             if self.done:
                 self.trainer.after_train()
                 Path(self.trainer.cfg.OUTPUT_DIR, "step_seconds.txt").write_text("\n".join(map(str, self.seconds)))
-        self.streams = streams()
-
-
-def streams() -> tuple:
-    """Where Python's, NumPy's and PyTorch's random streams stand."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def restore(states: tuple) -> None:
-    """Lets them go on from there."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
+        self.streams = random_state(self.trainer.device)
 
 
 def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int) -> list[Path]:
