@@ -4,23 +4,29 @@
     python train_net.py --config-file configs/dn_dab_deformable.yaml --num-gpus 8
     python train_net.py --config-file configs/dn_dab_deformable.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
-Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk over gloo.
+Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk over gloo. ``torchrun train_net.py ...`` and
+anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well; see docs/cluster.md.
+
+SIGTERM or SIGUSR1 ends a training after the present step with a checkpoint and exit code 75: the same command with
+``--resume`` goes on from there, to the bit. Other exit codes: 0 = done, 1 = an error, told in the last line.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessRaisedException
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
 from dn_detr_d2.data import check_files
 from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
+from dn_detr_d2.training import ProcessError, StopRequest, assigned_place, describe, join, launch
 
 
 def main(args) -> dict | None:
@@ -37,9 +43,14 @@ def main(args) -> dict | None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    stop_request = StopRequest()
+    stop_request.listen()
+    try:
+        trainer = Trainer(cfg, stop_request)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    finally:
+        stop_request.release()
 
 
 def splits(args) -> tuple[str, ...]:
@@ -47,8 +58,8 @@ def splits(args) -> tuple[str, ...]:
     return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
 
 
-def check(args) -> None:
-    """Everything that can be refused before a process starts or a file is written."""
+def check(args) -> float:
+    """Everything that can be refused before a process starts or a file is written; returns DIST_TIMEOUT."""
     cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
     check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted="MODEL.DEVICE" in args.opts)
     needed = splits(args)[0]
@@ -68,21 +79,33 @@ def check(args) -> None:
         (load_for_evaluation if args.eval_only and local else build_model)(cfg)  # only to see that it can be done
     except (KeyError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"the model cannot be built or loaded: {' '.join(str(error).split())}") from None
+    return cfg.DIST_TIMEOUT
 
 
 def run() -> int:
     """Command line; returns the exit code. A user's mistake is one sentence on stderr."""
-    args = default_argument_parser().parse_args()
+    args = default_argument_parser(epilog=__doc__).parse_args()
     try:
-        check(args)
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
-    except (UserError, FloatingPointError) as error:
+        if place := assigned_place(os.environ):
+            return run_as_assigned(place, args)
+        timeout = check(args)
+        machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        return launch(main, *machines, timeout, (args,))
+    except (UserError, FloatingPointError, ProcessError) as error:
         return fail(str(error))
-    except ProcessRaisedException as error:  # one of several processes: its traceback ends with what it raised
-        kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
-        if kind == "FloatingPointError" or kind.startswith("dn_detr_d2.errors."):
-            return fail(sentence)
-        raise
+
+
+def run_as_assigned(place, args) -> int:
+    """One of the processes that torchrun or SLURM has started; an error also goes where torchrun looks for it."""
+    args.num_gpus, args.num_machines = place.local_world_size, place.world_size // place.local_world_size
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        join(place, check(args))
+        main(args)
+    except Exception as error:
+        handler.record_exception(error)
+        return fail(describe(error, place))
     return 0
 
 

@@ -199,6 +199,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
     # Precision under SOLVER.AMP.ENABLED: "fp16" (with loss scaling) or "bf16".
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    # How many periodic checkpoints stay in OUTPUT_DIR, files of earlier runs included; 0 = all. model_best.pth,
+    # model_final.pth and the one to resume from are never deleted.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # Seconds that a process waits for the others before it gives up. PyTorch's own default is 600 for NCCL, 1800 for gloo.
+    cfg.DIST_TIMEOUT = 600
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
@@ -269,6 +274,10 @@ def check_config(cfg: CfgNode) -> None:
     for key in (*(f"SOLVER.{key}" for key in positive), "TEST.DETECTIONS_PER_IMAGE"):
         if _get(cfg, key) <= 0:
             raise ConfigError(f"{key} must be positive, got {_get(cfg, key)}")
+    _check_least(cfg, **{"SOLVER.CHECKPOINTS_KEPT": 0, "DIST_TIMEOUT": 1})
+    _check_least(
+        cfg, **{f"TEST.INSTABILITY.{key}": least for key, least in (("NUM_IMAGES", 0), ("PERIOD", 0), ("ATD_K", 1))}
+    )
     _check_instruments(cfg.TEST.INSTABILITY)
     num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
@@ -294,10 +303,13 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
 
 
+def _check_least(cfg: CfgNode, **least: int) -> None:
+    for key, value in least.items():
+        if _get(cfg, key) < value:
+            raise ConfigError(f"{key} must be at least {value}, got {_get(cfg, key)}")
+
+
 def _check_instruments(node: CfgNode) -> None:
-    for key, least in (("NUM_IMAGES", 0), ("PERIOD", 0), ("ATD_K", 1)):
-        if node[key] < least:
-            raise ConfigError(f"TEST.INSTABILITY.{key} must be at least {least}, got {node[key]}")
     scales = node.HEALTH_SCALES
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < float("inf") for x in scales):
         raise ConfigError(f"TEST.INSTABILITY.HEALTH_SCALES takes numbers that are not negative, got {list(scales)}")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 import weakref
 from functools import partial
@@ -19,7 +20,16 @@ from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .errors import ConfigError
 from .evaluation import build_instruments
 from .randomness import own_randomness
-from .training import BestCheckpointer, Checkpointer, CheckpointHook, progress, take_up
+from .training import (
+    BestCheckpointer,
+    Checkpointer,
+    CheckpointHook,
+    LeaveHook,
+    StopHook,
+    StopRequest,
+    progress,
+    take_up,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -166,10 +176,12 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`.
+        stop_request: one that listens already; otherwise signals count from :meth:`train` on.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, stop_request: StopRequest | None = None):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
+        self.stop_request = stop_request or StopRequest()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -207,8 +219,25 @@ class Trainer(DefaultTrainer):
             added.insert(0, BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(cfg)))
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
         found[evaluation + 1 : evaluation + 1] = added
-        found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
-        return found
+        stop = StopHook(self.stop_request)
+        found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop))
+        return [stop, *found, LeaveHook(stop)]
+
+    def train(self):
+        """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75)."""
+        self.stop_request.listen()
+        try:
+            return super().train()
+        finally:
+            self.stop_request.release()
+
+    def after_train(self) -> None:
+        """As Detectron2's; after an error or a stop only the writers finish, because other ranks may have left."""
+        self.storage.iter = self.iter
+        cut_off = sys.exc_info()[0] is not None
+        for hook in self._hooks:
+            if not cut_off or isinstance(hook, hooks.PeriodicWriter):
+                hook.after_train()
 
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:

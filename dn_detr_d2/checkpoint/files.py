@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .durable import verify, write_summed
 
 # Types without behaviour that the authors' files hold beside their tensors.
 PLAIN_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, collections.defaultdict, dict, set]
@@ -59,11 +60,13 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
     """Reads ``.pth`` (ours, the authors', torchvision's), ``.pkl`` of Detectron2's zoo, or ``.safetensors``.
 
     Raises:
-        CheckpointError: the file is not there, is damaged, asks for something to be executed, or holds no tensors.
+        CheckpointError: the file is not there, is damaged, differs from the sum beside it (see :mod:`.durable`), asks for
+            something to be executed, or holds no tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
+    verify(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -132,13 +135,13 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: CheckpointFile) -> Non
         raise CheckpointError(f"a checkpoint is written as .pth or .safetensors, got {str(path)!r}")
     if not path.parent.is_dir():
         raise CheckpointError(f"the folder {str(path.parent)!r} for {path.name} does not exist")
-    unfinished = path.with_name(path.name + ".part")
     state = {name: x.detach().contiguous().cpu() for name, x in checkpoint.state.items()}
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         metadata = {"class_names": json.dumps(checkpoint.class_names), "config": checkpoint.config, "format": "pt"}
-        save_file({name: x.clone() for name, x in state.items()}, unfinished, metadata)
+        content = save({name: x.clone() for name, x in state.items()}, metadata)
+        write_summed(path, lambda file: file.write(content))
     else:
-        torch.save({"model": state, "class_names": checkpoint.class_names, "config": checkpoint.config}, unfinished)
-    unfinished.replace(path)
+        whole = {"model": state, "class_names": checkpoint.class_names, "config": checkpoint.config}
+        write_summed(path, lambda file: torch.save(whole, file))

@@ -2,6 +2,23 @@
 
 from .checkpointer import Checkpointer
 from .hooks import BestCheckpointer, CheckpointHook
+from .processes import ProcessError, assigned_place, describe, join, launch
 from .progress import progress, take_up
+from .signals import REQUEUE, LeaveHook, StopHook, StopRequest
 
-__all__ = ["BestCheckpointer", "CheckpointHook", "Checkpointer", "progress", "take_up"]
+__all__ = [
+    "REQUEUE",
+    "BestCheckpointer",
+    "CheckpointHook",
+    "Checkpointer",
+    "LeaveHook",
+    "ProcessError",
+    "StopHook",
+    "StopRequest",
+    "assigned_place",
+    "describe",
+    "join",
+    "launch",
+    "progress",
+    "take_up",
+]

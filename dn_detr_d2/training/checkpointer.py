@@ -2,12 +2,16 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
 from ..checkpoint import convert, read_checkpoint
+from ..checkpoint.durable import require_space, verify, write_summed
 from ..errors import CheckpointError
+from .folder import find_resumable, point_to, remove_old
 
 logger = logging.getLogger(__name__)
 
@@ -15,14 +19,14 @@ BEST = "model_best"
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with safe reading, converted names and classes that may change.
+    """Detectron2's checkpointer with safe reading and writing, converted names and classes that may change.
 
     Conversion happens when a training starts from a file and when a file is evaluated; a run that is resumed reads what it
     wrote. Saved files carry the class names and the config.
 
     Args:
         model, save_dir, checkpointables: as for DetectionCheckpointer.
-        cfg: for the class names.
+        cfg: for the class names and ``SOLVER.CHECKPOINTS_KEPT``.
         new_classes: whether classes that the file lacks may start at random.
         progress: gives what else a checkpoint of a training keeps; called on every rank.
     """
@@ -40,32 +44,45 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.progress = progress
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
+        self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
         self.new_classes, self.resuming = new_classes, False
 
-    def resume_or_load(self, path: str, *, resume: bool = True):
-        """As Detectron2's."""
-        self.resuming = resume and self.has_checkpoint()
-        return super().resume_or_load(path, resume=resume)
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """As Detectron2's, but a damaged last checkpoint is passed over, see :func:`~.folder.find_resumable`."""
+        found = find_resumable(Path(self.save_dir)) if resume and self.save_dir and comm.is_main_process() else None
+        found = comm.all_gather(found)[0]
+        self.resuming = found is not None
+        if self.resuming:
+            return self.load(str(found))
+        return super().resume_or_load(path, resume=False)
 
     def save(self, name: str, **kwargs) -> None:
-        """Writes ``name``.pth; every rank must call."""
-        super().save(name, class_names=self.class_names, config=self.config, **self.progress(), **kwargs)
+        """Writes ``name``.pth, whole or not at all; every rank must call.
+
+        Raises:
+            CheckpointError: the disk has no room, or cannot be written to; what was there stays.
+        """
+        extra = {"class_names": self.class_names, "config": self.config, **self.progress(), **kwargs}
+        if not self.save_dir or not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **parts, **extra}
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info("Saving checkpoint to %s", path)
+        require_space(path, content)
+        write_summed(path, lambda file: torch.save(content, file))
+        self.tag_last_checkpoint(path.name)
+        remove_old(path.parent, self.kept)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the file to resume from; the best one is none, a later one may be there."""
         if last_filename_basename != f"{BEST}.pth":
-            super().tag_last_checkpoint(last_filename_basename)
+            point_to(Path(self.save_dir), last_filename_basename)
 
     def _load_file(self, filename: str) -> dict:
         if self.resuming:
-            try:
-                return torch.load(filename, map_location="cpu", weights_only=True)
-            except Exception as error:
-                first = (str(error).strip().splitlines() or [repr(error)])[0]
-                raise CheckpointError(
-                    f"the checkpoint to resume from, {filename}, is damaged ({first}); write the name of an earlier "
-                    "model_*.pth into the file last_checkpoint beside it"
-                ) from None
+            verify(Path(filename))
+            return torch.load(filename, map_location="cpu", weights_only=True)
         file = read_checkpoint(filename)
         return {"model": file.state, "class_names": file.class_names}
 

@@ -8,26 +8,29 @@ from pathlib import Path
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from ..checkpoint.durable import replace_text
 from .checkpointer import BEST, Checkpointer
+from .signals import StopHook
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(HookBase):
-    """Writes ``model_<iteration>.pth`` now and then, and ``model_final.pth`` after the last iteration.
+    """Writes ``model_<iteration>.pth`` now and then and before a stop, and ``model_final.pth`` after the last iteration.
 
     Args:
         checkpointer: of the training.
         period: iterations between two checkpoints.
+        stop: says whether the training is to stop.
     """
 
-    def __init__(self, checkpointer: Checkpointer, period: int):
-        self.checkpointer, self.period = checkpointer, period
+    def __init__(self, checkpointer: Checkpointer, period: int, stop: StopHook):
+        self.checkpointer, self.period, self.stop = checkpointer, period, stop
 
     def after_step(self) -> None:
         """Writes if it is time."""
         done = self.trainer.iter + 1
-        if done % self.period == 0:
+        if done % self.period == 0 or (self.stop.agreed and done < self.trainer.max_iter):
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         if done >= self.trainer.max_iter:
             self.checkpointer.save("model_final", iteration=self.trainer.iter)
@@ -60,5 +63,5 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if comm.is_main_process():
             self.best_metric, self.best_iter = value, iteration
             record = {"metric": self._val_metric, "value": value, "iteration": iteration}
-            self._record.write_text(json.dumps(record))
+            replace_text(self._record, json.dumps(record))
             logger.info("%s = %.3f after %d iterations is the best so far", self._val_metric, value, iteration)

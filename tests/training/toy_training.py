@@ -50,3 +50,10 @@ def load(folder, name="model_final"):
     """A checkpoint without its config, which names the folder."""
     state = torch.load(Path(folder) / f"{name}.pth", weights_only=True)
     return {key: value for key, value in state.items() if key != "config"}
+
+
+def command(folder, *options, overrides=()):
+    """The same training as :func:`train` with seed 7, as a command line of train_net.py."""
+    config = ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"
+    changes = [str(x) for x in (*OPTIONS, *overrides, "OUTPUT_DIR", folder)]
+    return [str(ROOT / "train_net.py"), "--config-file", str(config), *options, *changes]

@@ -1,0 +1,203 @@
+"""Processes that start together and end together: our own launcher, and the places that torchrun or SLURM assign.
+
+When one process fails, the others have a few seconds to leave and are then killed; what is told is the first cause, not the
+broken connections that follow from it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+from detectron2.utils import comm
+
+from ..errors import ConfigError, UserError
+from .signals import REQUEUE, SIGNALS
+
+GRACE = 3.0  # seconds for the others to leave by themselves
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class ProcessError(RuntimeError):
+    """One of several processes has failed; the text is the first cause."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among all: on its machine (``local``) and in the whole run.
+
+    Attributes:
+        url: where they meet, as ``init_process_group`` takes it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    url: str = "env://"
+
+
+def assigned_place(environment: Mapping[str, str]) -> Place | None:
+    """The place that torchrun, or a SLURM script, has put into the environment; None if it has not.
+
+    Raises:
+        ConfigError: RANK, WORLD_SIZE and LOCAL_RANK are there but no numbers that fit.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in environment for name in names):
+        return None
+    texts = [environment[name] for name in names]
+    texts.append(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]))
+    if not all(text.isdecimal() for text in texts):
+        raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers, got {texts}")
+    rank, world, local_rank, local_world = map(int, texts)
+    if rank >= world or local_rank >= local_world or local_world < 1 or world % local_world:
+        raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = {texts} do not fit together")
+    return Place(rank, world, local_rank, local_world)
+
+
+def join(place: Place, timeout: float) -> None:
+    """Meets the other processes: over NCCL where there is a GPU, else over gloo.
+
+    Args:
+        place: of this process.
+        timeout: seconds that a process waits for the others, here and later.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=place.url,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    comm.create_local_process_group(place.local_world_size)
+    comm.synchronize()
+
+
+def launch(
+    main: Callable, processes: int, machines: int, machine_rank: int, url: str, timeout: float, args: tuple
+) -> int:
+    """Runs ``main(*args)`` in all processes of this machine; in this one if it is the only one.
+
+    Args:
+        main: a function that can be pickled.
+        processes: on this machine.
+        machines, machine_rank: how many there are, and which is this.
+        url: where the processes meet, "auto" = a free port of this machine.
+        timeout: see :func:`join`.
+        args: of ``main``.
+
+    Returns:
+        int: 0, or 75 if the run was asked to stop and can be resumed.
+
+    Raises:
+        ProcessError: one of the processes has failed.
+    """
+    world = processes * machines
+    if world == 1:
+        main(*args)
+        return 0
+    url = f"tcp://127.0.0.1:{_free_port()}" if url == "auto" else url
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="dn_detr_d2-launch-") as folder:
+        started = []
+        for local_rank in range(processes):
+            place = Place(machine_rank * processes + local_rank, world, local_rank, processes, url)
+            started.append(context.Process(target=_run, args=(main, place, timeout, folder, args)))
+            started[-1].start()
+        return _Watch(started, Path(folder)).until_all_are_gone()
+
+
+class _Watch:
+    """Waits for processes; ends all when one has failed, and hands on the request to stop."""
+
+    def __init__(self, started: list, folder: Path):
+        self.started, self.folder, self.asked, self.killed = started, folder, False, set()
+
+    def until_all_are_gone(self) -> int:
+        """The exit code of the whole; raises ProcessError."""
+        before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+        try:
+            self._wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        codes = [process.exitcode for process in self.started]
+        stopped = {0, REQUEUE}
+        if self.asked:  # a process that has not begun to train dies of the signal, those that wait for it are killed
+            stopped |= {-number for number in SIGNALS} | {p.exitcode for p in self.killed}
+        if set(codes) <= stopped:
+            return REQUEUE if any(codes) else 0
+        raise ProcessError(self._first_cause(codes))
+
+    def _hand_on(self, number: int, frame) -> None:
+        self.asked = True
+        for process in self.started:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def _wait(self) -> None:
+        deadline = None
+        while alive := [process for process in self.started if process.is_alive()]:
+            wait([process.sentinel for process in alive], timeout=0.2)
+            failed = any(p.exitcode not in (None, 0, REQUEUE) for p in self.started) or any(self.folder.iterdir())
+            if failed and deadline is None:
+                deadline = time.monotonic() + GRACE
+            if deadline is not None and time.monotonic() > deadline:
+                for process in alive:
+                    self.killed.add(process)
+                    process.kill()
+
+    def _first_cause(self, codes: list[int]) -> str:
+        """A process that was killed from outside, else the earliest record, else any exit code."""
+        for process, code in zip(self.started, codes, strict=True):
+            if code == -signal.SIGKILL and process not in self.killed:
+                return f"process {process.pid} was killed (SIGKILL); if nobody did, look whether memory ran out (dmesg)"
+        records = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
+        if records:
+            return min(records, key=lambda record: record["time"])["cause"]
+        return f"the processes of this machine ended with the codes {codes} (-N = by signal N)"
+
+
+def _run(main: Callable, place: Place, timeout: float, folder: str, args: tuple) -> None:
+    """What a process of the launcher does; writes down why it failed before it leaves."""
+    if sys.platform == "linux":  # a launcher that is killed takes all with it
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    try:
+        join(place, timeout)
+        main(*args)
+    except Exception as error:
+        record = {"time": time.time(), "cause": describe(error, place)}
+        draft = Path(folder) / f"{place.rank}.part"
+        draft.write_text(json.dumps(record))
+        draft.rename(draft.with_suffix(".json"))
+        sys.exit(1)
+
+
+def describe(error: Exception, place: Place) -> str:
+    """An error as one line that names its rank; an unexpected one is printed with its traceback first."""
+    if isinstance(error, UserError | FloatingPointError):
+        return str(error)
+    traceback.print_exception(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"rank {place.rank} of {place.world_size}: {type(error).__name__}: {first} (its traceback stands above)"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -1,0 +1,86 @@
+"""A training that is asked to stop writes a checkpoint, says so with exit code 75, and goes on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from toy_training import command, differing, load, make_cfg, train
+
+from dn_detr_d2.training import REQUEUE, StopRequest
+
+LONG = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 16, "SOLVER.STEPS", (15,)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def until(path, process, seconds=200):
+    """Waits for a file."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"it ended before {path}"
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "processes", "workers"), [
+    (signal.SIGTERM, 1, 2), (signal.SIGUSR1, 2, 0),
+])  # fmt: skip
+def test_a_signal_ends_with_75_and_the_resumed_training_is_the_same(tmp_path, number, processes, workers):
+    """The signal goes to the whole group, loader processes included, as a cluster sends it."""
+    options = ["--num-gpus", str(processes), "--dist-url", "auto"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    overrides = [*LONG, "DATALOADER.NUM_WORKERS", workers]
+
+    said = tmp_path / "said.txt"
+
+    def start(folder, *more):
+        line = [sys.executable, *command(folder, *options, *more, overrides=overrides)]
+        with said.open("w") as screen:
+            return subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=screen, stderr=screen)
+
+    if processes == 1:
+        train(make_cfg(whole, *overrides), seed=7)
+    else:
+        assert start(whole).wait(300) == 0, said.read_text()
+    process = start(stopped)
+    until(stopped / "model_0000001.pth", process)
+    os.killpg(process.pid, number)
+    assert process.wait(120) == REQUEUE, said.read_text()
+    assert f"{number.name}: stopped after iteration" in said.read_text()
+    assert not (stopped / "model_final.pth").exists()
+    assert start(stopped, "--resume").wait(300) == 0, said.read_text()
+    assert differing(load(whole), load(stopped)) == []
+
+
+def test_a_signal_in_the_last_step_lets_the_training_end(tmp_path, monkeypatch):
+    from dn_detr_d2.engine import Trainer
+
+    real = Trainer.run_step
+
+    def run_step(self):
+        real(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "run_step", run_step)
+    trainer = train(make_cfg(tmp_path / "out", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ()))
+    assert trainer.iter == 1
+    assert (tmp_path / "out" / "model_final.pth").exists()
+
+
+def test_the_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    request = StopRequest()
+    request.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request.received == "SIGTERM"
+    request.release()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_help_tells_of_the_exit_code():
+    done = subprocess.run([sys.executable, "train_net.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "checkpoint and exit code 75" in done.stdout
