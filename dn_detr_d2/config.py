@@ -5,15 +5,13 @@ DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable
 """
 
 import difflib
-import os
 import re
-from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .coco import NUM_RAW_CLASSES, coco_names, raw_names
+from .config_file import read_config_file
 from .data.coco_custom import class_names, register_coco_json
 from .errors import ConfigError
 
@@ -240,16 +238,12 @@ def setup_cfg(
     """
     cfg = get_cfg()
     add_dn_detr_config(cfg)
-    if config_file and not Path(config_file).is_file():
-        raise ConfigError(f"config file {config_file!r} does not exist (looked in {os.getcwd()})")
+    content = read_config_file(config_file) if config_file else {}
     try:
-        if config_file:
-            cfg.merge_from_other_cfg(_read_yaml(config_file))
+        cfg.merge_from_other_cfg(CfgNode(_null_for_auto(content)))
         cfg.merge_from_list(_without_auto(opts or []))
-    except (KeyError, AssertionError, ValueError, AttributeError, TypeError) as error:
+    except (KeyError, AssertionError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(_explain_merge(error, cfg, config_file)) from None
-    except (yaml.YAMLError, OSError) as error:
-        raise ConfigError(f"config file {config_file} cannot be read: {' '.join(str(error).split())}") from None
     check_config(cfg)
     used = [name for split in splits for name in cfg.DATASETS[split]]
     for entry in cfg.DATASETS.COCO_JSON:
@@ -332,9 +326,8 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         node.CLASS_NAMES = list(classes)
 
 
-def _read_yaml(config_file: str) -> CfgNode:
-    """A YAML file and its bases, with ``NUM_CLASSES: auto`` as null: yacs would let no number replace a string."""
-    content = CfgNode(CfgNode.load_yaml_with_base(config_file, allow_unsafe=False) or {})
+def _null_for_auto(content: dict) -> dict:
+    """A file's content with ``NUM_CLASSES: auto`` as null, in place: yacs would let no number replace a string."""
     node = (content.get("MODEL") or {}).get("DN_DETR") or {}
     if str(node.get("NUM_CLASSES")).lower() == "auto":
         node["NUM_CLASSES"] = None

@@ -16,7 +16,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from . import data, solver
-from .checkpoint import convert, read_checkpoint
+from .checkpoint import convert, pointed_checkpoint, read_checkpoint
 from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .errors import CheckpointError, ConfigError
 from .evaluation import build_instruments
@@ -142,6 +142,10 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.new_classes, self._resuming = new_classes, False
+
+    def get_checkpoint_file(self) -> str:
+        """Path of the newest checkpoint of the folder, "" if there is none; it lies in the folder, or is refused."""
+        return pointed_checkpoint(self.save_dir)
 
     def resume_or_load(self, path: str, *, resume: bool = True):
         """As Detectron2's."""

@@ -21,9 +21,11 @@ DOORS = {
     "modeling": GROUND | {"layers", "denoising", "checkpoint"},
     "data": GROUND,
     "solver": GROUND,
-    "config": GROUND | {"data"},
+    "config_file": GROUND,
+    "config": GROUND | {"data", "config_file"},
     "evaluation": GROUND | {"data", "denoising", "modeling"},
     "engine": GROUND | {"data", "solver", "checkpoint", "evaluation"},
+    "predictor": {"engine"},
     "doctor": GROUND | {"layers", "checkpoint", "data", "config", "__version__"},
 }
 # Which parts of detectron2 each room may know.
@@ -35,6 +37,7 @@ DETECTRON2 = {
     "evaluation": {"engine", "structures", "utils"},
     "config": {"config"},
     "engine": {"checkpoint", "engine", "evaluation", "modeling", "utils"},
+    "predictor": {"engine"},
     "doctor": {"config", "data", "modeling", "structures"},
 }
 
