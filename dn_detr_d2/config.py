@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from .coco import NUM_RAW_CLASSES, coco_names, raw_names
 from .config_file import read_config_file
+from .config_ranges import check_ranges, flatten
 from .data.coco_custom import class_names, register_coco_json
 from .errors import ConfigError
 
@@ -259,13 +260,10 @@ def setup_cfg(
 
 def check_config(cfg: CfgNode) -> None:
     """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
-    positive = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "CHECKPOINT_PERIOD")
-    for key in (*(f"SOLVER.{key}" for key in positive), "TEST.DETECTIONS_PER_IMAGE"):
-        if _get(cfg, key) <= 0:
-            raise ConfigError(f"{key} must be positive, got {_get(cfg, key)}")
+    check_ranges(cfg)
     _check_instruments(cfg.TEST.INSTABILITY)
     num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
     choices = {
         "SOLVER.OPTIMIZER": ("ADAMW",),
@@ -346,21 +344,13 @@ def _get(cfg: CfgNode, key: str):
     return cfg
 
 
-def _leaves(cfg: CfgNode, prefix: str = ""):
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
 def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:
     """yacs' complaint as one sentence, with the nearest key for a misspelt one."""
     text = str(error.args[0]) if error.args else repr(error)
     if mismatch := re.search(r"(Type mismatch \(.*?\)).*(for config key: \S+)", text, re.DOTALL):
         text = " ".join(mismatch.groups())  # without the values, which may be whole nodes
     key = text.rsplit(" ", 1)[-1]
-    near = difflib.get_close_matches(key, list(_leaves(cfg)), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [known for known, _ in flatten(cfg)], n=1, cutoff=0.6)
     where = f" in {config_file} or on the command line" if config_file else " on the command line"
     hint = f"; did you mean {near[0]}?" if near and "ey" in text else ""
     return f"{text}{where}{hint}"
