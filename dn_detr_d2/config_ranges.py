@@ -38,7 +38,7 @@ def _strings(x) -> bool:
 
 
 def _sizes(x) -> bool:
-    return isinstance(x, list | tuple) and len(x) > 0 and all(type(size) is int and 0 < size for size in x)
+    return isinstance(x, list | tuple) and len(x) > 0 and all(type(size) is int and size > 0 for size in x)
 
 
 def _three(x) -> bool:
