@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from dn_detr_d2 import ConfigError, DatasetError, UserError, setup_cfg
 from dn_detr_d2.data import read_image
+from dn_detr_d2.predictor import Predictor
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read
@@ -111,7 +111,7 @@ def predict(args: argparse.Namespace) -> int:
     weights = cfg.MODEL.WEIGHTS
     if not weights or ("://" not in weights and not Path(weights).is_file()):
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; add --opts MODEL.WEIGHTS model_final.pth")
-    predictor, metadata = DefaultPredictor(cfg), class_metadata(cfg)
+    predictor, metadata = Predictor(cfg), class_metadata(cfg)
 
     output.mkdir(parents=True, exist_ok=True)
     records, unreadable = [], 0

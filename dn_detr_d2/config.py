@@ -5,15 +5,14 @@ DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable
 """
 
 import difflib
-import os
 import re
-from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .coco import NUM_RAW_CLASSES, coco_names, raw_names
+from .config_file import read_config_file
+from .config_ranges import check_ranges, flatten
 from .data.coco_custom import class_names, register_coco_json
 from .errors import ConfigError
 
@@ -245,16 +244,12 @@ def setup_cfg(
     """
     cfg = get_cfg()
     add_dn_detr_config(cfg)
-    if config_file and not Path(config_file).is_file():
-        raise ConfigError(f"config file {config_file!r} does not exist (looked in {os.getcwd()})")
+    content = read_config_file(config_file) if config_file else {}
     try:
-        if config_file:
-            cfg.merge_from_other_cfg(_read_yaml(config_file))
+        cfg.merge_from_other_cfg(CfgNode(_null_for_auto(content)))
         cfg.merge_from_list(_without_auto(opts or []))
-    except (KeyError, AssertionError, ValueError, AttributeError, TypeError) as error:
+    except (KeyError, AssertionError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(_explain_merge(error, cfg, config_file)) from None
-    except (yaml.YAMLError, OSError) as error:
-        raise ConfigError(f"config file {config_file} cannot be read: {' '.join(str(error).split())}") from None
     check_config(cfg)
     used = [name for split in splits for name in cfg.DATASETS[split]]
     for entry in cfg.DATASETS.COCO_JSON:
@@ -270,17 +265,10 @@ def setup_cfg(
 
 def check_config(cfg: CfgNode) -> None:
     """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
-    positive = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "CHECKPOINT_PERIOD")
-    for key in (*(f"SOLVER.{key}" for key in positive), "TEST.DETECTIONS_PER_IMAGE"):
-        if _get(cfg, key) <= 0:
-            raise ConfigError(f"{key} must be positive, got {_get(cfg, key)}")
-    _check_least(cfg, **{"SOLVER.CHECKPOINTS_KEPT": 0, "DIST_TIMEOUT": 1})
-    _check_least(
-        cfg, **{f"TEST.INSTABILITY.{key}": least for key, least in (("NUM_IMAGES", 0), ("PERIOD", 0), ("ATD_K", 1))}
-    )
+    check_ranges(cfg)
     _check_instruments(cfg.TEST.INSTABILITY)
     num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
     choices = {
         "SOLVER.OPTIMIZER": ("ADAMW",),
@@ -301,12 +289,6 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
-
-
-def _check_least(cfg: CfgNode, **least: int) -> None:
-    for key, value in least.items():
-        if _get(cfg, key) < value:
-            raise ConfigError(f"{key} must be at least {value}, got {_get(cfg, key)}")
 
 
 def _check_instruments(node: CfgNode) -> None:
@@ -344,9 +326,8 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         node.CLASS_NAMES = list(classes)
 
 
-def _read_yaml(config_file: str) -> CfgNode:
-    """A YAML file and its bases, with ``NUM_CLASSES: auto`` as null: yacs would let no number replace a string."""
-    content = CfgNode(CfgNode.load_yaml_with_base(config_file, allow_unsafe=False) or {})
+def _null_for_auto(content: dict) -> dict:
+    """A file's content with ``NUM_CLASSES: auto`` as null, in place: yacs would let no number replace a string."""
     node = (content.get("MODEL") or {}).get("DN_DETR") or {}
     if str(node.get("NUM_CLASSES")).lower() == "auto":
         node["NUM_CLASSES"] = None
@@ -365,21 +346,13 @@ def _get(cfg: CfgNode, key: str):
     return cfg
 
 
-def _leaves(cfg: CfgNode, prefix: str = ""):
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
 def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:
     """yacs' complaint as one sentence, with the nearest key for a misspelt one."""
     text = str(error.args[0]) if error.args else repr(error)
     if mismatch := re.search(r"(Type mismatch \(.*?\)).*(for config key: \S+)", text, re.DOTALL):
         text = " ".join(mismatch.groups())  # without the values, which may be whole nodes
     key = text.rsplit(" ", 1)[-1]
-    near = difflib.get_close_matches(key, list(_leaves(cfg)), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [known for known, _ in flatten(cfg)], n=1, cutoff=0.6)
     where = f" in {config_file} or on the command line" if config_file else " on the command line"
     hint = f"; did you mean {near[0]}?" if near and "ey" in text else ""
     return f"{text}{where}{hint}"

@@ -1,4 +1,6 @@
 import json
+import math
+import random
 
 import pytest
 import yaml
@@ -8,6 +10,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError, add_dn_detr_config, setup_cfg
+from dn_detr_d2.config_ranges import CHECKS, flatten
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("Base"))
 HERE = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATASETS.COCO_JSON", []]
@@ -150,3 +153,54 @@ def test_every_published_config_has_a_row_in_the_model_zoo():
     ] == []
     rows = [line.split("]")[0].removeprefix("| [") for line in zoo.splitlines() if line.startswith("| [")]
     assert [row for row in rows if not (ROOT / "configs" / f"{row}.yaml").exists()] == []
+
+
+def own_keys():
+    """{key: default} of what this project adds to Detectron2."""
+    theirs, ours = get_cfg(), get_cfg()
+    add_dn_detr_config(ours)
+    known = dict(flatten(theirs))
+    return {key: value for key, value in flatten(ours) if key not in known or known[key] != value}
+
+
+def edited(key, random):
+    """The key with one letter of its last part left out, doubled, changed, or exchanged with its neighbour."""
+    start = key.rfind(".") + 1
+    i = random.randrange(start, len(key))
+    j = max(i - 1, start)
+    edits = [
+        key[:i] + key[i + 1 :],
+        key[:i] + key[i] + key[i:],
+        key[:i] + random.choice("QZX") + key[i + 1 :],
+        key[:j] + key[i] + key[j] + key[i + 1 :] if j < i else key + "S",
+    ]
+    return random.choice(edits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_key_with_one_wrong_letter_is_refused_and_the_nearest_named(seed):
+    chance, known = random.Random(seed), own_keys()
+    assert len(known) > 60
+    for key in known:
+        wrong = edited(key, chance)
+        while wrong in known or wrong.endswith("."):
+            wrong = edited(key, chance)
+        with pytest.raises(ConfigError, match=r"did you mean") as caught:
+            setup_cfg("", [wrong, "1", "MODEL.DN_DETR.NUM_CLASSES", 3])
+        assert f"did you mean {key}?" in str(caught.value), wrong
+
+
+def test_no_number_of_ours_may_be_nan_or_an_integer_beyond_all_tensors():
+    for key, value in own_keys().items():
+        for bad in [math.nan] * isinstance(value, float) + [1 << 70] * (type(value) is int):
+            with pytest.raises(ConfigError, match=key):
+                setup_cfg("", [key, bad, "MODEL.DN_DETR.NUM_CLASSES", 3])
+
+
+@pytest.mark.parametrize("key", [key for keys, must, _ in CHECKS for key in keys])
+def test_a_value_out_of_its_range_is_refused_with_key_and_value(key):
+    value = own_keys().get(key, 1)
+    bad = [math.inf] if isinstance(value, float) else [[-1]] if isinstance(value, list | tuple) else [-1]
+    for nonsense in [*bad, None]:
+        with pytest.raises(ConfigError, match=key):
+            setup_cfg("", [key, nonsense, "MODEL.DN_DETR.NUM_CLASSES", 3])

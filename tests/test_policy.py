@@ -22,10 +22,13 @@ DOORS = {
     "modeling": GROUND | {"layers", "denoising", "checkpoint"},
     "data": GROUND,
     "solver": GROUND,
-    "config": GROUND | {"data"},
+    "config_file": GROUND,
+    "config_ranges": GROUND,
+    "config": GROUND | {"data", "config_file", "config_ranges"},
     "evaluation": GROUND | {"data", "denoising", "modeling"},
     "training": GROUND | {"data", "checkpoint"},
     "engine": GROUND | {"data", "solver", "checkpoint", "evaluation", "training"},
+    "predictor": {"training"},
     "doctor": GROUND | {"layers", "checkpoint", "data", "config", "__version__"},
 }
 # Which parts of detectron2 each room may know.
@@ -38,6 +41,7 @@ DETECTRON2 = {
     "config": {"config"},
     "training": {"checkpoint", "engine", "utils"},
     "engine": {"engine", "evaluation", "modeling", "utils"},
+    "predictor": {"engine"},
     "doctor": {"config", "data", "modeling", "structures"},
 }
 

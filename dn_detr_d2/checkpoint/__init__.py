@@ -1,7 +1,14 @@
 """Other people's checkpoints: read safely, with our names and our classes. Knows files and tensors only."""
 
 from .convert import BODIES, Conversion, convert
-from .files import CheckpointFile, allow_plain_types, read_checkpoint, write_checkpoint
+from .files import (
+    CheckpointFile,
+    allow_plain_types,
+    check_pickle,
+    pointed_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .names import Source, identify
 
 __all__ = [
@@ -10,8 +17,10 @@ __all__ = [
     "Conversion",
     "Source",
     "allow_plain_types",
+    "check_pickle",
     "convert",
     "identify",
+    "pointed_checkpoint",
     "read_checkpoint",
     "write_checkpoint",
 ]

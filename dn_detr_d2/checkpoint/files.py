@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,9 @@ NUMPY_NAMES = {
     (module, name)
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     for name in ("_reconstruct", "scalar")
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")}
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")}
+POINTER = "last_checkpoint"  # the file in which Detectron2 notes the name of the newest checkpoint of a folder
+LONGEST_NAME = 255
 
 
 @dataclass
@@ -46,9 +49,18 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         """What a name in the file stands for, if it is allowed."""
+        if (module, name) == ("_codecs", "encode"):  # how Python 2 wrote bytes
+            return _encode_latin1
         if (module, name) not in NUMPY_NAMES:
             raise pickle.UnpicklingError(f"the file asks for {module}.{name}")
         return super().find_class(module, name)
+
+
+def _encode_latin1(text: str, codec: str) -> bytes:
+    """The one codec that files use; naming another would import it."""
+    if codec not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"the file asks for the codec {codec!r:.40}")
+    return text.encode("latin1")
 
 
 def allow_plain_types() -> None:
@@ -69,6 +81,7 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
     verify(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    _refuse_compressed(path)
     try:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
@@ -88,14 +101,74 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
     return _unpack(content, path)
 
 
+def check_pickle(weights: str) -> None:
+    """Refuses a hostile ``.pkl`` on this machine before Detectron2's own checkpointer, which would run it, opens it.
+
+    Args:
+        weights: MODEL.WEIGHTS; anything but a local ``.pkl`` passes.
+    """
+    path = weights.split("?")[0]  # Detectron2 lets options follow
+    if path.endswith(".pkl") and Path(path).is_file():
+        read_checkpoint(path)
+
+
 def _unpack(content, path: Path) -> CheckpointFile:
     """The state dict of a file, which may lie under "model" or "state_dict"."""
     extra = content if isinstance(content, dict) else {}
     state = next((extra[key] for key in ("model", "state_dict") if isinstance(extra.get(key), dict)), content)
     if not isinstance(state, dict) or not any(_is_tensor(x) for x in state.values()):
         raise CheckpointError(f"{str(path)!r} is not a checkpoint: it holds no named tensors")
+    largest = path.stat().st_size
+    for name, x in state.items():
+        if _is_tensor(x) and x.nbytes > largest:  # it repeats one number; a copy of it would fill the memory
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} was refused: it has {largest} bytes, but {str(name)!r:.80} would take {x.nbytes}"
+            )
     state = {str(name): torch.as_tensor(x) for name, x in state.items() if _is_tensor(x)}
-    return CheckpointFile(state, _names(extra.get("class_names"), path), str(extra.get("config", "")))
+    config = extra.get("config", "")
+    return CheckpointFile(state, _names(extra.get("class_names"), path), config if isinstance(config, str) else "")
+
+
+def _refuse_compressed(path: Path) -> None:
+    """A checkpoint is a ZIP archive of plain entries; one that unpacks to far more is there to fill the memory."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {error}") from None
+    if unpacked > 2 * path.stat().st_size:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} was refused: it has {path.stat().st_size} bytes and would unpack to {unpacked}; "
+            "checkpoints are not compressed"
+        )
+
+
+def pointed_checkpoint(folder: str | os.PathLike) -> str:
+    """Path of the checkpoint that ``last_checkpoint`` in a folder names; "" if there is no such file.
+
+    The name may lead nowhere but to a file of the same folder: a folder of somebody else's run is data, not a guide through
+    this machine.
+
+    Raises:
+        CheckpointError: it is a link, too long, not text, or names something outside the folder.
+    """
+    pointer = Path(folder) / POINTER
+    if not pointer.exists():
+        return ""
+    way_out = "write the name of a .pth file of this folder into it"
+    if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > LONGEST_NAME:
+        raise CheckpointError(f"{pointer} must be a short text file, and no link; {way_out}")
+    try:
+        name = pointer.read_text().strip()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{pointer} is not text; {way_out}") from None
+    if not name or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
+        raise CheckpointError(f"{pointer} names {name!r}, which is not a file beside it; {way_out}")
+    if (Path(folder) / name).resolve().parent != Path(folder).resolve():
+        raise CheckpointError(f"{pointer} names {name!r}, which is a link out of its folder; {way_out}")
+    return str(Path(folder) / name)
 
 
 def _is_tensor(x) -> bool:
@@ -107,7 +180,7 @@ def _names(names, path: Path) -> list[str]:
     if names is None:
         return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"checkpoint {str(path)!r} may be damaged: its class names are {names!r}")
+        raise CheckpointError(f"checkpoint {str(path)!r} may be damaged: its class names are not a list of names")
     return names
 
 
@@ -119,8 +192,9 @@ def _read_safetensors(path: Path) -> CheckpointFile:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             metadata = file.metadata() or {}
         names = json.loads(metadata.get("class_names", "[]"))
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {error}") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {first}") from None
     return CheckpointFile(state, _names(names, path), metadata.get("config", ""))
 
 

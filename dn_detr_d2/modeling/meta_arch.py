@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..boxes import image_scale, xyxy_to_cxcywh
-from ..checkpoint import BODIES, convert, identify
+from ..checkpoint import BODIES, check_pickle, convert, identify
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
@@ -120,6 +120,7 @@ class DenoisingDETR(nn.Module):
     def from_config(cls, cfg) -> dict:
         """Builds the parts; raises ConfigError where keys do not go together."""
         root = cfg.MODEL.DN_DETR
+        check_pickle(cfg.MODEL.WEIGHTS)  # the last moment before DefaultPredictor unpickles it
         if not isinstance(root.NUM_CLASSES, int) or root.NUM_CLASSES < 1:
             raise ConfigError(
                 f"MODEL.DN_DETR.NUM_CLASSES = {root.NUM_CLASSES} must be a positive number here; 'auto' is resolved from "

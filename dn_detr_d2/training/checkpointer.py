@@ -8,7 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ..checkpoint import convert, read_checkpoint
+from ..checkpoint import convert, pointed_checkpoint, read_checkpoint
 from ..checkpoint.durable import require_space, verify, write_summed
 from ..errors import CheckpointError
 from .folder import find_resumable, point_to, remove_old
@@ -46,6 +46,10 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
         self.new_classes, self.resuming = new_classes, False
+
+    def get_checkpoint_file(self) -> str:
+        """Path of the newest checkpoint of the folder, "" if there is none; it lies in the folder, or is refused."""
+        return pointed_checkpoint(self.save_dir)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """As Detectron2's, but a damaged last checkpoint is passed over, see :func:`~.folder.find_resumable`."""

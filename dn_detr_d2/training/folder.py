@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import pointed_checkpoint
 from ..checkpoint.durable import replace_text, sum_file, verify
+from ..checkpoint.files import POINTER
 from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-
-POINTER = "last_checkpoint"
 
 
 def find_resumable(folder: Path) -> Path | None:
@@ -23,25 +23,27 @@ def find_resumable(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
-    pointer = folder / POINTER
-    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    named, files = folder / name, sorted(folder.glob("model_*.pth"))
-    if not name and not files:
-        return None
-    fault = fault_of(named) if name else f"{pointer} is missing or empty"
+    files, named, fault = sorted(folder.glob("model_*.pth")), None, f"{folder / POINTER} is missing"
+    try:
+        if name := pointed_checkpoint(folder):
+            named, fault = Path(name), fault_of(Path(name))
+        elif not files:
+            return None
+    except CheckpointError as error:
+        fault = str(error)
     if fault is None:
         return named
     whole = [path for path in files if path != named and fault_of(path) is None]
     if not whole:
         raise CheckpointError(
-            f"the checkpoint to resume from, {named}, is damaged or gone ({fault}), and {folder} has no other that is "
-            "whole; start anew without --resume and, if you have a copy of the weights, with MODEL.WEIGHTS"
+            f"the checkpoint to resume from, {named or folder}, is damaged or gone ({fault}), and {folder} has no other "
+            "that is whole; start anew without --resume and, if you have a copy of the weights, with MODEL.WEIGHTS"
         )
     newest = max(whole, key=lambda path: (iteration_of(path), path.stat().st_mtime_ns))
     logger.warning(
         "%s cannot be resumed from (%s); the training goes on from %s, the newest checkpoint that is whole, and repeats "
         "what came after its iteration %d",
-        *(named if name else folder, fault, newest, iteration_of(newest)),
+        *(named or folder, fault, newest, iteration_of(newest)),
     )
     return newest
 
@@ -82,10 +84,9 @@ def remove_old(folder: Path, keep: int) -> None:
     for part in folder.glob(".*.part"):  # of a process that was killed
         part.unlink()
     periodic = sorted(path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+", path.stem))
-    pointer = folder / POINTER
-    if not keep or not pointer.is_file():
+    if not keep or not (folder / POINTER).is_file():
         return
-    last = folder / pointer.read_text().strip()
+    last = Path(pointed_checkpoint(folder))
     old = [path for path in periodic[:-keep] if path != last]
     if old and fault_of(last) is not None:
         logger.warning("no checkpoint is deleted, because %s cannot be resumed from (%s)", last, fault_of(last))

@@ -40,6 +40,7 @@ class Contestant:
         self.trainer, self.seconds = Trainer(cfg), []
         with EventStorage(0) as self.trainer.storage:
             self.trainer.iter = 0
+            self.trainer.resume_or_load(resume=False)
             self.trainer.before_train()
         self.streams = random_state(self.trainer.device)
 

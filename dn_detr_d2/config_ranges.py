@@ -1,0 +1,97 @@
+"""Which values a config key may have, where the part that reads it would not notice that one makes no sense.
+
+Types are compared when files are merged, names when a part is looked up, and how keys go together where the model is built.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+from .errors import ConfigError
+
+_ROOT = "MODEL.DN_DETR."
+_POSITIVE = (
+    *(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "CHECKPOINT_PERIOD")),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+    "TEST.DETECTIONS_PER_IMAGE",
+    f"{_ROOT}NECK.POSITION_TEMPERATURE",
+    *("TEST.INSTABILITY.ATD_K", "DIST_TIMEOUT"),
+)
+_NOT_NEGATIVE = (
+    *(f"SOLVER.{key}" for key in ("BACKBONE_MULTIPLIER", "SAMPLING_MULTIPLIER", "WARMUP_ITERS")),
+    *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.CHECKPOINTS_KEPT"),
+    *("TEST.INSTABILITY.NUM_IMAGES", "TEST.INSTABILITY.PERIOD"),
+    *(f"{_ROOT}DENOISING.{key}" for key in ("NUM_QUERIES", "MAX_QUERIES", "CORNER_NOISE_SCALE", "LOSS_WEIGHT")),
+    f"{_ROOT}LOSS.FOCAL_GAMMA",
+)
+_FINITE = (
+    *(f"{_ROOT}{key}" for key in ("NECK.POSITION_OFFSET", "DECODER.FIRST_SIZE_BIAS")),
+    *(f"{_ROOT}DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")),
+    *(f"{_ROOT}MATCHER.{key}_COST" for key in ("CLASS", "L1", "GIOU")),
+    *(f"{_ROOT}LOSS.{key}" for key in ("CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "NO_OBJECT_WEIGHT")),
+)
+
+
+def _number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _strings(x) -> bool:
+    return isinstance(x, list | tuple) and all(isinstance(name, str) for name in x)
+
+
+def _sizes(x) -> bool:
+    return isinstance(x, list | tuple) and len(x) > 0 and all(type(size) is int and size > 0 for size in x)
+
+
+def _three(x) -> bool:
+    return isinstance(x, list | tuple) and len(x) == 3 and all(_number(c) and math.isfinite(c) for c in x)
+
+
+# (keys, what a value must be, the test); "not a number" fails every comparison and with it every test.
+CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
+    (_POSITIVE, "be positive", lambda x: 0 < x < math.inf),
+    (_NOT_NEGATIVE, "be finite and not negative", lambda x: 0 <= x < math.inf),
+    (_FINITE, "be finite", math.isfinite),
+    ((f"{_ROOT}LOSS.FOCAL_ALPHA",), "lie in [0, 1]", lambda x: 0 <= x <= 1),
+    ((f"{_ROOT}DECODER.LOGIT_EPS",), "lie between 0 and 0.5", lambda x: 0 < x < 0.5),
+    (("MODEL.SWIN.DROP_PATH_RATE", "MODEL.VIT.DROP_PATH_RATE"), "lie in [0, 1)", lambda x: 0 <= x < 1),
+    (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
+    (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
+    (("INPUT.CROP.RESIZE",), "be positive numbers of pixels", _sizes),
+    (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
+    ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES"), "be a list of names", _strings),
+)
+
+
+def flatten(cfg: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(full key, value) of every leaf of a config."""
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_ranges(cfg: dict) -> None:
+    """Refuses values that no key can have, then those that a key of ours cannot have; raises ConfigError."""
+    values = dict(flatten(cfg))
+    for key, value in values.items():
+        _check_numbers(key, value)
+    for keys, must, test in CHECKS:
+        for key in keys:
+            switched_off = key.startswith("INPUT.CROP.") and not values["INPUT.CROP.ENABLED"]
+            if not switched_off and (values[key] is None or not test(values[key])):
+                raise ConfigError(f"{key} must {must}, got {values[key]!r}")
+
+
+def _check_numbers(key: str, value) -> None:
+    """Refuses what is not a number, and integers that no tensor can count."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_numbers(key, part)
+    elif value is None and key.startswith(_ROOT) and key != f"{_ROOT}NUM_CLASSES":
+        raise ConfigError(f"{key} must have a value, got null; leave the line out for the default")
+    elif isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{key} must be a number, got {value!r}")
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{key} is out of range, got an integer of {value.bit_length()} bits; write a smaller one")

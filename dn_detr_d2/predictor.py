@@ -1,0 +1,39 @@
+"""Detectron2's predictor with safe reading: what an application uses on files that it has not made itself."""
+
+import numpy as np
+from detectron2.engine import DefaultPredictor
+
+from .training import Checkpointer
+
+
+class Predictor(DefaultPredictor):
+    """One image in, its detections out.
+
+    DefaultPredictor unpickles a ``.pkl`` file, and with it runs what the file says, before any model sees the weights; this
+    one reads every file through :func:`dn_detr_d2.checkpoint.read_checkpoint`.
+
+    Args:
+        cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`; all of ``MODEL.WEIGHTS`` is loaded.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged, hostile, or do not fit the model.
+    """
+
+    def __init__(self, cfg):
+        without_weights = cfg.clone()
+        without_weights.defrost()
+        without_weights.MODEL.WEIGHTS = ""
+        super().__init__(without_weights)
+        self.cfg = cfg.clone()
+        Checkpointer(self.model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
+
+    def __call__(self, original_image: np.ndarray) -> dict:
+        """Detections of one image.
+
+        Args:
+            original_image: (H, W, 3) uint8 in BGR, as OpenCV reads it.
+
+        Returns:
+            dict: "instances", with boxes in pixels of this image.
+        """
+        return super().__call__(original_image)

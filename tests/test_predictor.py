@@ -1,0 +1,54 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+
+from dn_detr_d2 import CheckpointError
+from dn_detr_d2.predictor import Predictor
+
+
+class Payload:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.fixture
+def hostile_cfg(toy_cfg, tmp_path):
+    """A config whose weights are a pickle that makes a folder when it is read."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": Payload(tmp_path / "canary")}, "__author__": "x"}))
+    return toy_cfg("dn_detr", "MODEL.WEIGHTS", str(path))
+
+
+@pytest.mark.parametrize("predictor", [Predictor, DefaultPredictor])
+@pytest.mark.parametrize("query", ["", "?matching_heuristics=True"])
+def test_a_hostile_pickle_is_refused_before_anybody_runs_it(hostile_cfg, predictor, query, tmp_path):
+    hostile_cfg.MODEL.WEIGHTS += query
+    with pytest.raises(CheckpointError, match=r"nothing in it was executed \(the file asks for posix\.mkdir\)"):
+        predictor(hostile_cfg)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_it_predicts_what_detectron2s_predictor_predicts(toy_cfg, toy_model, tmp_path):
+    torch.save({"model": toy_model("dn_detr").state_dict()}, tmp_path / "model.pth")
+    cfg = toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "INPUT.MIN_SIZE_TEST", 64)
+    cfg.freeze()
+    image = np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)
+    ours, theirs = (predictor(cfg)(image)["instances"] for predictor in (Predictor, DefaultPredictor))
+    assert len(ours) > 0
+    torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+    torch.testing.assert_close(ours.scores, theirs.scores)
+
+
+def test_weights_that_lack_a_tensor_are_refused(toy_cfg, toy_model, tmp_path):
+    state = toy_model("dn_detr").state_dict()
+    state.pop("encoder.layers.0.linear1.weight", None) or state.popitem()
+    torch.save({"model": state}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="missing"):
+        Predictor(toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "model.pth")))

@@ -1,0 +1,202 @@
+"""Hostile files of every kind: nothing is executed, nothing outside the folder is shown, each ends soon in one sentence."""
+
+import json
+import os
+import pickle
+import struct
+import time
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2.checkpoint import pointed_checkpoint, read_checkpoint
+from dn_detr_d2.data import load_coco_json, read_image
+
+SECRET = "canary-5e1f"
+LONGEST = 5.0  # seconds
+LATER = pytest.mark.xfail(strict=False, reason="data checks come with their own change")
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.made_of = function, arguments
+
+    def __reduce__(self):
+        return self.made_of
+
+
+def pickled(make):
+    def write(folder, canary):
+        (folder / "x.pkl").write_bytes(pickle.dumps(make(canary), protocol=2))
+        return lambda: read_checkpoint(folder / "x.pkl")
+
+    return write
+
+
+def saved(make):
+    def write(folder, canary):
+        torch.save(make(canary), folder / "x.pth")
+        return lambda: read_checkpoint(folder / "x.pth")
+
+    return write
+
+
+def raw(name, content):
+    def write(folder, canary):
+        (folder / name).write_bytes(content)
+        return lambda: read_checkpoint(folder / name)
+
+    return write
+
+
+def archive(folder, canary):
+    with zipfile.ZipFile(folder / "x.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", bytes(200_000_000))
+    return lambda: read_checkpoint(folder / "x.pth")
+
+
+def config(text):
+    def write(folder, canary):
+        (folder / "bad.yaml").write_text(text.replace("CANARY", str(canary)))
+        (folder / "x.yaml").write_text("_BASE_: bad.yaml\n")
+        return lambda: setup_cfg(str(folder / "x.yaml"), splits=())
+
+    return write
+
+
+def pointer(name):
+    def write(folder, canary):
+        (folder.parent / "secret.pth").write_text(SECRET)
+        (folder / "link.pth").symlink_to(folder.parent / "secret.pth")
+        if name is None:
+            (folder / "last_checkpoint").symlink_to(folder.parent / "secret.pth")
+        else:
+            (folder / "last_checkpoint").write_bytes(name)
+        return lambda: pointed_checkpoint(folder)
+
+    return write
+
+
+def annotations(file_name):
+    def write(folder, canary):
+        Image.new("RGB", (4, 4)).save(folder.parent / "outside.png")
+        (folder / "link.png").symlink_to(folder.parent / "outside.png")
+        named = file_name.replace("ROOT", str(folder.parent))
+        content = {"images": [{"id": 1, "file_name": named}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+        (folder / "x.json").write_text(json.dumps(content))
+        return lambda: load_coco_json(folder / "x.json", folder)
+
+    return write
+
+
+def json_text(text):
+    def write(folder, canary):
+        (folder / "x.json").write_text(text)
+        return lambda: load_coco_json(folder / "x.json", folder)
+
+    return write
+
+
+def image(content):
+    def write(folder, canary):
+        (folder / "x.jpg").write_bytes(content)
+        return lambda: read_image(str(folder / "x.jpg"), "RGB")
+
+    return write
+
+
+def header(text, length=None):
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+LYING = b'{"a": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4]}}'
+HUGE_PNG = (
+    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0) + b"\x00" * 99
+)
+ARTEFACTS = {
+    "pickle calls os.system": pickled(lambda c: {"model": Call(os.system, f"touch {c}")}),
+    "pickle calls mkdir": pickled(lambda c: Call(os.mkdir, str(c))),
+    "pickle calls eval": pickled(lambda c: Call(eval, f"open({str(c)!r}, 'w')")),
+    "pickle calls open": pickled(lambda c: Call(open, str(c), "w")),
+    "pickle inside a list": pickled(lambda c: {"model": [Call(os.mkdir, str(c))]}),
+    "pickle names a codec": raw("x.pkl", b"c_codecs\nencode\n(V1\nVpunycode\ntR."),
+    "pickle imports a module": raw("x.pkl", b"cantigravity\nfly\n."),
+    "pickle that is cut": raw("x.pkl", b"\x80\x02}q\x00X\x05\x00\x00\x00mo"),
+    "pickle of a long string that is not there": raw("x.pkl", b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f"),
+    "pickle without tensors": pickled(lambda c: {"model": {"a": 1}}),
+    "pth calls os.system": saved(lambda c: {"model": {"a": torch.ones(1)}, "x": Call(os.system, f"touch {c}")}),
+    "pth calls mkdir": saved(lambda c: Call(os.mkdir, str(c))),
+    "pth calls eval": saved(lambda c: {"a": Call(eval, f"open({str(c)!r}, 'w')")}),
+    "pth that is a plain pickle": raw("x.pth", pickle.dumps(Call(os.system, "true"), protocol=2)),
+    "pth repeats one number": saved(lambda c: {"model": {"a": torch.ones(1).expand(10**6, 10**6)}}),
+    "pth that unpacks to much": archive,
+    "pth that is cut": raw("x.pth", b"PK\x03\x04" + b"\x00" * 40),
+    "safetensors with a header beyond its end": raw("x.safetensors", header(b"{}", 2**62)),
+    "safetensors with a lying shape": raw("x.safetensors", header(LYING) + b"\x00" * 4),
+    "safetensors with a deep header": raw("x.safetensors", header(b"[" * 100_000)),
+    "safetensors without a header": raw("x.safetensors", b"\x00" * 4),
+    "yaml calls mkdir": config("A: !!python/object/apply:os.mkdir ['CANARY']\n"),
+    "yaml names a function": config("A: !!python/name:os.system\n"),
+    "yaml makes an object": config("A: !!python/object/new:os.mkdir ['CANARY']\n"),
+    "yaml with a base on the web": config("_BASE_: https://example.org/x.yaml\n"),
+    "yaml with a Python base": config("_BASE_: x.py\n"),
+    "yaml that is its own base": config("_BASE_: x.yaml\n"),
+    "yaml that laughs": config(LAUGHS),
+    "yaml that holds itself": config("A: &a [*a]\n"),
+    "yaml nested deeply": config("A: " + "[" * 3000 + "]" * 3000),
+    "yaml with a huge integer": config("SEED: 0x" + "f" * 5000),
+    "yaml with a long integer": config("SEED: " + "9" * 5000),
+    "yaml that is long": config("A: '" + "x" * 300_000 + "'"),
+    "pointer above its folder": pointer(b"../secret.pth"),
+    "pointer to an absolute path": pointer(b"/etc/passwd"),
+    "pointer to a link": pointer(b"link.pth"),
+    "pointer that is a link": pointer(None),
+    "pointer that is long": pointer(b"x" * 10_000),
+    "pointer that is not text": pointer(b"\xff\xfe\x00"),
+    "pointer to its folder": pointer(b".."),
+    "json nested deeply": pytest.param(json_text("[" * 200_000), marks=LATER),
+    "json with a long integer": pytest.param(json_text('{"images": ' + "9" * 5000 + "}"), marks=LATER),
+    "json path above the folder": pytest.param(annotations("../outside.png"), marks=LATER),
+    "json absolute path": pytest.param(annotations("ROOT/outside.png"), marks=LATER),
+    "json path through a link": pytest.param(annotations("link.png"), marks=LATER),
+    "EPS named jpg": pytest.param(image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"), marks=LATER),
+    "png of 3.6 gigapixels": pytest.param(image(HUGE_PNG), marks=LATER),
+}
+CASES = [
+    pytest.param(x.values[0], marks=x.marks, id=name) if hasattr(x, "values") else pytest.param(x, id=name)
+    for name, x in ARTEFACTS.items()
+]
+
+
+def test_the_corpus_has_forty_artefacts():
+    assert len(ARTEFACTS) >= 40
+
+
+@pytest.mark.parametrize("write", CASES)
+def test_a_hostile_file_ends_soon_in_one_sentence_and_runs_nothing(write, tmp_path, capfd):
+    folder, canary = tmp_path / "folder", tmp_path / "canary"
+    folder.mkdir()
+    opens = write(folder, canary)
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        opens()
+    assert time.process_time() - start < LONGEST
+    assert not canary.exists()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
+
+
+def test_the_corpus_is_armed(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(Call(os.mkdir, str(tmp_path / "canary"))))
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "canary").exists()
