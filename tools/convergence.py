@@ -34,6 +34,7 @@ from race.variants import FOLDER, PAIRS, contestants
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError
+from dn_detr_d2.training import end_with_parent
 
 QUICK_ITERATIONS = 300
 INSTRUMENTS = ["TEST.INSTABILITY.NUM_IMAGES", 100]
@@ -92,7 +93,8 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     if args.report:
         folders = {key: folders_of(*task) for key, task in tasks.items()}
     else:
-        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=end_with_parent) as pool:
             jobs = {key: pool.submit(race, *task, threads) for key, task in tasks.items()}
             folders = {key: job.result() for key, job in jobs.items()}
     found = {}

@@ -2,7 +2,7 @@
 
 from .checkpointer import Checkpointer
 from .hooks import BestCheckpointer, CheckpointHook
-from .processes import ProcessError, assigned_place, describe, join, launch
+from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch
 from .progress import progress, take_up
 from .signals import REQUEUE, LeaveHook, StopHook, StopRequest
 
@@ -17,6 +17,7 @@ __all__ = [
     "StopRequest",
     "assigned_place",
     "describe",
+    "end_with_parent",
     "join",
     "launch",
     "progress",

@@ -175,8 +175,7 @@ class _Watch:
 
 def _run(main: Callable, place: Place, timeout: float, folder: str, args: tuple) -> None:
     """What a process of the launcher does; writes down why it failed before it leaves."""
-    if sys.platform == "linux":  # a launcher that is killed takes all with it
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_parent()
     try:
         join(place, timeout)
         main(*args)
@@ -186,6 +185,12 @@ def _run(main: Callable, place: Place, timeout: float, folder: str, args: tuple)
         draft.write_text(json.dumps(record))
         draft.rename(draft.with_suffix(".json"))
         sys.exit(1)
+
+
+def end_with_parent() -> None:
+    """A launcher that is killed takes this process with it (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def describe(error: Exception, place: Place) -> str:

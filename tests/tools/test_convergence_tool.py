@@ -1,8 +1,11 @@
 """tools/convergence.py: pairs differ in denoising alone, trainings side by side do not touch each other."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +176,27 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 2
     assert sentence in result.stderr.splitlines()[-1]
+
+
+HOST = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from dn_detr_d2.training import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 60).result()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_race_that_is_killed_takes_its_processes_with_it():
+    with subprocess.Popen([sys.executable, "-c", HOST], cwd=ROOT, stdout=subprocess.PIPE, text=True) as host:
+        worker = Path(f"/proc/{host.stdout.readline().strip()}/stat")
+        assert worker.exists()
+        host.send_signal(signal.SIGTERM)
+        for _ in range(100):
+            if not worker.exists() or worker.read_text().split()[2] == "Z":
+                return
+            time.sleep(0.05)
+    raise AssertionError("the worker outlived its race by five seconds")
