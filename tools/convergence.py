@@ -4,6 +4,7 @@
     python tools/convergence.py --quick                    # one seed, both pairs, under 15 minutes on two cores
     python tools/convergence.py --seeds 1 2 3 --output docs/evidence/convergence
     python tools/convergence.py --pairs deformable --ablations --seeds 1
+    python tools/convergence.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
     python tools/convergence.py --bccd ../shared/data/bccd --pairs deformable
 
 Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (tools/race/*.yaml), DN also with half the
@@ -34,6 +35,7 @@ from race.variants import FOLDER, PAIRS, contestants
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError
+from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.training import end_with_parent
 
 QUICK_ITERATIONS = 300
@@ -51,6 +53,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bccd", metavar="FOLDER", help="train on BCCD, with train.json, test.json and images/ in FOLDER"
     )
+    parser.add_argument(
+        "--backbone", metavar="FILE", help="checkpoint of this project whose backbone all trainings start from"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes, which share the cores (default 2)")
     parser.add_argument("--threads", type=int, default=0, help="of a process; 0 = what the processes share (default)")
     parser.add_argument("--runs", default="output/convergence", metavar="DIR", help="where the trainings go")
@@ -63,8 +68,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def options(args: argparse.Namespace) -> list:
     """[key, value, ...] for all trainings; raises UserError for a BCCD folder without annotations."""
-    quick = ["SOLVER.MAX_ITER", QUICK_ITERATIONS] if args.quick else []
-    return [*INSTRUMENTS, *quick, *(bccd(Path(args.bccd)) if args.bccd else []), *args.opts]
+    found = list(INSTRUMENTS)
+    if args.quick:
+        found += ["SOLVER.MAX_ITER", QUICK_ITERATIONS]
+    if args.bccd:
+        found += bccd(Path(args.bccd))
+    if args.backbone:
+        found += ["MODEL.WEIGHTS", str(take_backbone(args.backbone, Path(args.runs)))]
+    return [*found, *args.opts]
+
+
+def take_backbone(checkpoint: str, folder: Path) -> Path:
+    """Copies the backbone of a checkpoint, and nothing else, into ``folder``; raises UserError if it has none."""
+    state = read_checkpoint(checkpoint).state
+    backbone = {name: x for name, x in state.items() if name.startswith("backbone.")}
+    if not backbone:
+        raise UserError(
+            f"--backbone {checkpoint} holds no backbone under this project's names; name a file of its trainings"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": backbone}, folder / "backbone.pth")
+    return folder / "backbone.pth"
 
 
 def bccd(folder: Path) -> list:

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+from convergence import take_backbone
 from plotting.runs import Group, read_run
 from race.report import ended, rows, verdicts
 from race.train import Contestant, configure, race
@@ -89,6 +90,23 @@ def test_a_training_side_by_side_is_the_training_alone(tmp_path):
     assert len((alone / "step_seconds.txt").read_text().split()) == 4
 
 
+def test_the_backbone_of_a_checkpoint_is_where_all_start(tmp_path):
+    """Nothing else of the file is taken."""
+    cfg = configure(FOLDER / "deformable.yaml", Variant(DENOISED), 4, tmp_path / "first", SMALL)
+    trained = Contestant(cfg).trainer.model.state_dict()
+    torch.save(
+        {"model": {name: x + 1 if x.is_floating_point() else x for name, x in trained.items()}}, tmp_path / "whole.pth"
+    )
+    opts = [*SMALL, "MODEL.WEIGHTS", str(take_backbone(str(tmp_path / "whole.pth"), tmp_path))]
+    for variant in contestants("dense", False)[:2]:
+        state = Contestant(configure(FOLDER / "dense.yaml", variant, 1, tmp_path, opts)).trainer.model.state_dict()
+        for name, x in state.items():
+            if name.startswith("backbone.") and x.is_floating_point():
+                assert torch.equal(x, trained[name] + 1)
+            elif name in trained and x.is_floating_point():
+                assert not torch.equal(x, trained[name] + 1)
+
+
 def make_run(folder, ap, unstable, distance, seconds, max_iter=100):
     """ap: one value each evaluation, at equal steps."""
     folder.mkdir(parents=True)
@@ -160,6 +178,7 @@ def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups)
         (["--jobs", "0"], "error: --jobs must be positive, got 0"),
         (["--bccd", "nowhere"], "error: --bccd nowhere holds no train.json; name the folder of BCCD in COCO format"),
         (["--report", "--pairs", "dense", "--seeds", "1"], "holds no metrics.json; name the OUTPUT_DIR of a training"),
+        (["--backbone", "nowhere.pth"], "checkpoint 'nowhere.pth' does not exist"),
         (["--jobs", "1", "--pairs", "dense", "--opts", "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER?"),
     ],
 )
