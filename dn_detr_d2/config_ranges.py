@@ -52,7 +52,7 @@ CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
     (_POSITIVE, "be positive", lambda x: 0 < x < math.inf),
     (_NOT_NEGATIVE, "be finite and not negative", lambda x: 0 <= x < math.inf),
     (_FINITE, "be finite", math.isfinite),
-    ((f"{_ROOT}LOSS.FOCAL_ALPHA",), "lie in [0, 1]", lambda x: 0 <= x <= 1),
+    ((f"{_ROOT}LOSS.FOCAL_ALPHA", "MODEL.WEIGHTS_MATCHED"), "lie in [0, 1]", lambda x: 0 <= x <= 1),
     ((f"{_ROOT}DECODER.LOGIT_EPS",), "lie between 0 and 0.5", lambda x: 0 < x < 0.5),
     (("MODEL.SWIN.DROP_PATH_RATE", "MODEL.VIT.DROP_PATH_RATE"), "lie in [0, 1)", lambda x: 0 <= x < 1),
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from dn_detr_d2 import CheckpointError, ConfigError
 from dn_detr_d2.engine import (
     BestCheckpointer,
+    Checkpointer,
     TolerantCOCOEvaluator,
     Trainer,
     TrainStep,
@@ -109,6 +110,45 @@ def test_weights_that_lack_something_are_not_evaluated(trained, tmp_path):
     torch.save({"model": backbone}, tmp_path / "backbone.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
     with pytest.raises(CheckpointError, match=r"does not fit the model: .* and \d+ more are missing"):
+        evaluate(cfg)
+
+
+def load_part(trained, tmp_path, least):
+    """A training's start from a file with one tensor less, one more and one of another shape."""
+    cfg = trained[1].clone()
+    state = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
+    state = {name: x + 1 if x.is_floating_point() else x for name, x in state.items()}
+    gone, wrong = "query_source.anchors.weight", "neck.projections.0.0.weight"
+    if gone not in state:
+        gone = next(name for name in state if name.startswith("query_source."))
+    del state[gone]
+    state[wrong] = state[wrong][:-1]
+    torch.save({"model": {**state, "decoder.more": torch.ones(1)}}, tmp_path / "part.pth")
+    cfg.MODEL.WEIGHTS_MATCHED, cfg.OUTPUT_DIR = least, str(tmp_path / "next")
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    Checkpointer(model, cfg=cfg, new_classes=True).load(str(tmp_path / "part.pth"))
+    return before, state, model.state_dict(), {gone, wrong}
+
+
+def test_a_training_may_start_from_a_part_and_says_which(trained, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        before, state, after, absent = load_part(trained, tmp_path, 0.9)
+    assert all(torch.equal(after[name], before[name] if name in absent else state[name]) for name in after)
+    said = next(record.getMessage() for record in caplog.records if "tensors matched" in record.getMessage())
+    number = len(after) - sum(name.endswith("num_batches_tracked") for name in after)
+    assert said.startswith(f"{number - 2} of {number} tensors matched, the others start at random (missing: ")
+    assert all(name in said for name in [*absent, "left over: decoder.more"])
+
+
+def test_too_small_a_part_is_refused_and_nothing_is_not_a_part(trained, tmp_path):
+    with pytest.raises(CheckpointError, match=r"\d+ of \d+ tensors matched. missing: .*WEIGHTS_MATCHED"):
+        load_part(trained, tmp_path, 0.999)
+    cfg = trained[1].clone()
+    cfg.MODEL.WEIGHTS_MATCHED = 0.0
+    cfg.MODEL.WEIGHTS = str(tmp_path / "part.pth")
+    with pytest.raises(CheckpointError, match=r"tensors matched. missing: "):  # an evaluation needs all
         evaluate(cfg)
 
 

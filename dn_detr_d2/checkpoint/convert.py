@@ -26,12 +26,14 @@ class Conversion:
         source: what the file was.
         log: sentences for the user, in order.
         new_classes: names (or "class 3") of the model's classes that have no row in the file.
+        absent: names of the model's tensors that the file lacks, or has in another shape; none unless that was allowed.
     """
 
     state: dict[str, Tensor]
     source: Source
     log: list[str] = field(default_factory=list)
     new_classes: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -39,13 +41,18 @@ def convert(
     model_state: dict[str, Tensor],
     their_names: list[str] | tuple = (),
     our_names: list[str] | tuple = (),
+    least_matched: float = 1.0,
 ) -> Conversion:
     """Renames tensors, removes tied copies, brings the classes into line, and compares all with the model.
+
+    A file that holds a backbone alone is compared with the model's backbone.
 
     Args:
         state: as the file has it.
         model_state: of the model that it is for.
         their_names, our_names: class names of file and model in order of their ids, empty if unknown.
+        least_matched: share of the model's tensors that the file must hold, in [0, 1]; below 1, what is in the file alone
+            and what has another shape is left out, and the log names it.
 
     Raises:
         CheckpointError: the file fits nothing known or another model; the text says what it looks like and lists missing,
@@ -63,7 +70,9 @@ def convert(
         log.append(f"the checkpoint is one of {source}; its names were converted")
         state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, log)
     if "backbone" in source.system or source.system == "ImageNet ResNet":
-        return Conversion(_fit_backbone(state, model_state, source), source, log)
+        state, wanted = _fit_backbone(state, model_state)
+        state, absent = _compare(state, wanted, source, None, None, least_matched, log)
+        return Conversion(state, source, log, absent=absent)
 
     theirs, ours = count_classes(state), count_classes(model_state)
     match = match_classes(theirs, ours, list(their_names), list(our_names)) if theirs and ours else None
@@ -81,21 +90,26 @@ def convert(
     if LABELS in state and not any("label_encoder" in name for name in model_state):
         del state[LABELS]
         log.append("the label embedding was left out: the model is built without denoising")
-    _compare(state, model_state, source, theirs, ours)
+    state, absent = _compare(state, model_state, source, theirs, ours, least_matched, log)
     rows = match.rows if match else []
     new = [our_names[i] if our_names else f"class {i}" for i, row in enumerate(rows) if row is None]
-    return Conversion(state, source, log, new)
+    return Conversion(state, source, log, new, absent)
 
 
-def _fit_backbone(state: dict[str, Tensor], model_state: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """Weights of a whole backbone, or of the body inside a feature pyramid, whose own layers may then start at random."""
+def _fit_backbone(
+    state: dict[str, Tensor], model_state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of a whole backbone, or of the body inside a feature pyramid, whose own layers may then start at random.
+
+    Returns:
+        tuple: the weights under our names, and the model's tensors that they are for.
+    """
     body = next((x for x in BODIES if any(name.startswith(x) for name in model_state)), "backbone.")
     if not any(name.startswith(body) for name in state):
         state = {body + name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     whole = all(name.startswith(body) for name in state)
     wanted = {name: x for name, x in model_state.items() if name.startswith(body if whole else "backbone.")}
-    _compare({name: x for name, x in state.items() if not NOTHING.search(name)}, wanted, source, None, None)
-    return state
+    return state, wanted
 
 
 def _rename(state: dict[str, Tensor], source: Source, log: list[str]) -> dict[str, Tensor]:
@@ -136,23 +150,30 @@ def _share_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x for name, x in state.items() if not (m := heads.match(name)) or m[2] == "0"}
 
 
-def _compare(state: dict[str, Tensor], model_state: dict[str, Tensor], source: Source, theirs, ours) -> None:
-    """Raises CheckpointError unless names and shapes agree."""
-    missing = [name for name in model_state if name not in state and not NOTHING.search(name)]
-    left_over = [name for name in state if name not in model_state and not NOTHING.search(name)]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(model_state[name].shape)}"
-        for name in state
-        if name in model_state and state[name].shape != model_state[name].shape
-    ]
-    if not (missing or left_over or shapes):
-        return
-    parts = [f"{title}: {_some(names)}" for title, names in
-             (("missing", missing), ("left over", left_over), ("wrong shape", shapes)) if names]  # fmt: skip
+def _compare(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], source: Source, theirs, ours, least: float, log: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What fits and the names that are wanting; says how much it is. Raises CheckpointError if that is too little."""
+    counted = {name for name in wanted if not NOTHING.search(name)}
+    fits = {name for name in counted if name in state and state[name].shape == wanted[name].shape}
+    missing = [name for name in wanted if name in counted and name not in state]
+    left_over = [name for name in state if name not in wanted and not NOTHING.search(name)]
+    wrong = [name for name in state if name in counted and name not in fits]
+    shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in wrong]
+    matched = f"{len(fits)} of {len(counted)} tensors matched"
+    faults = (("missing", missing), ("wrong shape", shapes), ("left over", left_over))
+    said = "; ".join(f"{title}: {_some(names)}" for title, names in faults if names)
+    if not said:
+        log.append(matched)
+        return state, []
+    if least < 1 and fits and len(fits) >= least * len(counted):
+        log.append(f"{matched}, the others start at random ({said})")
+        return {name: x for name, x in state.items() if name in fits}, [*missing, *wrong]
     classes = f", with {theirs} classes for the model's {ours}" if theirs != ours else ""
     raise CheckpointError(
-        f"the checkpoint does not fit the model: it looks like {source}{classes}. {'; '.join(parts)}. "
-        "Choose the config of that system, and compare its NUM_QUERIES and NUM_CLASSES"
+        f"the checkpoint does not fit the model: it looks like {source}{classes}; {matched}. {said}. "
+        "Choose the config of that system, and compare its NUM_QUERIES and NUM_CLASSES; a training may start from a part of "
+        "it, see MODEL.WEIGHTS_MATCHED"
     )
 
 

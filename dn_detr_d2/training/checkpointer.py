@@ -26,8 +26,8 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         model, save_dir, checkpointables: as for DetectionCheckpointer.
-        cfg: for the class names and ``SOLVER.CHECKPOINTS_KEPT``.
-        new_classes: whether classes that the file lacks may start at random.
+        cfg: for the class names, ``MODEL.WEIGHTS_MATCHED`` and ``SOLVER.CHECKPOINTS_KEPT``.
+        new_classes: whether classes, and other tensors as MODEL.WEIGHTS_MATCHED allows, may start at random.
         progress: gives what else a checkpoint of a training keeps; called on every rank.
     """
 
@@ -45,7 +45,7 @@ class Checkpointer(DetectionCheckpointer):
         self.progress = progress
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
-        self.new_classes, self.resuming = new_classes, False
+        self.new_classes, self.least_matched, self.resuming = new_classes, cfg.MODEL.WEIGHTS_MATCHED, False
 
     def get_checkpoint_file(self) -> str:
         """Path of the newest checkpoint of the folder, "" if there is none; it lies in the folder, or is refused."""
@@ -93,7 +93,8 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict):
         if not self.resuming:
             own = self.model.state_dict()
-            conversion = convert(checkpoint["model"], own, checkpoint.pop("class_names", []), self.class_names)
+            names = checkpoint.pop("class_names", []), self.class_names
+            conversion = convert(checkpoint["model"], own, *names, self.least_matched if self.new_classes else 1.0)
             if conversion.new_classes and not self.new_classes:
                 raise CheckpointError(
                     f"the checkpoint ({conversion.source}) lacks {len(conversion.new_classes)} of the model's classes "
@@ -101,5 +102,5 @@ class Checkpointer(DetectionCheckpointer):
                 )
             for sentence in conversion.log:
                 logger.info(sentence)
-            checkpoint["model"] = conversion.state
+            checkpoint["model"] = {**conversion.state, **{name: own[name] for name in conversion.absent}}
         return super()._load_model(checkpoint)
