@@ -80,6 +80,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.ENCODER.DROPOUT = 0.0
     # Sampling points K per head and level of deformable attention. 4 in DD; dense attention ignores it.
     node.ENCODER.NUM_POINTS = 4
+    # Keep only the inputs of each layer for the backward pass and compute the layer once more there: less memory, one more
+    # forward pass of the layers, the same gradients (docs/performance.md).
+    node.ENCODER.ACTIVATION_CHECKPOINTING = False
 
     node.DECODER = CfgNode()
     # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
@@ -97,6 +100,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DECODER.FFN_DIM = 2048
     node.DECODER.DROPOUT = 0.0
     node.DECODER.NUM_POINTS = 4
+    node.DECODER.ACTIVATION_CHECKPOINTING = False
     # One class and box head for all layers (DAB, DN) or one each (deformable).
     node.DECODER.SHARE_HEADS = True
     # Start of the width and height logits of the first box head. 0 in DAB and DN, -2 in DD: begin with small boxes.
