@@ -80,6 +80,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.ENCODER.DROPOUT = 0.0
     # Sampling points K per head and level of deformable attention. 4 in DD; dense attention ignores it.
     node.ENCODER.NUM_POINTS = 4
+    # Keep only the inputs of each layer for the backward pass and compute the layer once more there: less memory, one more
+    # forward pass of the layers, the same gradients (docs/performance.md).
+    node.ENCODER.ACTIVATION_CHECKPOINTING = False
 
     node.DECODER = CfgNode()
     # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
@@ -97,6 +100,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DECODER.FFN_DIM = 2048
     node.DECODER.DROPOUT = 0.0
     node.DECODER.NUM_POINTS = 4
+    node.DECODER.ACTIVATION_CHECKPOINTING = False
     # One class and box head for all layers (DAB, DN) or one each (deformable).
     node.DECODER.SHARE_HEADS = True
     # Start of the width and height logits of the first box head. 0 in DAB and DN, -2 in DD: begin with small boxes.
@@ -167,6 +171,16 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Backbone "build_vitdet_backbone" (maps p2 to p5; needs timm): "B" or "L", and the same chance. 0.1 in ViTDet-B.
     cfg.MODEL.VIT = CfgNode({"SIZE": "B", "DROP_PATH_RATE": 0.1})
 
+    # Exponential moving average of the weights (EMA), with d2go's keys: after each step of the optimizer the average becomes
+    # DECAY * average + (1 - DECAY) * weights; buffers are copied. It is kept in each checkpoint ("model_ema"), evaluated
+    # beside the weights under "ema/", and has its own best checkpoint, model_best_ema.pth. Costs one more set of weights.
+    cfg.MODEL_EMA = CfgNode()
+    cfg.MODEL_EMA.ENABLED = False
+    # In [0, 1). The average looks back about 1 / (1 - DECAY) steps. 0.9997 in DINO's code, where it is off by default.
+    cfg.MODEL_EMA.DECAY = 0.9997
+    # Evaluation, demo.py and the predictor read the average of MODEL.WEIGHTS, a checkpoint of a training with EMA.
+    cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = False
+
     # COCO-format data sets to register: [[name, annotation json, image folder], ...], paths relative to the environment
     # variable DETECTRON2_DATASETS (default ./datasets) unless absolute.
     cfg.DATASETS.COCO_JSON = []
@@ -204,11 +218,21 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # How many periodic checkpoints stay in OUTPUT_DIR, files of earlier runs included; 0 = all. model_best.pth,
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # End the training after PATIENCE evaluations in a row whose AP (of the first test set; with EMA, the larger of both) is
+    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never.
+    cfg.SOLVER.EARLY_STOPPING = CfgNode()
+    cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
+    cfg.SOLVER.EARLY_STOPPING.MIN_DELTA = 0.0
     # Seconds that a process waits for the others before it gives up. PyTorch's own default is 600 for NCCL, 1800 for gloo.
     cfg.DIST_TIMEOUT = 600
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
+
+    # At each evaluation and when the training is over, the losses on so many annotated images of each data set of
+    # DATASETS.TEST, evenly spaced by image id; -1 = all, 0 = off. Without dropout, with the same noise each time; logged as
+    # validation/total_loss and validation/<term> (docs/instruments.md).
+    cfg.TEST.VALIDATION_LOSS = 0
 
     # Instruments, see docs/instruments.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
     # the training is over; the values go to TensorBoard and metrics.json. Weights and random streams stay as without them.

@@ -16,17 +16,23 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from . import data, solver
+from .checkpoint import EMA
 from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .errors import ConfigError
 from .evaluation import build_instruments
+from .evaluation.isolation import unwrap
 from .randomness import own_randomness
 from .training import (
+    AverageHook,
     BestCheckpointer,
     Checkpointer,
     CheckpointHook,
+    EarlyEnd,
+    EarlyStopping,
     LeaveHook,
     StopHook,
     StopRequest,
+    average_weights,
     progress,
     take_up,
 )
@@ -187,6 +193,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+        self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
         self._trainer = TrainStep(model, loader, optimizer, amp_dtype, str(Path(cfg.OUTPUT_DIR) / "nan_report"))
@@ -199,6 +206,7 @@ class Trainer(DefaultTrainer):
             new_classes=True,
             progress=partial(progress, loader, self.device),
             trainer=weakref.proxy(self),
+            **({EMA: self.averaged} if self.averaged else {}),
         )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
@@ -214,25 +222,35 @@ class Trainer(DefaultTrainer):
         """Detectron2's hooks with our checkpoints; after an evaluation the best one and the instruments."""
         cfg = self.cfg
         found = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
-        added = build_instruments(cfg)
-        if cfg.DATASETS.TEST:
-            added.insert(0, BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(cfg)))
+        period, metrics = cfg.TEST.EVAL_PERIOD, best_metrics(cfg)
+        averages = [AverageHook(self.averaged, unwrap(self.model))] if self.averaged else []
+        added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
+        added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_instruments(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
         found[evaluation + 1 : evaluation + 1] = added
         stop = StopHook(self.stop_request)
         found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop))
-        return [stop, *found, LeaveHook(stop)]
+        node = cfg.SOLVER.EARLY_STOPPING
+        ends = (
+            [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
+        )
+        return [stop, *averages, *found, *ends, LeaveHook(stop)]
 
     def train(self):
-        """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75)."""
+        """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75), early stopping without."""
         self.stop_request.listen()
         try:
             return super().train()
+        except EarlyEnd:
+            return getattr(self, "_last_eval_results", None)
         finally:
             self.stop_request.release()
 
     def after_train(self) -> None:
-        """As Detectron2's; after an error or a stop only the writers finish, because other ranks may have left."""
+        """As Detectron2's; after an error or a stop only the writers finish: other ranks may have left.
+
+        After early stopping too: everything has just been evaluated and written.
+        """
         self.storage.iter = self.iter
         cut_off = sys.exc_info()[0] is not None
         for hook in self._hooks:
@@ -244,6 +262,13 @@ class Trainer(DefaultTrainer):
         """As Detectron2's; the random streams of the training stay where they are."""
         with own_randomness(0, next(model.parameters()).device):
             return super().test(cfg, model, evaluators)
+
+    def test_averaged(self) -> dict:
+        """Evaluates the averaged weights; results are named ``ema/...`` and go to OUTPUT_DIR/ema/inference."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "ema")
+        return {"ema": self.test(cfg, self.averaged.module)}
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:
@@ -280,15 +305,23 @@ class Trainer(DefaultTrainer):
         return TolerantCOCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, raw_ids=raw_ids)
 
 
-def best_metric(cfg) -> str:
-    """Name under which d2's EvalHook logs AP; with several test sets, that of the first."""
-    return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+def best_metrics(cfg) -> list[str]:
+    """Names under which d2's EvalHook logs AP, of the weights and of their average; of several test sets, the first."""
+    if not cfg.DATASETS.TEST:
+        return []
+    name = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+    return [name, f"ema/{name}"] if cfg.MODEL_EMA.ENABLED else [name]
 
 
 def load_for_evaluation(cfg) -> nn.Module:
-    """The model of the config with all of MODEL.WEIGHTS; raises CheckpointError if the file lacks a tensor."""
+    """The model of the config with all of MODEL.WEIGHTS, or of their moving average.
+
+    Raises:
+        CheckpointError: the file lacks a tensor, or the average.
+    """
     model = Trainer.build_model(cfg).eval()
-    Checkpointer(model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
+    averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
+    Checkpointer(model, cfg=cfg, averaged=averaged).load(cfg.MODEL.WEIGHTS)
     return model
 
 

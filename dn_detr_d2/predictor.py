@@ -13,7 +13,8 @@ class Predictor(DefaultPredictor):
     one reads every file through :func:`dn_detr_d2.checkpoint.read_checkpoint`.
 
     Args:
-        cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`; all of ``MODEL.WEIGHTS`` is loaded.
+        cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`; all of ``MODEL.WEIGHTS`` is loaded, with
+            ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average.
 
     Raises:
         CheckpointError: the weights are missing, damaged, hostile, or do not fit the model.
@@ -25,7 +26,8 @@ class Predictor(DefaultPredictor):
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
         self.cfg = cfg.clone()
-        Checkpointer(self.model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
+        averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
+        Checkpointer(self.model, cfg=cfg, averaged=averaged).load(cfg.MODEL.WEIGHTS)
 
     def __call__(self, original_image: np.ndarray) -> dict:
         """Detections of one image.

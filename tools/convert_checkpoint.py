@@ -36,7 +36,7 @@ def run(args) -> None:
     target = args.target
     if args.safetensors and target.suffix != ".safetensors":
         target = target.with_suffix(".safetensors")
-    source = read_checkpoint(args.source)
+    source = read_checkpoint(args.source, averaged=args.ema)
     names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
     conversion = convert(source.state, build_model(cfg).state_dict(), source.class_names, names)
     if conversion.new_classes:
@@ -63,6 +63,9 @@ def main() -> int:
     parser.add_argument("target", type=Path, help=".pth or .safetensors")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the system that the checkpoint is for")
     parser.add_argument("--classes", type=int, help="of the target; 80 if the config does not say")
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights of a training's checkpoint"
+    )
     parser.add_argument("--safetensors", action="store_true", help="write .safetensors whatever TARGET ends in")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     logging.disable(logging.INFO)

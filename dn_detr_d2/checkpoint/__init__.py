@@ -2,6 +2,7 @@
 
 from .convert import BODIES, Conversion, convert
 from .files import (
+    EMA,
     CheckpointFile,
     allow_plain_types,
     check_pickle,
@@ -13,6 +14,7 @@ from .names import Source, identify
 
 __all__ = [
     "BODIES",
+    "EMA",
     "CheckpointFile",
     "Conversion",
     "Source",

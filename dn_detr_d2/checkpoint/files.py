@@ -25,6 +25,7 @@ NUMPY_NAMES = {
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     for name in ("_reconstruct", "scalar")
 } | {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")}
+EMA = "model_ema"  # key of the averaged weights, as torch's AveragedModel has them
 POINTER = "last_checkpoint"  # the file in which Detectron2 notes the name of the newest checkpoint of a folder
 LONGEST_NAME = 255
 
@@ -68,19 +69,23 @@ def allow_plain_types() -> None:
     torch.serialization.add_safe_globals(PLAIN_TYPES)
 
 
-def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
+def read_checkpoint(path: str | os.PathLike, *, averaged: bool = False) -> CheckpointFile:
     """Reads ``.pth`` (ours, the authors', torchvision's), ``.pkl`` of Detectron2's zoo, or ``.safetensors``.
+
+    Args:
+        path: of the file.
+        averaged: the moving average of the weights, which a training with ``MODEL_EMA.ENABLED`` keeps beside them.
 
     Raises:
         CheckpointError: the file is not there, is damaged, differs from the sum beside it (see :mod:`.durable`), asks for
-            something to be executed, or holds no tensors.
+            something to be executed, or holds no tensors, or no averaged ones.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
     verify(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, averaged)
     _refuse_compressed(path)
     try:
         if path.suffix == ".pkl":
@@ -98,7 +103,7 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
     except Exception as error:  # a damaged file can end in any of them; nothing of it has been executed
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {first}") from None
-    return _unpack(content, path)
+    return _unpack(_averaged(content, path) if averaged else content, path)
 
 
 def check_pickle(weights: str) -> None:
@@ -110,6 +115,17 @@ def check_pickle(weights: str) -> None:
     path = weights.split("?")[0]  # Detectron2 lets options follow
     if path.endswith(".pkl") and Path(path).is_file():
         read_checkpoint(path)
+
+
+def _averaged(content, path: Path) -> dict:
+    """A checkpoint's content with the averaged weights in the place of the raw ones."""
+    average = content.get(EMA) if isinstance(content, dict) else None
+    if not isinstance(average, dict):
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} has no averaged weights ({EMA}); set MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY False"
+        )
+    weights = {str(name).removeprefix("module."): x for name, x in average.items() if name != "n_averaged"}
+    return {**content, "model": weights}
 
 
 def _unpack(content, path: Path) -> CheckpointFile:
@@ -184,9 +200,11 @@ def _names(names, path: Path) -> list[str]:
     return names
 
 
-def _read_safetensors(path: Path) -> CheckpointFile:
+def _read_safetensors(path: Path, averaged: bool) -> CheckpointFile:
     from safetensors import SafetensorError, safe_open
 
+    if averaged:
+        _averaged({}, path)
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

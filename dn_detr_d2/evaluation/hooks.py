@@ -17,12 +17,13 @@ from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
 from .leak import check_denoising
 from .probe import ProbedImage, probe
+from .validation_loss import validation_losses
 
 logger = logging.getLogger(__name__)
 
 
 def build_instruments(cfg) -> list[HookBase]:
-    """The hooks that ``TEST.INSTABILITY`` and ``DEBUG.CHECK_DENOISING`` ask for, for every rank.
+    """The hooks that ``TEST.INSTABILITY``, ``TEST.VALIDATION_LOSS`` and ``DEBUG.CHECK_DENOISING`` ask for, for every rank.
 
     Raises:
         ConfigError: they cannot work with the rest of the config.
@@ -54,7 +55,21 @@ def build_instruments(cfg) -> list[HookBase]:
                 scales=node.HEALTH_SCALES,
             )
         )
+    if cfg.TEST.VALIDATION_LOSS:
+        hooks.append(ValidationLossHook(_validation_sets(cfg), (cfg.TEST.EVAL_PERIOD,)))
     return hooks
+
+
+def _validation_sets(cfg) -> dict[str, Iterable[list[dict]]]:
+    """Prefix of the names of the losses -> loader, of every data set of ``DATASETS.TEST``."""
+    sets, count = cfg.DATASETS.TEST, cfg.TEST.VALIDATION_LOSS
+    if not sets:
+        raise ConfigError(
+            f"TEST.VALIDATION_LOSS = {count} measures on DATASETS.TEST, which is empty; name a data set or set it to 0"
+        )
+    prefixes = ["validation/"] if len(sets) == 1 else [f"{name}/validation/" for name in sets]
+    loaders = [load_annotated(cfg, probe_records(name, max(count, 0))) for name in sets]
+    return dict(zip(prefixes, loaders, strict=True))
 
 
 class LeakCheckHook(HookBase):
@@ -72,7 +87,55 @@ class LeakCheckHook(HookBase):
         check_denoising(self.trainer.model, self.batch)
 
 
-class InstabilityHook(HookBase):
+class MeasuringHook(HookBase):
+    """Base of what is measured now and then, and once more when the training is over.
+
+    Args:
+        periods: measure whenever one of them divides the number of iterations done; 0 = never.
+    """
+
+    def __init__(self, periods: tuple[int, ...]):
+        self.periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        """Measures if it is time; the last time is left to :meth:`after_train`."""
+        done = self.trainer.iter + 1
+        if done != self.trainer.max_iter and any(done % period == 0 for period in self.periods):
+            self.measure(done)
+
+    def after_train(self) -> None:
+        """Measures at the end of a training that went through."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self.measure(self.trainer.iter)
+
+    def measure(self, done: int) -> None:
+        """Measures after so many iterations and logs it; called on every rank."""
+        raise NotImplementedError
+
+
+class ValidationLossHook(MeasuringHook):
+    """Logs the losses on images that are not trained on, see :func:`~.validation_loss.validation_losses`.
+
+    Args:
+        loaders: what their names begin with -> annotated images.
+        periods: as for :class:`MeasuringHook`.
+    """
+
+    def __init__(self, loaders: dict[str, Iterable[list[dict]]], periods: tuple[int, ...]):
+        super().__init__(periods)
+        self.loaders = loaders
+
+    def measure(self, done: int) -> None:
+        """Logs ``validation/total_loss`` and every term."""
+        for prefix, loader in self.loaders.items():
+            losses = validation_losses(self.trainer.model, loader)
+            if comm.is_main_process():
+                scalars = {f"{prefix}{name}": value for name, value in losses.items()}
+                self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+        comm.synchronize()
+
+
+class InstabilityHook(MeasuringHook):
     """Probes the model now and then, and once more when the training is over.
 
     The last assignment is kept in a file, so that a training that is resumed goes on with its curve.
@@ -81,7 +144,7 @@ class InstabilityHook(HookBase):
         loader: annotated images, the same in every probe.
         image_ids: of all ranks.
         record: the file, ``.npz``.
-        periods: probe whenever one of them divides the number of iterations done; 0 = never.
+        periods: as for :class:`MeasuringHook`.
         top_k: k of ATD(k).
         scales: of box noise for :func:`~.denoising_health.measure_restoration`; none = not measured.
     """
@@ -96,9 +159,9 @@ class InstabilityHook(HookBase):
         top_k: int,
         scales: Iterable[float] = (),
     ):
+        super().__init__(periods)
         self.loader, self.image_ids, self.record = loader, set(image_ids), record
-        self.periods, self.top_k, self.scales = [p for p in periods if p > 0], top_k, list(scales)
-        self.previous = None
+        self.top_k, self.scales, self.previous = top_k, list(scales), None
 
     def before_train(self) -> None:
         """Takes up the last assignment of the training that is resumed; raises ConfigError if it is of other images."""
@@ -120,18 +183,8 @@ class InstabilityHook(HookBase):
         else:
             self.previous = assignment
 
-    def after_step(self) -> None:
-        """Probes if it is time; the last time is left to :meth:`after_train`."""
-        done = self.trainer.iter + 1
-        if done != self.trainer.max_iter and any(done % period == 0 for period in self.periods):
-            self._measure(done)
-
-    def after_train(self) -> None:
-        """Probes at the end of a training that went through."""
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._measure(self.trainer.iter)
-
-    def _measure(self, done: int) -> None:
+    def measure(self, done: int) -> None:
+        """Logs instability, anchors and the restoring of noised objects."""
         images = probe(self.trainer.model, self.loader)
         health = measure_restoration(self.trainer.model, self.loader, self.scales) if self.scales else {}
         if comm.is_main_process():

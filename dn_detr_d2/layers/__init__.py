@@ -13,6 +13,7 @@ from .kernels import missing_kernel, uses_kernel
 from .mlp import MLP, FeedForward
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .position_encoding import SinePositionEncoding, encode_boxes, sine_encoding
+from .recompute import LayerStack
 from .row_column_attention import AxisEncoding, RowColumnAttention, axis_coordinates
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ConditionalSelfAttention",
     "CrossAttention",
     "FeedForward",
+    "LayerStack",
     "MultiLevelConditionalCrossAttention",
     "MultiScaleDeformableAttention",
     "RowColumnAttention",

@@ -23,6 +23,7 @@ class SetCriterion:
     """
 
     TERMS = ("class", "l1", "giou")
+    MEANS: tuple[str, ...] = ()  # those that are means already, and do not see the normalizer
 
     @configurable
     def __init__(
@@ -102,6 +103,8 @@ class SoftmaxCriterion(SetCriterion):
         no_object_weight: how much they count; 0.1 in DETR.
         weights: as for :class:`SetCriterion`.
     """
+
+    MEANS = ("class",)
 
     @configurable
     def __init__(self, *, no_object_weight: float = 0.1, **weights: float):

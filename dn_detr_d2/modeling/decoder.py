@@ -7,6 +7,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from ..layers import LayerStack
 from ..structures import Memory, ObjectQueries, Predictions
 from .build import DECODER_LAYER_REGISTRY, DECODER_REGISTRY, initialise_transformer, lookup
 from .decoder_layer import QueryPosition
@@ -15,7 +16,7 @@ from .heads import DetectionHeads
 
 
 @DECODER_REGISTRY.register()
-class RefiningDecoder(nn.Module):
+class RefiningDecoder(LayerStack):
     """A query's position is its box, and every layer corrects the box (Deformable DETR, DAB-Deformable-DETR).
 
     The gradient stops between layers: each corrects what the one before said, and is not to blame for it.
@@ -26,11 +27,22 @@ class RefiningDecoder(nn.Module):
         layer: class of the layers, with its ``Position``.
         layer_arguments: for the layers, all but ``index``.
         heads: of all layers.
+        activation_checkpointing: of the layers and their positions, not of the heads; see
+            :class:`~dn_detr_d2.layers.LayerStack`.
     """
 
     @configurable
-    def __init__(self, *, dim: int, num_layers: int, layer: type, layer_arguments: dict, heads: DetectionHeads):
-        super().__init__()
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        layer: type,
+        layer_arguments: dict,
+        heads: DetectionHeads,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(layer(dim=dim, index=i, **layer_arguments) for i in range(num_layers))
         self.position = layer.Position(dim)
         initialise_transformer(self)
@@ -42,7 +54,8 @@ class RefiningDecoder(nn.Module):
         root = cfg.MODEL.DN_DETR
         node = root.DECODER
         arguments = transformer_arguments(cfg, "DECODER")
-        dim, num_layers = arguments.pop("dim"), arguments.pop("num_layers")
+        own = {key: arguments.pop(key) for key in ("dim", "num_layers", "activation_checkpointing")}
+        dim, num_layers = own["dim"], own["num_layers"]
         heads = DetectionHeads(
             dim,
             root.NUM_CLASSES,
@@ -52,8 +65,7 @@ class RefiningDecoder(nn.Module):
             no_object=root.LOSS.CLASS_LOSS == "softmax",
         )
         return {
-            "dim": dim,
-            "num_layers": num_layers,
+            **own,
             "layer": lookup(DECODER_LAYER_REGISTRY, node.LAYER, "MODEL.DN_DETR.DECODER.LAYER"),
             "layer_arguments": {**arguments, "num_levels": root.NUM_FEATURE_LEVELS, "num_points": node.NUM_POINTS},
             "heads": heads,
@@ -64,11 +76,7 @@ class RefiningDecoder(nn.Module):
         content, reference = queries.content, queries.boxes
         seen, logits, boxes = reference, [], []  # `seen` is the reference as the layer sees it
         for i, layer in enumerate(self.layers):
-            if queries.position is None:
-                position = self.position(content, seen, memory, first=i == 0)
-            else:
-                position = QueryPosition(queries.position)
-            content = layer(content, position, seen, memory, queries.blocked)
+            content = self.run(self.step, layer, content, seen, queries, memory, i == 0)
             hidden = self.normalise(content)
             logits.append(self.heads.classify(hidden, i))
             boxes.append(self.heads.refine(hidden, reference, i))
@@ -76,6 +84,16 @@ class RefiningDecoder(nn.Module):
                 reference = self.next_reference(content, seen, boxes[-1], i)
                 seen = self.enter_layer(reference)
         return Predictions(torch.stack(logits), torch.stack(boxes))
+
+    def step(
+        self, layer: nn.Module, content: Tensor, seen: Tensor, queries: ObjectQueries, memory: Memory, first: bool
+    ) -> Tensor:
+        """(N, Q, C) -> (N, Q, C): one layer with the positions that it needs."""
+        if queries.position is None:
+            position = self.position(content, seen, memory, first=first)
+        else:
+            position = QueryPosition(queries.position)
+        return layer(content, position, seen, memory, queries.blocked)
 
     def normalise(self, content: Tensor) -> Tensor:
         """What the heads get; here the content as it is."""

@@ -12,6 +12,7 @@ from ..layers import (
     MLP,
     AxisEncoding,
     FeedForward,
+    LayerStack,
     MultiScaleDeformableAttention,
     RowColumnAttention,
     SelfAttention,
@@ -40,6 +41,7 @@ def transformer_arguments(cfg, role: str) -> dict:
         "num_heads": node.NUM_HEADS,
         "ffn_dim": node.FFN_DIM,
         "dropout": node.DROPOUT,
+        "activation_checkpointing": node.ACTIVATION_CHECKPOINTING,
     }
 
 
@@ -91,19 +93,29 @@ class DenseEncoderLayer(nn.Module):
 
 
 @ENCODER_REGISTRY.register()
-class PlainEncoder(nn.Module):
+class PlainEncoder(LayerStack):
     """DETR's encoder: dense self-attention of all cells.
 
     Args:
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
+        activation_checkpointing: see :class:`~dn_detr_d2.layers.LayerStack`.
     """
 
     ACTIVATION = "relu"
 
     @configurable
-    def __init__(self, *, dim: int, num_layers: int, num_heads: int, ffn_dim: int, dropout: float):
-        super().__init__()
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(
             DenseEncoderLayer(dim, num_heads, ffn_dim, dropout, self.ACTIVATION) for _ in range(num_layers)
         )
@@ -119,9 +131,13 @@ class PlainEncoder(nn.Module):
         memory = flatten_pyramid(pyramid)
         tokens = memory.tokens
         for layer in self.layers:
-            tokens = layer(tokens, self.place(tokens, memory.positions), memory.padding)
+            tokens = self.run(self.step, layer, tokens, memory)
         memory.tokens = tokens
         return memory
+
+    def step(self, layer: DenseEncoderLayer, tokens: Tensor, memory: Memory) -> Tensor:
+        """(N, S, C) -> (N, S, C): one layer with the positions that it adds."""
+        return layer(tokens, self.place(tokens, memory.positions), memory.padding)
 
     def place(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """(N, S, C) positions as a layer adds them; here the encoding as it is."""
@@ -166,12 +182,13 @@ class DeformableEncoderLayer(nn.Module):
 
 
 @ENCODER_REGISTRY.register()
-class DeformableEncoder(nn.Module):
+class DeformableEncoder(LayerStack):
     """Deformable DETR's encoder: each cell looks at K points around itself on every level.
 
     Args:
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
+        activation_checkpointing: see :class:`~dn_detr_d2.layers.LayerStack`.
         num_levels: L.
         num_points: K.
     """
@@ -187,8 +204,9 @@ class DeformableEncoder(nn.Module):
         dropout: float,
         num_levels: int,
         num_points: int,
+        activation_checkpointing: bool = False,
     ):
-        super().__init__()
+        super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, num_heads, ffn_dim, dropout, num_levels, num_points) for _ in range(num_layers)
         )
@@ -208,7 +226,7 @@ class DeformableEncoder(nn.Module):
         reference = cell_centres(memory)
         tokens = memory.tokens
         for layer in self.layers:
-            tokens = layer(tokens, reference, memory)
+            tokens = self.run(layer, tokens, reference, memory)
         memory.tokens = tokens
         return memory
 
@@ -229,17 +247,27 @@ class RowColumnEncoderLayer(nn.Module):
 
 
 @ENCODER_REGISTRY.register()
-class RowColumnEncoder(nn.Module):
+class RowColumnEncoder(LayerStack):
     """Anchor DETR's encoder, over one map: row-column attention. Its encoding of coordinates is passed on to the decoder.
 
     Args:
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
+        activation_checkpointing: see :class:`~dn_detr_d2.layers.LayerStack`.
     """
 
     @configurable
-    def __init__(self, *, dim: int, num_layers: int, num_heads: int, ffn_dim: int, dropout: float):
-        super().__init__()
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(RowColumnEncoderLayer(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         self.axis_encoding = AxisEncoding(dim)
         initialise_transformer(self)
@@ -260,6 +288,6 @@ class RowColumnEncoder(nn.Module):
         grid_x, grid_y = (self.axis_encoding(x) for x in axis_coordinates(padding))
         grid = pyramid.maps[0].permute(0, 2, 3, 1)
         for layer in self.layers:
-            grid = layer(grid, grid_x, grid_y, padding)
+            grid = self.run(layer, grid, grid_x, grid_y, padding)
         memory.tokens, memory.axis_encoding = grid.flatten(1, 2), self.axis_encoding
         return memory

@@ -233,20 +233,29 @@ class DenoisingDETR(nn.Module):
         return Targets.pad([image.gt_classes for image in instances], boxes, self.device)
 
     def _losses(self, seen: Observation) -> dict[str, Tensor]:
+        """Of a training step: divided by the objects, and the noised objects, of a process."""
+        copies = 0 if seen.noised is None else len(seen.noised.assignment)
+        normalizer = mean_over_ranks(sum(seen.targets.counts), self.device)
+        if seen.noised is None or self.local_denoising_normalizer:
+            divisor = torch.full((), max(copies, 1.0), device=self.device)
+        else:
+            divisor = mean_over_ranks(copies, self.device)
+        return self.weighted_losses(seen, normalizer, divisor)
+
+    def weighted_losses(self, seen: Observation, normalizer: Tensor, denoising_normalizer: Tensor) -> dict[str, Tensor]:
+        """All loss terms of an annotated pass, as :meth:`forward` names them.
+
+        Args:
+            seen: of :meth:`observe`.
+            normalizer: scalar, what sums over objects are divided by.
+            denoising_normalizer: the same of the denoising terms.
+        """
         predictions, proposals = seen.predictions, seen.queries.proposals
         noised, targets = seen.noised, seen.targets
-        num_objects = sum(targets.counts)
-        normalizer = mean_over_ranks(num_objects, self.device)
         losses = {}
         if noised is not None:
             denoising, predictions = predictions.split(noised.num_queries)
-            copies = len(noised.assignment)
-            divisor = (
-                torch.full((), max(copies, 1.0), device=self.device)
-                if self.local_denoising_normalizer
-                else mean_over_ranks(copies, self.device)
-            )
-            terms = self.criterion(denoising, targets, noised.assignment, divisor, counted=noised.counted)
+            terms = self.criterion(denoising, targets, noised.assignment, denoising_normalizer, counted=noised.counted)
             losses = name_layers({k: self.denoising_weight * v for k, v in terms.items()}, "dn", "dn")
         if proposals is not None:
             wanted = self.query_source.proposal_targets(targets)

@@ -1,6 +1,8 @@
 """What keeps a training alive: checkpoints, going on after a stop, processes that start and end together."""
 
+from .averaging import AverageHook, average_weights
 from .checkpointer import Checkpointer
+from .early_stopping import EarlyEnd, EarlyStopping
 from .hooks import BestCheckpointer, CheckpointHook
 from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch
 from .progress import progress, take_up
@@ -8,14 +10,18 @@ from .signals import REQUEUE, LeaveHook, StopHook, StopRequest
 
 __all__ = [
     "REQUEUE",
+    "AverageHook",
     "BestCheckpointer",
     "CheckpointHook",
     "Checkpointer",
+    "EarlyEnd",
+    "EarlyStopping",
     "LeaveHook",
     "ProcessError",
     "StopHook",
     "StopRequest",
     "assigned_place",
+    "average_weights",
     "describe",
     "end_with_parent",
     "join",

@@ -28,6 +28,7 @@ class Checkpointer(DetectionCheckpointer):
         model, save_dir, checkpointables: as for DetectionCheckpointer.
         cfg: for the class names, ``MODEL.WEIGHTS_MATCHED`` and ``SOLVER.CHECKPOINTS_KEPT``.
         new_classes: whether classes, and other tensors as MODEL.WEIGHTS_MATCHED allows, may start at random.
+        averaged: load the moving average of a file's weights in their place.
         progress: gives what else a checkpoint of a training keeps; called on every rank.
     """
 
@@ -38,6 +39,7 @@ class Checkpointer(DetectionCheckpointer):
         *,
         cfg,
         new_classes: bool = False,
+        averaged: bool = False,
         progress: Callable[[], dict] = dict,
         **checkpointables,
     ):
@@ -45,7 +47,8 @@ class Checkpointer(DetectionCheckpointer):
         self.progress = progress
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
-        self.new_classes, self.least_matched, self.resuming = new_classes, cfg.MODEL.WEIGHTS_MATCHED, False
+        self.new_classes, self.least_matched = new_classes, cfg.MODEL.WEIGHTS_MATCHED
+        self.averaged, self.resuming = averaged, False
 
     def get_checkpoint_file(self) -> str:
         """Path of the newest checkpoint of the folder, "" if there is none; it lies in the folder, or is refused."""
@@ -80,14 +83,14 @@ class Checkpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the file to resume from; the best one is none, a later one may be there."""
-        if last_filename_basename != f"{BEST}.pth":
+        if not last_filename_basename.startswith(BEST):
             point_to(Path(self.save_dir), last_filename_basename)
 
     def _load_file(self, filename: str) -> dict:
         if self.resuming:
             verify(Path(filename))
             return torch.load(filename, map_location="cpu", weights_only=True)
-        file = read_checkpoint(filename)
+        file = read_checkpoint(filename, averaged=self.averaged)
         return {"model": file.state, "class_names": file.class_names}
 
     def _load_model(self, checkpoint: dict):

@@ -40,12 +40,17 @@ class BestCheckpointer(hooks.BestCheckpointer):
     """Keeps the best checkpoint over resumes.
 
     The best value stands in ``best_metric.json`` beside ``model_best.pth``: a periodic checkpoint is written before the
-    evaluation of its iteration, so it could not know.
+    evaluation of its iteration, so it could not know. The averaged weights have ``model_best_ema.pth`` and
+    ``best_metric_ema.json``, and the name of their value begins with ``ema/``.
     """
+
+    def __init__(self, period: int, checkpointer: Checkpointer, metric: str):
+        self._suffix = "_ema" if metric.startswith("ema/") else ""
+        super().__init__(period, checkpointer, metric, file_prefix=BEST + self._suffix)
 
     @property
     def _record(self) -> Path:
-        return Path(self._checkpointer.save_dir) / "best_metric.json"
+        return Path(self._checkpointer.save_dir) / f"best_metric{self._suffix}.json"
 
     def before_train(self) -> None:
         """Takes up the best value of the run that is resumed."""
@@ -59,7 +64,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         better = math.isfinite(value) and (self.best_metric is None or self._compare(value, self.best_metric))
         if not comm.all_gather(better)[0]:
             return
-        self._checkpointer.save(BEST, iteration=iteration)
+        self._checkpointer.save(self._file_prefix, iteration=iteration)
         if comm.is_main_process():
             self.best_metric, self.best_iter = value, iteration
             record = {"metric": self._val_metric, "value": value, "iteration": iteration}

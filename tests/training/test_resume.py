@@ -22,6 +22,7 @@ def stop_at(folder, name, target):
     pytest.param(["DATALOADER.NUM_WORKERS", 2], id="two loader workers"),
     pytest.param(["DATASETS.TEST", ("shapes_val",), "TEST.EVAL_PERIOD", 3], id="evaluation at the checkpoint"),
     pytest.param(["SEED", -1], id="no seed"),
+    pytest.param(["MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.9], id="averaged weights"),
 ])  # fmt: skip
 def test_a_resumed_training_equals_one_that_was_not_stopped(tmp_path, options):
     train(make_cfg(tmp_path / "whole", *options))
