@@ -230,8 +230,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
 
     # At each evaluation and when the training is over, the losses on so many annotated images of each data set of
-    # DATASETS.TEST, evenly spaced by image id; -1 = all, 0 = off. Without dropout, with the same noise each time; logged as
-    # validation/total_loss and validation/<term> (docs/instruments.md).
+    # DATASETS.TEST, evenly spaced by image id; 0 = off, more than there are = all. Without dropout, with the same noise each
+    # time; logged as validation/total_loss and validation/<term> (docs/instruments.md).
     cfg.TEST.VALIDATION_LOSS = 0
 
     # Instruments, see docs/instruments.md. They look at the first data set of DATASETS.TEST, at every evaluation and when

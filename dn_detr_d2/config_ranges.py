@@ -20,7 +20,7 @@ _NOT_NEGATIVE = (
     *(f"SOLVER.{key}" for key in ("BACKBONE_MULTIPLIER", "SAMPLING_MULTIPLIER", "WARMUP_ITERS")),
     *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.CHECKPOINTS_KEPT"),
     *("SOLVER.EARLY_STOPPING.PATIENCE", "SOLVER.EARLY_STOPPING.MIN_DELTA"),
-    *("TEST.INSTABILITY.NUM_IMAGES", "TEST.INSTABILITY.PERIOD"),
+    *("TEST.INSTABILITY.NUM_IMAGES", "TEST.INSTABILITY.PERIOD", "TEST.VALIDATION_LOSS"),
     *(f"{_ROOT}DENOISING.{key}" for key in ("NUM_QUERIES", "MAX_QUERIES", "CORNER_NOISE_SCALE", "LOSS_WEIGHT")),
     f"{_ROOT}LOSS.FOCAL_GAMMA",
 )
@@ -62,7 +62,6 @@ CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
     ),
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
     (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
-    (("TEST.VALIDATION_LOSS",), "be a number of images, or -1 for all", lambda x: x >= -1),
     (("INPUT.CROP.RESIZE",), "be positive numbers of pixels", _sizes),
     (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
     ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES"), "be a list of names", _strings),

@@ -68,7 +68,7 @@ def _validation_sets(cfg) -> dict[str, Iterable[list[dict]]]:
             f"TEST.VALIDATION_LOSS = {count} measures on DATASETS.TEST, which is empty; name a data set or set it to 0"
         )
     prefixes = ["validation/"] if len(sets) == 1 else [f"{name}/validation/" for name in sets]
-    loaders = [load_annotated(cfg, probe_records(name, max(count, 0))) for name in sets]
+    loaders = [load_annotated(cfg, probe_records(name, count)) for name in sets]
     return dict(zip(prefixes, loaders, strict=True))
 
 

@@ -154,8 +154,8 @@ def test_a_leaking_mask_is_not_trained(cfg, monkeypatch):
     [
         ("dn_detr", ["DATASETS.TEST", "()"], "first data set of DATASETS.TEST, which is empty"),
         ("dab_detr", [], r"HEALTH_SCALES = \[0.4, 1\] measures denoising queries, but"),
-        ("dn_detr", ["TEST.INSTABILITY.ATD_K", 0], "TEST.INSTABILITY.ATD_K must be at least 1, got 0"),
-        ("dn_detr", ["TEST.INSTABILITY.PERIOD", -1], "PERIOD must be at least 0, got -1"),
+        ("dn_detr", ["TEST.INSTABILITY.ATD_K", 0], "TEST.INSTABILITY.ATD_K must be positive, got 0"),
+        ("dn_detr", ["TEST.INSTABILITY.PERIOD", -1], "PERIOD must be finite and not negative, got -1"),
         (
             "dn_detr",
             ["TEST.INSTABILITY.HEALTH_SCALES", [0.2, -0.4]],

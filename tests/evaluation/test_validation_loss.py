@@ -119,9 +119,9 @@ def test_a_training_logs_them_and_does_not_notice(toy_cfg, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_measured_is_refused(toy_cfg, toy_model):
-    with pytest.raises(ConfigError, match=r"TEST\.VALIDATION_LOSS = -1 measures on DATASETS\.TEST, which is empty"):
-        build_instruments(toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", -1))
-    with pytest.raises(ConfigError, match=r"TEST\.VALIDATION_LOSS must be a number of images, or -1 for all, got -2"):
+    with pytest.raises(ConfigError, match=r"TEST\.VALIDATION_LOSS = 5 measures on DATASETS\.TEST, which is empty"):
+        build_instruments(toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", 5))
+    with pytest.raises(ConfigError, match=r"TEST\.VALIDATION_LOSS must be finite and not negative, got -2"):
         toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", -2)
     with pytest.raises(DatasetError, match="nothing to measure"):
         validation_losses(toy_model("dn_detr"), one_by_one(0)[1])
