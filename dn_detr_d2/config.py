@@ -198,6 +198,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
     # Precision under SOLVER.AMP.ENABLED: "fp16" (with loss scaling) or "bf16".
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    # What a loss or gradient that is not a finite number does: "raise" = the training stops on all ranks before a weight
+    # changes, "skip" = the step is left out on all ranks. Both tell the tensor and write nan_report/ (docs/reliability.md).
+    cfg.SOLVER.NONFINITE = "raise"
+    # How many steps a whole training may skip, resumed parts included, before it stops nevertheless. Steps whose fp16
+    # gradient is too large for the loss scale are counted apart; they are no fault.
+    cfg.SOLVER.NONFINITE_LIMIT = 10
     # How many periodic checkpoints stay in OUTPUT_DIR, files of earlier runs included; 0 = all. model_best.pth,
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
@@ -273,6 +279,7 @@ def check_config(cfg: CfgNode) -> None:
     choices = {
         "SOLVER.OPTIMIZER": ("ADAMW",),
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
+        "SOLVER.NONFINITE": ("raise", "skip"),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),

@@ -60,9 +60,11 @@ class DetectionHeads(nn.Module):
     def refine(self, content: Tensor, boxes: Tensor, layer: int) -> Tensor:
         """Corrects reference boxes: sigmoid(head(content) + logit(boxes)), float32.
 
+        A correction that is infinite makes the coordinate not a number: the sigmoid alone would make it 0 or 1, and hide it.
+
         Args:
             content: (..., C).
             boxes: (..., 4) cxcywh in [0, 1].
         """
-        delta = self.box_heads[layer % len(self.box_heads)](content)
-        return (delta.to(boxes.dtype) + logit(boxes, self.logit_eps)).sigmoid()
+        delta = self.box_heads[layer % len(self.box_heads)](content).to(boxes.dtype)
+        return (delta + logit(boxes, self.logit_eps)).sigmoid() + (delta - delta).detach()
