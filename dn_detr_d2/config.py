@@ -157,6 +157,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Focal loss: weight alpha of positives and exponent gamma. 0.25 and 2 everywhere.
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
+    # Added to union and enclosing area in the GIoU of losses and matching costs; the whole image has area 1. 1e-6 in DAB, DN
+    # and DINO, where it halves the GIoU of a box of side 0.001 with itself; nothing in DETR and DD, where points give NaN.
+    node.LOSS.GIOU_EPS = 1e-18
 
     # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
     # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from ..boxes import GIOU_EPS
 from ..structures import Assignment, Predictions, Targets
 from .losses import box_terms, float32, focal_negative, focal_terms
 
@@ -20,6 +21,7 @@ class SetCriterion:
     Args:
         class_weight, l1_weight, giou_weight: weights of the three terms, the same for every layer.
         focal_alpha, focal_gamma: of the focal loss.
+        giou_eps: of :func:`~dn_detr_d2.boxes.giou`.
     """
 
     TERMS = ("class", "l1", "giou")
@@ -33,11 +35,12 @@ class SetCriterion:
         giou_weight: float = 2.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        giou_eps: float = GIOU_EPS,
     ):
         self.weights = (class_weight, l1_weight, giou_weight)
         if min(self.weights) < 0:
             raise ValueError(f"loss weights must not be negative, got {self.weights} (class, L1, GIoU)")
-        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.focal_alpha, self.focal_gamma, self.giou_eps = focal_alpha, focal_gamma, giou_eps
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -49,6 +52,7 @@ class SetCriterion:
             "giou_weight": node.GIOU_WEIGHT,
             "focal_alpha": node.FOCAL_ALPHA,
             "focal_gamma": node.FOCAL_GAMMA,
+            "giou_eps": node.GIOU_EPS,
         }
 
     def __call__(
@@ -75,7 +79,7 @@ class SetCriterion:
             logits, boxes = float32(predictions.logits, predictions.boxes)
             layer = torch.arange(len(logits), device=logits.device)[:, None]  # (K, 1), broadcasts with T
             pairs = (layer, assignment.image, assignment.query)
-            l1, overlap = box_terms(boxes[pairs], targets.boxes[assignment.image, assignment.target])
+            l1, overlap = box_terms(boxes[pairs], targets.boxes[assignment.image, assignment.target], self.giou_eps)
             labels = targets.labels[assignment.image, assignment.target]
             classes = self._class_loss(logits, pairs, labels, normalizer, counted)
             terms = (classes, l1.sum(1) / normalizer, overlap.sum(1) / normalizer)
