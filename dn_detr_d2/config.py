@@ -207,6 +207,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # How many steps a whole training may skip, resumed parts included, before it stops nevertheless. Steps whose fp16
     # gradient is too large for the loss scale are counted apart; they are no fault.
     cfg.SOLVER.NONFINITE_LIMIT = 10
+    # Parts that each process passes its images of a step in, one after the other, to need less memory; 1 = all at once.
+    # IMS_PER_BATCH stays the images of a whole step: the gradient, the order of images and the schedule are the same.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
     # How many periodic checkpoints stay in OUTPUT_DIR, files of earlier runs included; 0 = all. model_best.pth,
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0

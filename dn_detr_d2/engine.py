@@ -89,7 +89,8 @@ class Trainer(DefaultTrainer):
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
         reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
         may_skip = cfg.SOLVER.NONFINITE_LIMIT if cfg.SOLVER.NONFINITE == "skip" else 0
-        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, reports, may_skip=may_skip)
+        options = {"may_skip": may_skip, "accumulation": cfg.SOLVER.ACCUMULATION_STEPS}
+        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, reports, **options)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.device = next(model.parameters()).device
         self.checkpointer = Checkpointer(
@@ -224,6 +225,11 @@ def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wante
             f"--num-gpus {num_processes}, but this machine has no GPU; for {num_processes} CPU processes (gloo) add "
             "MODEL.DEVICE cpu"
         )
-    world = num_processes * num_machines
+    world, steps = num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
+    if steps > 1 and cfg.SOLVER.IMS_PER_BATCH % (world * steps):
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH}, which is all images of a step, is not divisible by "
+            f"{world} processes x SOLVER.ACCUMULATION_STEPS = {steps}"
+        )
     if cfg.SOLVER.IMS_PER_BATCH % world:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes")

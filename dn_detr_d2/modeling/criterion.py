@@ -81,11 +81,13 @@ class SetCriterion:
             pairs = (layer, assignment.image, assignment.query)
             l1, overlap = box_terms(boxes[pairs], targets.boxes[assignment.image, assignment.target], self.giou_eps)
             labels = targets.labels[assignment.image, assignment.target]
-            classes = self._class_loss(logits, pairs, labels, normalizer, counted)
+            classes = self._class_loss(logits, pairs, labels, normalizer, counted, targets.whole)
             terms = (classes, l1.sum(1) / normalizer, overlap.sum(1) / normalizer)
             return {name: weight * term for name, weight, term in zip(self.TERMS, self.weights, terms, strict=True)}
 
-    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None) -> Tensor:
+    def _class_loss(
+        self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None, whole: list[int]
+    ) -> Tensor:
         """(K,) focal losses: every logit as a negative, then the paired ones turned into positives.
 
         No one-hot target of the size of the logits is built.
@@ -119,12 +121,18 @@ class SoftmaxCriterion(SetCriterion):
         """Constructor arguments from ``MODEL.DN_DETR.LOSS``."""
         return {**super().from_config(cfg), "no_object_weight": cfg.MODEL.DN_DETR.LOSS.NO_OBJECT_WEIGHT}
 
-    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None) -> Tensor:
-        """(K,) weighted means of the cross-entropy."""
+    def _class_loss(
+        self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None, whole: list[int]
+    ) -> Tensor:
+        """(K,) weighted means of the cross-entropy over the queries of all images of ``whole``."""
         target = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=logits.device)  # (K, N, Q)
         target[pairs] = labels.expand(len(logits), -1)
         weight = torch.where(target == logits.shape[-1] - 1, self.no_object_weight, 1.0)
         if counted is not None:
             weight = weight * counted
         entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(weight)
-        return (entropy * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-6)
+        sums, queries = (entropy * weight).flatten(1).sum(1), logits.shape[2]
+        if counted is not None:
+            return sums / weight.flatten(1).sum(1).clamp(min=1e-6)
+        found = sum(min(count, queries) for count in whole)
+        return sums / (found + self.no_object_weight * (queries * len(whole) - found))

@@ -86,15 +86,15 @@ class Watch:
 
 def search(
     model: nn.Module,
-    parts: list[list[dict]],
-    losses_of: Callable[[list[dict]], dict[str, Tensor]],
+    parts: list[tuple],
+    losses_of: Callable[[tuple], dict[str, Tensor]],
     with_gradients: bool,
-) -> tuple[Finding | None, list[dict]]:
+) -> tuple[Finding | None, tuple]:
     """Looks for the first tensor that is not finite; all ranks must search together, because the passes talk.
 
     Args:
         model: not wrapped for several processes.
-        parts: the batch, in the parts that pass one by one.
+        parts: the batch, in the parts that pass one by one; images are the first entry of each.
         losses_of: one pass through ``model``; may raise FloatingPointError.
         with_gradients: whether to differentiate as well, where the passes alone are finite.
 
@@ -104,7 +104,7 @@ def search(
     state = [*model.named_parameters(), *model.named_buffers()]
     found = [(first_bad((f"weight {name}", x) for name, x in state), parts[0])]
     for part in parts:
-        found.append((first_bad(_inputs(part)), part))
+        found.append((first_bad(_inputs(part[0])), part))
         with Watch(model) as watch, torch.set_grad_enabled(with_gradients):
             losses = {}
             with contextlib.suppress(FloatingPointError):  # of the matcher; the watch knows better
@@ -120,7 +120,7 @@ def _inputs(batch: list[dict]) -> Iterator[tuple[str, Tensor]]:
     for image in batch:
         name = file_name(image)
         yield f"image {name}", image["image"]
-        if "instances" in image:
+        if hasattr(image.get("instances"), "gt_boxes"):
             yield f"boxes of {name}", image["instances"].gt_boxes.tensor
 
 

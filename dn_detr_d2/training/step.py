@@ -1,5 +1,6 @@
 """One training step: forward, backward, and a check that all ranks make before any weight changes."""
 
+import contextlib
 import logging
 import math
 import time
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..randomness import set_torch_state, torch_state
 from .nonfinite import file_name, search, write_report
 
@@ -34,6 +36,8 @@ class TrainStep(SimpleTrainer):
         amp_dtype: autocast precision, None = float32.
         dump_folder: where reports go.
         may_skip: how many steps may be left out instead of raising the error, in the whole training.
+        accumulation: parts that a batch passes in, one after the other; their gradients add up to the batch's. With more
+            than one, ``model`` has :meth:`~dn_detr_d2.modeling.meta_arch.DenoisingDETR.share`.
 
     Attributes:
         stepped: whether the last iteration has changed the weights.
@@ -49,9 +53,11 @@ class TrainStep(SimpleTrainer):
         dump_folder: str,
         *,
         may_skip: int = 0,
+        accumulation: int = 1,
     ):
         super().__init__(model, data_loader, optimizer)
         self.amp_dtype, self.dump_folder, self.may_skip = amp_dtype, Path(dump_folder), may_skip
+        self.accumulation = accumulation
         self.device = next(model.parameters()).device
         self.scaler = self._fresh_scaler()
         self.stepped, self.skipped, self.overflows = False, 0, 0
@@ -65,19 +71,23 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
         before = torch_state(self.device), [buffer.clone() for buffer in self._moving]
         self.optimizer.zero_grad()
-        losses, faults = {}, [""]
+        parts = self._parts(batch)
+        earlier, losses, fault = [], {}, ""
         try:
-            losses = self._losses(self.model, batch)
+            with self._no_exchange():
+                earlier = [self._backward(self._losses(self.model, *part)) for part in parts[:-1]]
+            losses = self._losses(self.model, *parts[-1])
         except FloatingPointError as error:
-            faults = [str(error)]
+            fault = str(error)
         # A rank without losses must not leave the others waiting in the backward pass, where they exchange gradients.
-        faults, everyone = comm.all_gather(faults[0]), []
+        faults, everyone = comm.all_gather(fault), []
         if not any(faults):
-            everyone = comm.all_gather({"data_time": data_time, **self._differentiate(losses)})
+            terms = sum(earlier, self._backward(losses))
+            everyone = comm.all_gather({"data_time": data_time, **self._read(list(losses), terms)})
             faults = [self._fault(values) for values in everyone]
         if any(faults):
             del losses  # the graph makes room for the search
-            self._leave_out(batch, faults, before)
+            self._leave_out(batch, parts, faults, before)
             return
         self.stepped = math.isfinite(everyone[0][NORM])
         self.overflows += not self.stepped
@@ -86,18 +96,44 @@ class TrainStep(SimpleTrainer):
         self.scaler.update()
         self._record(everyone)
 
-    def _losses(self, model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model(batch)
+    def _parts(self, batch: list[dict]) -> list[tuple]:
+        """What the model gets for each part of the batch: images, and in accumulation their share of the step."""
+        if self.accumulation == 1:
+            return [(batch,)]
+        size, rest = divmod(len(batch), self.accumulation)
+        if rest or not size:
+            raise ConfigError(
+                f"the {len(batch)} images that a process gets of SOLVER.IMS_PER_BATCH are not divisible by "
+                f"SOLVER.ACCUMULATION_STEPS = {self.accumulation}"
+            )
+        share = self._plain_model.share([len(image["instances"]) for image in batch])
+        return [(batch[i : i + size], share) for i in range(0, len(batch), size)]
 
-    def _differentiate(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Leaves the gradients with the parameters; returns the terms and the norm."""
+    @property
+    def _plain_model(self) -> nn.Module:
+        """The model without the wrapper of several processes."""
+        return getattr(self.model, "module", self.model)
+
+    def _no_exchange(self) -> contextlib.AbstractContextManager:
+        """Where backward passes leave gradients with their process."""
+        return self.model.no_sync() if hasattr(self.model, "no_sync") else contextlib.nullcontext()
+
+    def _losses(self, model: nn.Module, *part) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return model(*part)
+
+    def _backward(self, losses: dict[str, Tensor]) -> Tensor:
+        """Adds the gradients to those of the parameters; returns the terms."""
         terms = torch.stack(list(losses.values()))
         self.scaler.scale(terms.sum()).backward()
+        return terms.detach()
+
+    def _read(self, names: list[str], terms: Tensor) -> dict[str, float]:
+        """The terms and the norm of the gradient."""
         self.scaler.unscale_(self.optimizer)  # before the optimizer clips; a no-op unless fp16
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        *values, norm = torch.cat([terms.detach(), norm[None]]).tolist()  # one transfer for all
-        return {**dict(zip(losses, values, strict=True)), NORM: norm}
+        *values, norm = torch.cat([terms, norm[None]]).tolist()  # one transfer for all
+        return {**dict(zip(names, values, strict=True)), NORM: norm}
 
     def _fault(self, values: dict[str, float]) -> str:
         """What is not finite in the values of one rank; "" if all is well, or the scaler's business."""
@@ -106,12 +142,12 @@ class TrainStep(SimpleTrainer):
             return ""
         return f"{'' if bad == NORM else 'loss term '}{bad} is {values[bad]}"
 
-    def _leave_out(self, batch: list[dict], faults: list[str], before: tuple[dict, list[Tensor]]) -> None:
+    def _leave_out(self, batch: list[dict], parts: list[tuple], faults: list[str], before: tuple) -> None:
         """Puts everything back, then raises or skips; ``before``: random state and moving statistics."""
         random_state, statistics = before
         now = torch_state(self.device)
         set_torch_state(random_state, self.device)
-        cause = self._explain(batch, faults, random_state)
+        cause = self._explain(batch, parts, faults, random_state)
         set_torch_state(now, self.device)
         for buffer, kept in zip(self._moving, statistics, strict=True):
             buffer.copy_(kept)
@@ -136,12 +172,12 @@ class TrainStep(SimpleTrainer):
             scaler.load_state_dict(state)
         return scaler
 
-    def _explain(self, batch: list[dict], faults: list[str], random_state: dict) -> str:
+    def _explain(self, batch: list[dict], parts: list[tuple], faults: list[str], random_state: dict) -> str:
         """Repeats the pass on all ranks and reports what is found; returns the first cause, the same on all ranks."""
-        model = getattr(self.model, "module", self.model)
         # A loss that is not finite on one rank spoils the gradients of all: then they say nothing.
         only_gradients = all(fault.startswith(NORM) for fault in faults if fault)
-        finding, part = search(model, [batch], lambda part: self._losses(model, part), only_gradients)
+        model = self._plain_model
+        finding, (part, *_) = search(model, parts, lambda part: self._losses(model, *part), only_gradients)
         rank, fault, sentence = comm.get_rank(), faults[comm.get_rank()], ""
         found_somewhere = any(comm.all_gather(finding is not None))
         if finding is not None or (fault and not found_somewhere):
