@@ -161,6 +161,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Focal loss: weight alpha of positives and exponent gamma. 0.25 and 2 everywhere.
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
+    # Added to union and enclosing area in the GIoU of losses and matching costs; the whole image has area 1. 1e-6 in DAB, DN
+    # and DINO, where it halves the GIoU of a box of side 0.001 with itself; nothing in DETR and DD, where points give NaN.
+    node.LOSS.GIOU_EPS = 1e-18
 
     # Share of the model's tensors that MODEL.WEIGHTS must hold for a training to start; below 1 the others start at random,
     # and the log names them. A backbone alone is compared with the backbone. Evaluation needs all.
@@ -215,6 +218,15 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
     # Precision under SOLVER.AMP.ENABLED: "fp16" (with loss scaling) or "bf16".
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    # What a loss or gradient that is not a finite number does: "raise" = the training stops on all ranks before a weight
+    # changes, "skip" = the step is left out on all ranks. Both tell the tensor and write nan_report/ (docs/reliability.md).
+    cfg.SOLVER.NONFINITE = "raise"
+    # How many steps a whole training may skip, resumed parts included, before it stops nevertheless. Steps whose fp16
+    # gradient is too large for the loss scale are counted apart; they are no fault.
+    cfg.SOLVER.NONFINITE_LIMIT = 10
+    # Parts that each process passes its images of a step in, one after the other, to need less memory; 1 = all at once.
+    # IMS_PER_BATCH stays the images of a whole step: the gradient, the order of images and the schedule are the same.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
     # How many periodic checkpoints stay in OUTPUT_DIR, files of earlier runs included; 0 = all. model_best.pth,
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
@@ -300,6 +312,7 @@ def check_config(cfg: CfgNode) -> None:
     choices = {
         "SOLVER.OPTIMIZER": ("ADAMW",),
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
+        "SOLVER.NONFINITE": ("raise", "skip"),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),

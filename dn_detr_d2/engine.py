@@ -1,18 +1,15 @@
-"""Training and evaluation on Detectron2's engine: the trainer, its step, and the hooks that differ."""
+"""Training and evaluation on Detectron2's engine: the trainer and the hooks that differ."""
 
 import logging
-import math
 import sys
-import time
 import weakref
 from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from . import data, solver
@@ -32,6 +29,7 @@ from .training import (
     LeaveHook,
     StopHook,
     StopRequest,
+    TrainStep,
     average_weights,
     progress,
     take_up,
@@ -39,107 +37,7 @@ from .training import (
 
 logger = logging.getLogger(__name__)
 
-NORM = "gradient_norm"
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class TrainStep(SimpleTrainer):
-    """One training iteration on any device, with or without mixed precision.
-
-    The weights never see a loss or a gradient that is not finite: the step is left before the optimizer, on all ranks, all
-    loss terms having been read in one transfer. The error names the first bad term and the image files; the batch is written
-    to ``dump_folder``.
-
-    Args:
-        model, data_loader, optimizer: as for SimpleTrainer.
-        amp_dtype: autocast precision, None = float32.
-        dump_folder: where the batch of a failed step goes.
-    """
-
-    def __init__(self, model, data_loader, optimizer, amp_dtype: torch.dtype | None, dump_folder: str):
-        super().__init__(model, data_loader, optimizer)
-        self.amp_dtype, self.dump_folder = amp_dtype, Path(dump_folder)
-        self.device_type = next(model.parameters()).device.type
-        self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype is torch.float16)
-
-    def run_step(self) -> None:
-        """Forward, backward, check, step."""
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        try:
-            with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                losses = self.model(batch)
-        except FloatingPointError as error:
-            raise self._failure(batch, str(error)) from error
-
-        terms = torch.stack(list(losses.values()))
-        self.optimizer.zero_grad()
-        self.scaler.scale(terms.sum()).backward()
-        self.scaler.unscale_(self.optimizer)  # before the optimizer clips; a no-op unless fp16
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        *values, norm = torch.cat([terms.detach(), norm[None]]).tolist()  # one transfer for all
-        values = {**dict(zip(losses, values, strict=True)), NORM: norm}
-        everyone = comm.all_gather({"data_time": data_time, **values})
-        self._check(batch, everyone)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._record(everyone)
-
-    def _check(self, batch: list[dict], everyone: list[dict[str, float]]) -> None:
-        """Raises on every rank if a loss, or a gradient that no scaler watches over, is not finite on any."""
-        watched = {NORM} if self.scaler.is_enabled() else set()
-        for rank, values in enumerate(everyone):
-            bad = [name for name, value in values.items() if name not in watched and not math.isfinite(value)]
-            if bad and rank == comm.get_rank():
-                raise self._failure(batch, f"{'' if bad[0] == NORM else 'loss term '}{bad[0]} is {values[bad[0]]}")
-            if bad:
-                raise FloatingPointError(
-                    f"iteration {self.iter}: on rank {rank} {bad[0]} is {values[bad[0]]}; see its error"
-                )
-
-    def _failure(self, batch: list[dict], what: str) -> FloatingPointError:
-        """Writes the batch and returns the error to raise."""
-        self.dump_folder.mkdir(parents=True, exist_ok=True)
-        path = self.dump_folder / f"iteration_{self.iter}_rank_{comm.get_rank()}.pth"
-        names = [x.get("file_name", "unnamed") for x in batch]
-        torch.save([{k: _plain(v) for k, v in x.items()} for x in batch], path)
-        return FloatingPointError(
-            f"iteration {self.iter}, rank {comm.get_rank()}: {what}; images: {', '.join(names)}; the batch is in {path}. "
-            "No weight has been changed by it. Look at the images and boxes, lower SOLVER.BASE_LR, or use bf16 for fp16"
-        )
-
-    def _record(self, everyone: list[dict[str, float]]) -> None:
-        """Logs every term under its name, and the sums of the groups main / aux / dn for the console."""
-        if not comm.is_main_process():
-            return
-        storage = get_event_storage()
-        means = {name: sum(rank[name] for rank in everyone) / len(everyone) for name in everyone[0]}
-        means["data_time"] = max(rank["data_time"] for rank in everyone)
-        groups = {}
-        for name, value in means.items():
-            if "/" in name:
-                group = f"loss_{name.split('/')[0]}"
-                groups[group] = groups.get(group, 0.0) + value
-        storage.put_scalars(total_loss=sum(groups.values()), **groups, **means)
-
-    def state_dict(self) -> dict:
-        """Adds the gradient scaler's state."""
-        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        if state := state_dict.get("scaler"):  # empty when the checkpoint was trained without fp16
-            self.scaler.load_state_dict(state)
-
-
-def _plain(value):
-    """Instances as a dict of tensors, so that the dump loads with ``weights_only=True``."""
-    if hasattr(value, "get_fields"):
-        fields = {k: getattr(v, "tensor", v) for k, v in value.get_fields().items()}
-        return {"image_size": tuple(value.image_size), **fields}
-    return value
 
 
 class TolerantCOCOEvaluator(COCOEvaluator):
@@ -196,7 +94,10 @@ class Trainer(DefaultTrainer):
         self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
-        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, str(Path(cfg.OUTPUT_DIR) / "nan_report"))
+        reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
+        may_skip = cfg.SOLVER.NONFINITE_LIMIT if cfg.SOLVER.NONFINITE == "skip" else 0
+        options = {"may_skip": may_skip, "accumulation": cfg.SOLVER.ACCUMULATION_STEPS}
+        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, reports, **options)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.device = next(model.parameters()).device
         self.checkpointer = Checkpointer(
@@ -357,6 +258,11 @@ def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wante
             f"--num-gpus {num_processes}, but this machine has no GPU; for {num_processes} CPU processes (gloo) add "
             "MODEL.DEVICE cpu"
         )
-    world = num_processes * num_machines
+    world, steps = num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
+    if steps > 1 and cfg.SOLVER.IMS_PER_BATCH % (world * steps):
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH}, which is all images of a step, is not divisible by "
+            f"{world} processes x SOLVER.ACCUMULATION_STEPS = {steps}"
+        )
     if cfg.SOLVER.IMS_PER_BATCH % world:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes")

@@ -36,11 +36,8 @@ def random_state(device: torch.device | str = "cpu") -> dict:
     state = {
         "python": [version, torch.tensor(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
     }
-    if torch.device(device).type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    return state | torch_state(device)
 
 
 def set_random_state(state: dict[str, list | Tensor], device: torch.device | str = "cpu") -> None:
@@ -49,6 +46,19 @@ def set_random_state(state: dict[str, list | Tensor], device: torch.device | str
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    set_torch_state(state, device)
+
+
+def torch_state(device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The part of :func:`random_state` that a model draws from; costs some microseconds and no wait for a GPU."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_torch_state(state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
+    """Counterpart of :func:`torch_state`."""
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

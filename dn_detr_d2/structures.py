@@ -22,26 +22,53 @@ class Targets:
         boxes: (N, M, 4) cxcywh in [0, 1] of the unpadded image, float32, 0.5 where padded.
         valid: (N, M) bool, False where padded.
         counts: objects of each image, on the host.
+        whole: the same of all images of this process in this training step, where these are a part of them; else ``counts``.
     """
 
     labels: Tensor
     boxes: Tensor
     valid: Tensor
     counts: list[int]
+    whole: list[int]
 
     @classmethod
-    def pad(cls, labels: list[Tensor], boxes: list[Tensor], device: torch.device | str = "cpu") -> "Targets":
-        """Joins one (n_i,) label and one (n_i, 4) box tensor per image; pads on their device, uploads once."""
+    def pad(
+        cls,
+        labels: list[Tensor],
+        boxes: list[Tensor],
+        device: torch.device | str = "cpu",
+        whole: list[int] | None = None,
+    ) -> "Targets":
+        """Joins one (n_i,) label and one (n_i, 4) box tensor per image; pads on their device, uploads once.
+
+        Padded to the fullest image of ``whole``, so that a part of a batch has the layout of all of it.
+        """
         counts = [len(image) for image in labels]
         if counts != [len(image) for image in boxes]:
             raise ValueError(f"labels and boxes must pair up, got {counts} labels and {[len(b) for b in boxes]} boxes")
-        n, m = len(counts), max([*counts, 1])
+        whole = whole or counts
+        n, m = len(counts), max([*whole, 1])
         padded_labels = torch.zeros(n, m, dtype=torch.int64)
         padded_boxes = torch.full((n, m, 4), 0.5)
         for i, count in enumerate(counts):
             padded_labels[i, :count], padded_boxes[i, :count] = labels[i], boxes[i]
         valid = torch.arange(m) < torch.tensor(counts, dtype=torch.int64).reshape(n, 1)
-        return cls(*(x.to(device, non_blocking=True) for x in (padded_labels, padded_boxes, valid)), counts)
+        return cls(*(x.to(device, non_blocking=True) for x in (padded_labels, padded_boxes, valid)), counts, whole)
+
+
+@dataclass
+class Share:
+    """What one forward pass must know of the whole training step, where the gradients of several are added up.
+
+    Attributes:
+        whole: objects of each image of this process in this step, on the host.
+        objects: scalar, what matching losses are divided by: the mean number of objects over the processes, at least 1.
+        copies: the same of noised copies, for the denoising losses.
+    """
+
+    whole: list[int]
+    objects: Tensor
+    copies: Tensor
 
 
 @dataclass

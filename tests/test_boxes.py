@@ -61,7 +61,7 @@ def test_giou_is_symmetric_and_within_bounds(values):
     a = cxcywh_to_xyxy(torch.tensor(values))
     b = a.flip(0)
     torch.testing.assert_close(giou(a, b), giou(b, a))
-    assert ((giou(a, b) >= -1) & (giou(a, b) <= 1)).all()
+    assert ((giou(a, b) >= -1 - 1e-6) & (giou(a, b) <= 1 + 1e-6)).all()
 
 
 def test_giou_of_degenerate_boxes_is_finite_with_finite_gradient():
@@ -70,6 +70,38 @@ def test_giou_of_degenerate_boxes_is_finite_with_finite_gradient():
     value.sum().backward()
     assert value.isfinite().all()
     assert point.grad.isfinite().all()
+
+
+side = st.floats(-6, 0).map(lambda exponent: 10**exponent)
+
+
+@given(unit, unit, side, side)
+def test_giou_of_a_box_with_itself_is_one_with_finite_gradients(x, y, width, height):
+    """Down to a side of 1e-6, at the corner where float32 still tells such a box from a point and anywhere as corners."""
+    low = torch.tensor([x, y]) * 1e-7 if min(width, height) < 1e-4 else torch.tensor([x, y])
+    box = torch.cat([low, low + torch.tensor([width, height])])
+    for a in (cxcywh_to_xyxy(torch.tensor([width / 2, height / 2, width, height])), box):
+        a.requires_grad_()
+        value = giou(a, a.detach())
+        (gradient,) = torch.autograd.grad(value, a)
+        assert value.item() >= 1 - 1e-5
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("side", "expected"), [(1e-2, 0.990), (1e-3, 0.5), (1e-4, 0.0099)])
+def test_the_official_epsilon_is_a_switch(side, expected):
+    box = cxcywh_to_xyxy(torch.tensor([0.5, 0.5, side, side]))
+    assert giou(box, box, eps=1e-6).item() == pytest.approx(expected, rel=1e-2)
+    assert giou(box, box).item() == pytest.approx(1, abs=1e-5)
+
+
+@given(boxes.filter(bool))
+def test_giou_and_its_gradient_are_finite_whatever_the_boxes(values):
+    a = cxcywh_to_xyxy(torch.tensor(values)).requires_grad_()
+    value = giou(a[:, None], a.detach())
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])

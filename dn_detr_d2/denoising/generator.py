@@ -91,7 +91,7 @@ class DenoisingGenerator:
             valid.flatten(1),
             groups,
             _assign(chosen, targets.counts),
-            self.count(valid, targets.counts).flatten(1),
+            self.count(valid, targets.whole).flatten(1),
             self.mask_padding,
         )
 
@@ -124,6 +124,11 @@ class DenoisingGenerator:
         """(groups G, objects m that a group has room for) where the fullest image has ``num_objects``."""
         room = self.max_queries // self.num_groups if self.max_queries else num_objects
         return self.num_groups, min(num_objects, room)
+
+    def num_pairs(self, counts: list[int]) -> int:
+        """How many slots restore an object in a batch of images with so many objects: the length of the assignment."""
+        groups, room = self.layout(max([*counts, 1]))
+        return groups * sum(min(count, room) for count in counts)
 
     def noise_boxes(self, boxes: Tensor) -> Tensor:
         """(N, G, copies, m, 4) clean boxes -> noised ones."""

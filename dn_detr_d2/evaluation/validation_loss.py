@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..modeling.meta_arch import Observation
 from ..randomness import reseed
+from ..structures import Share
 from .isolation import gather, untouched
 from .probe import require_objects
 
@@ -40,7 +41,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
             names = ",".join(str(record["image_id"]) for record in batch)
             reseed(zlib.crc32(f"{seed}:{names}".encode()), bare.device)
             seen = bare.observe(batch, bare.denoising)
-            rows.append(_row(seen, bare.weighted_losses(seen, one, one)))
+            rows.append(_row(seen, bare.weighted_losses(seen, Share(seen.targets.whole, one, one))))
         means = bare.criterion.MEANS
     rows = gather(rows)
     if not comm.is_main_process():

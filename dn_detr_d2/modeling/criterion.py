@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from ..boxes import GIOU_EPS
 from ..structures import Assignment, Predictions, Targets
 from .losses import box_terms, float32, focal_negative, focal_terms
 
@@ -20,6 +21,7 @@ class SetCriterion:
     Args:
         class_weight, l1_weight, giou_weight: weights of the three terms, the same for every layer.
         focal_alpha, focal_gamma: of the focal loss.
+        giou_eps: of :func:`~dn_detr_d2.boxes.giou`.
     """
 
     TERMS = ("class", "l1", "giou")
@@ -34,11 +36,12 @@ class SetCriterion:
         giou_weight: float = 2.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        giou_eps: float = GIOU_EPS,
     ):
         self.weights = (class_weight, l1_weight, giou_weight)
         if min(self.weights) < 0:
             raise ValueError(f"loss weights must not be negative, got {self.weights} (class, L1, GIoU)")
-        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.focal_alpha, self.focal_gamma, self.giou_eps = focal_alpha, focal_gamma, giou_eps
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -50,6 +53,7 @@ class SetCriterion:
             "giou_weight": node.GIOU_WEIGHT,
             "focal_alpha": node.FOCAL_ALPHA,
             "focal_gamma": node.FOCAL_GAMMA,
+            "giou_eps": node.GIOU_EPS,
         }
 
     def __call__(
@@ -76,13 +80,15 @@ class SetCriterion:
             logits, boxes = float32(predictions.logits, predictions.boxes)
             layer = torch.arange(len(logits), device=logits.device)[:, None]  # (K, 1), broadcasts with T
             pairs = (layer, assignment.image, assignment.query)
-            l1, overlap = box_terms(boxes[pairs], targets.boxes[assignment.image, assignment.target])
+            l1, overlap = box_terms(boxes[pairs], targets.boxes[assignment.image, assignment.target], self.giou_eps)
             labels = targets.labels[assignment.image, assignment.target]
-            classes = self._class_loss(logits, pairs, labels, normalizer, counted)
+            classes = self._class_loss(logits, pairs, labels, normalizer, counted, targets.whole)
             terms = (classes, l1.sum(1) / normalizer, overlap.sum(1) / normalizer)
             return {name: weight * term for name, weight, term in zip(self.TERMS, self.weights, terms, strict=True)}
 
-    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None) -> Tensor:
+    def _class_loss(
+        self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None, whole: list[int]
+    ) -> Tensor:
         """(K,) focal losses: every logit as a negative, then the paired ones turned into positives.
 
         No one-hot target of the size of the logits is built.
@@ -118,12 +124,18 @@ class SoftmaxCriterion(SetCriterion):
         """Constructor arguments from ``MODEL.DN_DETR.LOSS``."""
         return {**super().from_config(cfg), "no_object_weight": cfg.MODEL.DN_DETR.LOSS.NO_OBJECT_WEIGHT}
 
-    def _class_loss(self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None) -> Tensor:
-        """(K,) weighted means of the cross-entropy."""
+    def _class_loss(
+        self, logits: Tensor, pairs, labels: Tensor, normalizer: Tensor, counted: Tensor | None, whole: list[int]
+    ) -> Tensor:
+        """(K,) weighted means of the cross-entropy over the queries of all images of ``whole``."""
         target = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=logits.device)  # (K, N, Q)
         target[pairs] = labels.expand(len(logits), -1)
         weight = torch.where(target == logits.shape[-1] - 1, self.no_object_weight, 1.0)
         if counted is not None:
             weight = weight * counted
         entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(weight)
-        return (entropy * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1e-6)
+        sums, queries = (entropy * weight).flatten(1).sum(1), logits.shape[2]
+        if counted is not None:
+            return sums / weight.flatten(1).sum(1).clamp(min=1e-6)
+        found = sum(min(count, queries) for count in whole)
+        return sums / (found + self.no_object_weight * (queries * len(whole) - found))

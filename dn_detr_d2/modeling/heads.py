@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..boxes import LOGIT_EPS, logit
 from ..layers import MLP
+from .losses import float32
 
 # Start with a foreground probability of 0.01 (focal loss, RetinaNet Sec. 3.3).
 PRIOR_PROB = 0.01
@@ -58,11 +59,17 @@ class DetectionHeads(nn.Module):
         return torch.cat([logits, self.no_object_heads[layer % len(self.no_object_heads)](content)], -1)
 
     def refine(self, content: Tensor, boxes: Tensor, layer: int) -> Tensor:
-        """Corrects reference boxes: sigmoid(head(content) + logit(boxes)), float32.
+        """Corrects reference boxes: sigmoid(head(content) + logit(boxes)), in float32 also under autocast.
+
+        Eight bits of bfloat16 would put a box that is corrected by 1 (in logits) up to a pixel aside.
+
+        A correction that is infinite makes the coordinate not a number: the sigmoid alone would make it 0 or 1, and hide it.
 
         Args:
             content: (..., C).
             boxes: (..., 4) cxcywh in [0, 1].
         """
-        delta = self.box_heads[layer % len(self.box_heads)](content)
-        return (delta.to(boxes.dtype) + logit(boxes, self.logit_eps)).sigmoid()
+        with torch.autocast(content.device.type, enabled=False):
+            content, boxes = float32(content, boxes)
+            delta = self.box_heads[layer % len(self.box_heads)](content)
+        return (delta + logit(boxes, self.logit_eps)).sigmoid() + (delta - delta).detach()

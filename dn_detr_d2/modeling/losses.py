@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..boxes import cxcywh_to_xyxy, giou
+from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
 
 
 def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
@@ -29,17 +29,18 @@ def focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     return (1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)
 
 
-def box_terms(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def box_terms(predicted: Tensor, target: Tensor, giou_eps: float = GIOU_EPS) -> tuple[Tensor, Tensor]:
     """L1 and GIoU loss of matched boxes, pair by pair.
 
     Args:
         predicted, target: (..., 4) cxcywh in [0, 1].
+        giou_eps: of :func:`~dn_detr_d2.boxes.giou`.
 
     Returns:
         tuple: L1 summed over the four numbers, and 1 - GIoU; each (...).
     """
     l1 = (predicted - target).abs().sum(-1)
-    return l1, 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
+    return l1, 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target), giou_eps)
 
 
 def pairwise_l1(a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from detectron2.config import configurable
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..boxes import cxcywh_to_xyxy, giou
+from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
 from ..structures import Assignment, Predictions, Targets, upload
 from .losses import float32, focal_terms, pairwise_l1
 
@@ -23,6 +23,7 @@ class HungarianMatcher:
     Args:
         class_cost, l1_cost, giou_cost: weights of the three costs, not all 0.
         focal_alpha, focal_gamma: of the focal class cost.
+        giou_eps: of :func:`~dn_detr_d2.boxes.giou`.
 
     Raises:
         ValueError: negative weights, or all of them 0.
@@ -37,12 +38,13 @@ class HungarianMatcher:
         giou_cost: float = 2.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        giou_eps: float = GIOU_EPS,
     ):
         weights = (class_cost, l1_cost, giou_cost)
         if min(weights) < 0 or not any(weights):
             raise ValueError(f"matching costs must not be negative, nor all 0, got {weights} (class, L1, GIoU)")
         self.class_cost, self.l1_cost, self.giou_cost = weights
-        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.focal_alpha, self.focal_gamma, self.giou_eps = focal_alpha, focal_gamma, giou_eps
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -54,6 +56,7 @@ class HungarianMatcher:
             "giou_cost": node.MATCHER.GIOU_COST,
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
+            "giou_eps": node.LOSS.GIOU_EPS,
         }
 
     @torch.no_grad()
@@ -82,7 +85,8 @@ class HungarianMatcher:
             logits, boxes = float32(predictions.logits, predictions.boxes)
             k, n, q, _ = logits.shape
             index = targets.labels[None, :, None].expand(k, n, q, -1)
-            overlap = giou(cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(targets.boxes)[:, None])
+            predicted, wanted = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets.boxes)
+            overlap = giou(predicted[..., :, None, :], wanted[:, None], self.giou_eps)
             cost = self.class_cost * self._class_cost(logits, index) - self.giou_cost * overlap
             return cost + self.l1_cost * pairwise_l1(boxes, targets.boxes)
 

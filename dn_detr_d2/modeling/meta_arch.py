@@ -22,7 +22,7 @@ from ..checkpoint import BODIES, check_pickle, convert, identify
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
-from ..structures import Memory, ObjectQueries, Predictions, Targets, join_queries
+from ..structures import Memory, ObjectQueries, Predictions, Share, Targets, join_queries
 from .build import build_decoder, build_denoising, build_encoder, build_query_source, name_the_node
 from .criterion import SetCriterion, SoftmaxCriterion
 from .matcher import HungarianMatcher, SoftmaxMatcher
@@ -164,13 +164,16 @@ class DenoisingDETR(nn.Module):
         """Where the images are sent."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+    def forward(
+        self, batched_inputs: list[dict], share: Share | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Detectron2's interface.
 
         Args:
             batched_inputs: one dict an image: ``image`` (3, H, W) uint8 or float32 in 0..255 and the channel order of
                 ``INPUT.FORMAT``; for training ``instances`` with ``gt_boxes`` and ``gt_classes``; optionally ``height``
                 and ``width`` of the wanted output.
+            share: in training, of the step that these images are a part of, see :meth:`share`; None = they are all of it.
 
         Returns:
             In training a dict of weighted losses: ``main/*`` of the last layer, ``aux/*_i`` of layer i, ``dn/*`` of the
@@ -180,12 +183,33 @@ class DenoisingDETR(nn.Module):
             FloatingPointError: predictions are not finite.
         """
         if self.training:
-            return self._losses(self.observe(batched_inputs, self.denoising))
+            # First, because it talks to the other processes: from here on one may fail without leaving them waiting.
+            share = share or self.share(count_objects(batched_inputs))
+            return self.weighted_losses(self.observe(batched_inputs, self.denoising, whole=share.whole), share)
         predictions = self.observe(batched_inputs, annotated=False).predictions
         return self._detections(predictions, [tuple(x["image"].shape[-2:]) for x in batched_inputs], batched_inputs)
 
+    def share(self, whole: list[int]) -> Share:
+        """What the losses of a step are divided by; all processes call it together.
+
+        Args:
+            whole: objects of each image of this process in this step.
+        """
+        return self._share(whole, self.denoising.num_pairs(whole) if self.denoising is not None else 0)
+
+    def _share(self, whole: list[int], copies: int) -> Share:
+        objects, mean = mean_over_ranks([sum(whole), copies], self.device)
+        if self.local_denoising_normalizer:
+            mean = torch.full((), max(copies, 1.0), device=self.device)
+        return Share(whole, objects, mean)
+
     def observe(
-        self, batched_inputs: list[dict], denoising: DenoisingGenerator | None = None, *, annotated: bool = True
+        self,
+        batched_inputs: list[dict],
+        denoising: DenoisingGenerator | None = None,
+        *,
+        annotated: bool = True,
+        whole: list[int] | None = None,
     ) -> Observation:
         """One pass with everything that passes between the parts: what training and the instruments look at.
 
@@ -194,9 +218,10 @@ class DenoisingDETR(nn.Module):
             denoising: puts denoising queries before the matching ones, in training and in evaluation mode; None = no such
                 queries.
             annotated: whether to read the ground truth.
+            whole: of :class:`~dn_detr_d2.structures.Targets`.
         """
         memory = self.encoder(self._pyramid(self._preprocess(batched_inputs)))
-        targets = self._targets([x["instances"] for x in batched_inputs]) if annotated else None
+        targets = self._targets([x["instances"] for x in batched_inputs], whole) if annotated else None
         queries, noised = self._queries(memory, targets, denoising)
         return Observation(memory, targets, queries, noised, self.decoder(queries, memory))
 
@@ -224,45 +249,35 @@ class DenoisingDETR(nn.Module):
         padding = padding_mask(images.image_sizes, *images.tensor.shape[-2:], device=self.device)
         return self.neck(features, padding)
 
-    def _targets(self, instances: list[Instances]) -> Targets:
+    def _targets(self, instances: list[Instances], whole: list[int] | None = None) -> Targets:
         """Absolute xyxy of each augmented image -> padded relative cxcywh."""
         boxes = []
         for image in instances:
             absolute = image.gt_boxes.tensor.float()
             boxes.append(xyxy_to_cxcywh(absolute / image_scale(image.image_size, absolute)))
-        return Targets.pad([image.gt_classes for image in instances], boxes, self.device)
+        return Targets.pad([image.gt_classes for image in instances], boxes, self.device, whole)
 
-    def _losses(self, seen: Observation) -> dict[str, Tensor]:
-        """Of a training step: divided by the objects, and the noised objects, of a process."""
-        copies = 0 if seen.noised is None else len(seen.noised.assignment)
-        normalizer = mean_over_ranks(sum(seen.targets.counts), self.device)
-        if seen.noised is None or self.local_denoising_normalizer:
-            divisor = torch.full((), max(copies, 1.0), device=self.device)
-        else:
-            divisor = mean_over_ranks(copies, self.device)
-        return self.weighted_losses(seen, normalizer, divisor)
-
-    def weighted_losses(self, seen: Observation, normalizer: Tensor, denoising_normalizer: Tensor) -> dict[str, Tensor]:
+    def weighted_losses(self, seen: Observation, share: Share | None = None) -> dict[str, Tensor]:
         """All loss terms of an annotated pass, as :meth:`forward` names them.
 
         Args:
             seen: of :meth:`observe`.
-            normalizer: scalar, what sums over objects are divided by.
-            denoising_normalizer: the same of the denoising terms.
+            share: what sums over objects are divided by, see :meth:`share`; None = what these images alone give.
         """
         predictions, proposals = seen.predictions, seen.queries.proposals
         noised, targets = seen.noised, seen.targets
+        share = share or self._share(targets.whole, len(noised.assignment) if noised is not None else 0)
         losses = {}
         if noised is not None:
             denoising, predictions = predictions.split(noised.num_queries)
-            terms = self.criterion(denoising, targets, noised.assignment, denoising_normalizer, counted=noised.counted)
+            terms = self.criterion(denoising, targets, noised.assignment, share.copies, counted=noised.counted)
             losses = name_layers({k: self.denoising_weight * v for k, v in terms.items()}, "dn", "dn")
         if proposals is not None:
             wanted = self.query_source.proposal_targets(targets)
             assignment = self.matcher(proposals, wanted)
-            losses |= name_layers(self.criterion(proposals, wanted, assignment, normalizer), "proposal", "proposal")
+            losses |= name_layers(self.criterion(proposals, wanted, assignment, share.objects), "proposal", "proposal")
         assignment = self.matcher(predictions, targets)
-        return name_layers(self.criterion(predictions, targets, assignment, normalizer), "main", "aux") | losses
+        return name_layers(self.criterion(predictions, targets, assignment, share.objects), "main", "aux") | losses
 
     def _detections(self, predictions: Predictions, image_sizes, batched_inputs) -> list[dict[str, Instances]]:
         logits, boxes = predictions.logits[-1], predictions.boxes[-1]
@@ -278,9 +293,14 @@ class DenoisingDETR(nn.Module):
         return found
 
 
-def mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """Scalar: mean of ``count`` over the processes, at least 1; never read back to the host."""
-    total = torch.full((), float(count), device=device)
+def count_objects(batched_inputs: list[dict]) -> list[int]:
+    """Objects of each image."""
+    return [len(x["instances"]) for x in batched_inputs]
+
+
+def mean_over_ranks(counts: list[int], device: torch.device) -> Tensor:
+    """(n,) means of n counts over the processes, each at least 1; never read back to the host."""
+    total = torch.stack([torch.full((), float(count), device=device) for count in counts])
     if comm.get_world_size() > 1:
         dist.all_reduce(total)
     return (total / comm.get_world_size()).clamp(min=1)

@@ -186,7 +186,8 @@ class LearnedQueries(LearnedPositions):
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; width and height of their references are not known yet: 0.5."""
         position, content = self.queries.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)
-        points = self.reference(position).sigmoid()
+        with torch.autocast(position.device.type, enabled=False):  # boxes are float32
+            points = self.reference(position).sigmoid()
         return ObjectQueries(content, F.pad(points, (0, 2), value=0.5), position=position)
 
 

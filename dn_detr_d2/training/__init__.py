@@ -1,4 +1,5 @@
-"""What keeps a training alive: checkpoints, going on after a stop, processes that start and end together."""
+"""What keeps a training alive: the step and its checks, checkpoints, going on after a stop, processes
+that start and end together."""
 
 from .averaging import AverageHook, average_weights
 from .checkpointer import Checkpointer
@@ -7,6 +8,7 @@ from .hooks import BestCheckpointer, CheckpointHook
 from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch
 from .progress import progress, take_up
 from .signals import REQUEUE, LeaveHook, StopHook, StopRequest
+from .step import TrainStep
 
 __all__ = [
     "REQUEUE",
@@ -20,6 +22,7 @@ __all__ = [
     "ProcessError",
     "StopHook",
     "StopRequest",
+    "TrainStep",
     "assigned_place",
     "average_weights",
     "describe",

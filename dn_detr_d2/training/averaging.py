@@ -26,7 +26,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 class AverageHook(HookBase):
     """Takes the weights into the average after each step. To stand before the hooks that write checkpoints.
 
-    A step that has not changed the weights, because the inner trainer says that it was ``skipped``, does not count.
+    A step that has not changed the weights does not count, see :class:`~.step.TrainStep`.
 
     Args:
         averaged: of :func:`average_weights`.
@@ -46,5 +46,5 @@ class AverageHook(HookBase):
 
     def after_step(self) -> None:
         """One more step of the average."""
-        if not getattr(self.trainer._trainer, "skipped", False):
+        if self.trainer._trainer.stepped:
             self.averaged.update_parameters(self.model)

@@ -47,6 +47,7 @@ def case(request):
     for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE", "CORNER_NOISE_SCALE"):
         overrides += [noise + key, 0.0]
     overrides += ["TEST.DETECTIONS_PER_IMAGE", len(arrays["post0_scores"])]
+    overrides += ["MODEL.DN_DETR.LOSS.GIOU_EPS", 1e-6]  # as in the authors' code
     config, own = CASES[request.param]
     model = build_model(setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), overrides + own))
     state = {key: torch.from_numpy(x) for key, x in weights.items()}

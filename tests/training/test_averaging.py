@@ -30,13 +30,13 @@ class Part(torch.nn.Module):
 
 def test_three_steps_by_hand_and_a_skipped_one():
     """1; 0.9 * 1 + 0.1 * 2 = 1.1; 0.9 * 1.1 + 0.1 * 4 = 1.39. The weights before the first step do not count."""
-    model, inner = Part(), SimpleNamespace(skipped=False)
+    model, inner = Part(), SimpleNamespace(stepped=True)
     hook = AverageHook(average_weights(model, 0.9), model)
     hook.trainer = SimpleNamespace(_trainer=inner, start_iter=0)
     hook.before_train()
     seen = []
     for weight, skipped in ((1.0, False), (2.0, False), (100.0, True), (4.0, False)):
-        inner.skipped = skipped
+        inner.stepped = not skipped
         model.weight.data.fill_(weight)
         model.mean.fill_(weight)
         hook.after_step()
