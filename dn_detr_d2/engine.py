@@ -3,6 +3,7 @@
 import logging
 import sys
 import weakref
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 from . import data, solver
 from .checkpoint import EMA
 from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
-from .errors import ConfigError
+from .errors import ConfigError, DatasetError
 from .evaluation import build_instruments
 from .evaluation.isolation import unwrap
 from .randomness import own_randomness
@@ -27,6 +28,8 @@ from .training import (
     EarlyEnd,
     EarlyStopping,
     LeaveHook,
+    MetricPrinter,
+    ShortHistory,
     StopHook,
     StopRequest,
     TrainStep,
@@ -68,6 +71,23 @@ class TolerantCOCOEvaluator(COCOEvaluator):
         if self._contiguous is not None:
             outputs = [self._make_contiguous(output["instances"].to("cpu")) for output in outputs]
         super().process(inputs, outputs)
+
+    def _eval_predictions(self, predictions, img_ids=None) -> None:
+        """Evaluates in the order of the data set, whichever process predicted what.
+
+        Raises:
+            DatasetError: an image of the data set has no predictions or several, which would change AP in silence.
+        """
+        wanted = {image: place for place, image in enumerate(img_ids or self._coco_api.getImgIds())}
+        counts = Counter(prediction["image_id"] for prediction in predictions)
+        missing = [image for image in wanted if image not in counts]
+        wrong = [image for image, count in counts.items() if count > 1 or image not in wanted]
+        if missing or wrong:
+            raise DatasetError(
+                f"an evaluation must see each of {len(wanted)} images once: {len(missing)} were not seen {missing[:5]}, "
+                f"{len(wrong)} several times or are not of the data set {wrong[:5]}; look at the test loader"
+            )
+        super()._eval_predictions(sorted(predictions, key=lambda p: wanted[p["image_id"]]), img_ids)
 
     def _make_contiguous(self, instances) -> dict:
         known = instances[self._contiguous[instances.pred_classes] >= 0]
@@ -135,7 +155,11 @@ class Trainer(DefaultTrainer):
         ends = (
             [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
         )
-        return [stop, *averages, *found, *ends, LeaveHook(stop)]
+        return [stop, ShortHistory(), *averages, *found, *ends, LeaveHook(stop)]
+
+    def build_writers(self) -> list:
+        """Detectron2's, with our printer in the place of its own, which is the first."""
+        return [MetricPrinter(self.max_iter), *super().build_writers()[1:]]
 
     def train(self):
         """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75), early stopping without."""

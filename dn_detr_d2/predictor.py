@@ -3,6 +3,7 @@
 import numpy as np
 from detectron2.engine import DefaultPredictor
 
+from .errors import UserError
 from .training import Checkpointer
 
 
@@ -37,5 +38,15 @@ class Predictor(DefaultPredictor):
 
         Returns:
             dict: "instances", with boxes in pixels of this image.
+
+        Raises:
+            UserError: it is something else, such as OpenCV's None for a file that it cannot read.
         """
+        image = original_image
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+            what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"{type(image).__name__}"
+            raise UserError(
+                f"the image must be a NumPy array (H, W, 3) of uint8 in BGR with H, W > 0, got {what}; cv2.imread returns "
+                "None for a file that it cannot read"
+            )
         return super().__call__(original_image)

@@ -28,7 +28,7 @@ DOORS = {
     "evaluation": GROUND | {"data", "denoising", "modeling"},
     "training": GROUND | {"data", "checkpoint"},
     "engine": GROUND | {"data", "solver", "checkpoint", "evaluation", "training"},
-    "predictor": {"training"},
+    "predictor": GROUND | {"training"},
     "doctor": GROUND | {"layers", "checkpoint", "data", "config", "__version__"},
 }
 # Which parts of detectron2 each room may know.

@@ -1,167 +1,93 @@
 #!/usr/bin/env python3
-"""Kills a training with SIGKILL at random moments, resumes it each time, and compares the end with one left in peace.
+"""Maltreats a training and what it reads, and counts what does not end as promised in docs/reliability.md.
 
     python tools/torture.py --quick
-    python tools/torture.py --kills 200
-    python tools/torture.py --kills 20 --processes 2
+    python tools/torture.py kill --times 200
+    python tools/torture.py kill --times 20 --processes 2 --workers 2
 
-The training is a toy that writes a checkpoint at every step, so that many kills fall into the writing. Prints a table; the
-exit code is 1 if a life could not be resumed or a bit of the last checkpoint differs.
+Ordeals, each with its size at a release:
+
+    kill         200      kill -9 of a training, half of them while a checkpoint is written; resumed, equal to the bit
+    ask          50       SIGTERM and SIGUSR1 by turns; exit code 75, resumed, equal to the bit
+    narrow       50       writing a checkpoint fails at a random byte (RLIMIT_FSIZE); resumed, equal to the bit
+    full-disk    50       the disk is full (a tmpfs, which only root can mount); resumed, equal to the bit
+    flips        3000     bits of a checkpoint flipped, every one to be found
+    annotations  100000   mutated annotation files
+    images       200000   mutated images of all formats
+    soak         2000     iterations of one training, whose memory must not grow by more than 1 %
+    crowds       7        images of 0 to 3,000 boxes under a budget of denoising queries
+
+Prints a table; the exit code is 1 if anything went wrong. What counts as wrong stands in tools/ordeals/.
 """
 
 import argparse
 import os
-import random
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork keeps one thread
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from detectron2.utils.env import seed_all_rng  # noqa: E402
+from ordeals import endurance, files, lives, mutations  # noqa: E402
+from ordeals.cases import run_cases  # noqa: E402
+from ordeals.results import Result, table  # noqa: E402
 
-from dn_detr_d2 import setup_cfg  # noqa: E402
-from dn_detr_d2.engine import Trainer  # noqa: E402
-from dn_detr_d2.training import launch  # noqa: E402
-
-TOY = [
-    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 5, "MODEL.RESNETS.NORM", "FrozenBN"),
-    *("MODEL.DN_DETR.HIDDEN_DIM", 64, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2, "DATASETS.TEST", ()),
-    *("INPUT.MIN_SIZE_TRAIN", (40, 48), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINTS_KEPT", 2, "SEED", 5),
-]
-
-
-def life(folder: str, options: list) -> None:
-    """One training, from its last checkpoint if it has one."""
-    torch.set_num_threads(1)
-    seed_all_rng(5)
-    cfg = setup_cfg(str(ROOT / "configs" / "quickstart.yaml"), [*TOY, *options, "OUTPUT_DIR", folder])
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=True)
-    Path(folder, "started").touch()
-    trainer.train()
+HARMS = {"kill": lives.Kill, "ask": lives.Ask, "narrow": lives.NarrowFiles, "full-disk": lives.FullDisk}
+CASES = {"annotations": mutations.annotation_cases, "images": mutations.image_cases}
+RELEASE = {
+    **{"kill": 200, "ask": 50, "narrow": 50, "full-disk": 50, "flips": 3000, "annotations": 100_000, "images": 200_000},
+    **{"soak": 2000, "crowds": len(endurance.CROWDS)},
+}
+QUICK = {"kill": 6, "ask": 4, "narrow": 4, "flips": 300, "annotations": 3000, "images": 6000, "crowds": 7}
 
 
-def begin(folder: Path, options: list, processes: int) -> int:
-    """Starts a life in a process group of its own, without importing everything again; returns its process id."""
-    (folder / "started").unlink(missing_ok=True)
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setsid()
-        log = os.open(folder / "lives.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = launch(life, processes, 1, 0, "auto", 60, (str(folder), options))
-    except BaseException:  # whatever it is, this copy of the process ends here
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def kill_after(child: int, folder: Path, delay: float) -> int | None:
-    """Kills a life some seconds after its training has started; returns its exit code if it ended before."""
-    due = None
-    while due is None or time.monotonic() < due:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if due is None and (folder / "started").exists():
-            due = time.monotonic() + delay
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def differing(first, second, where: str = "") -> list[str]:
-    """Names of what is not equal to the bit in two checkpoints."""
-    if isinstance(first, dict):
-        return [
-            n
-            for key in first.keys() | second.keys()
-            for n in differing(first.get(key), second.get(key), f"{where}.{key}")
-        ]
-    if isinstance(first, list | tuple):
-        pairs = enumerate(zip(first, second, strict=True))
-        return [name for i, (a, b) in pairs for name in differing(a, b, f"{where}.{i}")]
-    same = first.equal(second) if isinstance(first, torch.Tensor) else first == second
-    return [] if same else [where]
-
-
-def read(folder: Path) -> dict:
-    """The last checkpoint, without the config, which names the folder."""
-    content = torch.load(folder / "model_final.pth", weights_only=True)
-    return {key: value for key, value in content.items() if key != "config"}
-
-
-def torture(
-    folder: Path, kills: int, processes: int, options: list, reach: float, seed: int
-) -> tuple[int, int, list[str]]:
-    """Lives until one comes to its end.
-
-    Args:
-        folder: of the training.
-        kills: at most so many lives are killed.
-        processes, options: of a life.
-        reach: seconds after its start in which a life is killed.
-        seed: of the moments.
-
-    Returns:
-        tuple: kills, those that left a half-written file, and what went wrong.
-    """
-    draw, done, writing = random.Random(seed), 0, 0
-    while True:
-        delay = draw.uniform(0, reach) if done < kills else float("inf")
-        code = kill_after(begin(folder, options, processes), folder, delay)
-        if code is not None:
-            return done, writing, [] if code == 0 else [f"a life ended with code {code}, see {folder / 'lives.log'}"]
-        done += 1
-        writing += any(folder.glob(".*.part"))
-        if sys.stderr.isatty():
-            print(f"\r{done} of {kills} kills", end="", file=sys.stderr)
+def undergo(ordeal: str, times: int, args, scratch: Path) -> Result:
+    """One ordeal in an empty folder."""
+    if ordeal in HARMS:
+        return lives.cut_off(scratch, HARMS[ordeal], times, args.processes, args.workers, args.seed)
+    if ordeal in CASES:
+        start = time.monotonic()
+        words, wrong = run_cases(CASES[ordeal](args.seed), times, scratch, args.jobs)
+        seen = ", ".join(f"{n:,} {word}" for word, n in sorted(words.items()))
+        return Result(ordeal, times, seen, wrong, time.monotonic() - start)
+    if ordeal == "flips":
+        return files.flips(scratch, times, args.seed)
+    return endurance.soak(scratch, times) if ordeal == "soak" else endurance.crowds(scratch)
 
 
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10 kills")
-    parser.add_argument("--kills", type=int, default=200, help="how many lives are killed at most (200)")
-    parser.add_argument("--processes", type=int, default=1, help="CPU processes of the training, over gloo (1)")
+    parser.add_argument("ordeals", nargs="*", metavar="ORDEAL", help=f"some of {', '.join(RELEASE)}; none = all")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes, without soak and full-disk: a minute or two"
+    )
+    parser.add_argument("--times", type=int, help="size of each ordeal, instead of the one at a release")
+    parser.add_argument("--processes", type=int, default=1, help="CPU processes of a training that is cut off (1)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of each (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that read mutated files (2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the mutations (0)")
+    parser.add_argument(
+        "--folder", help="where to work (default /dev/shm, where syncing costs nothing, if there is one)"
+    )
     args = parser.parse_args()
-    kills = 10 if args.quick else args.kills
-    options = ["SOLVER.MAX_ITER", 3 * kills + 10, "SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", args.workers]
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="dn_detr_d2-torture-") as scratch:
-        peaceful, killed = Path(scratch, "peaceful"), Path(scratch, "killed")
-        for folder in (peaceful, killed):
-            folder.mkdir()
-        code = kill_after(begin(peaceful, options, args.processes), peaceful, float("inf"))
-        if code != 0:
-            print((peaceful / "lives.log").read_text(), file=sys.stderr)
-            return 1
-        begun = (peaceful / "started").stat().st_mtime
-        step = (time.time() - begun) / options[1]
-        done, writing, wrong = torture(killed, kills, args.processes, options, 6 * step, args.seed)
-        wrong += [] if wrong else [f"differs: {name}" for name in differing(read(peaceful), read(killed))]
-        if wrong:
-            print("\n".join((killed / "lives.log").read_text().splitlines()[-30:]), file=sys.stderr)
-    print("| processes | workers | iterations | kills | left a half-written file | differences | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    row = (args.processes, args.workers, options[1], done, writing, len(wrong), f"{time.monotonic() - start:.0f}")
-    print("| " + " | ".join(map(str, row)) + " |")
-    print("\n".join(wrong[:10]))
-    return 1 if wrong else 0
+    sizes = QUICK if args.quick else RELEASE
+    if unknown := set(args.ordeals) - RELEASE.keys():
+        parser.error(f"there is no ordeal {', '.join(sorted(unknown))}; there are {', '.join(RELEASE)}")
+    if args.times is not None and args.times < 1:
+        parser.error(f"--times must be positive, got {args.times}")
+    results = []
+    for ordeal in args.ordeals or sizes:
+        folder = args.folder or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+        with tempfile.TemporaryDirectory(prefix="dn_detr_d2-torture-", dir=folder) as scratch:
+            results.append(undergo(ordeal, args.times or sizes.get(ordeal, RELEASE[ordeal]), args, Path(scratch)))
+        if sys.stderr.isatty():
+            print(f"\r{ordeal}: {results[-1].seconds:.0f} s", file=sys.stderr)
+    print(table(results))
+    return 1 if any(result.wrong for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -118,13 +118,7 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
     classes = {category: i for i, category in enumerate(categories)}
     records = _image_records(content, json_file, image_folder)
     seen = Counter()
-    annotations = content.get("annotations")
-    if not isinstance(annotations, list) or not all(isinstance(x, dict) and is_id(x.get("id")) for x in annotations):
-        raise DatasetError(
-            f"{json_file}: annotations must be a list of objects with an id each, a whole number or text; "
-            "tools/check_dataset.py --fix numbers them"
-        )
-    for annotation in annotations:
+    for annotation in _annotations(content, json_file):
         where = f"{json_file}: annotation {annotation['id']!r:.200}"
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
         record = records.get(image_id) if is_id(image_id) else None
@@ -156,7 +150,7 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
 def read_content(json_file: Path) -> dict:
     """The object in a JSON file; raises DatasetError, with the file's name, if there is none."""
     try:
-        content = json.loads(json_file.read_bytes())
+        content = json.loads(json_file.read_bytes(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{json_file} is not valid JSON: {error}") from None
     except OSError as error:
@@ -166,14 +160,40 @@ def read_content(json_file: Path) -> dict:
     return content
 
 
+def _unique_keys(pairs: list[tuple]) -> dict:
+    """An object of a file; raises ValueError where a key stands twice, of which JSON would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        doubled = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {doubled!r:.60} stands twice in the object {found!r:.200}")
+    return found
+
+
+def _annotations(content: dict, json_file: Path) -> list[dict]:
+    annotations = content.get("annotations")
+    where, what = "", f"{annotations!r:.60}"
+    if isinstance(annotations, list):
+        bad = (i for i, x in enumerate(annotations) if not isinstance(x, dict) or not is_id(x.get("id")))
+        number = next(bad, None)
+        if number is None:
+            return annotations
+        where, what = f"annotation number {number}: ", f"{annotations[number]!r:.200}"
+    raise DatasetError(
+        f"{json_file}: {where}annotations must be a list of objects with an id each, a whole number or text, got {what}; "
+        "tools/check_dataset.py --fix numbers them"
+    )
+
+
 def _categories(content: dict, json_file: Path) -> dict:
     """{category id: name} in ascending order of the ids."""
     categories = content.get("categories")
     if not categories or not isinstance(categories, list):
         raise DatasetError(f"{json_file} has no categories")
-    for category in categories:
+    for i, category in enumerate(categories):
         if not isinstance(category, dict) or not is_id(category.get("id")) or not is_id(category.get("name")):
-            raise DatasetError(f"{json_file}: category {category!r:.200} needs an id and a name, whole numbers or text")
+            raise DatasetError(
+                f"{json_file}: category number {i} needs an id and a name, whole numbers or text, got {category!r:.200}"
+            )
     for field in ("id", "name"):
         if doubled := [v for v, count in Counter(c[field] for c in categories).items() if count > 1]:
             raise DatasetError(f"{json_file}: category {field}s appear more than once: {doubled[:10]}")
@@ -192,7 +212,7 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
                 "text"
             )
         if image["id"] in records:
-            raise DatasetError(f"{json_file}: image id {image['id']!r} appears more than once")
+            raise DatasetError(f"{json_file}: image id {image['id']!r:.200} appears more than once")
         try:
             path = folder.find(image["file_name"])
         except DatasetError as error:
@@ -201,10 +221,20 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
             path = ""
             missing.append(str(image_folder / image["file_name"]))
         record = {"file_name": path, "image_id": image["id"], "annotations": []}
-        records[image["id"]] = record | {key: image[key] for key in ("height", "width") if key in image}
+        records[image["id"]] = record | _annotated_size(image, json_file)
     if missing:
         raise DatasetError(f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}")
     return records
+
+
+def _annotated_size(image: dict, json_file: Path) -> dict:
+    size = {key: image[key] for key in ("height", "width") if key in image}
+    for key, value in size.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+            raise DatasetError(
+                f"{json_file}: image {image['id']!r:.200} has {key} {value!r:.60}; it must be a positive number of pixels"
+            )
+    return size
 
 
 def _box(box, where: str) -> list[float]:

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 8192 * 8192
 # More than 8 bits a channel; Pillow's conversion to RGB saturates them, nearly everything would be white.
 DEEP_MODES = ("I", "F")
+PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, MemoryError),
     *(OverflowError, ZeroDivisionError, struct.error, zlib.error, Image.DecompressionBombError),
@@ -140,18 +142,40 @@ def _check_header(image: Image.Image, file_name: str) -> None:
         )
 
 
-def read_image(file_name: str, image_format: str) -> np.ndarray:
+def _compare_sums(image: Image.Image) -> None:
+    """Compares the check sums of a PNG, which Pillow leaves out for pixels; raises OSError. Other formats have none."""
+    if image.format != "PNG":
+        return
+    file, place = image.fp, image.fp.tell()
+    file.seek(len(PNG_BEGINNING))
+    kind = b""
+    while kind != b"IEND" and (head := file.read(8)):
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        body = file.read(length + 4)
+        if len(body) < length + 4 or zlib.crc32(body[:-4], zlib.crc32(kind)) != int.from_bytes(body[-4:], "big"):
+            raise OSError(f"the check sum of its part {kind.decode('latin-1')!r} does not fit")
+    file.seek(place)
+
+
+def read_image(
+    file_name: str, image_format: str, check_size: Callable[[tuple[int, int]], None] | None = None
+) -> np.ndarray:
     """(H, W, 3) uint8 pixels, EXIF orientation applied; raises DatasetError with the file's name, see open_image.
 
-    Grey, palette and CMYK become colours; an alpha channel is left out, not blended.
+    Grey, palette and CMYK become colours; an alpha channel is left out, not blended. ``check_size`` is called with what the
+    header says before a pixel is decoded: a damaged header may speak of an image that takes seconds and a gigabyte.
     """
     with open_image(file_name) as image:
+        _compare_sums(image)  # first, because Pillow decodes a PNG to find its EXIF block
+        if check_size is not None:
+            check_size(_size(image))
         return detection_utils.convert_PIL_to_numpy(detection_utils._apply_exif_orientation(image), image_format)
 
 
 def image_facts(file_name: str) -> ImageFacts:
     """What a file holds, after every pixel has been decoded as for a training; raises DatasetError, see open_image."""
     with open_image(file_name) as image:
+        _compare_sums(image)
         mode, orientation = image.mode, _orientation(image)
         turned = detection_utils._apply_exif_orientation(image)
         detection_utils.convert_PIL_to_numpy(turned, "RGB")
@@ -161,7 +185,11 @@ def image_facts(file_name: str) -> ImageFacts:
 def image_size(file_name: str) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone; raises DatasetError, see open_image."""
     with open_image(file_name) as image:
-        return image.size if _orientation(image) >= 5 else (image.height, image.width)
+        return _size(image)
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    return image.size if _orientation(image) >= 5 else (image.height, image.width)
 
 
 def _orientation(image: Image.Image) -> int:

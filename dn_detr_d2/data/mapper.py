@@ -7,6 +7,7 @@ of the augmented image.
 import copy
 import logging
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -144,8 +145,8 @@ class DetrDatasetMapper:
             DatasetError: the image cannot be read or has another size than annotated, or a label is out of range.
         """
         record = copy.deepcopy(dataset_dict)
-        image = read_image(record["file_name"], self.image_format)
-        self._check_size(record, image.shape[:2])
+        image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
+        self._check_size(record, image.shape[:2])  # what was decoded, after what the header said
         raw = self._raw_boxes(record, image.shape[:2]) if self.is_train else ([], [], [])
         record.pop("annotations", None)
 

@@ -4,7 +4,7 @@ that start and end together."""
 from .averaging import AverageHook, average_weights
 from .checkpointer import Checkpointer
 from .early_stopping import EarlyEnd, EarlyStopping
-from .hooks import BestCheckpointer, CheckpointHook
+from .hooks import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
 from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch
 from .progress import progress, take_up
 from .signals import REQUEUE, LeaveHook, StopHook, StopRequest
@@ -19,7 +19,9 @@ __all__ = [
     "EarlyEnd",
     "EarlyStopping",
     "LeaveHook",
+    "MetricPrinter",
     "ProcessError",
+    "ShortHistory",
     "StopHook",
     "StopRequest",
     "TrainStep",

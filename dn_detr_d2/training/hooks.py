@@ -3,10 +3,14 @@
 import json
 import logging
 import math
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
+from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint.durable import replace_text
 from .checkpointer import BEST, Checkpointer
@@ -34,6 +38,31 @@ class CheckpointHook(HookBase):
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         if done >= self.trainer.max_iter:
             self.checkpointer.save("model_final", iteration=self.trainer.iter)
+
+
+class ShortHistory(HookBase):
+    """Keeps the last ``LENGTH`` values of each scalar, where Detectron2 keeps a million.
+
+    With 60 scalars that was 8 MB in 2,000 iterations, 1.5 GB in the 375,000 of a schedule of 50 epochs. The printer's
+    windows are 20 values long; its estimate of the time that is left becomes a median over ``LENGTH`` iterations.
+    """
+
+    LENGTH = 200
+
+    def before_train(self) -> None:
+        """Before the first value."""
+        self.trainer.storage._history = defaultdict(partial(HistoryBuffer, max_length=self.LENGTH))
+
+
+class MetricPrinter(CommonMetricPrinter):
+    """Detectron2's, which divides by zero when it is asked twice about one of the first iterations after a start.
+
+    That happens when a training is asked to stop after an iteration that was printed anyway.
+    """
+
+    def _get_eta(self, storage) -> str | None:
+        twice = self._last_write is not None and self._last_write[0] == storage.iter
+        return None if twice else super()._get_eta(storage)
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

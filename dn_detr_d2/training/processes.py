@@ -1,10 +1,11 @@
 """Processes that start together and end together: our own launcher, and the places that torchrun or SLURM assign.
 
-When one process fails, the others have a few seconds to leave and are then killed; what is told is the first cause, not the
-broken connections that follow from it.
+When one process fails, the others have a few seconds to leave; then they show the Python stacks of their threads and are
+killed. What is told is the first cause, not the broken connections that follow from it.
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -26,6 +27,8 @@ from ..errors import ConfigError, UserError
 from .signals import REQUEUE, SIGNALS
 
 GRACE = 3.0  # seconds for the others to leave by themselves
+SHOW_STACK = signal.SIGUSR2  # a process of ours writes where it stands, and goes on
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -52,7 +55,7 @@ def assigned_place(environment: Mapping[str, str]) -> Place | None:
     """The place that torchrun, or a SLURM script, has put into the environment; None if it has not.
 
     Raises:
-        ConfigError: RANK, WORLD_SIZE and LOCAL_RANK are there but no numbers that fit.
+        ConfigError: RANK, WORLD_SIZE and LOCAL_RANK are there but no numbers that fit, or a restart would hang.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in environment for name in names):
@@ -64,16 +67,23 @@ def assigned_place(environment: Mapping[str, str]) -> Place | None:
     rank, world, local_rank, local_world = map(int, texts)
     if rank >= world or local_rank >= local_world or local_world < 1 or world % local_world:
         raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE = {texts} do not fit together")
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and environment.get(OWN_STORE) != "1" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"torchrun --max-restarts over gloo may hang, because restarted processes read the keys of their predecessors "
+            f"(pytorch#135712); set {OWN_STORE}=1"
+        )
     return Place(rank, world, local_rank, local_world)
 
 
 def join(place: Place, timeout: float) -> None:
-    """Meets the other processes: over NCCL where there is a GPU, else over gloo.
+    """Meets the other processes, over NCCL where there is a GPU, else over gloo; SIGUSR2 shows this one's stack from now on.
 
     Args:
         place: of this process.
         timeout: seconds that a process waits for the others, here and later.
     """
+    faulthandler.register(SHOW_STACK, all_threads=True)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
@@ -158,9 +168,16 @@ class _Watch:
             if failed and deadline is None:
                 deadline = time.monotonic() + GRACE
             if deadline is not None and time.monotonic() > deadline:
-                for process in alive:
-                    self.killed.add(process)
-                    process.kill()
+                self._kill(process for process in alive if process not in self.killed)
+                deadline = time.monotonic() + 1
+
+    def _kill(self, processes: Iterable) -> None:
+        for process in processes:
+            self.killed.add(process)
+            print(f"process {process.pid} does not leave and is killed; it stands here:", file=sys.stderr, flush=True)
+            os.kill(process.pid, SHOW_STACK)
+            process.join(0.3)
+            process.kill()
 
     def _first_cause(self, codes: list[int]) -> str:
         """A process that was killed from outside, else the earliest record, else any exit code."""
@@ -169,7 +186,9 @@ class _Watch:
                 return f"process {process.pid} was killed (SIGKILL); if nobody did, look whether memory ran out (dmesg)"
         records = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
         if records:
-            return min(records, key=lambda record: record["time"])["cause"]
+            cause = min(records, key=lambda record: record["time"])["cause"]
+            stuck = [str(process.pid) for process in self.started if process in self.killed]
+            return cause + f"; meanwhile process {', '.join(stuck)} stood where its stack above says" * bool(stuck)
         return f"the processes of this machine ended with the codes {codes} (-N = by signal N)"
 
 

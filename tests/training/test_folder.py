@@ -98,7 +98,8 @@ def test_the_newest_whole_checkpoint_replaces_a_damaged_one_and_both_are_named(f
 def test_a_lost_pointer_is_replaced_by_a_look_at_the_folder(folder, caplog, harm):
     harm(folder / "last_checkpoint")
     assert find_resumable(folder) == folder / "model_0000029.pth"
-    assert "last_checkpoint is missing or empty" in caplog.text
+    assert "last_checkpoint is missing" in caplog.text or "last_checkpoint names '', which is not a file" in caplog.text
+    assert "model_0000029.pth, the newest checkpoint that is whole" in caplog.text
 
 
 def test_a_folder_of_damaged_checkpoints_is_refused_and_an_empty_one_is_new(folder, tmp_path_factory):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from textwrap import indent
 
 import pytest
 from conftest import ROOT
@@ -13,8 +14,9 @@ from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.training import REQUEUE, ProcessError, assigned_place, launch
-from dn_detr_d2.training.processes import Place
+from dn_detr_d2.training.processes import OWN_STORE, Place
 
+TESTS = (ROOT / "tests", ROOT / "tests" / "training")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -31,7 +33,7 @@ def leave_as(how, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "stop":
         raise SystemExit(REQUEUE)
-    if how == "hang" and comm.get_rank() == 0:
+    if how in ("hang", "stuck") and comm.get_rank() == 0:
         time.sleep(300)
     if how == "hang":
         raise DatasetError("image y.png cannot be read")
@@ -55,6 +57,95 @@ def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(
     assert cause in str(caught.value)
     assert time.time() - (tmp_path / "met").stat().st_mtime < 10
     assert alive(tmp_path) == []
+
+
+def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stack(tmp_path, capfd):
+    with pytest.raises(ProcessError, match=r"rank 1 of 2: .*[Tt]imed out.*stood where its stack above says"):
+        launch(leave_as, 2, 1, 0, "auto", 8, ("stuck", tmp_path))
+    assert time.time() - (tmp_path / "met").stat().st_mtime < 8 + 10
+    assert alive(tmp_path) == []
+    said = capfd.readouterr().err
+    stack = said[said.index("does not leave and is killed; it stands here:") :]
+    assert "in leave_as" in stack
+    assert "in _run" in stack
+
+
+MACHINE = """
+import sys
+from pathlib import Path
+from test_processes import leave_as
+from dn_detr_d2.training import ProcessError, launch
+try:
+    sys.exit(launch(leave_as, 1, 2, {rank}, "tcp://127.0.0.1:29573", 60, ({how!r}, Path({folder!r}))))
+except ProcessError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
+
+@pytest.mark.parametrize(("how", "codes"), [("nothing", (0, 0)), ("stop", (REQUEUE, REQUEUE)), ("kill", (1, 1))])
+def test_launchers_of_two_machines_start_and_end_together(tmp_path, how, codes):
+    """Both on this machine, one process each."""
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *TESTS)))}
+    machines = []
+    for rank in range(2):
+        script = tmp_path / f"machine_{rank}.py"
+        body = MACHINE.format(rank=rank, how=how, folder=str(tmp_path))
+        script.write_text("if __name__ == '__main__':\n" + indent(body, "    "))
+        line = [sys.executable, str(script)]
+        machines.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
+    while not (tmp_path / "met").exists():
+        time.sleep(0.1)
+    while alive(tmp_path) and time.time() - (tmp_path / "met").stat().st_mtime < 60:
+        time.sleep(0.1)
+    gone = time.time() - (tmp_path / "met").stat().st_mtime
+    said = [machine.communicate(timeout=200)[1] for machine in machines]
+    assert tuple(machine.returncode for machine in machines) == codes, said
+    if how == "kill":
+        assert gone < 10
+        assert "was killed (SIGKILL)" in said[1].splitlines()[-1]
+        assert said[0].splitlines()[-1].startswith("error: rank 0 of 2: ")
+
+
+DIES_ONCE = """
+import os, signal
+from pathlib import Path
+from detectron2.utils import comm
+from dn_detr_d2.training import assigned_place, join
+place = assigned_place(os.environ)
+join(place, 60)
+if place.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+comm.synchronize()
+Path(f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{place.rank}").touch()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_over_gloo_with_the_variable(tmp_path):
+    (tmp_path / "dies_once.py").write_text(DIES_ONCE)
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    environment = ENVIRONMENT | {OWN_STORE: "1"}
+    done = subprocess.run([*line, "dies_once.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("life*")) == ["life_1_0", "life_1_1"]
+
+
+def test_restarts_over_gloo_without_the_variable_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(ConfigError, match=rf"--max-restarts over gloo may hang.*set {OWN_STORE}=1"):
+        assigned_place(environment)
+    assert assigned_place(environment | {OWN_STORE: "1"}) == Place(0, 2, 0, 2)
+    assert assigned_place(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == Place(0, 2, 0, 2)
 
 
 def test_processes_that_stop_on_request_are_no_failure(tmp_path):

@@ -1,5 +1,6 @@
 """A training that is asked to stop writes a checkpoint, says so with exit code 75, and goes on as if nothing had been."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -8,9 +9,10 @@ import time
 
 import pytest
 from conftest import ROOT
+from detectron2.utils.events import EventStorage
 from toy_training import command, differing, load, make_cfg, train
 
-from dn_detr_d2.training import REQUEUE, StopRequest
+from dn_detr_d2.training import REQUEUE, MetricPrinter, StopRequest
 
 LONG = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 16, "SOLVER.STEPS", (15,)]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -84,3 +86,14 @@ def test_the_signals_are_given_back():
 def test_the_help_tells_of_the_exit_code():
     done = subprocess.run([sys.executable, "train_net.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert "checkpoint and exit code 75" in done.stdout
+
+
+def test_a_stop_after_an_iteration_that_was_printed_anyway_is_no_division_by_zero(caplog):
+    """Found by tools/torture.py ask: the writers write once more at the end, of the same iteration."""
+    with EventStorage(19) as storage:
+        storage.put_scalar("total_loss", 1.0)
+        printer = MetricPrinter(100)
+        with caplog.at_level(logging.INFO):
+            printer.write()
+            printer.write()
+    assert caplog.text.count("total_loss") == 2

@@ -5,9 +5,12 @@ from pathlib import Path
 import torch
 from conftest import ROOT, SYSTEMS, TOY
 from detectron2.utils.env import seed_all_rng
+from ordeals.toy import differing, load
 
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
+
+__all__ = ["command", "differing", "load", "make_cfg", "train"]
 
 OPTIONS = [
     *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0, "MODEL.DN_DETR.NUM_CLASSES", "auto"),
@@ -32,24 +35,6 @@ def train(cfg, resume=False, seed=0):
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
-
-
-def differing(first, second, where=""):
-    """Names of what differs between two checkpoints in weights, optimizer, schedule and random states, to the bit."""
-    if isinstance(first, dict):
-        keys = first.keys() | second.keys()
-        return [n for key in keys for n in differing(first.get(key), second.get(key), f"{where}.{key}")]
-    if isinstance(first, list | tuple):
-        pairs = enumerate(zip(first, second, strict=True))
-        return [n for i, (a, b) in pairs for n in differing(a, b, f"{where}.{i}")]
-    same = first.equal(second) if isinstance(first, torch.Tensor) else first == second
-    return [] if same else [where]
-
-
-def load(folder, name="model_final"):
-    """A checkpoint without its config, which names the folder."""
-    state = torch.load(Path(folder) / f"{name}.pth", weights_only=True)
-    return {key: value for key, value in state.items() if key != "config"}
 
 
 def command(folder, *options, overrides=()):
