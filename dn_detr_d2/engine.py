@@ -179,8 +179,13 @@ class Trainer(DefaultTrainer):
         self.storage.iter = self.iter
         cut_off = sys.exc_info()[0] is not None
         for hook in self._hooks:
-            if not cut_off or isinstance(hook, hooks.PeriodicWriter):
+            if not cut_off:
                 hook.after_train()
+            elif isinstance(hook, hooks.PeriodicWriter):
+                try:
+                    hook.after_train()
+                except OSError as error:  # a full disk, say, must not hide why the training ends
+                    logger.warning("the last metrics were not written: %s", error)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:

@@ -12,6 +12,8 @@ from conftest import ROOT
 from detectron2.utils.events import EventStorage
 from toy_training import command, differing, load, make_cfg, train
 
+from dn_detr_d2 import CheckpointError
+from dn_detr_d2.engine import Trainer
 from dn_detr_d2.training import REQUEUE, MetricPrinter, StopRequest
 
 LONG = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 16, "SOLVER.STEPS", (15,)]
@@ -59,8 +61,6 @@ def test_a_signal_ends_with_75_and_the_resumed_training_is_the_same(tmp_path, nu
 
 
 def test_a_signal_in_the_last_step_lets_the_training_end(tmp_path, monkeypatch):
-    from dn_detr_d2.engine import Trainer
-
     real = Trainer.run_step
 
     def run_step(self):
@@ -97,3 +97,16 @@ def test_a_stop_after_an_iteration_that_was_printed_anyway_is_no_division_by_zer
             printer.write()
             printer.write()
     assert caplog.text.count("total_loss") == 2
+
+
+def test_writers_that_fail_do_not_hide_why_a_training_ends(tmp_path, monkeypatch, caplog):
+    """Found by tools/torture.py full-disk: TensorBoard's writer raised after the checkpoint's error, without a name."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "run_step", lambda self: (_ for _ in ()).throw(CheckpointError("the first cause")))
+    monkeypatch.setattr("detectron2.utils.events.TensorboardXWriter.close", fail)
+    with pytest.raises(CheckpointError, match="the first cause"), caplog.at_level(logging.WARNING):
+        train(make_cfg(tmp_path / "out"))
+    assert "the last metrics were not written: [Errno 28]" in caplog.text

@@ -114,12 +114,12 @@ class NarrowFiles(Harm):
     def size(self) -> int:
         """Bytes of a checkpoint, of which there may be none so far."""
         sizes = [path.stat().st_size for path in self.folder.glob("*.pth")]
-        self.had = bool(sizes)
+        self.had, self.heard = bool(sizes), len(log_of(self.folder).read_text())
         return max(sizes, default=1_000_000)
 
     def verdict(self, code: int) -> str | None:
         """The error names the file, the last checkpoint is whole, and no part is left."""
-        said = log_of(self.folder).read_text()[-3000:]
+        said = log_of(self.folder).read_text()[self.heard :]
         if code != 1 or "checkpoint '" not in said or not any(x in said for x in ("cannot be written", "MB are free")):
             return f"a life whose disk was full ended with code {code}: {said.strip().splitlines()[-1]!r}"
         if list(self.folder.glob(".*.part")):
