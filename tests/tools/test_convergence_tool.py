@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from convergence import take_backbone
 from plotting.runs import Group, read_run
+from plotting.style import colour
 from race.report import ended, rows, verdicts
 from race.train import Contestant, configure, race
 from race.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
@@ -50,6 +51,10 @@ def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
     differing = {key for key in full if full[key] != changed[key]} - {"OUTPUT_DIR"}
     assert differing
     assert all(key.startswith("MODEL.DN_DETR.DENOISING.") for key in differing)
+
+
+def test_every_training_of_an_ablation_has_a_colour_of_its_own():
+    assert len({colour(i) for i in range(len(contestants("deformable", True)))}) == len(contestants("deformable", True))
 
 
 def test_half_the_iterations_are_a_shorter_schedule(tmp_path):

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from dn_detr_d2 import UserError
 
-# Okabe and Ito's palette without black and yellow, which vanishes on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette with grey for yellow, which vanishes on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 # The same idea on photographs: light colours, each drawn on a dark outline.
 ON_IMAGE = ("#56B4E9", "#E69F00", "#35C99B", "#F0E442", "#FF7F50", "#B39DDB", "#FFFFFF")
 
