@@ -161,7 +161,7 @@ def _compare(
     wrong = [name for name in state if name in counted and name not in fits]
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}" for name in wrong]
     matched = f"{len(fits)} of {len(counted)} tensors matched"
-    faults = (("missing", missing), ("wrong shape", shapes), ("left over", left_over))
+    faults = (("missing", missing), ("left over", left_over), ("wrong shape", shapes))
     said = "; ".join(f"{title}: {_some(names)}" for title, names in faults if names)
     if not said:
         log.append(matched)
