@@ -43,8 +43,8 @@ class CheckpointHook(HookBase):
 class ShortHistory(HookBase):
     """Keeps the last ``LENGTH`` values of each scalar, where Detectron2 keeps a million.
 
-    With 60 scalars that was 8 MB in 2,000 iterations, 1.5 GB in the 375,000 of a schedule of 50 epochs. The printer's
-    windows are 20 values long; its estimate of the time that is left becomes a median over ``LENGTH`` iterations.
+    Each takes 88 bytes: 2 GB for 60 scalars in the 375,000 iterations of a schedule of 50 epochs. The printer's windows are
+    20 values long; its estimate of the time that is left becomes a median over ``LENGTH`` iterations.
     """
 
     LENGTH = 200

@@ -17,7 +17,7 @@ from dn_detr_d2.engine import Trainer
 from .results import Result
 from .toy import make_cfg
 
-WARM_UP = 200  # iterations after which the memory is looked at for the first time
+WARM_UP = 600  # iterations after which the memory is looked at for the first time; one evaluation lies before
 CROWDS = (0, 1, 10, 100, 300, 1000, 3000)
 BUDGET = 200  # denoising queries
 
@@ -31,12 +31,13 @@ class Footprint(HookBase):
     def after_step(self) -> None:
         """Looks into /proc."""
         if (self.trainer.iter + 1) % 50 == 0:
-            self.notes.append((self.trainer.iter + 1, resident(), len(os.listdir("/proc/self/fd"))))
+            self.notes.append((self.trainer.iter + 1, memory("RssAnon"), len(os.listdir("/proc/self/fd"))))
 
 
-def resident() -> int:
-    """Bytes of memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(kind: str) -> int:
+    """Bytes of this process: "VmRSS" is all, "RssAnon" without the libraries, of which a fork maps more and more."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 def apart(work: Callable[[], list]) -> list:
@@ -66,7 +67,7 @@ def soak(scratch: Path, iterations: int) -> Result:
     def _train() -> list:
         options = ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 100, "DATASETS.TEST", ("shapes_val",)]
         seed_all_rng(5)
-        trainer = Trainer(make_cfg(scratch, [*options, "TEST.EVAL_PERIOD", max(iterations // 4, WARM_UP)]))
+        trainer = Trainer(make_cfg(scratch, [*options, "TEST.EVAL_PERIOD", max(iterations // 4, 50)]))
         footprint = Footprint()
         trainer.register_hooks([footprint])
         trainer.train()
@@ -93,7 +94,7 @@ def crowds(scratch: Path, budget: int = BUDGET) -> Result:
         def _step(count=count) -> list:
             cfg = make_cfg(scratch, ["MODEL.DN_DETR.DENOISING.MAX_QUERIES", budget])
             model, batch = Trainer.build_model(cfg).train(), crowded(count)
-            before = resident()
+            before = memory("VmRSS")
             for _ in range(2):
                 sum(model(batch).values()).backward()
             return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before]
