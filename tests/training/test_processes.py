@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ from pathlib import Path
 from test_processes import leave_as
 from dn_detr_d2.training import ProcessError, launch
 try:
-    sys.exit(launch(leave_as, 1, 2, {rank}, "tcp://127.0.0.1:29573", 60, ({how!r}, Path({folder!r}))))
+    sys.exit(launch(leave_as, 1, 2, {rank}, "tcp://127.0.0.1:{port}", 60, ({how!r}, Path({folder!r}))))
 except ProcessError as error:
     sys.exit(f"error: {{error}}")
 """
@@ -87,13 +88,17 @@ def test_launchers_of_two_machines_start_and_end_together(tmp_path, how, codes):
     """Both on this machine, one process each."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *TESTS)))}
     machines = []
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
     for rank in range(2):
         script = tmp_path / f"machine_{rank}.py"
-        body = MACHINE.format(rank=rank, how=how, folder=str(tmp_path))
+        body = MACHINE.format(rank=rank, how=how, folder=str(tmp_path), port=port)
         script.write_text("if __name__ == '__main__':\n" + indent(body, "    "))
         line = [sys.executable, str(script)]
         machines.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
     while not (tmp_path / "met").exists():
+        assert any(machine.poll() is None for machine in machines), [m.communicate()[1] for m in machines]
         time.sleep(0.1)
     while alive(tmp_path) and time.time() - (tmp_path / "met").stat().st_mtime < 60:
         time.sleep(0.1)
