@@ -17,7 +17,7 @@ from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.training import REQUEUE, ProcessError, assigned_place, launch
 from dn_detr_d2.training.processes import OWN_STORE, Place
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "training")
+TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
