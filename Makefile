@@ -25,7 +25,7 @@ quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
 test: $(ENVIRONMENT)
-	@echo "== Running the tests (about 12 minutes on two cores)"
+	@echo "== Running the tests (20 minutes or more on two cores)"
 	$(PYTHON) -m pytest tests -q
 
 lint: $(ENVIRONMENT)
