@@ -35,7 +35,10 @@ environment: $(ENVIRONMENT)
 
 $(READY): requirements.txt setup.py tools/install_detectron2.py $(wildcard csrc/* csrc/*/*)
 	@echo "== Making the environment $(VENV) (5.5 GB, a few minutes; the next time it is there)"
-	test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	@mkdir -p $(VENV)
+	@free=$$(df -Pk $(VENV) | awk 'NR == 2 {print int($$4 / 1000000)}'); test -x $(VENV)/bin/pip -o "$$free" -ge 8 || \
+	  { echo "error: $(VENV) and what pip unpacks on the way need 8 GB, and $$free GB are free there"; exit 1; }
+	test -x $(VENV)/bin/pip || $(BASE_PYTHON) -m venv $(VENV)
 	@echo "== Installing the pinned requirements (requirements.txt)"
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) -r requirements.txt

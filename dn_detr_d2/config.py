@@ -240,6 +240,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    # Images that a process evaluates at a time; detections do not depend on it unless PAD_TO_LARGEST is True.
+    cfg.TEST.IMS_PER_BATCH = 1
+    # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
+    # deformable family see the padding. False = only images of one size pass the model together.
+    cfg.TEST.PAD_TO_LARGEST = False
 
     # At each evaluation and when the training is over, the losses on so many annotated images of each data set of
     # DATASETS.TEST, evenly spaced by image id; 0 = off, more than there are = all. Without dropout, with the same noise each

@@ -12,7 +12,7 @@ from dn_detr_d2.data import build_test_loader
 from dn_detr_d2.engine import TolerantCOCOEvaluator, Trainer, evaluate
 from dn_detr_d2.training import launch
 
-SIZES = [(48, 64), (64, 48), (40, 40), (33, 57), (64, 64), (56, 40), (41, 60)]  # (height, width) of seven images
+SIZES = [(48, 64), (64, 48), (48, 64), (33, 57), (64, 64), (56, 40), (41, 60)]  # (height, width) of seven images
 
 
 def make_cfg(folder, images, *overrides):
@@ -71,10 +71,21 @@ def test_one_two_and_three_processes_write_the_same_predictions(folder):
     assert sorted(set(seen)) == list(range(3, 10))
 
 
-def test_an_evaluation_takes_one_image_a_batch(folder):
-    """Neighbours of other sizes would pad an image; the deformable family and every convolution see that."""
-    cfg = make_cfg(folder, 7)
-    assert [len(batch) for batch in build_test_loader(cfg, cfg.DATASETS.TEST[0])] == [1] * 7
+def test_images_evaluated_two_or_four_at_a_time_are_detected_as_one_by_one(folder):
+    """Seven images of six sizes, and one size that comes twice; the last batch is not full."""
+    model = Trainer.build_model(make_cfg(folder, 7))
+    found = []
+    for size in (1, 2, 4):
+        cfg = make_cfg(folder, 7, "TEST.IMS_PER_BATCH", size, "OUTPUT_DIR", str(folder / f"batches_of_{size}"))
+        assert next(len(batch) for batch in build_test_loader(cfg, cfg.DATASETS.TEST[0])) == size
+        Trainer.test(cfg, model)
+        found.append(json.loads((folder / f"batches_of_{size}/inference/coco_instances_results.json").read_text()))
+    alone, *together = found
+    assert {x["image_id"] for x in alone} == set(range(3, 10))
+    for batches in together:
+        for a, b in zip(alone, batches, strict=True):
+            assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+            assert [a["score"], *a["bbox"]] == pytest.approx([b["score"], *b["bbox"]], abs=1e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize(("seen", "message"), [

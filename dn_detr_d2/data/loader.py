@@ -62,8 +62,9 @@ def build_train_loader(cfg):
 
 
 def build_test_loader(cfg, dataset_name: str):
-    """A loader that yields every image of a data set once."""
-    return build_detection_test_loader(cfg, dataset_name, mapper=DetrDatasetMapper(cfg, False))
+    """A loader that yields every image of a data set once, ``TEST.IMS_PER_BATCH`` at a time."""
+    mapper = DetrDatasetMapper(cfg, False)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH)
 
 
 def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):

@@ -76,6 +76,8 @@ class DenoisingDETR(nn.Module):
             the mean over all ranks.
         select: from logits, boxes, image size and ``top_k`` to detections, see ``postprocess.py``.
         top_k: detections per image.
+        pad_to_largest: at inference pad images to the largest of their batch, as the authors' evaluation does, instead of
+            passing those of one size together. Then the detections of an image depend a little on its neighbours.
         op_backend: what computes deformable attention, see :func:`dn_detr_d2.layers.ms_deform_attn`.
         pixel_mean, pixel_std: of each channel, in the order of the input.
     """
@@ -97,6 +99,7 @@ class DenoisingDETR(nn.Module):
         local_denoising_normalizer: bool,
         select: Callable[..., Instances],
         top_k: int,
+        pad_to_largest: bool,
         op_backend: str,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -107,7 +110,7 @@ class DenoisingDETR(nn.Module):
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
         self.denoising_weight, self.denoising_mask = denoising_weight, denoising_mask
         self.local_denoising_normalizer = local_denoising_normalizer
-        self.select, self.top_k = select, top_k
+        self.select, self.top_k, self.pad_to_largest = select, top_k, pad_to_largest
         for module in self.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.backend = op_backend
@@ -154,6 +157,7 @@ class DenoisingDETR(nn.Module):
             "local_denoising_normalizer": root.DENOISING.NORMALIZER == "local",
             "select": select_best if softmax else select_top,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
             "op_backend": root.OP_BACKEND,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -186,8 +190,10 @@ class DenoisingDETR(nn.Module):
             # First, because it talks to the other processes: from here on one may fail without leaving them waiting.
             share = share or self.share(count_objects(batched_inputs))
             return self.weighted_losses(self.observe(batched_inputs, self.denoising, whole=share.whole), share)
-        predictions = self.observe(batched_inputs, annotated=False).predictions
-        return self._detections(predictions, [tuple(x["image"].shape[-2:]) for x in batched_inputs], batched_inputs)
+        found = {}
+        for same in [range(len(batched_inputs))] if self.pad_to_largest else group_by_size(batched_inputs):
+            found |= zip(same, self._detect([batched_inputs[i] for i in same]), strict=True)
+        return [found[i] for i in range(len(batched_inputs))]
 
     def share(self, whole: list[int]) -> Share:
         """What the losses of a step are divided by; all processes call it together.
@@ -279,6 +285,11 @@ class DenoisingDETR(nn.Module):
         assignment = self.matcher(predictions, targets)
         return name_layers(self.criterion(predictions, targets, assignment, share.objects), "main", "aux") | losses
 
+    def _detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
+        """One pass for all, each padded to the largest."""
+        predictions = self.observe(batched_inputs, annotated=False).predictions
+        return self._detections(predictions, [tuple(x["image"].shape[-2:]) for x in batched_inputs], batched_inputs)
+
     def _detections(self, predictions: Predictions, image_sizes, batched_inputs) -> list[dict[str, Instances]]:
         logits, boxes = predictions.logits[-1], predictions.boxes[-1]
         if not (logits.isfinite().all() and boxes.isfinite().all()):
@@ -296,6 +307,14 @@ class DenoisingDETR(nn.Module):
 def count_objects(batched_inputs: list[dict]) -> list[int]:
     """Objects of each image."""
     return [len(x["instances"]) for x in batched_inputs]
+
+
+def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
+    """Indices of the images of each size, so that none has to be padded for another."""
+    groups = {}
+    for i, image in enumerate(batched_inputs):
+        groups.setdefault(image["image"].shape, []).append(i)
+    return list(groups.values())
 
 
 def mean_over_ranks(counts: list[int], device: torch.device) -> Tensor:

@@ -68,14 +68,23 @@ def test_the_order_of_objects_does_not_change_the_matching_losses(toy_model):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_batch_of_equal_sizes_gives_what_its_images_give_alone(toy_model, system):
+def test_a_batch_gives_what_its_images_give_alone(toy_model, system):
+    """Images of other sizes, other numbers of each size, in any order."""
     model = toy_model(system).eval()
-    batch = make_batch(0, 0, 0, sizes=((70, 90),))
+    batch = make_batch(0, 0, 0, 0, 0, sizes=((70, 90), (90, 70), (70, 90)))
     with torch.no_grad():
         together = model(batch)
         alone = [model([x])[0] for x in batch]
-    for a, b in zip(together, alone, strict=True):
+        model.pad_to_largest = True
+        padded = model(batch)
+    for x, a, b in zip(batch, together, alone, strict=True):
+        assert a["instances"].image_size == x["image"].shape[-2:]
         torch.testing.assert_close(a["instances"].scores, b["instances"].scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor, atol=1e-3, rtol=0
+        )
+    changes = [(a["instances"].scores - b["instances"].scores).abs().max() for a, b in zip(padded, alone, strict=True)]
+    assert max(changes) > 1e-5  # the comparison sees what padding does
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS.keys() - {"anchor_detr"}))  # whose keys are means over padding, too
