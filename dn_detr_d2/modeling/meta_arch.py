@@ -225,7 +225,12 @@ class DenoisingDETR(nn.Module):
                 queries.
             annotated: whether to read the ground truth.
             whole: of :class:`~dn_detr_d2.structures.Targets`.
+
+        Raises:
+            ValueError: denoising queries are wanted of images whose ground truth is not read.
         """
+        if denoising is not None and not annotated:
+            raise ValueError("denoising queries are noised ground truth: with annotated=False, denoising must be None")
         memory = self.encoder(self._pyramid(self._preprocess(batched_inputs)))
         targets = self._targets([x["instances"] for x in batched_inputs], whole) if annotated else None
         queries, noised = self._queries(memory, targets, denoising)

@@ -67,6 +67,12 @@ def test_the_order_of_objects_does_not_change_the_matching_losses(toy_model):
         torch.testing.assert_close(model(shuffled)[name], value, atol=1e-4, rtol=1e-4)
 
 
+def test_denoising_without_ground_truth_is_refused(toy_model):
+    model = toy_model("dn_detr")
+    with pytest.raises(ValueError, match="with annotated=False, denoising must be None"):
+        model.observe(make_batch(1), model.denoising, annotated=False)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_batch_gives_what_its_images_give_alone(toy_model, system):
     """Images of other sizes, other numbers of each size, in any order."""

@@ -26,12 +26,13 @@ class Footprint(HookBase):
     """Notes what the process holds, every 50 iterations."""
 
     def __init__(self):
-        self.notes = []  # (iteration, bytes of memory, open files)
+        self.notes = []  # (iteration, bytes of memory, of which private, open files)
 
     def after_step(self) -> None:
         """Looks into /proc."""
         if (self.trainer.iter + 1) % 50 == 0:
-            self.notes.append((self.trainer.iter + 1, memory("RssAnon"), len(os.listdir("/proc/self/fd"))))
+            now = memory("VmRSS"), memory("RssAnon"), len(os.listdir("/proc/self/fd"))
+            self.notes.append((self.trainer.iter + 1, *now))
 
 
 def memory(kind: str) -> int:
@@ -74,15 +75,23 @@ def soak(scratch: Path, iterations: int) -> Result:
         return [x for note in footprint.notes if note[0] >= WARM_UP for x in note]
 
     numbers = apart(_train)
-    notes = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    notes = list(zip(*(numbers[i::4] for i in range(4)), strict=True))
     if not notes:
         return Result("soak", iterations, "", ["the training did not end"], time.monotonic() - start)
     third = max(len(notes) // 3, 1)  # single notes waver by the allocator
-    first, last = (sum(note[1] for note in part) / third for part in (notes[:third], notes[-third:]))
-    growth, files = 100 * (last / first - 1), notes[-1][2] - notes[0][2]
-    seen = f"{first / 1e6:.0f} MB, later {last / 1e6:.0f} MB ({growth:+.2f} %); {files:+.0f} open files"
+    whole, growth = _growth([note[1] for note in notes], third)
+    private, _ = _growth([note[2] for note in notes], third)
+    files = notes[-1][3] - notes[0][3]
+    seen = f"{whole}, private {private}; {files:+.0f} open files"
     wrong = [seen] if growth > 1 or files > 0 else []
     return Result("soak", iterations, seen, wrong, time.monotonic() - start)
+
+
+def _growth(sizes: list[float], part: int) -> tuple[str, float]:
+    """From the mean of the first ``part`` sizes to that of the last: in words, and in percent."""
+    first, last = sum(sizes[:part]) / part, sum(sizes[-part:]) / part
+    percent = 100 * (last / first - 1)
+    return f"{first / 1e6:.0f} MB, later {last / 1e6:.0f} MB ({percent:+.2f} %)", percent
 
 
 def crowds(scratch: Path, budget: int = BUDGET) -> Result:
