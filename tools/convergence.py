@@ -31,7 +31,7 @@ from plotting.curves import draw
 from plotting.runs import Group, read_run
 from race.report import HEADERS, ended, rows, verdicts
 from race.train import folders_of, race
-from race.variants import FOLDER, PAIRS, contestants
+from race.variants import ABLATIONS, FOLDER, PAIRS, contestants
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError
@@ -48,7 +48,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"one seed, {QUICK_ITERATIONS} iterations")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--ablations", action="store_true", help="also groups, noise and mask")
+    names = [variant.name for variant in ABLATIONS]
+    parser.add_argument(
+        "--ablations",
+        nargs="*",
+        choices=names,
+        help="also one part of denoising at a time: all, or those that are named",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument(
         "--bccd", metavar="FOLDER", help="train on BCCD, with train.json, test.json and images/ in FOLDER"
@@ -63,7 +69,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... for all trainings, after all else"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.ablations = names if args.ablations == [] else args.ablations or []
+    return args
 
 
 def options(args: argparse.Namespace) -> list:

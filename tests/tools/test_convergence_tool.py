@@ -13,7 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from convergence import take_backbone
+from convergence import parse_arguments, take_backbone
 from plotting.runs import Group, read_run
 from plotting.style import colour
 from race.report import ended, rows, verdicts
@@ -54,11 +54,24 @@ def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
 
 
 def test_every_training_of_an_ablation_has_a_colour_of_its_own():
-    assert len({colour(i) for i in range(len(contestants("deformable", True)))}) == len(contestants("deformable", True))
+    count = len(contestants("deformable", parse_arguments(["--ablations"]).ablations))
+    assert count == 2 + len(ABLATIONS)
+    assert len({colour(i) for i in range(count)}) == count
+
+
+def test_ablations_are_none_or_those_that_are_named_or_all():
+    named = {
+        tuple(line): [variant.name for variant in contestants("deformable", parse_arguments(line).ablations)]
+        for line in ([], ["--ablations", "no attention mask"], ["--ablations", "--seeds", "1"])
+    }
+    whole = [variant.name for variant in ABLATIONS]
+    assert list(named.values()) == [
+        [MATCHING, DENOISED, HALF], [MATCHING, DENOISED, "no attention mask"], [MATCHING, DENOISED, *whole],
+    ]  # fmt: skip
 
 
 def test_half_the_iterations_are_a_shorter_schedule(tmp_path):
-    half = next(v for v in contestants("dense", False) if v.name == HALF)
+    half = next(v for v in contestants("dense") if v.name == HALF)
     cfg = configure(FOLDER / "dense.yaml", half, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 40])
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (20, 4)
 
@@ -72,7 +85,7 @@ def record(contestant, seen):
 def test_all_see_the_same_images_in_the_same_order_with_the_same_augmentation(tmp_path):
     """Though denoising draws numbers of its own between them."""
     seen, running = {}, []
-    for variant in contestants("deformable", False)[:2]:
+    for variant in contestants("deformable")[:2]:
         contestant = Contestant(configure(FOLDER / "deformable.yaml", variant, 7, tmp_path, SMALL))
         record(contestant, seen.setdefault(variant.name, []))
         running.append(contestant)
@@ -84,7 +97,7 @@ def test_all_see_the_same_images_in_the_same_order_with_the_same_augmentation(tm
 
 
 def test_a_training_side_by_side_is_the_training_alone(tmp_path):
-    variants = contestants("dense", False)[:2]
+    variants = contestants("dense")[:2]
     race(FOLDER / "dense.yaml", variants, 3, tmp_path / "both", SMALL, threads=2)
     alone = race(FOLDER / "dense.yaml", variants[1:], 3, tmp_path / "alone", SMALL, threads=2)[0]
     first, second = (
@@ -103,7 +116,7 @@ def test_the_backbone_of_a_checkpoint_is_where_all_start(tmp_path):
         {"model": {name: x + 1 if x.is_floating_point() else x for name, x in trained.items()}}, tmp_path / "whole.pth"
     )
     opts = [*SMALL, "MODEL.WEIGHTS", str(take_backbone(str(tmp_path / "whole.pth"), tmp_path))]
-    for variant in contestants("dense", False)[:2]:
+    for variant in contestants("dense")[:2]:
         state = Contestant(configure(FOLDER / "dense.yaml", variant, 1, tmp_path, opts)).trainer.model.state_dict()
         for name, x in state.items():
             if name.startswith("backbone.") and x.is_floating_point():

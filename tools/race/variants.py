@@ -48,6 +48,12 @@ ABLATIONS = (
 PAIRS = tuple(ALONE)
 
 
-def contestants(pair: str, ablations: bool) -> list[Variant]:
-    """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest."""
-    return [ALONE[pair], *RACE[:1], *(ABLATIONS if ablations else RACE[1:])]
+def contestants(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
+    """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest.
+
+    Args:
+        pair: of PAIRS.
+        ablations: names of those that take the place of the race's half schedule.
+    """
+    chosen = tuple(variant for variant in ABLATIONS if variant.name in ablations)
+    return [ALONE[pair], *RACE[:1], *(chosen or RACE[1:])]
