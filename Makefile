@@ -4,7 +4,7 @@
 # VENV=folder   virtual environment to use, made if it is not there (default .venv)
 # PYTHON=path   an interpreter to use as it is; nothing is installed into it
 # BASE_PYTHON   what makes the virtual environment (default python3; 3.10 to 3.13)
-# THREADS       CPU threads of the quickstart and the tests (default 2)
+# THREADS       CPU threads of the quickstart, processes of the tests (default 2)
 
 BASE_PYTHON ?= python3
 VENV ?= .venv
@@ -25,8 +25,8 @@ quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
 test: $(ENVIRONMENT)
-	@echo "== Running the tests (20 minutes or more on two cores)"
-	$(PYTHON) -m pytest tests -q
+	@echo "== Running the tests (20 minutes on two cores)"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist worksteal
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m codespell_lib
@@ -50,7 +50,7 @@ $(READY): requirements.txt setup.py tools/install_detectron2.py $(wildcard csrc/
 	@touch $@
 
 check-python:
-	@$(PYTHON) -c "import torch, torchvision, scipy, cv2, pytest, hypothesis, detectron2" || \
+	@$(PYTHON) -c "import torch, torchvision, scipy, cv2, pytest, xdist, hypothesis, detectron2" || \
 	  { echo "error: $(PYTHON) lacks the package named above; install requirements.txt and run tools/install_detectron2.py with it"; exit 1; }
 
 clean:

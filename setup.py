@@ -197,6 +197,7 @@ setup(
             "opencv-python-headless>=4.8",
             "timm>=1.0",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff==0.17.5",
             "codespell>=2.3",

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from convergence import parse_arguments, take_backbone
+from convergence import main, parse_arguments, take_backbone
 from plotting.runs import Group, read_run
 from plotting.style import colour
 from race.report import ended, rows, verdicts
@@ -200,19 +200,9 @@ def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups)
         (["--jobs", "1", "--pairs", "dense", "--opts", "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER?"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(ROOT / "tools" / "convergence.py"),
-        "--runs",
-        str(tmp_path),
-        *arguments,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 2
-    assert sentence in result.stderr.splitlines()[-1]
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys):
+    assert main(["--runs", str(tmp_path), *arguments]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
 HOST = """
