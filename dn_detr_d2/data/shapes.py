@@ -43,7 +43,7 @@ class Dice:
 
 def cache_folder() -> Path:
     """Where the data set lives: $DN_DETR_CACHE as it was on import, default ~/.cache/dn_detr_d2."""
-    root = Path(os.environ.get("DN_DETR_CACHE", Path.home() / ".cache" / "dn_detr_d2"))
+    root = Path(os.environ.get("DN_DETR_CACHE") or Path.home() / ".cache" / "dn_detr_d2")
     return root / f"shapes-v{VERSION}"
 
 

@@ -25,6 +25,18 @@ def test_the_same_bytes_on_every_machine():
     assert digest.hexdigest() == FIRST_SCENES
 
 
+@pytest.mark.parametrize(
+    ("value", "root"), [(None, "home/.cache/dn_detr_d2"), ("", "home/.cache/dn_detr_d2"), ("x", "x")]
+)
+def test_an_empty_cache_variable_is_none(monkeypatch, value, root):
+    """It used to be the current folder."""
+    monkeypatch.setenv("HOME", "home")
+    monkeypatch.delenv("DN_DETR_CACHE")
+    if value is not None:
+        monkeypatch.setenv("DN_DETR_CACHE", value)
+    assert str(shapes.cache_folder().parent) == root
+
+
 def test_files_hold_what_was_drawn(records):
     pixels, boxes, _ = shapes.draw_scene(shapes.Dice([shapes.SPLITS["shapes_val"][0], 3]))
     assert np.array_equal(np.asarray(Image.open(records[3]["file_name"])), pixels)
