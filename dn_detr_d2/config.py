@@ -256,8 +256,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.INSTABILITY = CfgNode()
     # Images to look at, evenly spaced by image id; 0 = no instruments. DN Sec. 3.2 takes the 5000 of val2017.
     cfg.TEST.INSTABILITY.NUM_IMAGES = 0
-    # Look also every so many iterations; 0 = at evaluations only. Detectron2 writes metrics.json every 20 iterations, so
-    # take a multiple of 20; and for equal steps a divisor of TEST.EVAL_PERIOD.
+    # Look also every so many iterations; 0 = at evaluations only. For equal steps take a divisor of TEST.EVAL_PERIOD.
     cfg.TEST.INSTABILITY.PERIOD = 0
     # k of ATD(k), the mean of the k largest distances between an anchor and its object (DINO Sec. 4). 100 in DINO.
     cfg.TEST.INSTABILITY.ATD_K = 100

@@ -1,6 +1,7 @@
 """Training and evaluation on Detectron2's engine: the trainer and the hooks that differ."""
 
 import logging
+import math
 import sys
 import weakref
 from collections import Counter
@@ -149,6 +150,10 @@ class Trainer(DefaultTrainer):
         added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_instruments(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
         found[evaluation + 1 : evaluation + 1] = added
+        for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
+            writer._period = math.gcd(
+                writer._period, cfg.TEST.INSTABILITY.PERIOD
+            )  # or a probe would replace the one before
         stop = StopHook(self.stop_request)
         found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop))
         node = cfg.SOLVER.EARLY_STOPPING

@@ -77,9 +77,10 @@ side = st.floats(-6, 0).map(lambda exponent: 10**exponent)
 
 @given(unit, unit, side, side)
 def test_giou_of_a_box_with_itself_is_one_with_finite_gradients(x, y, width, height):
-    """Down to a side of 1e-6, at the corner where float32 still tells such a box from a point and anywhere as corners."""
-    low = torch.tensor([x, y]) * 1e-7 if min(width, height) < 1e-4 else torch.tensor([x, y])
-    box = torch.cat([low, low + torch.tensor([width, height])])
+    """Down to a side of 1e-6: at the image's corner, and anywhere at sides that float32 can tell from a point there."""
+    low = torch.tensor([x, y])
+    high = torch.maximum(low + torch.tensor([width, height]), low + 1e-6)
+    box = torch.cat([low, high])
     for a in (cxcywh_to_xyxy(torch.tensor([width / 2, height / 2, width, height])), box):
         a.requires_grad_()
         value = giou(a, a.detach())

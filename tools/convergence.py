@@ -64,14 +64,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, which share the cores (default 2)")
     parser.add_argument("--threads", type=int, default=0, help="of a process; 0 = what the processes share (default)")
-    parser.add_argument("--runs", default="output/convergence", metavar="DIR", help="where the trainings go")
-    parser.add_argument("--output", default="output/convergence", metavar="DIR", help="where tables and pictures go")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where the trainings go (default output/KIND, by what is trained)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="where tables and pictures go (default: beside the trainings)")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... for all trainings, after all else"
     )
     args = parser.parse_args(argv)
     args.ablations = names if args.ablations == [] else args.ablations or []
+    args.runs = args.runs or f"output/{kind(args)}"
+    args.output = args.output or args.runs
     return args
+
+
+def kind(args: argparse.Namespace) -> str:
+    """Name of the folder of races that do not overwrite each other."""
+    what = "ablations" if args.ablations else "convergence"
+    return "_".join([what, *["quick"] * args.quick, *["bccd"] * bool(args.bccd)])
 
 
 def options(args: argparse.Namespace) -> list:

@@ -42,14 +42,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def choose_queries(args: argparse.Namespace, seen) -> list[int]:
+def choose_queries(args: argparse.Namespace, seen, names: list[str]) -> list[int]:
     """The queries to draw; raises ConfigError for numbers that do not exist."""
     total = seen.matching.logits.shape[2]
     if args.query is None and args.best < 1:
         raise ConfigError(f"--best must be at least 1, got {args.best}")
     if args.query is not None and not 0 <= args.query < total:
         raise ConfigError(f"--query {args.query} does not exist; the model has queries 0 to {total - 1}")
-    return best_queries(seen, args.best) if args.query is None else [args.query]
+    return best_queries(seen, args.best, names) if args.query is None else [args.query]
 
 
 def visualize(args: argparse.Namespace) -> list[str]:
@@ -60,7 +60,7 @@ def visualize(args: argparse.Namespace) -> list[str]:
     seen, layers = record(model, image)
     pixels, names = to_rgb(image["image"], cfg.INPUT.FORMAT), class_names(cfg)
     written = []
-    for query in choose_queries(args, seen):
+    for query in choose_queries(args, seen, names):
         figure = draw_attention(seen, layers, query, pixels, names)
         found = f"query {query}: {verdict(seen, query, -1, names)}"
         figure.suptitle(f"{found} - {title_of(args.input, args.weights)}", fontsize=10)

@@ -65,7 +65,7 @@ def visualize(args: argparse.Namespace) -> list[str]:
     pixels, names, copies = to_rgb(record["image"], cfg.INPUT.FORMAT), class_names(cfg), model.denoising.COPIES
     figures = {
         "noise": draw_noise(seen, pixels, names, copies, args.groups),
-        "refinement": draw_refinement(seen, pixels, copies),
+        "refinement": draw_refinement(seen, pixels, names, copies),
         "attention_mask": draw_mask(seen, copies),
     }
     written = []

@@ -1,5 +1,7 @@
 """Restoration and suspicious labels, with a model that is right by construction and with the real ones."""
 
+import random
+
 import pytest
 import torch
 from conftest import DENOISING_SYSTEMS, make_batch
@@ -112,6 +114,23 @@ def test_flipped_labels_come_first_with_the_truth_as_suggestion():
         assert (x.score > 0) == ((x.image_id, x.index) in flipped)
     assert all(x.suggested == loader[x.image_id][0]["truth"][x.index] for x in judged[:3])
     assert judged[0].score == pytest.approx(torch.sigmoid(torch.tensor(4.0)).item() * 2 - 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_labels_come_first_though_the_model_errs(seed):
+    """200 objects, 20 wrong labels; the model takes 20 other objects for another class and is as sure of it.
+
+    So 20 places are shared by 40: 10 hits on average. By chance it were 2; 5 are two standard deviations below the average.
+    """
+    places = random.Random(seed).sample([(i, j) for i in range(20) for j in range(10)], 40)
+    flipped, mistaken = set(places[:20]), places[20:]
+    loader = scenes(*[10] * 20, flipped=flipped)
+    for i, j in mistaken:
+        loader[i][0]["truth"][j] = (loader[i][0]["truth"][j] + 1) % 3
+    judged = judge_labels(Oracle(), sorted(loader, key=lambda batch: -batch[0]["image_id"]))
+    first = {(x.image_id, x.index) for x in judged[:40]}
+    assert first == set(places)
+    assert sum((x.image_id, x.index) in flipped for x in judged[:20]) >= 5
 
 
 def test_boxes_of_judged_labels_are_in_pixels_of_the_original_image():

@@ -11,6 +11,7 @@ import torch
 from detectron2.engine import create_ddp_model, launch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dn_detr_d2 import CheckpointError, ConfigError, LeakError
 from dn_detr_d2.denoising import NoisedTargets
@@ -72,6 +73,18 @@ def test_instruments_leave_the_training_as_it_is_and_write_the_last_probe(toy_cf
     assert iteration == 6
     assert {matched.shape for matched in assignment.values()} == {(2, 9)}
     assert sorted(assignment) == sorted(str(i * 200 // 6) for i in range(6))
+
+
+@pytest.mark.parametrize(("periods", "probed"), [((2, 0), [1, 3, 6]), ((0, 4), [3, 6]), ((3, 2), [1, 2, 3, 6])])
+def test_every_probe_is_in_both_logs(toy_cfg, tmp_path, periods, probed):
+    """Detectron2 writes every 20 iterations and keeps the last value: two probes between were one."""
+    options = [*SMALL, "TEST.INSTABILITY.NUM_IMAGES", 2, "OUTPUT_DIR", str(tmp_path)]
+    train(toy_cfg("dn_detr", *options, "TEST.INSTABILITY.PERIOD", periods[0], "TEST.EVAL_PERIOD", periods[1]))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "anchors/distance" in line] == probed
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in board.Scalars("anchors/distance")] == probed
+    assert [event.step for event in board.Scalars("instability/layer_1")] == probed[1:]
 
 
 def stop_after(cfg, monkeypatch, iterations):

@@ -65,6 +65,17 @@ def test_anchor_distances_of_the_worked_example():
     assert metrics["distance_small"] == metrics["atd_small"] == pytest.approx(0.2)  # 1024 pixels are not small
 
 
+def test_anchor_distances_of_the_second_epoch():
+    """Last layer: a0, anchor 0: 0.1 + 0.1; a1, anchor 3: 0.5 + 0.6 + 0.3 + 0.1; b0, anchor 0: 0.4 + 0.3 + 0.1 + 0.1."""
+    assert sorted(anchor_distances(images(SECOND))[0].tolist()) == pytest.approx([0.2, 0.9, 1.5], abs=1e-6)
+    for order in (1, -1):
+        probe = images(SECOND)[::order]
+        for k, expected in ((1, 1.5), (2, 1.2), (3, 2.6 / 3), (100, 2.6 / 3)):
+            metrics = anchor_metrics(probe, k)
+            assert metrics["atd"] == pytest.approx(expected)
+            assert metrics["distance"] == pytest.approx(2.6 / 3)
+
+
 def test_without_small_objects_there_is_no_number_for_them():
     large = [image for image in images(FIRST) if image.image_id == "b"]
     assert set(anchor_metrics(large, 5)) == {"distance", "atd"}

@@ -7,16 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, valid_coco
+from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from convergence import main, parse_arguments, take_backbone
+from convergence import main, options, parse_arguments, take_backbone
 from plotting.runs import Group, read_run
 from plotting.style import colour
-from race.report import ended, rows, verdicts
+from race.report import crossing, ended, rows, verdicts
 from race.train import Contestant, configure, race
 from race.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
 
@@ -173,21 +175,96 @@ def test_a_training_that_was_cut_off_is_not_reported(groups):
         ended(groups)
 
 
+def test_races_of_other_lengths_are_not_mixed(groups, tmp_path):
+    other = make_run(tmp_path / "b3", [10, 20], [2, 2], 0.4, [2.0], 50)
+    groups[1].runs[1] = other
+    with pytest.raises(UserError, match=r"b3 is a training of 50 iterations, .*a1 one of 100"):
+        ended(groups)
+
+
 def test_the_verdicts_say_yes_and_no(groups):
-    said = verdicts(groups)
-    assert said[0] == "- ends higher: yes (AP 42.0 against 30.0)"
-    assert said[1] == "- half the iterations are enough: **no** (AP 29.0 against 30.0)"
-    assert said[2] == "- matching is more stable: yes (IS 1.80 against 3.20)"
-    assert said[3] == "- anchors are nearer: yes (0.400 against 0.600)"
-    assert said[4] == "- an iteration takes at most 1.10 times as long: yes (1.08)"
+    """The mean of denoising is 10, 25, 30.5, 40, 42 after 20, 40, ... iterations: it crosses 30 at 40 + 20 x 5 / 5.5."""
+    assert verdicts(groups) == [
+        "- ends higher: yes (AP 42.0 against 30.0)",
+        "- half the iterations reach the baseline's final AP: **no** (the mean curve crosses it at 58%)",
+        "- a schedule of half the length is enough: **no** (AP 29.0 against 30.0)",
+        "- matching is more stable all along: yes (mean IS 1.80 against 3.20; lower at 5 of 5 probes)",
+        "- anchors are nearer: yes (0.400 against 0.600)",
+        "- an iteration takes at most 1.10 times as long: yes (1.08)",
+    ]
+
+
+def test_one_probe_at_which_matching_is_less_stable_is_told(groups, tmp_path):
+    groups[1].runs[1] = make_run(tmp_path / "b4", [10, 20, 30, 40, 43], [9, 2, 2, 2, 2], 0.4, [2.0])
+    said = verdicts(groups)[3]
+    assert said.startswith(
+        "- matching is more stable all along: **no** (mean IS 2.50 against 3.20; lower at 4 of 5 probes)"
+    )
+
+
+def test_a_baseline_that_does_not_detect_proves_nothing(tmp_path):
+    alone = Group(MATCHING, [make_run(tmp_path / "a", [0, 0], [2, 2], 0.5, [1.0])])
+    denoised = Group(DENOISED, [make_run(tmp_path / "b", [0, 0.4], [1, 1], 0.4, [1.0])])
+    assert rows([alone, denoised])[1][3] == "-"
+    said = verdicts([alone, denoised])
+    assert said[0] == "- the baseline does not detect yet (AP 0.0; with denoising 0.4): AP says nothing here"
+    assert not any("half" in line or "ends higher" in line for line in said)
+
+
+def test_a_curve_that_stays_below_never_crosses(tmp_path):
+    low = Group(DENOISED, [make_run(tmp_path / "b", [1, 2], [1, 1], 0.4, [1.0])])
+    assert crossing(low, 2.0) == 100
+    assert crossing(low, 3.0) == float("inf")
 
 
 def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups):
     said = verdicts([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
-    assert said == [
-        "- with denoising ends above matching alone: yes (AP 42.0 against 30.0)",
-        "- no attention mask ends below the whole: yes (AP 28.0: -14.0 to the whole, -2.0 to matching alone)",
-    ]
+    assert said[-1] == (
+        "- no attention mask ends below the whole: yes (AP 28.0: -14.0 to the whole, -2.0 to matching alone)"
+    )
+
+
+def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys):
+    """From runs that lie there: command, seeds, machine, table, verdicts, picture."""
+    for variant in contestants("deformable"):
+        made = [0, 5, 20] if variant.name == MATCHING else [0, 20, 30]
+        for seed in (4, 5):
+            folder = Path(configure(FOLDER / "deformable.yaml", variant, seed, tmp_path / "runs", []).OUTPUT_DIR)
+            make_run(folder, made, [2, 2, 1], 0.5, [1.0], 300 if variant.name == HALF else 600)
+            text = (
+                f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\nDATASETS: {{TRAIN: [shapes_train]}}\n"
+            )
+            (folder / "config.yaml").write_text(text)
+    line = ["--report", "--pairs", "deformable", "--seeds", "4", "5", "--runs", str(tmp_path / "runs")]
+    assert main([*line, "--output", str(tmp_path / "pages")]) == 0
+    page = (tmp_path / "pages" / "deformable.md").read_text()
+    assert page in capsys.readouterr().out
+    for part in ("# deformable: shapes_train, 600 iterations", "python tools/convergence.py", "seeds [4, 5]", "CPU cores",
+                 "| with denoising", "30.0 (30.0 to 30.0)", "- ends higher: yes", "![Curves](deformable.png)"):  # fmt: skip
+        assert part in page
+    pixels = np.asarray(Image.open(tmp_path / "pages" / "deformable.png").convert("L"))
+    assert pixels.shape[0] > 500
+    assert (pixels < 250).mean() > 0.02
+
+
+def test_blood_cells_are_read_from_a_folder(tmp_path):
+    """The race's options as a config that resolves its classes from the files."""
+    (tmp_path / "images").mkdir()
+    for name in ("train", "test"):
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / "a.png")
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / "b.png")
+        (tmp_path / f"{name}.json").write_text(json.dumps(valid_coco()))
+    opts = options(parse_arguments(["--bccd", str(tmp_path)]))
+    cfg = configure(FOLDER / "deformable.yaml", ALONE["deformable"], 1, tmp_path / "runs", opts)
+    assert cfg.MODEL.DN_DETR.CLASS_NAMES == ["cat", "dog"]
+    assert cfg.DATASETS.TEST == ("bccd_test",)
+
+
+def test_races_of_different_kinds_lie_in_folders_of_their_own():
+    lines = ([], ["--quick"], ["--ablations"], ["--bccd", "x"], ["--quick", "--ablations", "1 group"])
+    found = [parse_arguments(line) for line in lines]
+    assert len({args.runs for args in found}) == len(lines)
+    assert all(args.runs == args.output for args in found)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import visualize_attention
 from conftest import make_batch
 from PIL import Image
-from plotting.attention import best_queries, draw_attention
+from plotting.attention import best_queries, draw_attention, verdict
 from plotting.images import to_rgb
 from plotting.recording import attention_weights, heat_map, multi_level_maps, on_image, record, sampling
 
@@ -184,9 +184,22 @@ def test_the_best_queries_are_those_of_the_best_detections(recorded):
     _, _, seen, _ = recorded("dino")
     logits, boxes = seen.predictions.logits[-1, 0], seen.predictions.boxes[-1, 0]
     best = select_top(logits, boxes, (1, 1), 1)
-    (query,) = best_queries(seen, 1)
+    (query,) = best_queries(seen, 1, list("abcde"))
     assert logits[query].max().sigmoid() == best.scores[0]
-    assert len(best_queries(seen, 100)) == 9
+    assert len(best_queries(seen, 100, list("abcde"))) == 9
+
+
+def test_no_object_is_no_detection(recorded):
+    """It used to end in an IndexError, or to be the best of all."""
+    _, image, seen, layers = recorded("dn_detr", "MODEL.DN_DETR.LOSS.CLASS_LOSS", "softmax")
+    logits = seen.predictions.logits
+    logits[...] = torch.tensor([0.0, 0, 1, 0, 0, 3])
+    logits[-1, 0, 4] = torch.tensor([0.0, 2, 0, 0, 0, 3])
+    assert best_queries(seen, 1, list("abcde")) == [4]
+    total = 4 + math.exp(2) + math.exp(3)
+    assert verdict(seen, 4, -1, list("abcde")) == f"b {math.exp(2) / total:.2f}"
+    figure = draw_attention(seen, layers, 0, to_rgb(image["image"], "RGB"), list("abcde"))
+    assert "layer 1: c " in figure.axes[0].get_title()
 
 
 def test_a_point_reference_is_a_cross_and_a_box_is_a_box(recorded):

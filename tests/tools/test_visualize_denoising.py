@@ -96,7 +96,7 @@ def test_without_noise_nothing_is_flipped_and_the_start_is_perfect(observe):
     assert titles(draw_noise(seen, pixels, NAMES, copies, 2)) == [
         f"group {g} of 5: 0 of 3 labels flipped" for g in (1, 2)
     ]
-    assert titles(draw_refinement(seen, pixels, copies))[0] == "noised: mean IoU 1.00, 3 of 3 labels right"
+    assert titles(draw_refinement(seen, pixels, NAMES, copies))[0] == "noised: mean IoU 1.00, 3 of 3 labels right"
 
 
 def test_flipped_labels_are_counted_and_written(observe):
@@ -113,7 +113,7 @@ def test_flipped_labels_are_counted_and_written(observe):
 
 def test_refinement_shows_the_predictions_of_every_layer(observe):
     seen, pixels, copies = observe("encoder_only")
-    shown = titles(draw_refinement(seen, pixels, copies, group=1))
+    shown = titles(draw_refinement(seen, pixels, NAMES, copies, group=1))
     assert [title.split(":")[0] for title in shown] == ["noised", "layer 1", "layer 2", "layer 3"]
     height, width = pixels.shape[:2]
     expected = 0.0
@@ -126,6 +126,19 @@ def test_refinement_shows_the_predictions_of_every_layer(observe):
         h = max(0, min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)) * height
         expected += w * h / ((aw * ah + bw * bh) * width * height - w * h) / 3
     assert f"mean IoU {expected:.2f}" in shown[-1]
+
+
+def test_wrong_labels_are_written_at_every_stage_and_no_object_is_none_of_them(observe):
+    """A model with softmax has a sixth class, which is likeliest everywhere here."""
+    seen, pixels, copies = observe("dn_detr", QUIET[0], 1.0, "MODEL.DN_DETR.LOSS.CLASS_LOSS", "softmax")
+    assert seen.predictions.logits.shape[-1] == 6
+    seen.predictions.logits[..., 5] = 99
+    truths, first = seen.targets.labels[0], seen.noised.labels[0, :3]
+    stages = [first, *seen.predictions.logits[:, 0, :3, :5].argmax(-1)]
+    figure = draw_refinement(seen, pixels, NAMES, copies)
+    for panel, labels in zip(figure.axes, stages, strict=True):
+        assert [text.get_text() for text in panel.texts] == [NAMES[x] for x in labels[labels != truths]]
+        assert panel.get_title().endswith(f"{int((labels == truths).sum())} of 3 labels right")
 
 
 def test_mean_iou_by_hand():
@@ -159,7 +172,7 @@ def test_an_image_without_objects_is_drawn(toy_model):
     seen = observe_denoising(model, record, 0)
     pixels = to_rgb(record["image"], "RGB")
     assert titles(draw_noise(seen, pixels, NAMES, 1, 1)) == ["group 1 of 5: 0 of 0 labels flipped"]
-    assert titles(draw_refinement(seen, pixels, 1))[0].endswith("nan, 0 of 0 labels right")
+    assert titles(draw_refinement(seen, pixels, NAMES, 1))[0].endswith("nan, 0 of 0 labels right")
     draw_mask(seen, 1)
 
 
@@ -173,7 +186,7 @@ def test_bgr_images_are_turned():
 def test_every_system_can_be_drawn(observe, system):
     seen, pixels, copies = observe(system)
     assert len(titles(draw_noise(seen, pixels, NAMES, copies, 2))) == 2
-    assert len(titles(draw_refinement(seen, pixels, copies))) == 4
+    assert len(titles(draw_refinement(seen, pixels, NAMES, copies))) == 4
     assert len(draw_mask(seen, copies).axes[0].patches) == seen.noised.num_groups + 1
 
 

@@ -110,7 +110,7 @@ def crowds(scratch: Path, budget: int = BUDGET) -> Result:
 
         peaks[count] = (apart(_step) or [float("nan")])[0] / 1e6
     seen = "MB for " + ", ".join(f"{count:,} boxes {peak:.0f}" for count, peak in peaks.items())
-    flat = peaks[CROWDS[-1]] < 2 * peaks[100] + 50
+    flat = peaks[CROWDS[-1]] < peaks[100] + 20
     return Result(f"crowds, MAX_QUERIES {budget}", len(CROWDS), seen, [] if flat else [seen], time.monotonic() - start)
 
 

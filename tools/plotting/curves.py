@@ -15,6 +15,7 @@ ROWS = (
     (AP, "AP (0 to 100)"),
     (r"(.*/)?bbox/AP50", "AP50 (0 to 100)"),
     (r"loss_main", "matching loss,\nlast layer"),
+    (r"loss_dn", "denoising loss,\nall layers"),
     (r"instability/layer_\d+", "instability IS, last layer\n(changed queries an image)"),
     (r"anchors/distance", "anchor distance\n(L1 of cxcywh in [0, 1])"),
 )
@@ -23,7 +24,7 @@ HEADERS = ("group", "runs", "final AP", "best AP", "iterations to the baseline's
 
 
 def draw(groups: list[Group], path: str | Path) -> Path:
-    """Writes a picture: AP, AP50, matching loss, instability and anchor distance against iterations and seconds.
+    """Writes a picture: AP, AP50, losses, instability and anchor distance against iterations and seconds.
 
     A group of several runs is its mean with a band from the lowest to the highest run. Panels without data are left out.
 

@@ -101,38 +101,47 @@ def _draw_copies(panel, seen: Observation, kind: Copies, clean: Tensor, noisy: T
     return int(flips.sum())
 
 
-def draw_refinement(seen: Observation, pixels: np.ndarray, copies: int, group: int = 0) -> Figure:
+def draw_refinement(seen: Observation, pixels: np.ndarray, names: list[str], copies: int, group: int = 0) -> Figure:
     """What one group starts from and what each decoder layer makes of it, with the mean IoU to the clean boxes.
 
+    Labels that are wrong are written, noised ones first, then those that a layer predicts.
+
     Args:
-        seen, pixels, copies: as for :func:`draw_noise`.
+        seen, pixels, names, copies: as for :func:`draw_noise`.
         group: which.
     """
     restored, *far = copies_of(seen, group, copies)
     clean = to_pixels(seen.targets.boxes[0], pixels)
     truths = seen.targets.labels[0].cpu()[restored.target]
-    stages = refinement(seen, pixels)
+    stages = refinement(seen, pixels, len(names))
     figure, panels = image_grid(pixels, len(stages))
     for i, (panel, (boxes, labels)) in enumerate(zip(panels, stages, strict=True)):
         for slot, target in zip(restored.slot.tolist(), restored.target.tolist(), strict=True):
             draw_box(panel, clean[target], colour(target, ON_IMAGE), "-", 1.2)
             draw_box(panel, boxes[slot], colour(target, ON_IMAGE), restored.style)
+        wrong = restored.slot[labels[restored.slot] != truths]
+        for slot in wrong.tolist():
+            write(panel, *boxes[slot][:2].tolist(), names[labels[slot]], marked=True)
         right = int((labels[restored.slot] == truths).sum())
         iou = mean_iou(boxes[restored.slot], clean[restored.target])
         stage = f"layer {i}" if i else "noised"
         panel.set_title(f"{stage}: mean IoU {iou:.2f}, {right} of {len(truths)} labels right", fontsize=9)
     left_out = "; far copies are not drawn" if far else ""
-    entries = [("object (a colour each)", ON_IMAGE[0], "-"), (f"{restored.kind} copy{left_out}", ON_IMAGE[0], "--")]
-    legend(figure, entries)
+    first = f"{restored.kind} copy, then what each layer predicts from it{left_out}"
+    entries = [("object (a colour each)", ON_IMAGE[0], "-"), (first, ON_IMAGE[0], "--")]
+    legend(figure, [*entries, ("bold on this colour: wrong label", FLIPPED, "s")])
     return figure
 
 
-def refinement(seen: Observation, pixels: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-    """(D, 4) boxes in pixels and (D,) labels of the denoising queries: as noised, then after each of the K layers."""
+def refinement(seen: Observation, pixels: np.ndarray, classes: int) -> list[tuple[Tensor, Tensor]]:
+    """(D, 4) boxes in pixels and (D,) labels of the denoising queries: as noised, then after each of the K layers.
+
+    Of a model with a class for "no object" the likeliest of the ``classes`` others is the label.
+    """
     predictions = seen.denoising
     start = (to_pixels(seen.noised.boxes[0], pixels), seen.noised.labels[0].cpu())
     return [start] + [
-        (to_pixels(boxes[0], pixels), logits[0].argmax(-1).cpu())
+        (to_pixels(boxes[0], pixels), logits[0, :, :classes].argmax(-1).cpu())
         for boxes, logits in zip(predictions.boxes, predictions.logits, strict=True)
     ]
 
