@@ -168,6 +168,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Share of the model's tensors that MODEL.WEIGHTS must hold for a training to start; below 1 the others start at random,
     # and the log names them. A backbone alone is compared with the backbone. Evaluation needs all.
     cfg.MODEL.WEIGHTS_MATCHED = 1.0
+    # First 8 or more hexadecimal digits of the SHA-256 that a MODEL.WEIGHTS with "://" must have; "" = those in the file's
+    # name, as PyTorch publishes it. Without either nothing is downloaded.
+    cfg.MODEL.WEIGHTS_SHA256 = ""
     # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
     # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
     cfg.MODEL.SWIN = CfgNode({"SIZE": "T", "DROP_PATH_RATE": 0.2})

@@ -67,8 +67,7 @@ def verify(path: Path) -> bool:
     """
     if not sum_file(path).is_file():
         return False
-    with path.open("rb") as file:
-        found = _digest(file)
+    found = digest_of(path)
     if found not in recorded_sums(path):
         raise CheckpointError(
             f"checkpoint {str(path)!r} is damaged: its SHA-256 is {found[:12]}..., not what {sum_file(path).name} says; "
@@ -155,9 +154,10 @@ def _explain(path: Path, error: Exception) -> str:
     return f"checkpoint {str(path)!r} cannot be written: {reason}; earlier checkpoints are as they were"
 
 
-def _digest(file) -> str:
-    """SHA-256 of an open file; hashlib.file_digest() came with Python 3.11."""
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits; hashlib.file_digest() came with Python 3.11."""
     total = hashlib.sha256()
-    while block := file.read(1 << 20):
-        total.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
     return total.hexdigest()

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from ..checkpoint import convert, pointed_checkpoint, read_checkpoint
 from ..checkpoint.durable import require_space, verify, write_summed
 from ..errors import CheckpointError
+from .download import fetch
 from .folder import find_resumable, point_to, remove_old
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
         self.new_classes, self.least_matched = new_classes, cfg.MODEL.WEIGHTS_MATCHED
-        self.averaged, self.resuming = averaged, False
+        self.averaged, self.resuming, self.weights_sum = averaged, False, cfg.MODEL.WEIGHTS_SHA256
 
     def get_checkpoint_file(self) -> str:
         """Path of the newest checkpoint of the folder, "" if there is none; it lies in the folder, or is refused."""
@@ -62,6 +63,10 @@ class Checkpointer(DetectionCheckpointer):
         if self.resuming:
             return self.load(str(found))
         return super().resume_or_load(path, resume=False)
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """As fvcore's; a URL is downloaded only if the SHA-256 of its file is known, see :func:`~.download.fetch`."""
+        return super().load(fetch(path, self.weights_sum) if path else path, checkpointables)
 
     def save(self, name: str, **kwargs) -> None:
         """Writes ``name``.pth, whole or not at all; every rank must call.

@@ -1,0 +1,40 @@
+"""Weights behind a URL: fetched only where their SHA-256 is known beforehand, and compared with it."""
+
+import re
+from pathlib import Path
+
+from detectron2.utils.file_io import PathManager
+
+from ..checkpoint.durable import digest_of
+from ..errors import CheckpointError
+
+_NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
+
+
+def fetch(weights: str, expected: str = "") -> str:
+    """The path of a file on this machine, downloaded if ``weights`` is a URL.
+
+    Args:
+        weights: a path, which is returned as it is, or a URL of any kind that Detectron2 knows.
+        expected: the first 8 or more hexadecimal digits of the SHA-256; "" = those in the file's name, as PyTorch's have.
+
+    Raises:
+        CheckpointError: no sum is known, or the file has another one.
+    """
+    if "://" not in weights:
+        return weights
+    named = _NAMED.search(weights)
+    wanted = (expected or (named[1] if named else "")).lower()
+    if not wanted:
+        raise CheckpointError(
+            f"MODEL.WEIGHTS {weights!r} would be downloaded, and nothing says which file it must be; set "
+            "MODEL.WEIGHTS_SHA256 to its SHA-256, or download it yourself, look at it, and name its path"
+        )
+    path = PathManager.get_local_path(weights)
+    found = digest_of(Path(path))
+    if not found.startswith(wanted):
+        raise CheckpointError(
+            f"what was downloaded from {weights} has the SHA-256 {found}, not {wanted}...; it is not read. Delete {path} to "
+            "download it again, or correct MODEL.WEIGHTS_SHA256"
+        )
+    return path
