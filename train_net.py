@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
-from dn_detr_d2.data import check_files
+from dn_detr_d2.data import check_files, check_records
 from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
 from dn_detr_d2.training import ProcessError, StopRequest, assigned_place, describe, join, launch
 
@@ -67,7 +67,8 @@ def check(args) -> float:
         raise ConfigError(f"DATASETS.{needed} is empty; give --config-file or name a data set")
     for split in splits(args):
         for name in cfg.DATASETS[split]:
-            check_files(name)
+            # what is trained on is read at once, what is tested on much later
+            (check_records if split == "TEST" else check_files)(name)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS")

@@ -27,7 +27,7 @@ from detectron2.structures import Boxes, Instances
 from . import __version__
 from .checkpoint import identify, read_checkpoint
 from .config import setup_cfg
-from .data import cache_folder, check_files, class_names, dataset_path, register_coco_json
+from .data import cache_folder, check_records, class_names, dataset_path, register_coco_json
 from .errors import UserError
 from .layers import missing_kernel, ms_deform_attn
 
@@ -234,7 +234,7 @@ def _data_set(name: str, listed: list) -> str:
         if entry[0] == name:
             register_coco_json(*entry)
     class_names(name)  # is it known at all
-    check_files(name)
+    check_records(name)
     where = MetadataCatalog.get(name).get("json_file")
     drawn = "" if where is None or Path(where).is_file() else ", drawn when it is first used"
     return f"{where or 'registered by code'}{drawn}"

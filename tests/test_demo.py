@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import cv2
@@ -90,6 +91,16 @@ def test_an_unreadable_image_is_named_and_the_rest_is_drawn(run, images, tmp_pat
     assert "broken.png cannot be read" in said
     assert (tmp_path / "out" / "wide.jpg").exists()
     assert not (tmp_path / "out" / "broken.png").exists()
+
+
+def test_what_is_no_file_is_named_and_the_rest_is_drawn(run, images, tmp_path):
+    os.mkfifo(images / "pipe.png")  # opening it would wait for ever
+    (images / "folder.jpg").mkdir()
+    code, _, said = run("--input", images)
+    assert code == 1
+    assert "pipe.png is no regular file" in said
+    assert "folder.jpg is no regular file" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"wide.jpg", "tall.png", "tiny.png"}
 
 
 def test_weights_that_lack_the_transformer_are_refused(run, images, finished, tmp_path):

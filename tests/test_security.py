@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import signal
 import struct
 import time
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from PIL import Image
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.checkpoint import pointed_checkpoint, read_checkpoint
 from dn_detr_d2.data import load_coco_json, read_image
+from dn_detr_d2.data.images import image_size
 
 SECRET = "canary-5e1f"
-LONGEST = 5.0  # seconds
+LONGEST = 5.0  # seconds of computing
+PATIENCE = 60.0  # seconds on the clock: waiting for a pipe computes nothing, and other programs may be busy
 
 
 class Call:
@@ -109,6 +113,37 @@ def image(content):
     return write
 
 
+def pipe(name, read):
+    """A named pipe that nobody writes into; who opens it as a file waits for ever."""
+
+    def write(folder, canary):
+        os.mkfifo(folder / name)
+        return lambda: read(folder)
+
+    return write
+
+
+def annotated_pipe(folder):
+    content = {"images": [{"id": 1, "file_name": "x.png"}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (folder / "x.json").write_text(json.dumps(content))
+    return load_coco_json(folder / "x.json", folder)
+
+
+def based_on_a_pipe(folder):
+    (folder / "x.yaml").write_text("_BASE_: pipe.yaml\n")
+    return setup_cfg(str(folder / "x.yaml"), splits=())
+
+
+def pointed_at_a_pipe(folder):
+    (folder / "last_checkpoint").write_text("x.pth")
+    return read_checkpoint(pointed_checkpoint(folder))
+
+
+def device(folder, canary):
+    (folder / "x.png").symlink_to("/dev/zero")
+    return lambda: read_image(str(folder / "x.png"), "RGB")
+
+
 def header(text, length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text
 
@@ -168,11 +203,41 @@ ARTEFACTS = {
     "json path through a link": annotations("link.png"),
     "EPS named jpg": image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"),
     "png of 3.6 gigapixels": image(HUGE_PNG),
+    "image that is a pipe": pipe("x.png", lambda folder: read_image(str(folder / "x.png"), "RGB")),
+    "image that is a pipe, measured": pipe("x.png", lambda folder: image_size(str(folder / "x.png"))),
+    "image that is a device": device,
+    "json with an image that is a pipe": pipe("x.png", annotated_pipe),
+    "yaml with a base that is a pipe": pipe("pipe.yaml", based_on_a_pipe),
+    "checkpoint that is a pipe": pipe("x.pth", lambda folder: read_checkpoint(folder / "x.pth")),
+    "pointer that is a pipe": pipe("last_checkpoint", pointed_checkpoint),
+    "pointer to a pipe": pipe("x.pth", pointed_at_a_pipe),
 }
 
 
 def test_the_corpus_has_forty_artefacts():
     assert len(ARTEFACTS) >= 40
+
+
+@contextmanager
+def patience(seconds):
+    """Fails what has not ended in time on the clock, also where it waits for a file and computes nothing."""
+
+    def ring(number, frame):
+        pytest.fail(f"still not done after {seconds} s")  # no Exception: nobody takes it for a damaged file
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_waiting_for_a_pipe_is_noticed(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(pytest.fail.Exception, match="not done after"), patience(0.1):
+        (tmp_path / "x").read_bytes()
 
 
 @pytest.mark.parametrize("write", ARTEFACTS.values(), ids=ARTEFACTS)
@@ -181,7 +246,7 @@ def test_a_hostile_file_ends_soon_in_one_sentence_and_runs_nothing(write, tmp_pa
     folder.mkdir()
     opens = write(folder, canary)
     start = time.process_time()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as caught, patience(PATIENCE):
         opens()
     assert time.process_time() - start < LONGEST
     assert not canary.exists()

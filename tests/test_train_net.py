@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 import train_net
@@ -79,6 +80,14 @@ def test_mistakes_are_refused_before_anything_is_written(run, arguments, message
     assert message in said
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+def test_a_test_set_that_detectron2_registers_is_read_before_anything_is_written(run, tmp_path):
+    (tmp_path / "set.json").write_text('{"images": [')
+    register_coco_instances("test_users", {}, str(tmp_path / "set.json"), str(tmp_path))
+    code, said = run("DATASETS.TEST", "('test_users',)")
+    assert code == 1
+    assert "set.json is not valid JSON" in said
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def scenes(args: argparse.Namespace, names: list[str]):
         return image, size, read_yolo(labels, size, names) if labels.is_file() else []
 
     def voc(labels):
+        if not labels.is_file():
+            raise DatasetError("it is no regular file")
         image, found = read_voc(labels, int(not args.zero_based))
         return image, image_size(folder.find(image)), found
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
-from dn_detr_d2.data import build_probe_loader, check_files, read_image
+from dn_detr_d2.data import build_probe_loader, check_files, read_image, records_of
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.evaluation import JudgedLabel, judge_labels
 
@@ -68,7 +68,7 @@ def judge(args: argparse.Namespace) -> tuple[list[JudgedLabel], list[str]]:
 
 def as_rows(judged: list[JudgedLabel], names: list[str], dataset: str) -> list[dict]:
     """One dict an annotation with the keys of ``COLUMNS``; boxes in pixels of the image."""
-    records, rows = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}, []
+    records, rows = {record["image_id"]: record for record in records_of(dataset)}, []
     for found in judged:
         record = records[found.image_id]
         annotation = record["annotations"][found.index].get("id", f"number {found.index}")

@@ -4,6 +4,7 @@ from .coco_custom import check_files, class_names, dataset_path, load_coco_json,
 from .images import read_image
 from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
 from .mapper import DetrDatasetMapper
+from .registered import check_records, records_of
 from .shapes import cache_folder, register_shapes
 
 register_shapes()
@@ -16,10 +17,12 @@ __all__ = [
     "build_train_loader",
     "cache_folder",
     "check_files",
+    "check_records",
     "class_names",
     "dataset_path",
     "load_coco_json",
     "read_image",
+    "records_of",
     "register_coco_json",
     "register_shapes",
 ]

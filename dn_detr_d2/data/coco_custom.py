@@ -52,7 +52,9 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
     if not must_exist:
         return
     _require_files(name, json_path, folder)
-    records, categories = _load(json_path, folder)  # now, so that a broken file is refused before anything starts
+    records, categories = load_with_categories(
+        json_path, folder
+    )  # now, so that a broken file is refused before anything starts
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(
         json_file=str(json_path),
@@ -108,12 +110,17 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     Raises:
         DatasetError: anything that is missing, doubled, of a wrong type or refers to nothing.
     """
-    return _load(Path(json_file), Path(image_folder))[0]
+    return load_with_categories(Path(json_file), Path(image_folder))[0]
 
 
-def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
-    """(dataset dicts, {category id: name})."""
+def load_with_categories(json_file: Path, image_folder: Path, published: bool = False) -> tuple[list[dict], dict]:
+    """(dataset dicts, {category id: name}), see :func:`load_coco_json`.
+
+    ``published`` allows what COCO's own files have: no annotations in a test set, doubled ids in the minival of 2014.
+    """
     content = read_content(json_file)
+    if published:
+        content.setdefault("annotations", [])
     categories = _categories(content, json_file)
     classes = {category: i for i, category in enumerate(categories)}
     records = _image_records(content, json_file, image_folder)
@@ -141,7 +148,8 @@ def _load(json_file: Path, image_folder: Path) -> tuple[list[dict], dict]:
                 "iscrowd": crowd,
             }
         )
-    if doubled := [key for key, count in seen.items() if count > 1]:
+    doubled = [key for key, count in seen.items() if count > 1]
+    if doubled and not (published and "minival" in json_file.name):
         raise DatasetError(f"{json_file}: annotation ids appear more than once: {doubled[:10]}")
     logger.info("Loaded %d images with %d boxes from %s", len(records), sum(seen.values()), json_file)
     return [records[key] for key in sorted(records, key=sort_key)], categories

@@ -103,11 +103,15 @@ def open_image(file_name: str):
     """Yields an opened ``PIL.Image`` whose header is acceptable; no pixel has been decoded.
 
     Raises:
-        DatasetError: the file is missing, has none of ``FORMATS``, more than ``MAX_PIXELS`` or more than 8 bits a channel,
-            or reading it fails, also inside the ``with`` block; it names the file, ``kind`` is one of this module's.
+        DatasetError: the file is missing or no regular file (a pipe, a device), has none of ``FORMATS``, more than
+            ``MAX_PIXELS`` or more than 8 bits a channel, or reading it fails, also inside the ``with`` block; it names the
+            file, ``kind`` is one of this module's.
     """
     try:
-        with detection_utils.PathManager.open(file_name, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        path = detection_utils.PathManager.get_local_path(file_name)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write
+            raise DatasetError(f"image {file_name} is no regular file; put a file there, or take it out", MISSING)
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, file_name)
             yield image
     except FileNotFoundError:

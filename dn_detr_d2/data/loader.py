@@ -3,16 +3,17 @@
 import logging
 
 from detectron2.data import (
-    DatasetCatalog,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
+    print_instances_class_histogram,
 )
 from detectron2.utils import comm
 
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
+from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
 
@@ -30,7 +31,7 @@ def build_train_loader(cfg):
     """
     everything = []
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has seen to it that they have the same classes
-        records = get_detection_dataset_dicts(name, filter_empty=False)
+        records = _counted_records(name)
         log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
         everything += records
     empty = sum(not has_boxes(record) for record in everything)
@@ -63,8 +64,23 @@ def build_train_loader(cfg):
 
 def build_test_loader(cfg, dataset_name: str):
     """A loader that yields every image of a data set once, ``TEST.IMS_PER_BATCH`` at a time."""
-    mapper = DetrDatasetMapper(cfg, False)
-    return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH)
+    return build_detection_test_loader(
+        dataset=_counted_records(dataset_name),
+        mapper=DetrDatasetMapper(cfg, False),
+        batch_size=cfg.TEST.IMS_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def _counted_records(dataset_name: str) -> list[dict]:
+    """The records of a data set that has images, with Detectron2's count of objects a class in the log."""
+    records = records_of(dataset_name)
+    if not len(records):
+        raise DatasetError(f"data set {dataset_name!r} has no images; take it out of DATASETS")
+    classes = MetadataCatalog.get(dataset_name).get("thing_classes")
+    if classes and "annotations" in records[0]:
+        print_instances_class_histogram(records, classes)
+    return records
 
 
 def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
@@ -101,7 +117,7 @@ def probe_records(dataset_name: str, num_images: int) -> list[dict]:
     Raises:
         DatasetError: there is no image, or none of those chosen has a box.
     """
-    records = DatasetCatalog.get(dataset_name)
+    records = records_of(dataset_name)
     records = sorted(records, key=lambda record: sort_key(record["image_id"]))
     count = min(num_images or len(records), len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]

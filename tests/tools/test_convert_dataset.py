@@ -1,6 +1,7 @@
 """YOLO and VOC sets, made by hand, against boxes computed by hand."""
 
 import json
+import os
 
 import convert_dataset as tool
 import pytest
@@ -83,6 +84,12 @@ def test_a_bad_voc_file_is_named(folders, capsys, text):
     assert convert(folders, "voc") == (1, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a.xml" in sentence
+
+
+def test_a_voc_file_that_is_a_pipe_is_named(folders, capsys):
+    os.mkfifo(folders / "labels" / "a.xml")  # opening it would wait for ever
+    assert convert(folders, "voc") == (1, None)
+    assert "a.xml: it is no regular file" in capsys.readouterr().err
 
 
 def test_a_class_that_is_not_listed_is_refused(folders, capsys):

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetCatalog
 from torch import nn
 
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError
-from dn_detr_d2.data import DetrDatasetMapper, check_files
+from dn_detr_d2.data import DetrDatasetMapper, check_files, records_of
 from dn_detr_d2.data.loader import has_boxes
 from dn_detr_d2.data.mapper import AnnotatedDatasetMapper
 from dn_detr_d2.engine import Trainer, load_for_evaluation
@@ -48,7 +47,7 @@ def training_image(cfg, wanted: str | None) -> dict:
         raise ConfigError("DATASETS.TRAIN is empty; add --dataset NAME")
     for name in names:
         check_files(name)
-    records = [record for name in names for record in DatasetCatalog.get(name)]
+    records = [record for name in names for record in records_of(name)]
     return AnnotatedDatasetMapper(cfg)(choose(records, wanted, ", ".join(names)))
 
 

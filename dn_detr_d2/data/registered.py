@@ -1,0 +1,71 @@
+"""The records of a registered data set; Detectron2's COCO sets come through our reader, like those of the config."""
+
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..errors import DatasetError
+from .coco_custom import check_files, load_with_categories
+
+# Where Detectron2 makes the functions that read ``coco_2017_train`` and what its register_coco_instances is given.
+THEIR_READER = "detectron2.data.datasets.coco"
+
+
+def records_of(name: str) -> list[dict]:
+    """Dataset dicts of a registered data set.
+
+    Detectron2's own reader looks neither at where a ``file_name`` leads nor at what a record holds, so its detection sets
+    in COCO format are read as those of ``DATASETS.COCO_JSON`` are. Images, their order, boxes and classes are the same;
+    masks and key points stay out, and an unusable mask does not cost its box. Any other set, such as one that is registered
+    with a function of the user's, is what its function returns.
+
+    Args:
+        name: of the data set.
+
+    Raises:
+        DatasetError: a file is missing or has a fault, see :func:`.coco_custom.load_coco_json`, or its categories are not
+            those that the data set is known to have.
+    """
+    if not _in_coco_format(name):
+        return DatasetCatalog.get(name)
+    check_files(name)
+    metadata = MetadataCatalog.get(name)
+    json_file = Path(metadata.json_file)
+    records, categories = load_with_categories(json_file, Path(metadata.image_root), published=True)
+    _refuse_other_categories(name, categories, json_file)
+    metadata.set(  # as Detectron2's reader does
+        thing_classes=list(categories.values()),
+        thing_dataset_id_to_contiguous_id={category: i for i, category in enumerate(categories)},
+    )
+    return records
+
+
+def check_records(name: str) -> None:
+    """Raises DatasetError if files of a data set are missing, or its annotation file is for our reader and has a fault."""
+    check_files(name)
+    if _in_coco_format(name):
+        records_of(name)
+
+
+def _in_coco_format(name: str) -> bool:
+    """Whether Detectron2 would read the set with its COCO reader, from files of this machine, for detection."""
+    metadata = MetadataCatalog.get(name)
+    files = (metadata.get("json_file"), metadata.get("image_root"))
+    local = all(path and "://" not in str(path) for path in files)
+    theirs = name in DatasetCatalog and getattr(DatasetCatalog[name], "__module__", "") == THEIR_READER
+    return theirs and local and metadata.get("evaluator_type") == "coco"
+
+
+def _refuse_other_categories(name: str, categories: dict, json_file: Path) -> None:
+    """Compares {category id: name} of a file with what is known of the data set, if anything."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes", list(categories.values()))
+    ids = metadata.get("thing_dataset_id_to_contiguous_id", {category: i for i, category in enumerate(categories)})
+    known = list(zip(sorted(ids, key=ids.get), names, strict=False))
+    found = list(categories.items())
+    if found != known or len(names) != len(ids):
+        differing = [pair for pair in (*found, *known) if (pair in found) != (pair in known)]
+        raise DatasetError(
+            f"{json_file}: {len(found)} categories, but data set {name!r} has {len(names)}, and they differ in (id, name) "
+            f"{differing[:5]!r:.300}; list the file in DATASETS.COCO_JSON under another name"
+        )
