@@ -18,7 +18,7 @@ def test_the_quick_ordeals_end_well():
     line = [sys.executable, "tools/torture.py", "--quick"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("\n|") == 1 + 7
+    assert done.stdout.count("\n|") == 1 + 8
 
 
 def test_a_reader_that_is_silent_is_found(tmp_path, monkeypatch):

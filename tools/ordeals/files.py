@@ -1,6 +1,9 @@
-"""Checkpoints that change on the disk."""
+"""Checkpoints that change on the disk, and an annotation file of COCO's size."""
 
+import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,36 @@ from dn_detr_d2.training.folder import fault_of
 
 from .lives import in_peace
 from .results import Result
+
+CHECKER = Path(__file__).resolve().parent.parent / "check_dataset.py"
+COCO_IMAGES, BOXES_PER_IMAGE, LONGEST = 118_000, 7.29, 60  # of train2017: 860 thousand boxes; seconds
+PLANTED = 1000  # one box in so many has no width
+
+
+def coco_size(scratch: Path, images: int, seed: int) -> Result:
+    """The time that tools/check_dataset.py takes for so many images, start of Python included; it counts planted faults."""
+    draw, boxes = random.Random(seed), int(images * BOXES_PER_IMAGE)
+    annotations = [
+        {"id": i, "image_id": draw.randrange(images), "category_id": draw.randrange(1, 81), "iscrowd": 0, "area": 1200.0,
+         "bbox": [draw.randrange(600), draw.randrange(440), 30.5 if i % PLANTED else 0, 40]}
+        for i in range(boxes)
+    ]  # fmt: skip
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "width": 640, "height": 480} for i in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 81)],
+    }
+    (scratch / "big.json").write_text(json.dumps(content))
+    del content, annotations
+    start = time.monotonic()
+    line = [sys.executable, str(CHECKER), str(scratch / "big.json"), str(scratch), "--no-images"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    seconds, planted = time.monotonic() - start, len(range(0, boxes, PLANTED))
+    told = f"{planted} x box has no positive width and height" in done.stdout
+    size = (scratch / "big.json").stat().st_size / 1e6
+    seen = f"{size:.0f} MB, {boxes:,} boxes, {planted} planted faults in {seconds:.1f} s"
+    wrong = [] if told and seconds <= LONGEST else [f"{seen}; {done.stdout[-500:]}{done.stderr[-500:]}"]
+    return Result("coco-size", images, seen, wrong, seconds)
 
 
 def flips(scratch: Path, times: int, seed: int) -> Result:
