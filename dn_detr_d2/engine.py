@@ -35,6 +35,7 @@ from .training import (
     StopRequest,
     TrainStep,
     average_weights,
+    must_fit,
     progress,
     take_up,
 )
@@ -138,7 +139,8 @@ class Trainer(DefaultTrainer):
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resuming:
             self.start_iter = self.iter + 1
-            take_up(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
+            with must_fit(self.checkpointer.found):
+                take_up(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
 
     def build_hooks(self) -> list:
         """Detectron2's hooks with our checkpoints; after an evaluation the best one and the instruments."""

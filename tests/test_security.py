@@ -1,5 +1,8 @@
 """Hostile files of every kind: nothing is executed, nothing outside the folder is shown, each ends soon in one sentence."""
 
+import codecs
+import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -17,6 +20,7 @@ from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.checkpoint import pointed_checkpoint, read_checkpoint
 from dn_detr_d2.data import load_coco_json, read_image
 from dn_detr_d2.data.images import image_size
+from dn_detr_d2.training.folder import find_resumable
 
 SECRET = "canary-5e1f"
 LONGEST = 5.0  # seconds of computing
@@ -57,10 +61,62 @@ def raw(name, content):
     return write
 
 
+def unzipped(make):
+    """A pickle under the name of a ZIP archive, as PyTorch wrote it once."""
+
+    def write(folder, canary):
+        (folder / "x.pth").write_bytes(pickle.dumps(make(canary), protocol=2))
+        return lambda: read_checkpoint(folder / "x.pth")
+
+    return write
+
+
+BAITS = itertools.count()  # a module that has been imported is not executed again
+
+
+def module(folder, canary):
+    """A pickle that imports a module, which lies ready."""
+    name = f"bait_{os.getpid()}_{next(BAITS)}"
+    (folder / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\ndef fly(): pass\n")
+    return raw("x.pkl", f"c{name}\nfly\n.".encode())(folder, canary)
+
+
+def codec(folder, canary):
+    """A pickle that encodes; whoever looks the codec up touches the canary, see ``_searching``."""
+    return raw("x.pkl", b"c_codecs\nencode\n(V1\nVbait\ntR.")(folder, canary)
+
+
 def archive(folder, canary):
     with zipfile.ZipFile(folder / "x.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("x/data.pkl", bytes(200_000_000))
     return lambda: read_checkpoint(folder / "x.pth")
+
+
+def resumed(write):
+    """The same file as the last checkpoint of a training."""
+
+    def write_both(folder, canary):
+        write(folder, canary)
+        (folder / "x.pth").rename(folder / "model_0000009.pth")
+        (folder / "last_checkpoint").write_text("model_0000009.pth")
+        return lambda: find_resumable(folder)
+
+    return write_both
+
+
+def state_of_training(**changes):
+    step = {"iteration": 9, "optimizer": {"state": {}, "param_groups": []}}
+    return {"model": {"a": torch.ones(1)}, "trainer": {"iteration": 9, "_trainer": step}, **changes}
+
+
+def holds_itself():
+    state = state_of_training()
+    state["model"]["a"] = [state]
+    return state
+
+
+REPEATED = torch.ones(1).expand(10**6, 10**6)
+SPARSE = torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (10**6, 10**6))
 
 
 def config(text):
@@ -161,18 +217,27 @@ ARTEFACTS = {
     "pickle calls eval": pickled(lambda c: Call(eval, f"open({str(c)!r}, 'w')")),
     "pickle calls open": pickled(lambda c: Call(open, str(c), "w")),
     "pickle inside a list": pickled(lambda c: {"model": [Call(os.mkdir, str(c))]}),
-    "pickle names a codec": raw("x.pkl", b"c_codecs\nencode\n(V1\nVpunycode\ntR."),
-    "pickle imports a module": raw("x.pkl", b"cantigravity\nfly\n."),
+    "pickle names a codec": codec,
+    "pickle imports a module": module,
     "pickle that is cut": raw("x.pkl", b"\x80\x02}q\x00X\x05\x00\x00\x00mo"),
     "pickle of a long string that is not there": raw("x.pkl", b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f"),
     "pickle without tensors": pickled(lambda c: {"model": {"a": 1}}),
     "pth calls os.system": saved(lambda c: {"model": {"a": torch.ones(1)}, "x": Call(os.system, f"touch {c}")}),
     "pth calls mkdir": saved(lambda c: Call(os.mkdir, str(c))),
     "pth calls eval": saved(lambda c: {"a": Call(eval, f"open({str(c)!r}, 'w')")}),
-    "pth that is a plain pickle": raw("x.pth", pickle.dumps(Call(os.system, "true"), protocol=2)),
-    "pth repeats one number": saved(lambda c: {"model": {"a": torch.ones(1).expand(10**6, 10**6)}}),
+    "pth that is a plain pickle": unzipped(lambda c: Call(os.system, f"touch {c}")),
+    "pth repeats one number": saved(lambda c: {"model": {"a": REPEATED}}),
+    "pth is sparse": saved(lambda c: {"model": {"a": SPARSE}}),
     "pth that unpacks to much": archive,
     "pth that is cut": raw("x.pth", b"PK\x03\x04" + b"\x00" * 40),
+    "resumed pth calls os.system": resumed(saved(lambda c: state_of_training(x=Call(os.system, f"touch {c}")))),
+    "resumed pth that is a plain pickle": resumed(unzipped(lambda c: Call(os.system, f"touch {c}"))),
+    "resumed pth repeats one number": resumed(saved(lambda c: state_of_training(model={"a": REPEATED}))),
+    "resumed pth repeats one number elsewhere": resumed(saved(lambda c: state_of_training(other=[{"a": (REPEATED,)}]))),
+    "resumed pth is sparse": resumed(saved(lambda c: state_of_training(model={"a": SPARSE}))),
+    "resumed pth holds itself": resumed(saved(lambda c: holds_itself())),
+    "resumed pth that unpacks to much": resumed(archive),
+    "resumed pth without an iteration": resumed(saved(lambda c: state_of_training(trainer={"_trainer": {}}))),
     "safetensors with a header beyond its end": raw("x.safetensors", header(b"{}", 2**62)),
     "safetensors with a lying shape": raw("x.safetensors", header(LYING) + b"\x00" * 4),
     "safetensors with a deep header": raw("x.safetensors", header(b"[" * 100_000)),
@@ -240,10 +305,25 @@ def test_waiting_for_a_pipe_is_noticed(tmp_path):
         (tmp_path / "x").read_bytes()
 
 
-@pytest.mark.parametrize("write", ARTEFACTS.values(), ids=ARTEFACTS)
-def test_a_hostile_file_ends_soon_in_one_sentence_and_runs_nothing(write, tmp_path, capfd):
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder from which modules are imported, and the canary, which the codec "bait" touches."""
     folder, canary = tmp_path / "folder", tmp_path / "canary"
     folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+
+    def search(name):
+        if name == "bait":
+            canary.touch()
+
+    codecs.register(search)
+    yield folder, canary
+    codecs.unregister(search)
+
+
+@pytest.mark.parametrize("write", ARTEFACTS.values(), ids=ARTEFACTS)
+def test_a_hostile_file_ends_soon_in_one_sentence_and_runs_nothing(write, places, capfd):
+    folder, canary = places
     opens = write(folder, canary)
     start = time.process_time()
     with pytest.raises(UserError) as caught, patience(PATIENCE):
@@ -255,8 +335,23 @@ def test_a_hostile_file_ends_soon_in_one_sentence_and_runs_nothing(write, tmp_pa
     assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
 
 
-def test_the_corpus_is_armed(tmp_path):
-    path = tmp_path / "x.pkl"
-    path.write_bytes(pickle.dumps(Call(os.mkdir, str(tmp_path / "canary"))))
-    pickle.loads(path.read_bytes())
-    assert (tmp_path / "canary").exists()
+EXECUTABLE = [
+    name
+    for name in ARTEFACTS
+    if any(word in name for word in (" calls ", "inside a list", "names a codec", "imports a", "plain pickle"))
+    and not name.startswith("yaml")
+]
+
+
+@pytest.mark.parametrize("name", EXECUTABLE)
+def test_the_corpus_is_armed(name, places):
+    """A reader without care touches the canary."""
+    folder, canary = places
+    ARTEFACTS[name](folder, canary)
+    path = next(path for path in folder.iterdir() if path.suffix in (".pkl", ".pth"))
+    with contextlib.suppress(Exception):
+        if zipfile.is_zipfile(path):
+            torch.load(path, weights_only=False)
+        else:
+            pickle.loads(path.read_bytes())
+    assert canary.exists()

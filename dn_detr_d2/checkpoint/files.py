@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,14 +87,27 @@ def read_checkpoint(path: str | os.PathLike, *, averaged: bool = False) -> Check
     verify(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, averaged)
+    content = load_plain(path)
+    return _unpack(_averaged(content, path) if averaged else content, path)
+
+
+def load_plain(path: Path, *, mapped: bool = False):
+    """The content of a ``.pth`` or ``.pkl`` if it is tensors and plain values; its sum is not looked at.
+
+    Args:
+        path: of a file that exists.
+        mapped: leave the tensors of a ``.pth`` on the disk until they are used; damage to them is then not noticed.
+
+    Raises:
+        CheckpointError: it is damaged, asks for something to be executed, or is an archive that unpacks to far more.
+    """
     _refuse_compressed(path)
     try:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
-                content = _ArraysOnly(file, encoding="latin1").load()
-        else:
-            allow_plain_types()
-            content = torch.load(path, map_location="cpu", weights_only=True)
+                return _ArraysOnly(file, encoding="latin1").load()
+        allow_plain_types()
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -103,7 +117,27 @@ def read_checkpoint(path: str | os.PathLike, *, averaged: bool = False) -> Check
     except Exception as error:  # a damaged file can end in any of them; nothing of it has been executed
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {first}") from None
-    return _unpack(_averaged(content, path) if averaged else content, path)
+
+
+def refuse_repeated(path: Path, content: Iterable[tuple[object, object]]) -> None:
+    """Refuses tensors that are larger than their file: they repeat one number, and a copy would fill the memory.
+
+    Args:
+        path: of the file.
+        content: (name, value) of whatever it holds; values other than tensors and arrays pass.
+
+    Raises:
+        CheckpointError: names the first such tensor.
+    """
+    largest = path.stat().st_size
+    for name, x in content:
+        if not _is_tensor(x):
+            continue
+        size = x.nelement() * x.element_size() if isinstance(x, Tensor) else x.nbytes  # a sparse one has no nbytes
+        if size > largest:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} was refused: it has {largest} bytes, but {str(name)!r:.80} would take {size}"
+            )
 
 
 def check_pickle(weights: str) -> None:
@@ -134,12 +168,7 @@ def _unpack(content, path: Path) -> CheckpointFile:
     state = next((extra[key] for key in ("model", "state_dict") if isinstance(extra.get(key), dict)), content)
     if not isinstance(state, dict) or not any(_is_tensor(x) for x in state.values()):
         raise CheckpointError(f"{str(path)!r} is not a checkpoint: it holds no named tensors")
-    largest = path.stat().st_size
-    for name, x in state.items():
-        if _is_tensor(x) and x.nbytes > largest:  # it repeats one number; a copy of it would fill the memory
-            raise CheckpointError(
-                f"checkpoint {str(path)!r} was refused: it has {largest} bytes, but {str(name)!r:.80} would take {x.nbytes}"
-            )
+    refuse_repeated(path, state.items())
     state = {str(name): torch.as_tensor(x) for name, x in state.items() if _is_tensor(x)}
     config = extra.get("config", "")
     return CheckpointFile(state, _names(extra.get("class_names"), path), config if isinstance(config, str) else "")

@@ -4,6 +4,7 @@ that start and end together."""
 from .averaging import AverageHook, average_weights
 from .checkpointer import Checkpointer
 from .early_stopping import EarlyEnd, EarlyStopping
+from .folder import must_fit
 from .hooks import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
 from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch
 from .progress import progress, take_up
@@ -31,6 +32,7 @@ __all__ = [
     "end_with_parent",
     "join",
     "launch",
+    "must_fit",
     "progress",
     "take_up",
 ]

@@ -9,10 +9,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from ..checkpoint import convert, pointed_checkpoint, read_checkpoint
-from ..checkpoint.durable import require_space, verify, write_summed
+from ..checkpoint.durable import require_space, sum_file, write_summed
 from ..errors import CheckpointError
 from .download import fetch
-from .folder import find_resumable, point_to, remove_old
+from .folder import find_resumable, must_fit, point_to, read_resumable, remove_old
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ class Checkpointer(DetectionCheckpointer):
         new_classes: whether classes, and other tensors as MODEL.WEIGHTS_MATCHED allows, may start at random.
         averaged: load the moving average of a file's weights in their place.
         progress: gives what else a checkpoint of a training keeps; called on every rank.
+
+    Attributes:
+        found: the checkpoint that the training goes on from, None if it starts anew.
     """
 
     def __init__(
@@ -49,7 +52,12 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
         self.new_classes, self.least_matched = new_classes, cfg.MODEL.WEIGHTS_MATCHED
-        self.averaged, self.resuming, self.weights_sum = averaged, False, cfg.MODEL.WEIGHTS_SHA256
+        self.averaged, self.found, self.weights_sum = averaged, None, cfg.MODEL.WEIGHTS_SHA256
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the training goes on from a checkpoint of its folder."""
+        return self.found is not None
 
     def get_checkpoint_file(self) -> str:
         """Path of the newest checkpoint of the folder, "" if there is none; it lies in the folder, or is refused."""
@@ -58,10 +66,15 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """As Detectron2's, but a damaged last checkpoint is passed over, see :func:`~.folder.find_resumable`."""
         found = find_resumable(Path(self.save_dir)) if resume and self.save_dir and comm.is_main_process() else None
-        found = comm.all_gather(found)[0]
-        self.resuming = found is not None
+        found = self.found = comm.all_gather(found)[0]
         if self.resuming:
-            return self.load(str(found))
+            if not sum_file(found).is_file() and comm.is_main_process():
+                logger.warning(
+                    "%s has no %s beside it: whether it has changed since it was written cannot be checked",
+                    *(found, sum_file(found).name),
+                )
+            with must_fit(found):
+                return self.load(str(found))
         return super().resume_or_load(path, resume=False)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
@@ -93,8 +106,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         if self.resuming:
-            verify(Path(filename))
-            return torch.load(filename, map_location="cpu", weights_only=True)
+            return read_resumable(Path(filename))
         file = read_checkpoint(filename, averaged=self.averaged)
         return {"model": file.state, "class_names": file.class_names}
 

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from ..checkpoint.durable import replace_text
 from ..errors import ConfigError
 from .checkpointer import Checkpointer
+from .folder import number, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,14 @@ class EarlyStopping(HookBase):
         return Path(self.checkpointer.save_dir) / "early_stopping.json"
 
     def before_train(self) -> None:
-        """Takes up the history of the run that is resumed; one that had ended early stays ended."""
+        """Takes up the history of the run that is resumed; one that had ended early stays ended.
+
+        Raises:
+            CheckpointError: ``early_stopping.json`` is damaged.
+        """
         start = self.trainer.start_iter
         if start > 0 and comm.is_main_process() and self._record.is_file():
-            found = json.loads(self._record.read_text())["history"]
+            found = read_record(self._record, _history)
             self.history = [(iteration, value) for iteration, value in found if iteration <= start]
         if self._is_over():
             logger.warning(
@@ -107,3 +112,7 @@ class EarlyStopping(HookBase):
     def _is_over(self) -> bool:
         """Rank 0 knows the values and decides for all."""
         return comm.all_gather(without_improvement(self.history, self.min_delta) >= self.patience)[0]
+
+
+def _history(record: dict) -> History:
+    return [(int(number(iteration)), number(value)) for iteration, value in record["history"]]

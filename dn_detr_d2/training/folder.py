@@ -1,15 +1,19 @@
 """The folder of a training: which checkpoint in it is whole and newest, and which may go."""
 
+import json
 import logging
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import pointed_checkpoint
 from ..checkpoint.durable import replace_text, sum_file, verify
-from ..checkpoint.files import POINTER
-from ..errors import CheckpointError
+from ..checkpoint.files import POINTER, load_plain, refuse_repeated
+from ..errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -33,38 +37,134 @@ def find_resumable(folder: Path) -> Path | None:
         fault = str(error)
     if fault is None:
         return named
-    whole = [path for path in files if path != named and fault_of(path) is None]
+    whole = {path: iteration_of(path) for path in files if path != named and fault_of(path) is None}
     if not whole:
         raise CheckpointError(
             f"the checkpoint to resume from, {named or folder}, is damaged or gone ({fault}), and {folder} has no other "
             "that is whole; start anew without --resume and, if you have a copy of the weights, with MODEL.WEIGHTS"
         )
-    newest = max(whole, key=lambda path: (iteration_of(path), path.stat().st_mtime_ns))
+    newest = max(whole, key=lambda path: (whole[path], path.stat().st_mtime_ns))
     logger.warning(
         "%s cannot be resumed from (%s); the training goes on from %s, the newest checkpoint that is whole, and repeats "
         "what came after its iteration %d",
-        *(named or folder, fault, newest, iteration_of(newest)),
+        *(named or folder, fault, newest, whole[newest]),
     )
     return newest
 
 
 def fault_of(path: Path) -> str | None:
     """Why a training cannot go on from a file, None if it can."""
-    if not path.is_file():
-        return "it does not exist"
     try:
-        summed = verify(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=summed)  # unread where the sum is right
+        read_resumable(path, mapped=True)
     except CheckpointError as error:
         return str(error)
-    except Exception as error:  # a damaged file can end in any of them; nothing of it has been executed
-        return (str(error).strip().splitlines() or [repr(error)])[0]
-    return None if isinstance(content, dict) and "trainer" in content else "it holds no state of a training"
+    return None
 
 
 def iteration_of(path: Path) -> int:
     """The iteration after which a checkpoint that is whole was written."""
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["trainer"]["iteration"])
+    return read_resumable(path, mapped=True)["trainer"]["iteration"]
+
+
+def read_resumable(path: Path, *, mapped: bool = False) -> dict:
+    """A checkpoint with all that a training needs to go on.
+
+    Args:
+        path: of the file.
+        mapped: leave the tensors on the disk, where the sum beside the file says that they are whole.
+
+    Raises:
+        CheckpointError: the file does not exist, is damaged or hostile, holds a tensor larger than itself, or is no
+            checkpoint of a training.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
+    summed = verify(path)
+    content = load_plain(path, mapped=mapped and summed)
+    refuse_repeated(path, _leaves(content))
+    if lacking := _lacking(content):
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} holds no state of a training that can go on ({lacking}); to start anew with its "
+            "weights, name it in MODEL.WEIGHTS and leave --resume out"
+        )
+    return content
+
+
+@contextmanager
+def must_fit(path: Path) -> Iterator[None]:
+    """Where a training takes up what a checkpoint holds: one that does not fit ends in one sentence.
+
+    Raises:
+        CheckpointError: in the place of Python's and PyTorch's own errors.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} does not fit this training ({type(error).__name__}: {first:.200}); resume with the "
+            "config.yaml beside it, or start anew without --resume"
+        ) from error
+
+
+def _leaves(content) -> Iterator[tuple[object, object]]:
+    """(name, value) of all that stands in nested dicts, lists, tuples and sets, which may hold themselves."""
+    rest, seen = [("", content)], set()
+    while rest:
+        name, part = rest.pop()
+        if not isinstance(part, dict | list | tuple | set):
+            yield name, part
+        elif id(part) not in seen:
+            seen.add(id(part))
+            rest.extend(part.items() if isinstance(part, dict) else ((name, x) for x in part))
+
+
+def _lacking(content) -> str:
+    """What a training needs and a checkpoint lacks; "" if nothing."""
+    needed = {
+        ("model",): dict,
+        ("trainer", "iteration"): int,
+        ("trainer", "_trainer", "iteration"): int,
+        ("trainer", "_trainer", "optimizer"): dict,
+    }
+    for place, kind in needed.items():
+        found = content
+        for key in place:
+            found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, kind) or isinstance(found, bool):
+            return f"{'.'.join(place)} is {'missing' if found is None else 'no ' + kind.__name__}"
+    if not any(isinstance(x, Tensor) for x in content["model"].values()):
+        return "model has no tensors"
+    return "" if content["trainer"]["iteration"] >= 0 else "trainer.iteration is negative"
+
+
+def read_record(path: Path, take: Callable):
+    """What a hook has written down beside the checkpoints.
+
+    Args:
+        path: of a JSON file.
+        take: makes of its content what the hook needs; what does not fit raises one of Python's usual errors.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds something else.
+    """
+    try:
+        return take(json.loads(path.read_text()))
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be read, it may be damaged ({type(error).__name__}: {fault}); repair it, or delete it and what "
+            "it remembers is counted anew"
+        ) from None
+
+
+def number(value) -> float:
+    """A number of a JSON file, which may be NaN; raises TypeError."""
+    if type(value) not in (int, float):
+        raise TypeError(f"a number is needed, not a {type(value).__name__}")
+    return float(value)
 
 
 def point_to(folder: Path, name: str) -> None:

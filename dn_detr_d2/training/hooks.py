@@ -14,6 +14,7 @@ from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint.durable import replace_text
 from .checkpointer import BEST, Checkpointer
+from .folder import number, read_record
 from .signals import StopHook
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
         return Path(self._checkpointer.save_dir) / f"best_metric{self._suffix}.json"
 
     def before_train(self) -> None:
-        """Takes up the best value of the run that is resumed."""
+        """Takes up the best value of the run that is resumed; raises CheckpointError if its file is damaged."""
         if self.trainer.start_iter > 0 and self._record.is_file():
-            record = json.loads(self._record.read_text())
-            self.best_metric, self.best_iter = record["value"], record["iteration"]
+            self.best_metric, self.best_iter = read_record(self._record, _best)
 
     def _best_checking(self) -> None:
         """Rank 0 knows the value; all ranks write, or none."""
@@ -99,3 +99,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
             record = {"metric": self._val_metric, "value": value, "iteration": iteration}
             replace_text(self._record, json.dumps(record))
             logger.info("%s = %.3f after %d iterations is the best so far", self._val_metric, value, iteration)
+
+
+def _best(record: dict) -> tuple[float, int]:
+    """(value, iteration) of a record; one that is not finite would never be beaten."""
+    value = number(record["value"])
+    if not math.isfinite(value):
+        raise ValueError("the best value is not finite")
+    return value, int(number(record["iteration"]))

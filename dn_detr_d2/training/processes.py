@@ -217,8 +217,15 @@ def describe(error: Exception, place: Place) -> str:
     if isinstance(error, UserError | FloatingPointError):
         return str(error)
     traceback.print_exception(error)
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = (str(error).strip().splitlines() or [_without_words(error)])[0]
     return f"rank {place.rank} of {place.world_size}: {type(error).__name__}: {first} (its traceback stands above)"
+
+
+def _without_words(error: Exception) -> str:
+    """What can be said of an error that says nothing: where it was raised."""
+    ended = "an iterator, such as the data loader's, has no more to give; " * isinstance(error, StopIteration)
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    return ended + "".join(f"raised in {x.name}, {Path(x.filename).name} line {x.lineno}" for x in place)
 
 
 def _free_port() -> int:

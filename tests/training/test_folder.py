@@ -1,23 +1,33 @@
 """Checkpoints on disk: damage is found, the newest whole one is taken up, old ones go, a full disk costs nothing."""
 
+import hashlib
 import logging
 import random
+import re
 import resource
 import shutil
 import subprocess
+import zipfile
 from collections import namedtuple
 
 import pytest
 import torch
 
-from dn_detr_d2 import CheckpointError
+from dn_detr_d2 import CheckpointError, setup_cfg
 from dn_detr_d2.checkpoint import CheckpointFile, read_checkpoint, write_checkpoint
-from dn_detr_d2.checkpoint.durable import require_space, tensor_bytes, write_summed
+from dn_detr_d2.checkpoint.durable import require_space, sum_file, tensor_bytes, write_summed
+from dn_detr_d2.training import Checkpointer
 from dn_detr_d2.training.folder import find_resumable, point_to, remove_old
 
 
-def write(folder, name, iteration):
-    content = {"model": {"x": torch.full((50,), iteration)}, "trainer": {"iteration": iteration}}
+def state_of(iteration):
+    step = {"iteration": iteration, "optimizer": {"state": {}, "param_groups": []}}
+    return {"model": {"x": torch.full((50,), iteration)}, "trainer": {"iteration": iteration, "_trainer": step}}
+
+
+def write(folder, name, iteration, change=lambda content: None):
+    content = state_of(iteration)
+    change(content)
     write_summed(folder / f"{name}.pth", lambda file: torch.save(content, file))
     return folder / f"{name}.pth"
 
@@ -92,6 +102,96 @@ def test_the_newest_whole_checkpoint_replaces_a_damaged_one_and_both_are_named(f
         assert find_resumable(folder) == folder / "model_0000019.pth"
     assert "model_0000029.pth cannot be resumed from" in caplog.text
     assert "model_0000019.pth, the newest checkpoint that is whole" in caplog.text
+
+
+def deflate(path):
+    """As small as it was, with 200 MB of zeros added."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("model_0000029/data/99", bytes(200_000_000))
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["with a sum", "without"])
+def test_an_archive_that_unpacks_to_much_is_passed_over(folder, caplog, summed):
+    path = folder / "model_0000029.pth"
+    deflate(path)
+    sum_file(path).unlink()
+    if summed:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        sum_file(path).write_text(f"{digest}  {path.name}\n")
+    assert path.stat().st_size < 10**6
+    assert find_resumable(folder) == folder / "model_0000019.pth"
+    assert re.search(r"model_0000029\.pth' was refused: it has \d+ bytes and would unpack to 200\d{6}", caplog.text)
+
+
+def drop(*place):
+    """Takes something out of a checkpoint, or puts something in its place."""
+    *outer, last, value = place
+
+    def change(content):
+        for key in outer:
+            content = content[key]
+        content.pop(last)
+        if value is not None:
+            content[last] = value
+
+    return change
+
+
+LACKING = {
+    "trainer.iteration is missing": drop("trainer", "iteration", None),
+    "trainer.iteration is no int": drop("trainer", "iteration", "29"),
+    "trainer.iteration is negative": drop("trainer", "iteration", -1),
+    "trainer._trainer.iteration is missing": drop("trainer", "_trainer", [1]),
+    "trainer._trainer.optimizer is missing": drop("trainer", "_trainer", "optimizer", None),
+    "model is missing": drop("model", None),
+    "model has no tensors": drop("model", {"x": 1}),
+    "it has 3000 bytes, but 'x' would take 4000000000000": drop("model", "x", torch.ones(1).expand(10**6, 10**6)),
+    "it has 3000 bytes, but 'y' would take 4000000000000": drop(
+        "trainer", "_trainer", "optimizer", "state", {0: {"y": torch.ones(1).expand(10**6, 10**6)}}
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LACKING)
+def test_a_checkpoint_without_what_a_resume_needs_is_passed_over_or_refused(folder, caplog, fault):
+    write(folder, "model_0000029", 29, LACKING[fault])
+    pattern = re.escape(fault).replace("3000", r"\d+")
+    assert find_resumable(folder) == folder / "model_0000019.pth"
+    assert re.search(pattern, caplog.text)
+    for path in folder.glob("*.pth"):
+        if "29" not in path.name:
+            path.unlink()
+    with pytest.raises(CheckpointError, match=rf"model_0000029\.pth.*{pattern}.*start anew without --resume"):
+        find_resumable(folder)
+
+
+def test_what_rank_0_has_chosen_is_looked_at_again_by_every_rank_that_reads_it(folder, monkeypatch):
+    write(folder, "model_0000029", 29, drop("model", "x", torch.ones(1).expand(10**6, 10**6)))
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(folder), cfg=setup_cfg(splits=()))
+    monkeypatch.setattr("dn_detr_d2.training.checkpointer.find_resumable", lambda _: folder / "model_0000029.pth")
+    with pytest.raises(CheckpointError, match=r"model_0000029\.pth' was refused: it has \d+ bytes, but 'x' would take"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_a_checkpoint_without_a_sum_is_taken_up_with_one_warning(folder, caplog):
+    for summed in (True, False):
+        if not summed:
+            sum_file(folder / "model_0000029.pth").unlink()
+        checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(folder), cfg=setup_cfg(splits=()))
+        assert checkpointer.resume_or_load("", resume=True)["trainer"]["iteration"] == 29
+        assert caplog.text.count("model_0000029.pth has no model_0000029.pth.sha256 beside it") == int(not summed)
+
+
+def test_a_checkpoint_of_another_training_is_refused_in_one_sentence(folder):
+    class Picky(torch.nn.Module):
+        """As an optimizer with other parameter groups."""
+
+        def load_state_dict(self, state):
+            raise KeyError("hooks")
+
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(folder), cfg=setup_cfg(splits=()), trainer=Picky())
+    with pytest.raises(CheckpointError, match=r"model_0000029\.pth' does not fit this training \(KeyError: 'hooks'\)"):
+        checkpointer.resume_or_load("", resume=True)
 
 
 @pytest.mark.parametrize("harm", [lambda pointer: pointer.unlink(), lambda pointer: pointer.write_text("")])

@@ -9,12 +9,14 @@ import time
 from textwrap import indent
 
 import pytest
+import torch
 from conftest import ROOT
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
-from dn_detr_d2.training import REQUEUE, ProcessError, assigned_place, launch
+from dn_detr_d2.training import REQUEUE, ProcessError, TrainStep, assigned_place, launch
 from dn_detr_d2.training.processes import OWN_STORE, Place
 
 TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
@@ -28,6 +30,26 @@ def free_port():
         return found.getsockname()[1]
 
 
+class Scalar(torch.nn.Module):
+    """A model with one weight, which is its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss": self.weight * 1.0}
+
+
+def train_on(batches):
+    """Trains until the loader has no more batches."""
+    model = Scalar()
+    step = TrainStep(model, [[{}]] * batches, torch.optim.SGD(model.parameters(), 0.1), None, "")
+    with EventStorage():
+        while True:
+            step.run_step()
+
+
 def leave_as(how, folder):
     """Rank 1 leaves in some way while rank 0 waits for it."""
     (folder / str(comm.get_rank())).write_text(str(os.getpid()))
@@ -39,6 +61,8 @@ def leave_as(how, folder):
         raise KeyError("forgotten")
     if comm.get_rank() == 1 and how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "data":
+        train_on(1 if comm.get_rank() == 1 else 100)
     if how == "stop":
         raise SystemExit(REQUEUE)
     if how in ("hang", "stuck") and comm.get_rank() == 0:
@@ -58,6 +82,7 @@ def alive(folder):
     ("mistake", "rank 1 of 2: KeyError: 'forgotten' (its traceback stands above)"),
     ("kill", "was killed (SIGKILL)"),
     ("hang", "image y.png cannot be read"),
+    ("data", "rank 1 of 2: StopIteration: an iterator, such as the data loader's, has no more to give; raised in run_step"),
 ])  # fmt: skip
 def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, how, cause):
     with pytest.raises(ProcessError) as caught:
@@ -120,6 +145,7 @@ DIES_ONCE = """
 import os, signal
 from pathlib import Path
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from dn_detr_d2.training import assigned_place, join
 place = assigned_place(os.environ)
 join(place, 60)
