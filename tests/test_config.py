@@ -111,7 +111,7 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
         (["SOLVER.STEPS", (0, 5)], "SOLVER.STEPS must be"),
         (["SOLVER.STEPS", (1.5,)], "SOLVER.STEPS must be"),
         (["SOLVER.STEPS", (3, 9), "SOLVER.MAX_ITER", 9], "SOLVER.STEPS must not hold SOLVER.MAX_ITER = 9"),
-        (["SOLVER.WARMUP_METHOD", "burnin"], "SOLVER.WARMUP_METHOD must be one of .*'linear'.*, got 'burnin'"),
+        (["SOLVER.WARMUP_METHOD", "cubic"], "SOLVER.WARMUP_METHOD must be one of .*'linear'.*, got 'cubic'"),
         (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "LR_SCHEDULER_NAME must be one of .*'WarmupCosineLR'.*, got 'Cosine'"),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", 0.5],

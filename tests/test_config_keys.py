@@ -110,7 +110,6 @@ def test_a_misspelt_node_of_a_file_on_disk(tmp_path):
     ("wrong", "meant"),
     [
         ("SOLVR", "SOLVER"),
-        ("MODLE", "MODEL"),
         ("MODEL.DN_DERT", "MODEL.DN_DETR"),
         ("MODEL.DN_DERT.NECK.NORM", "MODEL.DN_DETR.NECK.NORM"),
         ("SOLVERBASE_LR", "SOLVER.BASE_LR"),
