@@ -4,7 +4,6 @@ Each key says what it does, its unit, the paper's symbol where there is one, and
 DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable DETR.
 """
 
-import difflib
 import re
 
 import torch
@@ -12,7 +11,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from .coco import NUM_RAW_CLASSES, coco_names, raw_names
 from .config_file import read_config_file
-from .config_ranges import check_ranges, flatten
+from .config_keys import names, nearest_key
+from .config_ranges import check_ranges
 from .data.coco_custom import class_names, register_coco_json
 from .errors import ConfigError
 
@@ -321,6 +321,9 @@ def check_config(cfg: CfgNode) -> None:
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
         "SOLVER.NONFINITE": ("raise", "skip"),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
+        "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+        "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
         "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
@@ -399,7 +402,7 @@ def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:
     if mismatch := re.search(r"(Type mismatch \(.*?\)).*(for config key: \S+)", text, re.DOTALL):
         text = " ".join(mismatch.groups())  # without the values, which may be whole nodes
     key = text.rsplit(" ", 1)[-1]
-    near = difflib.get_close_matches(key, [known for known, _ in flatten(cfg)], n=1, cutoff=0.6)
+    near = nearest_key(key, list(names(cfg))) if text.startswith("Non-existent") else None
     where = f" in {config_file} or on the command line" if config_file else " on the command line"
-    hint = f"; did you mean {near[0]}?" if near and "ey" in text else ""
+    hint = f"; did you mean {near}?" if near else ""
     return f"{text}{where}{hint}"

@@ -11,8 +11,8 @@ from .errors import ConfigError
 _ROOT = "MODEL.DN_DETR."
 _POSITIVE = (
     *(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "CHECKPOINT_PERIOD")),
-    "SOLVER.ACCUMULATION_STEPS",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+    *("SOLVER.ACCUMULATION_STEPS", "SOLVER.NUM_DECAYS"),
+    *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "SOLVER.GAMMA", "INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"),
     *("TEST.DETECTIONS_PER_IMAGE", "TEST.IMS_PER_BATCH"),
     *(f"{_ROOT}NECK.POSITION_TEMPERATURE", f"{_ROOT}LOSS.GIOU_EPS"),
     *("TEST.INSTABILITY.ATD_K", "DIST_TIMEOUT"),
@@ -23,7 +23,8 @@ _NOT_NEGATIVE = (
     *("SOLVER.EARLY_STOPPING.PATIENCE", "SOLVER.EARLY_STOPPING.MIN_DELTA", "SOLVER.NONFINITE_LIMIT"),
     *("TEST.INSTABILITY.NUM_IMAGES", "TEST.INSTABILITY.PERIOD", "TEST.VALIDATION_LOSS"),
     *(f"{_ROOT}DENOISING.{key}" for key in ("NUM_QUERIES", "MAX_QUERIES", "CORNER_NOISE_SCALE", "LOSS_WEIGHT")),
-    f"{_ROOT}LOSS.FOCAL_GAMMA",
+    *(f"{_ROOT}LOSS.FOCAL_GAMMA", "SOLVER.WARMUP_FACTOR", "SOLVER.BASE_LR_END"),
+    *("DATALOADER.NUM_WORKERS", "INPUT.MIN_SIZE_TEST"),  # 0 = in this process; the image as it is
 )
 _FINITE = (
     *(f"{_ROOT}{key}" for key in ("NECK.POSITION_OFFSET", "DECODER.FIRST_SIZE_BIAS")),
@@ -45,6 +46,12 @@ def _sizes(x) -> bool:
     return isinstance(x, list | tuple) and len(x) > 0 and all(type(size) is int and size > 0 for size in x)
 
 
+def _steps(x) -> bool:
+    """Whether ``x`` holds positive integers, each larger than the one before; it may hold none."""
+    whole = isinstance(x, list | tuple) and all(type(step) is int for step in x)
+    return whole and all(before < step for before, step in zip((0, *x), x, strict=False))
+
+
 def _three(x) -> bool:
     return isinstance(x, list | tuple) and len(x) == 3 and all(_number(c) and math.isfinite(c) for c in x)
 
@@ -63,7 +70,8 @@ CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
     ),
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
     (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
-    (("INPUT.CROP.RESIZE",), "be positive numbers of pixels", _sizes),
+    (("INPUT.CROP.RESIZE", "INPUT.MIN_SIZE_TRAIN"), "be positive numbers of pixels", _sizes),
+    (("SOLVER.STEPS",), "be positive iterations in ascending order", _steps),
     (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
     ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES"), "be a list of names", _strings),
 )
@@ -88,6 +96,24 @@ def check_ranges(cfg: dict) -> None:
             switched_off = key.startswith("INPUT.CROP.") and not values["INPUT.CROP.ENABLED"]
             if not switched_off and (values[key] is None or not test(values[key])):
                 raise ConfigError(f"{key} must {must}, got {values[key]!r}")
+    _check_schedule(values)
+    sizes = values["INPUT.MIN_SIZE_TRAIN"]
+    if values["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        raise ConfigError(
+            f"INPUT.MIN_SIZE_TRAIN must be (smallest, largest) where INPUT.MIN_SIZE_TRAIN_SAMPLING is 'range', got {sizes!r}"
+        )
+
+
+def _check_schedule(values: dict) -> None:
+    """Refuses what the scheduler of ``SOLVER.LR_SCHEDULER_NAME`` would end the training for."""
+    name, steps, end = (values[f"SOLVER.{key}"] for key in ("LR_SCHEDULER_NAME", "STEPS", "MAX_ITER"))
+    if name == "WarmupMultiStepLR" and end in steps:
+        raise ConfigError(
+            f"SOLVER.STEPS must not hold SOLVER.MAX_ITER = {end}, where the training is over, got {steps!r}; take it out"
+        )
+    last, first = values["SOLVER.BASE_LR_END"], values["SOLVER.BASE_LR"]
+    if name == "WarmupCosineLR" and last > first:
+        raise ConfigError(f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR = {first}, got {last}")
 
 
 def _check_numbers(key: str, value) -> None:

@@ -83,7 +83,9 @@ def test_a_planted_fault_is_counted_once_and_names_its_record(kind, changes):
             content[name][i] |= change
     report = checked(content)
     assert report.counts[kind] == 1
-    assert any(word in report.first[kind][0] for word in ("image", "annotation", "categor", "ids", "cat"))
+    assert any(
+        word in report.first[kind][0] for word in ("image", "annotation", "category", "categories", "ids", "cat")
+    )
     changed_references = {r.UNKNOWN_IMAGE, r.UNKNOWN_CATEGORY, r.SAME_NAME, r.SAME_FILE_NAME}  # follow from some faults
     assert set(report.problems()) - changed_references <= {kind}
 

@@ -109,6 +109,11 @@ def test_evaluation_has_no_instances_and_resizes_once(toy_cfg, record):
     assert (out["height"], out["width"]) == (40, 60)
 
 
+def test_a_test_size_of_0_leaves_the_image_as_it_is(toy_cfg, record):
+    whole = mapper(toy_cfg, "INPUT.MIN_SIZE_TEST", 0, "INPUT.MAX_SIZE_TEST", 5, is_train=False)(record)
+    assert whole["image"].shape[1:] == (record["height"], record["width"])
+
+
 @pytest.mark.parametrize("label", [5, -1])
 def test_a_label_out_of_range_names_file_id_and_number_of_classes(toy_cfg, record, label):
     record["annotations"][0]["category_id"] = label
