@@ -64,7 +64,7 @@ def test_the_sum_of_the_name_or_of_the_config_is_compared(site, named):
     path = fetch(f"{address}/{name}", "" if named else told.upper())
     with open(path, "rb") as file:
         assert file.read() == b"abc"
-    (folder / f"2{name}").write_bytes(b"abd")
+    (folder / f"2{name}").write_bytes(b"xyz")
     with pytest.raises(CheckpointError, match=rf"has the SHA-256 [0-9a-f]{{64}}, not {told}\.\.\.; it is not read"):
         fetch(f"{address}/2{name}", "" if named else told)
 
