@@ -129,7 +129,7 @@ def draw_refinement(seen: Observation, pixels: np.ndarray, names: list[str], cop
     left_out = "; far copies are not drawn" if far else ""
     first = f"{restored.kind} copy, then what each layer predicts from it{left_out}"
     entries = [("object (a colour each)", ON_IMAGE[0], "-"), (first, ON_IMAGE[0], "--")]
-    legend(figure, [*entries, ("bold on this colour: wrong label", FLIPPED, "s")])
+    legend(figure, [*entries, ("bold on this colour: wrong label", FLIPPED, "s")], 2)
     return figure
 
 
