@@ -293,6 +293,7 @@ def setup_cfg(
     content = read_config_file(config_file) if config_file else {}
     try:
         cfg.merge_from_other_cfg(CfgNode(_null_for_auto(content)))
+        _refuse_keys_below_values(cfg, opts or [])
         cfg.merge_from_list(_without_auto(opts or []))
     except (KeyError, AssertionError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(_explain_merge(error, cfg, config_file)) from None
@@ -394,6 +395,16 @@ def _get(cfg: CfgNode, key: str):
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
+
+
+def _refuse_keys_below_values(cfg: CfgNode, opts: list) -> None:
+    """yacs does not name the key of SOLVER.BASE_LR.X."""
+    for key in map(str, opts[::2]):
+        above = key.rpartition(".")[0]
+        while above and above not in names(cfg):
+            above = above.rpartition(".")[0]
+        if above and not isinstance(_get(cfg, above), CfgNode):
+            raise KeyError(f"{key} is no key, because {above} is a value and has none below it")
 
 
 def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:

@@ -102,6 +102,10 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
         (["DATASETS.COCO_JSON", [3]], "DATASETS.COCO_JSON takes"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'gpu'"),
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD must be positive"),
+        (
+            ["SOLVER.BASE_LR.X", 1],
+            "SOLVER.BASE_LR.X is no key, because SOLVER.BASE_LR is a value and has none below it",
+        ),
         (["SOLVER.WARMUP_FACTOR", -3.0], "SOLVER.WARMUP_FACTOR must be finite and not negative, got -3.0"),
         (["SOLVER.GAMMA", -1.0], "SOLVER.GAMMA must be positive, got -1.0"),
         (["SOLVER.NUM_DECAYS", 0], "SOLVER.NUM_DECAYS must be positive, got 0"),
