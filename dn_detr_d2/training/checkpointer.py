@@ -123,4 +123,12 @@ class Checkpointer(DetectionCheckpointer):
             for sentence in conversion.log:
                 logger.info(sentence)
             checkpoint["model"] = {**conversion.state, **{name: own[name] for name in conversion.absent}}
-        return super()._load_model(checkpoint)
+        fits = super()._load_model(checkpoint)
+        shapes = [name for name, *_ in fits.incorrect_shapes]
+        if self.resuming and (wrong := sorted({*fits.missing_keys, *fits.unexpected_keys, *shapes})):
+            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise CheckpointError(
+                f"checkpoint {str(self.found)!r} is of another model: {', '.join(wrong[:4])}{more} are missing, too many or "
+                "of another shape; resume with the config.yaml beside it, or choose another OUTPUT_DIR"
+            )
+        return fits

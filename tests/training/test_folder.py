@@ -25,6 +25,14 @@ def state_of(iteration):
     return {"model": {"x": torch.full((50,), iteration)}, "trainer": {"iteration": iteration, "_trainer": step}}
 
 
+class Small(torch.nn.Module):
+    """The model of these checkpoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.zeros(50))
+
+
 def write(folder, name, iteration, change=lambda content: None):
     content = state_of(iteration)
     change(content)
@@ -167,7 +175,7 @@ def test_a_checkpoint_without_what_a_resume_needs_is_passed_over_or_refused(fold
 
 def test_what_rank_0_has_chosen_is_looked_at_again_by_every_rank_that_reads_it(folder, monkeypatch):
     write(folder, "model_0000029", 29, drop("model", "x", torch.ones(1).expand(10**6, 10**6)))
-    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(folder), cfg=setup_cfg(splits=()))
+    checkpointer = Checkpointer(Small(), str(folder), cfg=setup_cfg(splits=()))
     monkeypatch.setattr("dn_detr_d2.training.checkpointer.find_resumable", lambda _: folder / "model_0000029.pth")
     with pytest.raises(CheckpointError, match=r"model_0000029\.pth' was refused: it has \d+ bytes, but 'x' would take"):
         checkpointer.resume_or_load("", resume=True)
@@ -177,7 +185,7 @@ def test_a_checkpoint_without_a_sum_is_taken_up_with_one_warning(folder, caplog)
     for summed in (True, False):
         if not summed:
             sum_file(folder / "model_0000029.pth").unlink()
-        checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(folder), cfg=setup_cfg(splits=()))
+        checkpointer = Checkpointer(Small(), str(folder), cfg=setup_cfg(splits=()))
         assert checkpointer.resume_or_load("", resume=True)["trainer"]["iteration"] == 29
         assert caplog.text.count("model_0000029.pth has no model_0000029.pth.sha256 beside it") == int(not summed)
 
@@ -189,8 +197,28 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_sentence(folder):
         def load_state_dict(self, state):
             raise KeyError("hooks")
 
-    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(folder), cfg=setup_cfg(splits=()), trainer=Picky())
+    checkpointer = Checkpointer(Small(), str(folder), cfg=setup_cfg(splits=()), trainer=Picky())
     with pytest.raises(CheckpointError, match=r"model_0000029\.pth' does not fit this training \(KeyError: 'hooks'\)"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    (lambda model: model.pop("bias"), "bias"),
+    (lambda model: model.update(bias=torch.zeros(3)), "bias"),
+    (lambda model: model.update(other=torch.zeros(1)), "other"),
+])  # fmt: skip
+def test_a_model_that_fits_in_part_is_not_resumed(tmp_path, change, name):
+    """It used to go on with what was missing at random, after a warning."""
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path), cfg=setup_cfg(splits=()))
+    checkpointer.save("model_0000009")
+    content = torch.load(tmp_path / "model_0000009.pth", weights_only=True)
+    content["trainer"] = {"iteration": 9, "_trainer": {"iteration": 9, "optimizer": {}}}
+    change(content["model"])
+    torch.save(content, tmp_path / "model_0000009.pth")
+    (tmp_path / "model_0000009.pth.sha256").unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"model_0000009\.pth' is of another model: {name} are missing, too many"
+    ):
         checkpointer.resume_or_load("", resume=True)
 
 
