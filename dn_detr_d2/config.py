@@ -5,6 +5,7 @@ DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable
 """
 
 import re
+from itertools import accumulate
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -399,12 +400,11 @@ def _get(cfg: CfgNode, key: str):
 
 def _refuse_keys_below_values(cfg: CfgNode, opts: list) -> None:
     """yacs does not name the key of SOLVER.BASE_LR.X."""
+    values = {name for name in names(cfg) if not isinstance(_get(cfg, name), CfgNode)}
     for key in map(str, opts[::2]):
-        above = key.rpartition(".")[0]
-        while above and above not in names(cfg):
-            above = above.rpartition(".")[0]
-        if above and not isinstance(_get(cfg, above), CfgNode):
-            raise KeyError(f"{key} is no key, because {above} is a value and has none below it")
+        for above in accumulate(key.split(".")[:-1], "{}.{}".format):
+            if above in values:
+                raise KeyError(f"{key} is no key, because {above} is a value and has none below it")
 
 
 def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:

@@ -153,9 +153,8 @@ class Trainer(DefaultTrainer):
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
         found[evaluation + 1 : evaluation + 1] = added
         for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
-            writer._period = math.gcd(
-                writer._period, cfg.TEST.INSTABILITY.PERIOD
-            )  # or a probe would replace the one before
+            # Or a probe would replace the one before.
+            writer._period = math.gcd(writer._period, cfg.TEST.INSTABILITY.PERIOD)
         stop = StopHook(self.stop_request)
         found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop))
         node = cfg.SOLVER.EARLY_STOPPING

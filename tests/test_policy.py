@@ -9,12 +9,13 @@ from conftest import ROOT
 PACKAGE = ROOT / "dn_detr_d2"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import from this package, besides itself (docs/architecture.md).
-GROUND = {"structures", "boxes", "errors", "coco", "randomness"}
+GROUND = {"structures", "boxes", "errors", "coco", "randomness", "digest"}
 DOORS = {
     "structures": {"boxes", "errors"},
     "boxes": set(),
     "errors": set(),
     "coco": set(),
+    "digest": set(),
     "randomness": set(),
     "layers": GROUND | {"_C"},  # the compiled operators
     "denoising": GROUND,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..digest import sha256_of
 from ..errors import CheckpointError
 
 MARGIN = 1 << 20  # bytes that a checkpoint needs besides its tensors, at most
@@ -67,7 +68,7 @@ def verify(path: Path) -> bool:
     """
     if not sum_file(path).is_file():
         return False
-    found = digest_of(path)
+    found = sha256_of(path)
     if found not in recorded_sums(path):
         raise CheckpointError(
             f"checkpoint {str(path)!r} is damaged: its SHA-256 is {found[:12]}..., not what {sum_file(path).name} says; "
@@ -152,12 +153,3 @@ def _explain(path: Path, error: Exception) -> str:
     full = any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
     reason = "the disk is full (ENOSPC)" if full else " ".join(str(error).split())
     return f"checkpoint {str(path)!r} cannot be written: {reason}; earlier checkpoints are as they were"
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits; hashlib.file_digest() came with Python 3.11."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()

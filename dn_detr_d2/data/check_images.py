@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..digest import sha256_of
 from ..errors import DatasetError
 from . import report as r
 from .check import annotated_sizes, name_of
 from .coco_custom import is_file_name
-from .images import ImageFacts, ImageFolder, image_facts, sha256_of
+from .images import ImageFacts, ImageFolder, image_facts
 from .report import Report
 
 MODES = {"RGB": None, "L": r.GREY, "1": r.GREY, "P": r.PALETTE, "RGBA": r.ALPHA, "LA": r.ALPHA, "PA": r.ALPHA,

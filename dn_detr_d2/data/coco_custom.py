@@ -52,9 +52,8 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
     if not must_exist:
         return
     _require_files(name, json_path, folder)
-    records, categories = load_with_categories(
-        json_path, folder
-    )  # now, so that a broken file is refused before anything starts
+    # Now, so that a broken file is refused before anything starts.
+    records, categories = load_with_categories(json_path, folder)
     DatasetCatalog.register(name, lambda: records)
     MetadataCatalog.get(name).set(
         json_file=str(json_path),

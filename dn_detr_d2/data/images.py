@@ -4,7 +4,6 @@ Everything that opens an image for training, evaluation or a check comes through
 ``tools/check_dataset.py`` refuses what a training would refuse. A size is (height, width) in pixels.
 """
 
-import hashlib
 import os
 import stat
 import struct
@@ -202,12 +201,3 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # Detectron2 too reads an image whose EXIF block is broken as if it had none
         return 1
     return found if found in range(1, 9) else 1
-
-
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits; raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -42,9 +42,10 @@ def records_of(name: str) -> list[dict]:
 
 def check_records(name: str) -> None:
     """Raises DatasetError if files of a data set are missing, or its annotation file is for our reader and has a fault."""
-    check_files(name)
     if _in_coco_format(name):
         records_of(name)
+    else:
+        check_files(name)
 
 
 def _in_coco_format(name: str) -> bool:

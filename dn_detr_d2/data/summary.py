@@ -13,9 +13,9 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..digest import sha256_of
 from .check import annotated_sizes
 from .columns import VERDICTS, judge_boxes
-from .images import sha256_of
 from .shapes import cache_folder
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from ..boxes import cxcywh_to_xyxy, image_scale
 from ..denoising import DenoisingGenerator
 from ..errors import ConfigError
 from ..modeling.meta_arch import Observation
+from ..modeling.postprocess import class_probability
 from ..randomness import reseed
 from .isolation import gather, untouched, unwrap
 from .probe import require_objects
@@ -175,17 +176,12 @@ def _average(rows: list[tuple[np.ndarray, np.ndarray, float, int]]) -> Restorati
 def _mean_probability(seen: Observation, num_classes: int) -> Tensor:
     """(N, M, P) class probabilities of the last layer, averaged over the near copies of each ground truth."""
     pairs = seen.noised.assignment
-    (n, m), probability = seen.targets.labels.shape, _probability(seen.denoising.logits[-1], num_classes)
+    (n, m), probability = seen.targets.labels.shape, class_probability(seen.denoising.logits[-1], num_classes)
     row = pairs.image * m + pairs.target[0]
     total = probability.new_zeros(n * m, probability.shape[-1]).index_add(
         0, row, probability[pairs.image, pairs.query[0]]
     )
     return (total / row.bincount(minlength=n * m).clamp(min=1)[:, None]).unflatten(0, (n, m))
-
-
-def _probability(logits: Tensor, num_classes: int) -> Tensor:
-    """(..., P) from the logits of sigmoid heads, or of softmax heads, which have "no object" behind the classes."""
-    return logits.sigmoid() if logits.shape[-1] == num_classes else logits.softmax(-1)[..., :num_classes]
 
 
 def _judge(record: dict, probability: Tensor) -> list[JudgedLabel]:

@@ -6,6 +6,20 @@ from torch import Tensor
 from ..boxes import cxcywh_to_xyxy, image_scale
 
 
+def class_probability(logits: Tensor, num_classes: int) -> Tensor:
+    """Probabilities of the classes from the logits of any head.
+
+    Args:
+        logits: (..., P) of sigmoid heads, or (..., P + 1) of softmax heads, which have "no object" behind the classes.
+        num_classes: P.
+
+    Returns:
+        Tensor: (..., P) in [0, 1], float32.
+    """
+    logits = logits.float()
+    return logits.sigmoid() if logits.shape[-1] == num_classes else logits.softmax(-1)[..., :num_classes]
+
+
 def select_top(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_k: int) -> Instances:
     """The ``top_k`` best (query, class) pairs of one image; no NMS, no threshold.
 

@@ -1,11 +1,10 @@
 """Weights behind a URL: fetched only where their SHA-256 is known beforehand, and compared with it."""
 
 import re
-from pathlib import Path
 
 from detectron2.utils.file_io import PathManager
 
-from ..checkpoint.durable import digest_of
+from ..digest import sha256_of
 from ..errors import CheckpointError
 
 _NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
@@ -31,7 +30,7 @@ def fetch(weights: str, expected: str = "") -> str:
             "MODEL.WEIGHTS_SHA256 to its SHA-256, or download it yourself, look at it, and name its path"
         )
     path = PathManager.get_local_path(weights)
-    found = digest_of(Path(path))
+    found = sha256_of(path)
     if not found.startswith(wanted):
         raise CheckpointError(
             f"what was downloaded from {weights} has the SHA-256 {found}, not {wanted}...; it is not read. Delete {path} to "

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,7 +37,10 @@ def find_resumable(folder: Path) -> Path | None:
         fault = str(error)
     if fault is None:
         return named
-    whole = {path: iteration_of(path) for path in files if path != named and fault_of(path) is None}
+    whole = {}
+    for path in (path for path in files if path != named):
+        with suppress(CheckpointError):
+            whole[path] = iteration_of(path)
     if not whole:
         raise CheckpointError(
             f"the checkpoint to resume from, {named or folder}, is damaged or gone ({fault}), and {folder} has no other "
@@ -62,7 +65,7 @@ def fault_of(path: Path) -> str | None:
 
 
 def iteration_of(path: Path) -> int:
-    """The iteration after which a checkpoint that is whole was written."""
+    """The iteration after which a checkpoint was written; raises CheckpointError as :func:`read_resumable`."""
     return read_resumable(path, mapped=True)["trainer"]["iteration"]
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,10 @@ from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.training import REQUEUE, ProcessError, TrainStep, assigned_place, launch
-from dn_detr_d2.training.processes import OWN_STORE, Place
+from dn_detr_d2.training.processes import OWN_STORE, Place, _free_port
 
 TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def free_port():
-    """A port where nothing listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Scalar(torch.nn.Module):
@@ -120,7 +112,7 @@ def test_launchers_of_two_machines_start_and_end_together(tmp_path, how, codes):
     """Both on this machine, one process each."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *TESTS)))}
     machines = []
-    port = free_port()
+    port = _free_port()
     for rank in range(2):
         script = tmp_path / f"machine_{rank}.py"
         body = MACHINE.format(rank=rank, how=how, folder=str(tmp_path), port=port)
@@ -219,7 +211,7 @@ def test_torchrun_and_two_torchruns_of_two_nodes_train_what_our_launcher_trains(
     said = [tmp_path / f"{i}.txt" for i in range(2)]
     one = torchrun(command(tmp_path / "one"), said[0], "--standalone", "--nproc-per-node", "2")
     assert one.wait(300) == 0, said[0].read_text()
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}", "--rdzv-id", "test"]
     two = ["--nnodes", "2", "--nproc-per-node", "1", *meeting]
     nodes = [torchrun(command(tmp_path / "two"), screen, *two) for screen in said]
     for node, screen in zip(nodes, said, strict=True):

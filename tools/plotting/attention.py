@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from dn_detr_d2.modeling.meta_arch import Observation
+from dn_detr_d2.modeling.postprocess import class_probability
 
 from .images import draw_box, image_grid, legend, to_pixels
 from .recording import Layer, heat_map, on_image
@@ -15,26 +15,15 @@ REFERENCE, PREDICTED = "#FFFFFF", "#FF5AC8"
 MARGIN = 0.06  # of the image's sides, shown around it where points may lie
 
 
-def class_scores(logits: Tensor, names: list[str]) -> Tensor:
-    """(..., C) probabilities: sigmoid, or softmax without the part of "no object" where the model has such a class.
-
-    Args:
-        logits: (..., C), or (..., C + 1) of a model with ``LOSS.CLASS_LOSS softmax``.
-        names: of the C classes.
-    """
-    softmax = logits.shape[-1] == len(names) + 1
-    return logits.float().softmax(-1)[..., :-1] if softmax else logits.float().sigmoid()
-
-
 def best_queries(seen: Observation, count: int, names: list[str]) -> list[int]:
     """The queries of the best detections of the last layer, best first."""
-    scores = class_scores(seen.matching.logits[-1, 0], names).amax(-1)
+    scores = class_probability(seen.matching.logits[-1, 0], len(names)).amax(-1)
     return scores.topk(min(count, len(scores))).indices.tolist()
 
 
 def verdict(seen: Observation, query: int, layer: int, names: list[str]) -> str:
     """Best class of a query after a layer, and its score."""
-    scores = class_scores(seen.matching.logits[layer, 0, query], names)
+    scores = class_probability(seen.matching.logits[layer, 0, query], len(names))
     return f"{names[int(scores.argmax())]} {scores.max():.2f}"
 
 
