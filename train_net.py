@@ -7,13 +7,30 @@
 Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk over gloo. ``torchrun train_net.py ...`` and
 anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well; see docs/cluster.md.
 
-SIGTERM or SIGUSR1 ends a training after the present step with a checkpoint and exit code 75: the same command with
-``--resume`` goes on from there, to the bit. Other exit codes: 0 = done, 1 = an error, told in the last line.
+SIGTERM or SIGUSR1 ends a training after the present step, or in the midst of an evaluation, with a checkpoint and exit code
+75: the same command with ``--resume`` goes on from there, to the bit. Before the first step, and with ``--eval-only``, there
+is nothing to keep, and the code is 75 too. Other exit codes: 0 = done, 1 = an error or Ctrl-C, told in the last line.
 """
 
-import logging
 import os
+import signal
 import sys
+
+
+def leave_early(number: int, frame) -> None:
+    """What SIGTERM and SIGUSR1 do while there is nothing to keep; a training has a handler of its own."""
+    signal.signal(number, signal.SIG_IGN)
+    name = signal.Signals(number).name
+    os.write(2, f"{name}: stopped, nothing was under way that had to be kept; run the same command again\n".encode())
+    sys.exit(75)
+
+
+if __name__ in ("__main__", "__mp_main__"):  # now, because the imports take seconds
+    for _name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, _name):
+            signal.signal(getattr(signal, _name), leave_early)
+
+import logging
 from pathlib import Path
 
 from detectron2.engine import default_argument_parser, default_setup
@@ -23,10 +40,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2 import ConfigError, setup_cfg
 from dn_detr_d2.data import check_files, check_records
 from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
-from dn_detr_d2.training import ProcessError, StopRequest, assigned_place, describe, join, launch
+from dn_detr_d2.training import assigned_place, describe, join, launch, leave
 
 
 def main(args) -> dict | None:
@@ -43,14 +60,9 @@ def main(args) -> dict | None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    stop_request = StopRequest()
-    stop_request.listen()
-    try:
-        trainer = Trainer(cfg, stop_request)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
-    finally:
-        stop_request.release()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
 
 
 def splits(args) -> tuple[str, ...]:
@@ -84,16 +96,16 @@ def check(args) -> float:
 
 
 def run() -> int:
-    """Command line; returns the exit code. A user's mistake is one sentence on stderr."""
-    args = default_argument_parser(epilog=__doc__).parse_args()
+    """Command line; returns the exit code. Whatever goes wrong is one sentence in the last line of stderr."""
+    args, place = default_argument_parser(epilog=__doc__).parse_args(), None
     try:
         if place := assigned_place(os.environ):
             return run_as_assigned(place, args)
         timeout = check(args)
         machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
         return launch(main, *machines, timeout, (args,))
-    except (UserError, FloatingPointError, ProcessError) as error:
-        return fail(str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        return fail(describe(error, place))
 
 
 def run_as_assigned(place, args) -> int:
@@ -106,17 +118,27 @@ def run_as_assigned(place, args) -> int:
         main(args)
     except Exception as error:
         handler.record_exception(error)
-        return fail(describe(error, place))
+        raise
     return 0
 
 
-def fail(message: str) -> int:
-    """Prints the sentence; a loader worker puts its traceback before it, which goes to the debug log."""
+def fail(sentence: str) -> int:
+    """Prints the last line; where the error was raised goes to the debug log."""
     logging.getLogger("dn_detr_d2").debug("where it happened:", exc_info=True)
-    sentence = message.strip().splitlines()[-1].removeprefix("dn_detr_d2.errors.DatasetError: ")
-    print(f"error: {sentence}", file=sys.stderr)
+    sys.stdout.flush()
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 1
 
 
+def run_and_leave() -> None:
+    """Runs; with an exit code other than 0 nothing is waited for at the end of the process."""
+    try:
+        code = run()
+    except SystemExit as leaving:  # 75, or 2 of a command line that cannot be read
+        code = leaving.code or 0
+    if code:
+        leave(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    run_and_leave()

@@ -5,6 +5,7 @@ import math
 import sys
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import nn
 from . import data, solver
 from .checkpoint import EMA
 from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
+from .data.interruption import Interrupted, agree, interruptible
 from .errors import ConfigError, DatasetError
-from .evaluation import build_instruments
+from .evaluation import MeasuringHook, build_instruments
 from .evaluation.isolation import unwrap
 from .randomness import own_randomness
 from .training import (
@@ -28,6 +30,7 @@ from .training import (
     CheckpointHook,
     EarlyEnd,
     EarlyStopping,
+    EvaluationRecord,
     LeaveHook,
     MetricPrinter,
     ShortHistory,
@@ -35,6 +38,7 @@ from .training import (
     StopRequest,
     TrainStep,
     average_weights,
+    leave_training,
     must_fit,
     progress,
     take_up,
@@ -43,6 +47,7 @@ from .training import (
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that look at the model and may be cut off
 
 
 class TolerantCOCOEvaluator(COCOEvaluator):
@@ -73,6 +78,11 @@ class TolerantCOCOEvaluator(COCOEvaluator):
         if self._contiguous is not None:
             outputs = [self._make_contiguous(output["instances"].to("cpu")) for output in outputs]
         super().process(inputs, outputs)
+
+    def evaluate(self, img_ids=None):
+        """As Detectron2's; on all ranks it is cut off together, see :mod:`.data.interruption`."""
+        agree()
+        return super().evaluate(img_ids)
 
     def _eval_predictions(self, predictions, img_ids=None) -> None:
         """Evaluates in the order of the data set, whichever process predicted what.
@@ -151,17 +161,20 @@ class Trainer(DefaultTrainer):
         added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
         added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_instruments(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+        evaluating = [found[evaluation], *added]
         found[evaluation + 1 : evaluation + 1] = added
         for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
             # Or a probe would replace the one before.
             writer._period = math.gcd(writer._period, cfg.TEST.INSTABILITY.PERIOD)
         stop = StopHook(self.stop_request)
-        found.insert(evaluation, CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop))
+        checkpoints = self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop)
+        found[evaluation:evaluation] = [checkpoints, LeaveHook(stop)]
         node = cfg.SOLVER.EARLY_STOPPING
         ends = (
             [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
         )
-        return [stop, ShortHistory(), *averages, *found, *ends, LeaveHook(stop)]
+        record = EvaluationRecord(cfg.OUTPUT_DIR, period, [*evaluating, *ends])
+        return [stop, ShortHistory(), *averages, *found, *ends, record]
 
     def build_writers(self) -> list:
         """Detectron2's, with our printer in the place of its own, which is the first."""
@@ -171,11 +184,31 @@ class Trainer(DefaultTrainer):
         """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75), early stopping without."""
         self.stop_request.listen()
         try:
-            return super().train()
+            with interruptible(self.stop_request.anywhere):
+                return super().train()
         except EarlyEnd:
             return getattr(self, "_last_eval_results", None)
+        except Interrupted:
+            self._leave_interrupted()
         finally:
             self.stop_request.release()
+
+    def _leave_interrupted(self) -> None:
+        """Leaves with the checkpoint of the last step, which an evaluation that was cut off may not have written yet."""
+        last = min(self.iter, self.max_iter - 1)
+        if self._checkpoints.saved != last and self.iter == last:
+            self.checkpointer.save(f"model_{last:07d}", iteration=last)
+        leave_training(self.stop_request.received or "another process was asked to stop", last + 1)
+
+    def after_step(self) -> None:
+        """As Detectron2's; a request to stop cuts an evaluation off."""
+        for hook in self._hooks:
+            with self._until_asked(hook):
+                hook.after_step()
+
+    def _until_asked(self, hook):
+        """Where a signal may raise: in hooks that measure, not in those that write files or change the model."""
+        return self.stop_request.interruptible() if isinstance(hook, MEASURING) else nullcontext()
 
     def after_train(self) -> None:
         """As Detectron2's; after an error or a stop only the writers finish: other ranks may have left.
@@ -183,21 +216,33 @@ class Trainer(DefaultTrainer):
         After early stopping too: everything has just been evaluated and written.
         """
         self.storage.iter = self.iter
-        cut_off = sys.exc_info()[0] is not None
+        cut_off = sys.exc_info()[0]
         for hook in self._hooks:
-            if not cut_off:
-                hook.after_train()
-            elif isinstance(hook, hooks.PeriodicWriter):
-                try:
-                    hook.after_train()
-                except OSError as error:  # a full disk, say, must not hide why the training ends
-                    logger.warning("the last metrics were not written: %s", error)
+            try:
+                with self._until_asked(hook):
+                    if cut_off is None:
+                        hook.after_train()
+                    elif isinstance(hook, hooks.PeriodicWriter):
+                        self._finish(hook)
+            except Interrupted as error:
+                cut_off = error
+        if isinstance(cut_off, Interrupted):
+            raise cut_off
+
+    @staticmethod
+    def _finish(writer: hooks.PeriodicWriter) -> None:
+        try:
+            writer.after_train()
+        except OSError as error:  # a full disk, say, must not hide why the training ends
+            logger.warning("the last metrics were not written: %s", error)
 
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the random streams of the training stay where they are."""
         with own_randomness(0, next(model.parameters()).device):
-            return super().test(cfg, model, evaluators)
+            results = super().test(cfg, model, evaluators)
+        agree()
+        return results
 
     def test_averaged(self) -> dict:
         """Evaluates the averaged weights; results are named ``ema/...`` and go to OUTPUT_DIR/ema/inference."""

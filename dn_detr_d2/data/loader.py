@@ -2,20 +2,17 @@
 
 import logging
 
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-    print_instances_class_histogram,
-)
+from detectron2.data import MetadataCatalog, build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
 from ..errors import DatasetError
 from .coco_custom import sort_key
+from .interruption import evaluation_loader
 from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
 from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
+from .worker_process import guard
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +53,7 @@ def build_train_loader(cfg):
             node.SAMPLER_TRAIN,
             node.ASPECT_RATIO_GROUPING,
         )
-        return build_detection_train_loader(cfg, dataset=kept, mapper=mapper)
+        return guard(build_detection_train_loader(cfg, dataset=kept, mapper=mapper))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     positions = Positions(cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size())
     return StreamLoader(TrainingStream(kept, mapper, seed), positions, node.NUM_WORKERS)
@@ -64,12 +61,8 @@ def build_train_loader(cfg):
 
 def build_test_loader(cfg, dataset_name: str):
     """A loader that yields every image of a data set once, ``TEST.IMS_PER_BATCH`` at a time."""
-    return build_detection_test_loader(
-        dataset=_counted_records(dataset_name),
-        mapper=DetrDatasetMapper(cfg, False),
-        batch_size=cfg.TEST.IMS_PER_BATCH,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-    )
+    records, workers = _counted_records(dataset_name), cfg.DATALOADER.NUM_WORKERS
+    return evaluation_loader(records, DetrDatasetMapper(cfg, False), cfg.TEST.IMS_PER_BATCH, workers)
 
 
 def _counted_records(dataset_name: str) -> list[dict]:
@@ -96,8 +89,7 @@ def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
 
 def load_annotated(cfg, records: list[dict]):
     """The loader of :func:`build_probe_loader` for records that are at hand."""
-    workers = cfg.DATALOADER.NUM_WORKERS
-    return build_detection_test_loader(dataset=records, mapper=AnnotatedDatasetMapper(cfg), num_workers=workers)
+    return evaluation_loader(records, AnnotatedDatasetMapper(cfg), 1, cfg.DATALOADER.NUM_WORKERS)
 
 
 def build_annotated_batch(cfg, dataset_name: str, num_images: int) -> list[dict]:

@@ -5,8 +5,6 @@ Iteration t of batch size B takes the positions from t * B on, whatever the numb
 has to be remembered to go on after a stop.
 """
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +12,7 @@ from detectron2.data import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..randomness import mix, own_randomness
+from .worker_process import end_at_exit, init_worker
 
 
 class TrainingStream(Dataset):
@@ -76,22 +75,13 @@ class StreamLoader(DataLoader):
             batch_sampler=positions,
             num_workers=num_workers,
             collate_fn=list,
-            worker_init_fn=outlive_the_first_signal,
+            worker_init_fn=init_worker,
             generator=torch.Generator(),  # else the start of an iterator would draw from the model's stream
         )
+        end_at_exit()
 
     def seek(self, iteration: int, seed: int | None = None) -> None:
         """Lets the next iterator begin with an iteration; ``seed`` puts another stream in place of the present one."""
         self.batch_sampler.start = iteration
         if seed is not None:
             self.dataset.seed, self.dataset._shuffled = seed, (-1, None)
-
-
-def outlive_the_first_signal(worker: int) -> None:
-    """Lets a loader process go on when a cluster tells all processes to stop: the last step still needs its images."""
-
-    def _first(number, frame):
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the second is meant for us
-
-    signal.signal(signal.SIGTERM, _first)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -8,6 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.interruption import agree
 from ..randomness import own_randomness
 
 
@@ -38,5 +39,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def gather(items: list) -> list:
-    """What all ranks have, joined in the order of the ranks, on rank 0; [] elsewhere."""
+    """What all ranks have, joined in the order of the ranks, on rank 0; [] elsewhere.
+
+    Raises:
+        Interrupted: on all ranks, because the training is asked to stop.
+    """
+    agree()
     return [item for part in comm.gather(items) for item in part]

@@ -4,11 +4,12 @@ that start and end together."""
 from .averaging import AverageHook, average_weights
 from .checkpointer import Checkpointer
 from .early_stopping import EarlyEnd, EarlyStopping
+from .evaluated import EvaluationRecord
 from .folder import must_fit
 from .hooks import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
-from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch
+from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch, leave
 from .progress import progress, take_up
-from .signals import REQUEUE, LeaveHook, StopHook, StopRequest
+from .signals import REQUEUE, LeaveHook, StopHook, StopRequest, leave_training
 from .step import TrainStep
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpointer",
     "EarlyEnd",
     "EarlyStopping",
+    "EvaluationRecord",
     "LeaveHook",
     "MetricPrinter",
     "ProcessError",
@@ -32,6 +34,8 @@ __all__ = [
     "end_with_parent",
     "join",
     "launch",
+    "leave",
+    "leave_training",
     "must_fit",
     "progress",
     "take_up",

@@ -27,18 +27,25 @@ class CheckpointHook(HookBase):
         checkpointer: of the training.
         period: iterations between two checkpoints.
         stop: says whether the training is to stop.
+
+    Attributes:
+        saved: the iteration of the last checkpoint, None before the first.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int, stop: StopHook):
-        self.checkpointer, self.period, self.stop = checkpointer, period, stop
+        self.checkpointer, self.period, self.stop, self.saved = checkpointer, period, stop, None
 
     def after_step(self) -> None:
         """Writes if it is time."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or (self.stop.agreed and done < self.trainer.max_iter):
-            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            self._save(f"model_{self.trainer.iter:07d}")
         if done >= self.trainer.max_iter:
-            self.checkpointer.save("model_final", iteration=self.trainer.iter)
+            self._save("model_final")
+
+    def _save(self, name: str) -> None:
+        self.checkpointer.save(name, iteration=self.trainer.iter)
+        self.saved = self.trainer.iter
 
 
 class ShortHistory(HookBase):

@@ -7,14 +7,20 @@ killed. What is told is the first cause, not the broken connections that follow 
 import ctypes
 import faulthandler
 import json
+import logging
+import multiprocessing
+import multiprocessing.util
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -23,11 +29,12 @@ from pathlib import Path
 import torch
 from detectron2.utils import comm
 
+from ..data.worker_process import end_loader_processes
 from ..errors import ConfigError, UserError
 from .signals import REQUEUE, SIGNALS
 
 GRACE = 3.0  # seconds for the others to leave by themselves
-SHOW_STACK = signal.SIGUSR2  # a process of ours writes where it stands, and goes on
+SHOW_STACK = getattr(signal, "SIGUSR2", None)  # a process of ours writes where it stands, and goes on; not on Windows
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -83,7 +90,8 @@ def join(place: Place, timeout: float) -> None:
         place: of this process.
         timeout: seconds that a process waits for the others, here and later.
     """
-    faulthandler.register(SHOW_STACK, all_threads=True)
+    if SHOW_STACK is not None:
+        faulthandler.register(SHOW_STACK, all_threads=True)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
@@ -124,60 +132,94 @@ def launch(
     url = f"tcp://127.0.0.1:{_free_port()}" if url == "auto" else url
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="dn_detr_d2-launch-") as folder:
-        started = []
-        for local_rank in range(processes):
-            place = Place(machine_rank * processes + local_rank, world, local_rank, processes, url)
-            started.append(context.Process(target=_run, args=(main, place, timeout, folder, args)))
-            started[-1].start()
-        return _Watch(started, Path(folder)).until_all_are_gone()
+        watch = _Watch(Path(folder))
+        with watch:
+            for local_rank in range(processes):
+                place = Place(machine_rank * processes + local_rank, world, local_rank, processes, url)
+                method = multiprocessing.get_start_method()
+                watch.start(context.Process(target=_run, args=(main, place, timeout, folder, method, args)))
+            watch.wait()
+        return watch.exit_code()
 
 
 class _Watch:
-    """Waits for processes; ends all when one has failed, and hands on the request to stop."""
+    """Waits for processes; ends all when one has failed or left, and hands on the request to stop."""
 
-    def __init__(self, started: list, folder: Path):
-        self.started, self.folder, self.asked, self.killed = started, folder, False, set()
+    def __init__(self, folder: Path):
+        self.started, self.folder, self.asked, self.killed, self.before = [], folder, None, set(), {}
 
-    def until_all_are_gone(self) -> int:
-        """The exit code of the whole; raises ProcessError."""
-        before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+
+    def __exit__(self, kind, *_) -> None:
+        """Whatever goes wrong here, Ctrl-C included, leaves no process behind."""
         try:
-            self._wait()
+            if kind is not None:
+                self._end_all()
         finally:
-            for number, handler in before.items():
+            for number, handler in self.before.items():
                 signal.signal(number, handler)
-        codes = [process.exitcode for process in self.started]
-        stopped = {0, REQUEUE}
-        if self.asked:  # a process that has not begun to train dies of the signal, those that wait for it are killed
-            stopped |= {-number for number in SIGNALS} | {p.exitcode for p in self.killed}
-        if set(codes) <= stopped:
-            return REQUEUE if any(codes) else 0
-        raise ProcessError(self._first_cause(codes))
 
-    def _hand_on(self, number: int, frame) -> None:
-        self.asked = True
-        for process in self.started:
-            if process.is_alive():
-                os.kill(process.pid, number)
+    def start(self, process) -> None:
+        """Starts one of the processes; one that comes too late for a request to stop gets it too."""
+        self.started.append(process)
+        process.start()
+        if self.asked:
+            os.kill(process.pid, self.asked)
 
-    def _wait(self) -> None:
+    def _alive(self) -> list:
+        return [process for process in self.started if process.is_alive()]
+
+    def _hand_on(self, number: int, frame=None) -> None:
+        self.asked = number
+        for process in self._alive():
+            os.kill(process.pid, number)
+
+    def wait(self) -> None:
+        """Returns when all are gone. One that has failed or left gives the others ``GRACE`` seconds."""
         deadline = None
-        while alive := [process for process in self.started if process.is_alive()]:
+        while alive := self._alive():
             wait([process.sentinel for process in alive], timeout=0.2)
+            left = any(process.exitcode == REQUEUE for process in self.started)
             failed = any(p.exitcode not in (None, 0, REQUEUE) for p in self.started) or any(self.folder.iterdir())
-            if failed and deadline is None:
+            if left and not self.asked:  # it was asked by itself
+                self._hand_on(SIGNALS[0])
+            if (failed or left) and deadline is None:
                 deadline = time.monotonic() + GRACE
             if deadline is not None and time.monotonic() > deadline:
                 self._kill(process for process in alive if process not in self.killed)
                 deadline = time.monotonic() + 1
 
+    def _end_all(self) -> None:
+        """Ctrl-C, which a terminal sends to all: those that have not got it do so now, and nobody is waited for long."""
+        for process in self._alive():
+            os.kill(process.pid, signal.SIGINT)
+        deadline = time.monotonic() + GRACE
+        for process in self.started:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+
     def _kill(self, processes: Iterable) -> None:
         for process in processes:
             self.killed.add(process)
-            print(f"process {process.pid} does not leave and is killed; it stands here:", file=sys.stderr, flush=True)
-            os.kill(process.pid, SHOW_STACK)
+            if SHOW_STACK is not None:
+                print(
+                    f"process {process.pid} does not leave and is killed; it stands here:", file=sys.stderr, flush=True
+                )
+                os.kill(process.pid, SHOW_STACK)
             process.join(0.3)
             process.kill()
+
+    def exit_code(self) -> int:
+        """0 or 75 of the whole; raises ProcessError."""
+        codes = [process.exitcode for process in self.started]
+        stopped = {0, REQUEUE}
+        if self.asked:  # a process that has not begun to train dies of the signal, those that wait for it are killed
+            stopped |= {-number for number in SIGNALS} | {p.exitcode for p in self.killed}
+        if set(codes) <= stopped or REQUEUE in codes:  # one that left with 75 has left all its work on the disk
+            return REQUEUE if any(codes) else 0
+        raise ProcessError(self._first_cause(codes))
 
     def _first_cause(self, codes: list[int]) -> str:
         """A process that was killed from outside, else the earliest record, else any exit code."""
@@ -192,18 +234,53 @@ class _Watch:
         return f"the processes of this machine ended with the codes {codes} (-N = by signal N)"
 
 
-def _run(main: Callable, place: Place, timeout: float, folder: str, args: tuple) -> None:
-    """What a process of the launcher does; writes down why it failed before it leaves."""
+def _run(main: Callable, place: Place, timeout: float, folder: str, method: str, args: tuple) -> None:
+    """What a process of the launcher does; writes down why it failed before it leaves.
+
+    ``method``: how loader processes are to start. Python would hand down "spawn", and each would import everything again.
+    """
     end_with_parent()
+    multiprocessing.set_start_method(method, force=True)
     try:
         join(place, timeout)
         main(*args)
-    except Exception as error:
+    except SystemExit as leaving:
+        leave(leaving.code)
+    except (Exception, KeyboardInterrupt) as error:
+        _ignore_signals()
         record = {"time": time.time(), "cause": describe(error, place)}
         draft = Path(folder) / f"{place.rank}.part"
         draft.write_text(json.dumps(record))
         draft.rename(draft.with_suffix(".json"))
-        sys.exit(1)
+        leave(1)
+
+
+def leave(code: int) -> None:
+    """Ends this process at once and for certain; for one that has failed or was asked to stop.
+
+    What Python does at the end of a process can wait for ever: for loader processes, for threads, for the other ranks.
+    Loader processes are ended, logs are closed, and nothing else is waited for.
+
+    Args:
+        code: of the process.
+    """
+    _ignore_signals()
+    end_loader_processes()
+    with suppress(Exception):
+        multiprocessing.util._run_finalizers(0)  # names of semaphores go; those that wait have a lower priority
+    with suppress(Exception):
+        logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _ignore_signals() -> None:
+    """From here on this process leaves, and a second signal changes neither how nor with which code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *SIGNALS):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:
@@ -212,16 +289,37 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def describe(error: Exception, place: Place) -> str:
-    """An error as one line that names its rank; an unexpected one is printed with its traceback first."""
-    if isinstance(error, UserError | FloatingPointError):
-        return str(error)
+def describe(error: BaseException, place: Place | None = None) -> str:
+    """An error as one line that is never empty; an unexpected one is printed with its traceback first.
+
+    Args:
+        error: as it was caught.
+        place: of this process among several, None = it is the only one.
+    """
+    rank = f"rank {place.rank} of {place.world_size}: " if place is not None and place.world_size > 1 else ""
+    if isinstance(error, KeyboardInterrupt):
+        return f"{rank}interrupted by Ctrl-C (SIGINT); a training goes on from its last checkpoint with --resume"
+    told = sentence(error)
+    if told and isinstance(error, UserError | FloatingPointError | ProcessError):
+        return told
     traceback.print_exception(error)
-    first = (str(error).strip().splitlines() or [_without_words(error)])[0]
-    return f"rank {place.rank} of {place.world_size}: {type(error).__name__}: {first} (its traceback stands above)"
+    return f"{rank}{type(error).__name__}: {told or _without_words(error)} (its traceback stands above)"
 
 
-def _without_words(error: Exception) -> str:
+FROM_LOADER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
+
+
+def sentence(error: BaseException) -> str:
+    """The words of an error in one line; of one that comes from a loader process without the traceback around them."""
+    text = str(error).strip()
+    if FROM_LOADER.match(text):
+        kinds = r"(?:[A-Za-z_]\w*\.)*" + re.escape(type(error).__name__)
+        text = re.split(rf"^{kinds}: ", text, flags=re.MULTILINE)[-1]
+        text = text.splitlines()[-1] if FROM_LOADER.match(text) else text  # it had another kind there
+    return " ".join(text.split())
+
+
+def _without_words(error: BaseException) -> str:
     """What can be said of an error that says nothing: where it was raised."""
     ended = "an iterator, such as the data loader's, has no more to give; " * isinstance(error, StopIteration)
     place = traceback.extract_tb(error.__traceback__)[-1:]

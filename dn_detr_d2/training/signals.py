@@ -1,16 +1,22 @@
 """Stopping on request: SIGTERM or SIGUSR1 means a checkpoint after the present step, and exit code 75."""
 
 import logging
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+
+from ..data.interruption import Interrupted
+from ..data.worker_process import STOP_SIGNALS as SIGNALS
 
 logger = logging.getLogger(__name__)
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -21,7 +27,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.received, self._before = None, {}
+        self.received, self._before, self._may_raise, self._told = None, {}, False, False
 
     def listen(self) -> None:
         """Takes over both signals, which only a main thread can."""
@@ -30,6 +36,30 @@ class StopRequest:
 
     def _receive(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
+        if self._may_raise:
+            self._may_raise = False
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once, if this is the only process: others could be waiting for it."""
+        self._may_raise = comm.get_world_size() == 1
+        try:
+            yield
+        finally:
+            self._may_raise = False
+
+    def anywhere(self) -> bool:
+        """Whether this rank is to stop, or another one has told that it is; never waits for the others."""
+        if comm.get_world_size() == 1:
+            return self.received is not None
+        store = dist.distributed_c10d._get_default_store()
+        # torchrun keeps the store when it starts again
+        key = f"dn_detr_d2/stop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if self.received and not self._told:
+            store.set(key, self.received)
+            self._told = True
+        return self._told or store.check([key])
 
     def release(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -55,7 +85,9 @@ class StopHook(HookBase):
 
 
 class LeaveHook(HookBase):
-    """Counterpart of :class:`StopHook` that leaves. To be the last hook: an evaluation that is due comes before.
+    """Counterpart of :class:`StopHook` that ends the training. To stand after the checkpoint, before the evaluation.
+
+    An evaluation that would be due is done by the training that is resumed, see :class:`~.evaluated.EvaluationRecord`.
 
     Args:
         stop: says whether.
@@ -65,12 +97,21 @@ class LeaveHook(HookBase):
         self.stop = stop
 
     def after_step(self) -> None:
-        """Raises SystemExit(75) on all ranks; a training that is through anyway is let through."""
-        if self.stop.agreed is None or self.trainer.iter + 1 >= self.trainer.max_iter:
-            return
-        comm.synchronize()  # nobody leaves before the checkpoint is on the disk
-        logger.warning(
-            "%s: stopped after iteration %d, a checkpoint is written; the same command with --resume goes on (exit code %d)",
-            *(self.stop.agreed, self.trainer.iter, REQUEUE),
-        )
-        raise SystemExit(REQUEUE)
+        """Raises Interrupted on all ranks; a training that is through anyway is let through."""
+        if self.stop.agreed is not None and self.trainer.iter + 1 < self.trainer.max_iter:
+            raise Interrupted
+
+
+def leave_training(received: str, done: int) -> None:
+    """Raises SystemExit(75) once the checkpoint is on the disk; every rank must call.
+
+    Args:
+        received: name of the signal.
+        done: iterations done.
+    """
+    comm.synchronize()  # nobody leaves before the checkpoint is on the disk
+    logger.warning(
+        "%s: stopped after iteration %d, a checkpoint is written; the same command with --resume goes on (exit code %d)",
+        *(received, done - 1, REQUEUE),
+    )
+    raise SystemExit(REQUEUE)

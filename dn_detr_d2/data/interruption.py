@@ -1,0 +1,74 @@
+"""An evaluation that is cut short because the training is asked to stop, on all ranks together.
+
+While it lasts, every loader of :mod:`.loader` that goes over a data set once looks before each batch whether somebody has
+asked, and ends early. Ranks that end at different places meet in the next exchange, where :func:`agree` raises on all.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
+
+from .worker_process import guard
+
+
+class Interrupted(BaseException):
+    """Work was cut short because the training is to stop: no error, and nothing that ``except Exception`` may swallow."""
+
+
+_asked: list[Callable[[], bool]] = []
+
+
+@contextmanager
+def interruptible(asked: Callable[[], bool]) -> Iterator[None]:
+    """Inside, loaders end early once ``asked()`` is true, and :func:`agree` raises; every rank must be inside or none.
+
+    Args:
+        asked: whether this rank, or another one that it knows of, is to stop.
+    """
+    _asked.append(asked)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def until_asked(batches: Iterable) -> Iterator:
+    """The batches, until somebody asks."""
+    for batch in batches:
+        if _asked and _asked[-1]():
+            return
+        yield batch
+
+
+def agree() -> None:
+    """Raises Interrupted on all ranks if one of them is to stop; to be called where all ranks meet anyway."""
+    if _asked and any(comm.all_gather(_asked[-1]())):
+        raise Interrupted
+
+
+class OncePassLoader(DataLoader):
+    """A DataLoader of an evaluation: it ends early when it is asked, and its loader processes end with this process."""
+
+    def __iter__(self) -> Iterator:
+        """Batches in the order of the sampler."""
+        return until_asked(super().__iter__())
+
+
+def evaluation_loader(
+    records: list[dict], mapper: Callable[[dict], dict], batch_size: int, num_workers: int
+) -> OncePassLoader:
+    """A loader of lists of mapped images, each image on one rank only; the last list of a rank has what is left.
+
+    Args:
+        records: Detectron2's dicts.
+        mapper: reads one.
+        batch_size: images of a list.
+        num_workers: loader processes; 0 = in this process.
+    """
+    images = MapDataset(DatasetFromList(records, copy=False), mapper)
+    sampler = InferenceSampler(len(images))
+    return guard(OncePassLoader(images, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=list))

@@ -1,0 +1,105 @@
+"""The loader processes of PyTorch's DataLoader: who may end them, and how they end with the process that reads from them.
+
+PyTorch and ``multiprocessing`` send a loader process one SIGTERM and then wait for it; a cluster sends SIGTERM to all
+processes of a job, and the training still needs the images of its last step. So a loader process looks at who sent the
+signal: its own process ends it, anybody else's signal is passed on to its own process, which decides.
+"""
+
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+POLL = 1.0  # seconds between two looks whether the parent is still there
+GRACE = 1.0  # seconds that loader processes get to leave after SIGTERM
+BEFORE_MULTIPROCESSING = (
+    10  # priority of a finalizer: those from 0 on run before multiprocessing waits for its children
+)
+
+
+def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """``worker_init_fn`` of every loader; to be called in the main thread of the loader process.
+
+    Ctrl-C reaches all processes of a terminal and is left to the parent. SIGTERM and SIGUSR1 end this process if the parent
+    sent them, and are passed on to the parent if not. When the parent is gone, this process ends within ``POLL`` seconds.
+    Where the system does not tell who sent a signal (macOS), it is passed on once and the second one ends this process.
+
+    Args:
+        worker: number of the loader process.
+        then: another ``worker_init_fn`` to call.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.Thread(target=_answer_signals, args=(os.getppid(),), name="signals", daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _answer_signals(parent: int) -> None:
+    """What a thread of the loader process does as long as it lives."""
+    passed_on = False
+    while True:
+        if hasattr(signal, "sigtimedwait"):
+            received = signal.sigtimedwait(STOP_SIGNALS, POLL)
+            if os.getppid() != parent:
+                os._exit(0)
+            if received is None:
+                continue
+            number, own = received.si_signo, received.si_pid == parent
+        else:
+            number, own = signal.sigwait(STOP_SIGNALS), passed_on
+        if own:
+            os._exit(0)
+        passed_on = True
+        os.kill(parent, number)
+
+
+def guard(loader):
+    """The same loader with :func:`init_worker`, and with loader processes that do not outlive this process.
+
+    Args:
+        loader: a DataLoader, or one of Detectron2's wrappers of it.
+    """
+    inner = loader
+    while not hasattr(inner, "worker_init_fn"):
+        inner = getattr(inner, "_dataset", None) or inner.dataset
+    inner.worker_init_fn = partial(init_worker, then=inner.worker_init_fn)
+    end_at_exit()
+    return loader
+
+
+def end_at_exit() -> None:
+    """Lets this process, when it ends, end its loader processes before ``multiprocessing`` waits for them without limit."""
+    if os.getpid() not in _registered:
+        _registered.add(os.getpid())
+        multiprocessing.util.Finalize(None, end_loader_processes, exitpriority=BEFORE_MULTIPROCESSING)
+
+
+_registered = set()  # processes, because a forked one starts without the finalizers of its parent
+
+
+def end_loader_processes(grace: float = GRACE) -> None:
+    """Ends the daemonic child processes of this process, which loader processes are: SIGTERM, then SIGKILL.
+
+    Args:
+        grace: seconds between the two.
+    """
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if not children:
+        return
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise because a loader process has gone
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + grace
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+        if child.is_alive():
+            child.kill()
+            child.join()

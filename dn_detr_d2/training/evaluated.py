@@ -1,0 +1,58 @@
+"""Which evaluation of a training was the last that went through, so that one that was cut off is done again."""
+
+import json
+from pathlib import Path
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..checkpoint.durable import replace_text
+from .folder import number, read_record
+
+
+class EvaluationRecord(HookBase):
+    """Keeps ``last_evaluation.json``, and repeats what a stop or a kill has cut off. To stand behind ``hooks``.
+
+    The checkpoint of an iteration is written before its evaluation. When a training goes on from such a checkpoint, and the
+    record says that the evaluation did not go through, the hooks that evaluate run once more before the first step. A
+    folder without a record is of a version that had none; there nothing is repeated.
+
+    Args:
+        folder: of the training.
+        period: iterations between two evaluations; 0 = only at the end.
+        hooks: that evaluate, or use what an evaluation has found.
+    """
+
+    def __init__(self, folder: str, period: int, hooks: list[HookBase]):
+        self.path, self.period, self.hooks = Path(folder) / "last_evaluation.json", period, hooks
+
+    def before_train(self) -> None:
+        """Repeats the evaluation of the iteration before if it is missing; raises CheckpointError for a damaged record."""
+        start, trainer, last = self.trainer.start_iter, self.trainer, None
+        if comm.is_main_process() and start > 0 and self.path.is_file():
+            last = read_record(self.path, lambda record: number(record["iteration"]))
+        last = comm.all_gather(last)[0]
+        if start == 0:
+            self._write(0)
+        due = self.period > 0 and start % self.period == 0 and start < trainer.max_iter
+        if due and last is not None and last < start:
+            trainer.iter = trainer.storage.iter = start - 1
+            for hook in self.hooks:
+                hook.after_step()
+            self.after_step()
+            trainer.iter = trainer.storage.iter = start
+
+    def after_step(self) -> None:
+        """Notes an evaluation that went through."""
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
+            self._write(done)
+
+    def after_train(self) -> None:
+        """Notes the last one."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._write(self.trainer.iter)
+
+    def _write(self, done: int) -> None:
+        if comm.is_main_process():
+            replace_text(self.path, json.dumps({"iteration": done}))
