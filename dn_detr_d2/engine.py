@@ -241,7 +241,8 @@ class Trainer(DefaultTrainer):
         """As Detectron2's; the random streams of the training stay where they are."""
         with own_randomness(0, next(model.parameters()).device):
             results = super().test(cfg, model, evaluators)
-        agree()
+        if cfg.DATASETS.TEST:
+            agree()
         return results
 
     def test_averaged(self) -> dict:

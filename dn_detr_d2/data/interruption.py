@@ -12,7 +12,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from .worker_process import guard
+from .worker_process import guard, signals_wait
 
 
 class Interrupted(BaseException):
@@ -55,7 +55,9 @@ class OncePassLoader(DataLoader):
 
     def __iter__(self) -> Iterator:
         """Batches in the order of the sampler."""
-        return until_asked(super().__iter__())
+        with signals_wait():
+            batches = super().__iter__()
+        return until_asked(batches)
 
 
 def evaluation_loader(

@@ -12,7 +12,7 @@ from detectron2.data import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..randomness import mix, own_randomness
-from .worker_process import end_at_exit, init_worker
+from .worker_process import end_at_exit, init_worker, signals_wait
 
 
 class TrainingStream(Dataset):
@@ -79,6 +79,11 @@ class StreamLoader(DataLoader):
             generator=torch.Generator(),  # else the start of an iterator would draw from the model's stream
         )
         end_at_exit()
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        """Endless batches."""
+        with signals_wait():
+            return super().__iter__()
 
     def seek(self, iteration: int, seed: int | None = None) -> None:
         """Lets the next iterator begin with an iteration; ``seed`` puts another stream in place of the present one."""

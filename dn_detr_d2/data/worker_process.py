@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -39,6 +40,19 @@ def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
         threading.Thread(target=_answer_signals, args=(os.getppid(),), name="signals", daemon=True).start()
     if then is not None:
         then(worker)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Where loader processes are started: a signal that comes before they can answer it waits until they can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer_signals(parent: int) -> None:

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from ..data.interruption import Interrupted
 from ..data.worker_process import STOP_SIGNALS as SIGNALS
+from ..data.worker_process import end_loader_processes
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def leave_training(received: str, done: int) -> None:
         received: name of the signal.
         done: iterations done.
     """
+    end_loader_processes()  # what they say when nobody reads from them any more comes before the last line
     comm.synchronize()  # nobody leaves before the checkpoint is on the disk
     logger.warning(
         "%s: stopped after iteration %d, a checkpoint is written; the same command with --resume goes on (exit code %d)",
