@@ -7,9 +7,9 @@
 Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk over gloo. ``torchrun train_net.py ...`` and
 anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well; see docs/cluster.md.
 
-SIGTERM or SIGUSR1 ends a training after the present step, or in the midst of an evaluation, with a checkpoint and exit code 75:
-the same command with ``--resume`` goes on from there, to the bit. Before the first step, and with ``--eval-only``, there is
-nothing to keep, and the code is 75 too. Other exit codes: 0 = done, 1 = an error or Ctrl-C, told in the last line.
+SIGTERM or SIGUSR1 ends a training after the present step, or in the midst of an evaluation, with a checkpoint and exit code
+75: the same command with ``--resume`` goes on from there, to the bit. Before the first step, and with ``--eval-only``,
+nothing has to be kept, and the code is 75 too. Other exit codes: 0 = done, 1 = an error or Ctrl-C, told in the last line.
 """
 
 import os
@@ -33,6 +33,7 @@ if __name__ in ("__main__", "__mp_main__"):  # now, because the imports take sec
 import logging
 from pathlib import Path
 
+import torch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
@@ -40,9 +41,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from dn_detr_d2 import ConfigError, setup_cfg
+from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention, setup_cfg
+from dn_detr_d2.config import device_is_named
 from dn_detr_d2.data import check_files, check_records
 from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
+from dn_detr_d2.layers import uses_kernel
+from dn_detr_d2.modeling.build import name_the_node
 from dn_detr_d2.training import assigned_place, describe, join, launch, leave
 
 
@@ -73,7 +77,8 @@ def splits(args) -> tuple[str, ...]:
 def check(args) -> float:
     """Everything that can be refused before a process starts or a file is written; returns DIST_TIMEOUT."""
     cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
-    check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted="MODEL.DEVICE" in args.opts)
+    cpu_wanted = device_is_named(args.config_file, args.opts)
+    check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
     needed = splits(args)[0]
     if not cfg.DATASETS[needed]:
         raise ConfigError(f"DATASETS.{needed} is empty; give --config-file or name a data set")
@@ -87,12 +92,21 @@ def check(args) -> float:
     local = "://" not in weights
     if weights and local and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist")
-    cfg.MODEL.DEVICE = "cpu"
+    check_model(cfg, load=args.eval_only and local)
+    return cfg.DIST_TIMEOUT
+
+
+def check_model(cfg, load: bool) -> None:
+    """Builds the model on the CPU, and loads MODEL.WEIGHTS, only to see that it can be done; raises ConfigError."""
+    backend, device = cfg.MODEL.DN_DETR.OP_BACKEND, torch.device(cfg.MODEL.DEVICE).type
+    cfg.MODEL.DEVICE, cfg.MODEL.DN_DETR.OP_BACKEND = "cpu", "torch"
     try:
-        (load_for_evaluation if args.eval_only and local else build_model)(cfg)  # only to see that it can be done
+        model = (load_for_evaluation if load else build_model)(cfg)
     except (KeyError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"the model cannot be built or loaded: {' '.join(str(error).split())}") from None
-    return cfg.DIST_TIMEOUT
+    if any(isinstance(module, MultiScaleDeformableAttention) for module in model.modules()):
+        with name_the_node("MODEL.DN_DETR.OP_BACKEND"):
+            uses_kernel(backend, device)  # refuses what the run itself would refuse
 
 
 def run() -> int:

@@ -352,19 +352,20 @@ def _check_instruments(node: CfgNode) -> None:
 def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
     """Fills in NUM_CLASSES and CLASS_NAMES from ``datasets`` and compares them with what the config says.
 
+    Classes are the same if their names are: data sets may list them in any order, and may lack some of them. The order of
+    the model is that of CLASS_NAMES if the config of a training gives it, else that of the first data set with all names.
+
     Raises:
-        ConfigError: the class lists of the data sets differ, or NUM_CLASSES is not their number, or nothing says it.
+        ConfigError: no order of the model holds the classes of all data sets, or NUM_CLASSES is not their number, or nothing
+            says it.
     """
     node = cfg.MODEL.DN_DETR
     known = {name: classes for name in datasets if (classes := class_names(name))}
-    if len({tuple(classes) for classes in known.values()}) > 1:
-        lists = "; ".join(f"{name}: {len(classes)} {classes[:8]}" for name, classes in known.items())
-        raise ConfigError(f"DATASETS.TRAIN and DATASETS.TEST must have the same classes, got {lists}")
-    classes = next(iter(known.values()), None)
-    if node.NUM_CLASSES is None and classes is None:
+    if node.NUM_CLASSES is None and not known:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of {datasets} names its classes; set the number"
         )
+    classes = _order_of_classes(cfg, known) if known else None
     if node.NUM_CLASSES is None:
         node.NUM_CLASSES = len(classes)
     elif node.NUM_CLASSES == NUM_RAW_CLASSES and classes == list(coco_names()):
@@ -376,6 +377,41 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         )
     if classes is not None:
         node.CLASS_NAMES = list(classes)
+
+
+def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
+    """The classes of the model in their order.
+
+    Args:
+        cfg: the config.
+        known: data set -> its classes in its order; those of DATASETS.TRAIN come first.
+    """
+    node = cfg.MODEL.DN_DETR
+    found = list(dict.fromkeys(name for classes in known.values() for name in classes))
+    given = list(node.CLASS_NAMES)
+    as_many = len(given) == node.NUM_CLASSES and given != list(raw_names())
+    if set(given) == set(found) or (as_many and set(given) >= set(found)):
+        return given
+    trained = [known[name] for name in cfg.DATASETS.TRAIN if name in known]
+    if not trained:  # an evaluation: the names decide which rows of a checkpoint are meant
+        return found
+    most = max(trained, key=len)
+    lacking = {name: [x for x in classes if x not in set(most)] for name, classes in known.items()}
+    if lacking := {name: missing for name, missing in lacking.items() if missing}:
+        largest = next(name for name in cfg.DATASETS.TRAIN if known.get(name) == most)
+        others = "; ".join(f"{name} has {missing[:8]} besides" for name, missing in lacking.items())
+        raise ConfigError(
+            "DATASETS.TRAIN and DATASETS.TEST must have the same classes, or one of DATASETS.TRAIN those of all others: "
+            f"{largest} has {len(most)} {most[:8]}, {others}; write these names into the categories of {largest} too (a "
+            "category may be without objects), or take them out of the other file"
+        )
+    return list(most)
+
+
+def device_is_named(config_file: str, opts: list) -> bool:
+    """Whether the user has chosen MODEL.DEVICE, on the command line or in the file, rather than left it to the machine."""
+    content = read_config_file(config_file) if config_file else {}
+    return "MODEL.DEVICE" in opts or "DEVICE" in (content.get("MODEL") or {})
 
 
 def _null_for_auto(content: dict) -> dict:

@@ -6,6 +6,7 @@ import torch
 import yaml
 from conftest import ROOT, make_batch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from PIL import Image
@@ -245,3 +246,60 @@ def test_a_value_out_of_its_range_is_refused_with_key_and_value(key):
     for nonsense in [*bad, None]:
         with pytest.raises(ConfigError, match=key):
             setup_cfg("", [key, nonsense, "MODEL.DN_DETR.NUM_CLASSES", 3])
+
+
+def listed(name, folder, names):
+    """A one-image data set whose categories have these names in this order, as an entry of DATASETS.COCO_JSON."""
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 32, "width": 32}],
+        "categories": [{"id": 10 * i + 3, "name": x} for i, x in enumerate(names)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [4, 4, 9, 9]}],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return [name, str(folder / f"{name}.json"), str(folder)]
+
+
+@pytest.fixture
+def classes_of(tmp_path):
+    """classes_of({data set: names}, train, test, *opts) -> CLASS_NAMES; the sets are forgotten afterwards."""
+    made = []
+
+    def make(sets, train, test, *opts, splits=("TRAIN", "TEST")):
+        known = {name: f"{name}_{tmp_path.name}" for name in sets}
+        made.extend(known.values())
+        entries = [listed(known[name], tmp_path, names) for name, names in sets.items()]
+        used = ["DATASETS.TRAIN", tuple(known[x] for x in train), "DATASETS.TEST", tuple(known[x] for x in test)]
+        given = ["MODEL.DN_DETR.NUM_CLASSES", "auto", "DATASETS.COCO_JSON", entries, *used, *opts]
+        return list(setup_cfg("", given, splits=splits).MODEL.DN_DETR.CLASS_NAMES)
+
+    yield make
+    for name in set(made) & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_classes_are_the_same_if_their_names_are(classes_of):
+    sets = {"a": ["cat", "dog", "eel"], "swapped": ["eel", "cat", "dog"], "fewer": ["dog"]}
+    assert classes_of(sets, ["a"], ["swapped"]) == ["cat", "dog", "eel"]
+    assert classes_of(sets, ["swapped"], ["a", "fewer"]) == ["eel", "cat", "dog"]
+    assert classes_of(sets, ["fewer", "a"], []) == ["cat", "dog", "eel"]
+    assert classes_of(sets, [], ["fewer", "swapped"], splits=("TEST",)) == ["dog", "eel", "cat"]
+
+
+def test_the_order_of_a_finished_training_is_kept(classes_of):
+    """Its config.yaml has CLASS_NAMES and their number; a training on other classes does not keep them."""
+    sets = {"a": ["cat", "dog", "eel"], "fewer": ["dog"], "other": ["fox", "cat"]}
+    order = ["MODEL.DN_DETR.CLASS_NAMES", ["eel", "dog", "cat"]]
+    number = ["MODEL.DN_DETR.NUM_CLASSES", 3]
+    assert classes_of(sets, ["a"], ["fewer"], *order) == ["eel", "dog", "cat"]
+    assert classes_of(sets, [], ["fewer"], *order, *number, splits=("TEST",)) == ["eel", "dog", "cat"]
+    assert classes_of(sets, ["fewer"], [], *order) == ["dog"]
+    assert classes_of(sets, ["other"], [], *order) == ["fox", "cat"]
+
+
+def test_a_validation_set_with_classes_that_nobody_trains_names_both_files(classes_of):
+    sets = {"a": ["cat", "dog"], "more": ["dog", "fox", "cat"]}
+    with pytest.raises(ConfigError, match=r"a_.* has 2 \['cat', 'dog'\], more_.* has \['fox'\]"):
+        classes_of(sets, ["a"], ["more"])
+    assert classes_of(sets | {"mended": ["cat", "dog", "fox"]}, ["mended"], ["more"]) == ["cat", "dog", "fox"]

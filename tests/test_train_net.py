@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser
 from PIL import Image
 
 import train_net
+from dn_detr_d2 import ConfigError
 
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -169,3 +171,66 @@ def test_without_detectron2_the_import_says_what_to_run():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "dn_detr_d2 needs detectron2" in done.stderr.splitlines()[-1]
     assert "tools/install_detectron2.py" in done.stderr
+
+
+def test_the_cuda_backend_can_be_asked_for_where_there_is_a_gpu(monkeypatch):
+    """The check builds the model on the CPU, which has no CUDA kernel; that is no reason to refuse (GPU simulated)."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    asked = []
+    monkeypatch.setattr(train_net, "uses_kernel", lambda *given: asked.append(given))
+    opts = ["MODEL.DN_DETR.OP_BACKEND", "cuda", "MODEL.DEVICE", "cuda"]
+    train_net.check(default_argument_parser().parse_args(["--config-file", QUICK, *opts]))
+    assert asked == [("cuda", "cuda")]
+
+
+@pytest.mark.parametrize(("backend", "config", "refused"), [
+    ("cuda", "quickstart", True), ("cuda", "dn_detr_R50_50ep", False), ("cpu", "quickstart", False),
+    ("torch", "quickstart", False), ("auto", "quickstart", False),
+])  # fmt: skip
+def test_a_backend_that_the_device_lacks_is_refused_before_anything_starts(backend, config, refused):
+    """Only models that have the operator need it."""
+    sets = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "()", "MODEL.WEIGHTS", ""]
+    opts = [*sets, "MODEL.DN_DETR.NUM_CLASSES", "auto", "MODEL.DEVICE", "cpu", "MODEL.DN_DETR.OP_BACKEND", backend]
+    file = str(ROOT / "configs" / f"{config}.yaml")
+    args = default_argument_parser().parse_args(["--config-file", file, *opts])
+    if not refused:
+        assert train_net.check(args) > 0
+        return
+    with pytest.raises(ConfigError, match=r"OP_BACKEND.*needs tensors on cuda, got cpu"):
+        train_net.check(args)
+
+
+@pytest.mark.parametrize("place", ["file", "base", "command"])
+def test_a_cpu_that_was_asked_for_may_have_several_processes_wherever_it_was_asked_for(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    (tmp_path / "base.yaml").write_text(f"_BASE_: {QUICK}\n" + "MODEL: {DEVICE: cpu}\n" * (place == "base"))
+    (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\n" + "MODEL: {DEVICE: cpu}\n" * (place == "file"))
+    opts = ["MODEL.DEVICE", "cpu"] if place == "command" else []
+    line = ["--config-file", str(tmp_path / "a.yaml"), "--num-gpus", "2", *opts]
+    assert train_net.check(default_argument_parser().parse_args(line)) > 0
+
+
+WITHOUT = """
+import os, signal, sys
+for name in ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGALRM", "SIGHUP", "SIGQUIT", "pthread_sigmask", "sigtimedwait",
+             "sigwait", "sigwaitinfo", "setitimer", "alarm", "pthread_kill"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+for name in ("sysconf", "fork", "setsid", "killpg", "getpgid"):
+    delattr(os, name)
+import faulthandler
+del faulthandler.register
+import dn_detr_d2.doctor, dn_detr_d2.engine, dn_detr_d2.predictor, train_net
+from dn_detr_d2.training.signals import SIGNALS, StopRequest
+assert [signal.Signals(x).name for x in SIGNALS] == ["SIGTERM"]
+request = StopRequest()
+request.listen()
+request.release()
+"""
+
+
+def test_everything_imports_where_signals_are_those_of_windows():
+    """What Windows lacks is taken away before the import; the rest of Windows is not simulated."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

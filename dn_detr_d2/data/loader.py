@@ -5,6 +5,7 @@ import logging
 from detectron2.data import MetadataCatalog, build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
+from ..coco import raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
@@ -30,7 +31,7 @@ def build_train_loader(cfg):
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has seen to it that they have the same classes
         records = _counted_records(name)
         log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
-        everything += records
+        everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
         raise DatasetError(
@@ -61,8 +62,38 @@ def build_train_loader(cfg):
 
 def build_test_loader(cfg, dataset_name: str):
     """A loader that yields every image of a data set once, ``TEST.IMS_PER_BATCH`` at a time."""
-    records, workers = _counted_records(dataset_name), cfg.DATALOADER.NUM_WORKERS
+    records = in_model_order(_counted_records(dataset_name), dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
+    workers = cfg.DATALOADER.NUM_WORKERS
     return evaluation_loader(records, DetrDatasetMapper(cfg, False), cfg.TEST.IMS_PER_BATCH, workers)
+
+
+def in_model_order(records: list[dict], dataset_name: str, class_names: list[str]) -> list[dict]:
+    """The records with the classes of the model in the place of those of their data set, found by name.
+
+    Args:
+        records: dataset dicts; they stay as they are.
+        dataset_name: registered; if it has no class names, its numbers are taken for those of the model.
+        class_names: of the model, [] if unknown. Where they are COCO's 91 raw ids, the mapper translates.
+
+    Raises:
+        DatasetError: the data set has a class that the model has not.
+    """
+    own = MetadataCatalog.get(dataset_name).get("thing_classes")
+    if not own or not class_names or list(own) == list(class_names) or list(class_names) == list(raw_names()):
+        return records
+    place = {name: i for i, name in enumerate(class_names)}
+    if unknown := [name for name in own if name not in place]:
+        raise DatasetError(
+            f"data set {dataset_name!r} has the classes {unknown[:8]}, which the model has not: {list(class_names)[:8]}; set "
+            "MODEL.DN_DETR.NUM_CLASSES to auto, or take them out of its file"
+        )
+    new = [place[name] for name in own]
+    return [
+        record | {"annotations": [x | {"category_id": new[x["category_id"]]} for x in record["annotations"]]}
+        if record.get("annotations")
+        else record
+        for record in records
+    ]
 
 
 def _counted_records(dataset_name: str) -> list[dict]:
@@ -84,7 +115,7 @@ def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
         dataset_name: a registered data set.
         num_images: how many, see :func:`probe_records`.
     """
-    return load_annotated(cfg, probe_records(dataset_name, num_images))
+    return load_annotated(cfg, probe_records(cfg, dataset_name, num_images))
 
 
 def load_annotated(cfg, records: list[dict]):
@@ -95,21 +126,22 @@ def load_annotated(cfg, records: list[dict]):
 def build_annotated_batch(cfg, dataset_name: str, num_images: int) -> list[dict]:
     """The first images with boxes as one batch, the same on every rank."""
     mapper = AnnotatedDatasetMapper(cfg)
-    with_boxes = [record for record in probe_records(dataset_name, 0) if has_boxes(record)]
+    with_boxes = [record for record in probe_records(cfg, dataset_name, 0) if has_boxes(record)]
     return [mapper(record) for record in with_boxes[:num_images]]
 
 
-def probe_records(dataset_name: str, num_images: int) -> list[dict]:
+def probe_records(cfg, dataset_name: str, num_images: int) -> list[dict]:
     """A fixed choice of images: evenly spaced in the order of the image ids, so that neighbours in a film are spread.
 
     Args:
+        cfg: for the classes of the model.
         dataset_name: a registered data set.
         num_images: how many; 0, or more than there are, means all.
 
     Raises:
         DatasetError: there is no image, or none of those chosen has a box.
     """
-    records = records_of(dataset_name)
+    records = in_model_order(records_of(dataset_name), dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = sorted(records, key=lambda record: sort_key(record["image_id"]))
     count = min(num_images or len(records), len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]

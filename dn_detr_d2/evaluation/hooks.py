@@ -44,7 +44,7 @@ def build_instruments(cfg) -> list[HookBase]:
                 f"TEST.INSTABILITY.HEALTH_SCALES = {list(node.HEALTH_SCALES)} measures denoising queries, but "
                 "MODEL.DN_DETR.DENOISING.NAME is ''; set it to []"
             )
-        records = probe_records(cfg.DATASETS.TEST[0], node.NUM_IMAGES)
+        records = probe_records(cfg, cfg.DATASETS.TEST[0], node.NUM_IMAGES)
         hooks.append(
             InstabilityHook(
                 load_annotated(cfg, records),
@@ -68,7 +68,7 @@ def _validation_sets(cfg) -> dict[str, Iterable[list[dict]]]:
             f"TEST.VALIDATION_LOSS = {count} measures on DATASETS.TEST, which is empty; name a data set or set it to 0"
         )
     prefixes = ["validation/"] if len(sets) == 1 else [f"{name}/validation/" for name in sets]
-    loaders = [load_annotated(cfg, probe_records(name, count)) for name in sets]
+    loaders = [load_annotated(cfg, probe_records(cfg, name, count)) for name in sets]
     return dict(zip(prefixes, loaders, strict=True))
 
 

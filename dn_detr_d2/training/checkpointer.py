@@ -106,9 +106,26 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         if self.resuming:
-            return read_resumable(Path(filename))
+            content = read_resumable(Path(filename))
+            self._refuse_other_classes(list(content.get("class_names") or []))
+            return content
         file = read_checkpoint(filename, averaged=self.averaged)
         return {"model": file.state, "class_names": file.class_names}
+
+    def _refuse_other_classes(self, theirs: list[str]) -> None:
+        """A training that is resumed with its classes in another order would exchange their labels."""
+        if not theirs or not self.class_names or theirs == self.class_names:
+            return
+        row = next((i for i, pair in enumerate(zip(theirs, self.class_names, strict=False)) if len({*pair}) > 1), 0)
+        way_out = (
+            "resume with the config.yaml beside it, whose MODEL.DN_DETR.CLASS_NAMES keeps the order"
+            if set(theirs) == set(self.class_names)
+            else "start anew with it as MODEL.WEIGHTS, without --resume and in another OUTPUT_DIR"
+        )
+        raise CheckpointError(
+            f"checkpoint {str(self.found)!r} is of a training on {len(theirs)} classes, {theirs[:8]}, but DATASETS now has "
+            f"{len(self.class_names)}, {self.class_names[:8]}, and class {row} is another one; {way_out}"
+        )
 
     def _load_model(self, checkpoint: dict):
         if not self.resuming:

@@ -2,12 +2,12 @@ import copy
 import logging
 
 import pytest
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
-from dn_detr_d2.data.loader import probe_records
+from dn_detr_d2.data.loader import in_model_order, probe_records
 from dn_detr_d2.data.summary import summarise
 
 SHAPES = [
@@ -64,9 +64,10 @@ def test_a_probe_shows_the_same_annotated_images_each_time_as_evaluation_shows_t
             assert x["instances"].gt_index.tolist() == list(range(len(wanted)))
 
 
-def test_zero_or_too_many_probe_images_are_all():
+def test_zero_or_too_many_probe_images_are_all(toy_cfg):
+    cfg = toy_cfg("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", 3)
     for wanted in (0, 500):
-        ids = [record["image_id"] for record in probe_records("shapes_val", wanted)]
+        ids = [record["image_id"] for record in probe_records(cfg, "shapes_val", wanted)]
         assert ids == sorted(record["image_id"] for record in DatasetCatalog.get("shapes_val"))
 
 
@@ -122,3 +123,19 @@ def test_a_summary_counts_what_the_mapper_will_do():
     )
     assert (found["boxes"], found["crowds"], found["empty"], found["fullest_name"]) == (5, 1, 1, "x.png")
     assert list(found["problems"].values()) == [1, 1, 1, 1]
+
+
+def test_records_get_the_numbers_that_the_model_gives_to_their_classes():
+    """Square, circle and a class of the model that the data set does not have; annotations stay as they are."""
+    own = MetadataCatalog.get("shapes_val").thing_classes
+    records = DatasetCatalog.get("shapes_val")[:20]
+    before = copy.deepcopy(records)
+    order = ["moon", *own[::-1]]
+    moved = in_model_order(records, "shapes_val", order)
+    assert records == before
+    for old, new in zip(before, moved, strict=True):
+        names = [own[x["category_id"]] for x in old["annotations"]]
+        assert [order[x["category_id"]] for x in new["annotations"]] == names
+    assert in_model_order(records, "shapes_val", list(own)) is records
+    with pytest.raises(DatasetError, match="which the model has not"):
+        in_model_order(records, "shapes_val", order[:2])

@@ -168,7 +168,8 @@ ERRORS = {
 
 @pytest.mark.parametrize(("where", "ranks", "workers"), [
     ("training", 1, 0), ("training", 1, 1), ("training", 1, 4), ("training", 2, 2),
-    ("evaluation", 1, 2), ("evaluation", 2, 2), ("hook", 1, 2), ("hook", 2, 1), ("construction", 1, 2), ("construction", 2, 2),
+    ("evaluation", 1, 2), ("evaluation", 2, 2), ("hook", 1, 2), ("hook", 2, 1),
+    ("construction", 1, 2), ("construction", 2, 2),
 ])  # fmt: skip
 def test_exit_1_after_an_error_with_its_cause_in_the_last_line(tmp_path, program, sets, where, ranks, workers):
     more = {
@@ -220,7 +221,7 @@ def test_exit_of_all_when_the_main_process_is_killed(tmp_path, program, sets):
 
 
 def test_exit_of_the_program_as_it_is_started(tmp_path, sets):
-    """The same without the server of the other tests: a damaged image with loader processes, and SIGTERM to the main process."""
+    """Without the server of the other tests: a damaged image with loader processes, and SIGTERM to the main process."""
     whole = [sys.executable, str(ROOT / "train_net.py"), *line(tmp_path / "bad", sets, train="bad")]
     start = time.monotonic()
     done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)

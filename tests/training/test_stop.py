@@ -85,7 +85,7 @@ def test_the_signals_are_given_back():
 
 def test_the_help_tells_of_the_exit_code():
     done = subprocess.run([sys.executable, "train_net.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert "checkpoint and exit code 75" in done.stdout
+    assert "with a checkpoint and exit code 75" in " ".join(done.stdout.split())
 
 
 def test_a_stop_after_an_iteration_that_was_printed_anyway_is_no_division_by_zero(caplog):
