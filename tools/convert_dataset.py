@@ -98,9 +98,9 @@ def refuse_empty(found: Conversion, allowed: bool) -> None:
     """Raises DatasetError for a set without boxes or classes, with all that was noticed."""
     content = found.content
     if not content["annotations"] and not allowed:
-        noticed = "".join(f"; {line}" for line in [*found.tally.lines(), found.hint] if line)
         raise DatasetError(
-            f"no box in {len(content['images'])} pictures{noticed}; --allow-empty writes a set without boxes all the same"
+            f"no box in {len(content['images'])} pictures{found.tally}{'; ' * bool(found.hint)}{found.hint}; --allow-empty "
+            "writes a set without boxes all the same"
         )
     if not content["images"]:
         raise DatasetError("no picture is left; nothing can be trained or evaluated on that")

@@ -57,6 +57,10 @@ class Tally:
             for kind, places in self._places.items()
         ]
 
+    def __str__(self) -> str:
+        """All lines as the end of a sentence."""
+        return "".join(f"; {line}" for line in self.lines())
+
 
 @dataclass(frozen=True)
 class Thing:

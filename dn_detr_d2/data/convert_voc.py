@@ -164,6 +164,11 @@ def _polygon(thing: ElementTree.Element) -> list[float]:
     return values if len(values) >= 6 else []
 
 
+def _parent(file: str) -> str:
+    """The folder of a relative path, "" if there is none."""
+    return file.rpartition("/")[0]
+
+
 class Pictures:
     """Finds pictures by what an .xml says, among ``files`` relative to ``folder``."""
 
@@ -177,19 +182,28 @@ class Pictures:
             self._stems[path.stem].append(file)
 
     def by_filename(self, filename: str, parent: str) -> str | None:
-        """The picture that <filename> of an .xml in the folder ``parent`` names: as it stands, then its last part, with
-        another ending, or without; raises DatasetError if several would do."""
+        """The picture that <filename> of an .xml in the folder ``parent`` names, None if it names none.
+
+        Looked for as it is written, then by its last part, in ``parent`` first, there also with another ending.
+
+        Raises:
+            DatasetError: several pictures fit.
+        """
         if not filename:
             return None
         name = PurePosixPath(normal(filename.replace("\\", "/")))
-        for path in (PurePosixPath(parent, name), name, PurePosixPath(parent, name.name)):
+        stem = name.stem if name.suffix.lower() in SUFFIXES else name.name
+        for path in (
+            PurePosixPath(parent, name),
+            name if len(name.parts) > 1 else None,
+            PurePosixPath(parent, name.name),
+        ):
             if str(path) in self._paths:
                 return self._paths[str(path)]
-        if found := self._only(self._names.get(name.name, []), parent, filename):
+        beside = [file for file in self._stems.get(stem, []) if _parent(file) == parent]
+        if found := self._only(beside or self._names.get(name.name, []), parent, filename):
             return found
-        if self._is_file(filename):  # without a known ending
-            return filename
-        return self.by_stem(name.stem if name.suffix.lower() in SUFFIXES else name.name, parent)
+        return filename if self._is_file(filename) else self.by_stem(stem, parent)
 
     def by_stem(self, stem: str, parent: str) -> str | None:
         """The picture called ``stem``, in ``parent`` first; raises DatasetError if there are several."""
@@ -204,7 +218,7 @@ class Pictures:
 
     @staticmethod
     def _only(files: list[str], parent: str, name: str) -> str | None:
-        files = [file for file in files if str(PurePosixPath(file).parent) == (parent or ".")] or files
+        files = [file for file in files if _parent(file) == parent] or files
         if len(files) > 1:
             raise DatasetError(
                 f"the pictures {files[0]} and {files[1]} fit the name {name!r:.200}; write the path of the right one into "
@@ -222,7 +236,7 @@ def convert_voc(labels: Path, images: Path, names: list[str], options: Options) 
     tally, faults = Tally(), []
     files = walk(labels, (".xml",), tally)
     if not files:
-        raise DatasetError(f"no .xml in {labels} was found")
+        raise DatasetError(f"no .xml in {labels} was found{tally}")
     folder, real = ImageFolder(images), [os.path.realpath(labels)]
     found = walk(images, SUFFIXES, tally if os.path.realpath(images) != real[0] else Tally())
     annotations = {}
@@ -268,8 +282,7 @@ def _claims(
     """{picture: its .xml}; two .xml of one picture, and names that fit several pictures, are faults."""
     named, own = {}, {}
     for file, annotation in annotations.items():
-        path = PurePosixPath(file)
-        parent = str(path.parent).removeprefix(".")
+        path, parent = PurePosixPath(file), _parent(file)
         try:
             named[file] = pictures.by_filename(annotation.filename, parent) if match != "stem" else None
             own[file] = _own(pictures, path.stem, parent, named[file]) if match != "filename" else None
@@ -286,9 +299,11 @@ def _claims(
             claims[picture].append(file)
     for picture, claiming in claims.items():
         if len(claiming) > 1:
+            differ = match == "auto" and len({own[file] for file in claiming} - {None}) == len(claiming)
+            way_out = "correct <filename>, or find pictures by the names of the .xml with --match stem"
             faults.append(
-                f"{labels / claiming[1]}: its picture is {picture}, as that of {labels / claiming[0]}; correct <filename>, "
-                "or find pictures by the names of the .xml with --match stem"
+                f"{labels / claiming[1]}: its picture is {picture}, as that of {labels / claiming[0]}; "
+                + (way_out if differ else "correct <filename> or take one of them away")
             )
     return claims
 

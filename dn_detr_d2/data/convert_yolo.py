@@ -33,6 +33,7 @@ from .yolo_yaml import Names, Split, labels_folder
 
 LIMIT = 1.5  # of a coordinate in [0, 1]: what sticks out further is no rounding but another unit
 MANY = 10  # boxes from which a set can be told to follow another convention
+SUSPICIOUS = 0.25  # part of the boxes that stick out
 SAMPLE = 100  # pictures whose label files are searched elsewhere
 TOLERANCE = 1.01  # of a coordinate in [0, 1], as in Ultralytics
 # [x, y, w, h] of the four numbers of a box.
@@ -207,9 +208,9 @@ class Reader:
             self._fits[key] &= min(x, y) >= 1 - TOLERANCE and min(w, h) > 0 and max(x + w, y + h) <= TOLERANCE
 
     def refuse_other_conventions(self) -> None:
-        """Raises DatasetError if most boxes stick out of their pictures, and none would if read in another convention."""
+        """Raises DatasetError if many boxes stick out of their pictures, and none would in another convention."""
         fitting = [key for key, fits in self._fits.items() if fits]
-        if self.options.boxes is None and self._boxes >= MANY and 2 * self._outside > self._boxes and fitting:
+        if self.options.boxes is None and self._boxes >= MANY and SUSPICIOUS * self._boxes < self._outside and fitting:
             raise DatasetError(
                 f"{self._outside} of {self._boxes} boxes stick out of their pictures when read as cx cy w h, none as "
                 f"{' '.join(fitting[0])}; --boxes {fitting[0]} reads them so, --boxes cxcywh as they are"
@@ -226,7 +227,9 @@ def convert_folders(labels: Path, images: Path, classes: Names, options: Options
     for image in walk(images, SUFFIXES, tally):
         pairs += _pair(folders, (labels / image).parent, image, images, faults)
     if not pairs and not faults:
-        raise DatasetError(f"no image in {images} was found; it must hold files that end in {', '.join(SUFFIXES)}")
+        raise DatasetError(
+            f"no image in {images} was found; it must hold files that end in {', '.join(SUFFIXES)}{tally}"
+        )
     _count_orphans(labels, folders, tally)
     conversion = _convert(pairs, images, [os.path.realpath(labels)], Reader(classes, options, tally), faults)
     return Conversion(*conversion, hint=_hint(labels, images, pairs))
@@ -254,7 +257,7 @@ def convert_split(split: Split, classes: Names, options: Options) -> Conversion:
         image = Path(os.path.relpath(file, common)).as_posix()
         pairs += _pair(folders, labels_folder(Path(os.path.abspath(file)).parent), image, common, faults)
     if not pairs and not faults:
-        raise DatasetError(f"no image in {', '.join(map(str, split.folders)) or common} was found")
+        raise DatasetError(f"no image in {', '.join(map(str, split.folders)) or common} was found{tally}")
     for folder in split.folders:
         _count_orphans(labels_folder(Path(os.path.abspath(folder))), folders, tally)
     near = {labels_folder(Path(os.path.abspath(folder))) for folder in (common, *split.folders)} | {split.root}

@@ -18,6 +18,8 @@ from .convert import SUFFIXES, lines_of, read_text, whole_number
 YAML = (".yaml", ".yml")
 SPLITS = ("train", "val", "test")
 NULL = "tag:yaml.org,2002:null"
+SHORT = reprlib.Repr()  # of what may be nested without end
+SHORT.maxlevel, SHORT.maxother, SHORT.maxstring = 2, 200, 200
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def read_yaml(path: Path) -> dict:
     except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise DatasetError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise DatasetError(f"{path} holds no class names: it must be a mapping with names, got {reprlib.repr(content)}")
+        raise DatasetError(f"{path} holds no class names: it must be a mapping with names, got {SHORT.repr(content)}")
     return content
 
 
@@ -94,12 +96,13 @@ def _names_of(content: dict, path: Path) -> list:
         names = _in_order(names, path)
     if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
         raise DatasetError(
-            f"{path} holds no class names: names must be a list, or {{0: name, 1: ...}}, got {reprlib.repr(names)}"
+            f"{path} holds no class names: names must be a list, or {{0: name, 1: ...}}, got {SHORT.repr(names)}"
         )
     count = content.get("nc", len(names))
     if _count(count) != len(names):
         raise DatasetError(
-            f"{path} says nc: {reprlib.repr(count)}, but names {len(names)} classes {names[:10]}; take nc out, or correct the names"
+            f"{path} says nc: {SHORT.repr(count)}, but names {len(names)} classes {names[:10]}; take nc out, or correct the "
+            "names"
         )
     return names
 
@@ -135,7 +138,7 @@ def _keypoints(content: dict, path: Path) -> int:
     counts = [_count(value) for value in shape] if isinstance(shape, list) else []
     if len(counts) != 2 or min(counts) < 0:
         raise DatasetError(
-            f"{path} has kpt_shape: {reprlib.repr(shape)}; it must be [number of key points, 2 or 3], or left out"
+            f"{path} has kpt_shape: {SHORT.repr(shape)}; it must be [number of key points, 2 or 3], or left out"
         )
     return counts[0] * counts[1]
 
@@ -170,11 +173,11 @@ def read_split(path: Path, split: str) -> Split:
     if not isinstance(entries, list) or not entries or not all(isinstance(x, str) and x for x in entries):
         there = [key for key in SPLITS if content.get(key)]
         raise DatasetError(
-            f"{path} has {split}: {reprlib.repr(content.get(split))}, which is no folder or list; it has {there}"
+            f"{path} has {split}: {SHORT.repr(content.get(split))}, which is no folder or list; it has {there}"
         )
     base = content.get("path") or "."
     if not isinstance(base, str):
-        raise DatasetError(f"{path} has path: {reprlib.repr(base)}; it must be a folder")
+        raise DatasetError(f"{path} has path: {SHORT.repr(base)}; it must be a folder")
     root = next((place for place in (path.parent / base, Path(base)) if place.is_dir()), None)
     moved, root = ("", root) if root is not None else (base, path.parent)
     folders, files = [], []
