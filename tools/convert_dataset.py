@@ -119,9 +119,10 @@ def write(content: dict, path: str) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Prints ``text``, also with file names that the terminal's encoding cannot show."""
+    """Prints one line, also with file names that the terminal's encoding cannot show, or that hold control characters."""
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 

@@ -12,23 +12,9 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from ..errors import DatasetError
-from .convert import (
-    SUFFIXES,
-    Conversion,
-    Scene,
-    Tally,
-    Thing,
-    best_folder,
-    bounding_box,
-    check_label_file,
-    coco_content,
-    normal,
-    number,
-    place,
-    read_scenes,
-    walk,
-)
+from .convert import Conversion, Scene, Thing, bounding_box, coco_content, place, read_scenes
 from .images import ImageFolder, image_size
+from .label_files import SUFFIXES, Tally, best_folder, check_label_file, normal, number, walk
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 LINE = " line"  # an attribute that no file can have: the line where an element begins
@@ -77,12 +63,12 @@ def parse_xml(data: bytes) -> ElementTree.Element:
     builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()
     parser.buffer_text = True
 
-    def refuse(*_):
+    def _refuse(*_):
         raise DatasetError(
             f"line {parser.CurrentLineNumber} has a document type (<!DOCTYPE>), which is not read; take it out"
         )
 
-    parser.StartDoctypeDeclHandler = refuse
+    parser.StartDoctypeDeclHandler = _refuse
     parser.StartElementHandler = lambda name, keys: builder.start(name, keys | {LINE: str(parser.CurrentLineNumber)})
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data

@@ -10,25 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
-from .convert import (
-    SUFFIXES,
-    Conversion,
-    Scene,
-    Tally,
-    Thing,
-    best_folder,
-    bounding_box,
-    check_label_file,
-    coco_content,
-    lines_of,
-    normal,
-    number,
-    place,
-    read_scenes,
-    read_text,
-    walk,
-)
+from .convert import Conversion, Scene, Thing, bounding_box, coco_content, place, read_scenes
 from .images import ImageFolder, image_size
+from .label_files import SUFFIXES, Tally, best_folder, check_label_file, lines_of, normal, number, read_text, walk
 from .yolo_yaml import Names, Split, labels_folder
 
 LIMIT = 1.5  # of a coordinate in [0, 1]: what sticks out further is no rounding but another unit
@@ -51,6 +35,7 @@ REPEATED = "lines that repeat an earlier one of their file, dropped"
 POLYGONS = "polygons, kept as segmentation, with their bounding boxes"
 POSES = "lines with key points, of which only the box is kept"
 CONFIDENCES = "confidences, left out"
+SHARED = "pictures that share the label file of another one, as their names differ in the ending only"
 TWICE = "pictures that are listed twice, kept once"
 MOVED = "path of the data.yaml does not exist, its own folder is taken"
 
@@ -76,7 +61,8 @@ class Pair:
 class LabelFolders:
     """Finds label files by the names of images: .txt in any case, names in any normalisation of Unicode."""
 
-    def __init__(self):
+    def __init__(self, tally: Tally):
+        self._tally = tally
         self._folders: dict[Path, dict[str, list[str]]] = {}
         self.used: set[Path] = set()
 
@@ -89,7 +75,10 @@ class LabelFolders:
                 if name.lower().endswith(".txt"):
                     listing.setdefault(normal(name[:-4]), []).append(name)
         found = self._folders[folder].get(normal(Path(image).stem), [])
-        self.used |= {folder / name for name in found}
+        paths = {folder / name for name in found}
+        if paths & self.used:
+            self._tally.add(SHARED, image)
+        self.used |= paths
         if len(found) > 1:
             raise DatasetError(f"{folder} has {found[0]} and {found[1]} for the image {image}; take one away")
         return folder / found[0] if found else None
@@ -145,7 +134,7 @@ class Reader:
             label, *values = map(number, fields)
         except ValueError as error:
             hint = "; numbers are parted by blanks" if any("," in text for text in fields) else ""
-            raise DatasetError(f"has {error}, it must be: class cx cy w h{hint}") from None
+            raise DatasetError(f"has {error}; it must be: class cx cy w h{hint}") from None
         if label != int(label) or not 0 <= label < len(self.names):
             raise DatasetError(
                 f"has class {fields[0]}, but there are {len(self.names)} class names, for the classes 0 .. "
@@ -223,7 +212,8 @@ def convert_folders(labels: Path, images: Path, classes: Names, options: Options
     Raises:
         DatasetError: no image, or boxes that follow another convention. What one file has is among the ``faults``.
     """
-    tally, folders, faults, pairs = Tally(), LabelFolders(), [], []
+    tally, faults, pairs = Tally(), [], []
+    folders = LabelFolders(tally)
     for image in walk(images, SUFFIXES, tally):
         pairs += _pair(folders, (labels / image).parent, image, images, faults)
     if not pairs and not faults:
@@ -243,7 +233,8 @@ def convert_split(split: Split, classes: Names, options: Options) -> Conversion:
     Raises:
         DatasetError: as :func:`convert_folders`.
     """
-    tally, folders, faults, pairs = Tally(), LabelFolders(), [], []
+    tally, faults, pairs = Tally(), [], []
+    folders = LabelFolders(tally)
     files = [folder / name for folder in split.folders for name in walk(folder, SUFFIXES, tally)] + split.files
     common = _common(split)
     seen = set()
@@ -306,7 +297,7 @@ def _convert(
 def _sources(
     pairs: list[Pair], folder: ImageFolder, label_roots: list[str], reader: Reader
 ) -> Iterator[tuple[Path, Callable[[], Scene]]]:
-    def load(pair: Pair) -> Scene:
+    def _load(pair: Pair) -> Scene:
         size = image_size(folder.find(pair.image))
         if pair.labels is None:
             reader.tally.add(NO_LABEL_FILE, pair.image)
@@ -315,7 +306,7 @@ def _sources(
         return Scene(pair.image, size, reader.read(pair.labels, size))
 
     for pair in pairs:
-        yield pair.labels or Path(pair.image), lambda pair=pair: load(pair)
+        yield pair.labels or Path(pair.image), lambda pair=pair: _load(pair)
 
 
 def _hint(labels: Path, images: Path, pairs: list[Pair]) -> str:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import yaml
 
 from ..errors import DatasetError
-from .convert import SUFFIXES, lines_of, read_text, whole_number
+from .label_files import SUFFIXES, lines_of, read_text, whole_number
 
 YAML = (".yaml", ".yml")
 SPLITS = ("train", "val", "test")
@@ -196,7 +196,7 @@ def read_split(path: Path, split: str) -> Split:
 
 def _find(root: Path, entry: str) -> Path | None:
     for name in (entry, entry.removeprefix("../")):
-        if (root / name).exists():
+        if (root / name).is_dir() or (root / name).is_file():  # not a pipe, which would be waited for
             return Path(os.path.normpath(root / name))
     return None
 

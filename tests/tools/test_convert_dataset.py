@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from dn_detr_d2.data import convert, convert_voc, convert_yolo, load_coco_json
+from dn_detr_d2.data import convert, convert_voc, convert_yolo, label_files, load_coco_json
 
 VOC = """<annotation><filename>a.png</filename><object><name>cat</name><difficult>1</difficult>
 <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>"""
@@ -366,18 +366,18 @@ def test_hidden_files_are_skipped_and_counted_once(folders, capsys):
     (folders / "images" / "__MACOSX" / "a.png").write_bytes(b"\0")
     code, content = yolo(folders, "0 0.5 0.5 1 1")
     assert (code, sorted(by_picture(content))) == (0, ["a.png", "sub/b.png"])
-    assert noted(capsys.readouterr().out)[convert.HIDDEN] == 5
+    assert noted(capsys.readouterr().out)[label_files.HIDDEN] == 5
     (folders / "images" / "a.txt").write_text("0 0.5 0.5 1 1")
     one = [str(folders / "images")] * 2
     assert tool.run(["yolo", *one, str(folders / "o.json"), "--names", str(folders / "classes.txt")]) == 0
-    assert noted(capsys.readouterr().out)[convert.HIDDEN] == 3
+    assert noted(capsys.readouterr().out)[label_files.HIDDEN] == 3
 
 
 def test_names_are_compared_whatever_the_normalisation_of_unicode(folders):
-    pictures(folders, "caf\u00e9.png")
-    (folders / "labels" / "cafe\u0301.txt").write_text("0 0.5 0.5 1 1")
+    pictures(folders, "\u00e9t\u00e9.png")
+    (folders / "labels" / "e\u0301te\u0301.txt").write_text("0 0.5 0.5 1 1")
     code, content = yolo(folders, "")
-    assert (code, by_picture(content)["caf\u00e9.png"]) == (0, [("cat", [0, 0, 30, 20])])
+    assert (code, by_picture(content)["\u00e9t\u00e9.png"]) == (0, [("cat", [0, 0, 30, 20])])
 
 
 def test_bad_files_are_left_out_if_told(folders, capsys):
@@ -411,7 +411,7 @@ def test_pictures_behind_links_stay_in_their_folder(folders, capsys):
     (folders / "images" / "c.png").unlink()
     code, content = yolo(folders, "0 0.5 0.5 1 1")
     assert (code, sorted(by_picture(content))) == (0, ["a.png", "sub/b.png"])
-    assert noted(capsys.readouterr().out)[convert.LINKED] == 1
+    assert noted(capsys.readouterr().out)[label_files.LINKED] == 1
 
 
 def test_names_that_are_not_utf_8_do_not_stop_the_command(folders):
@@ -455,6 +455,21 @@ def test_a_file_that_cannot_be_written_is_code_1_and_leaves_nothing(folders):
     folder = str(folders / "labels")
     out = folders / "nowhere" / "out.json"
     assert tool.run(["yolo", folder, str(folders / "images"), str(out), "--names", str(folders / "classes.txt")]) == 1
+
+
+def test_a_file_name_cannot_write_to_the_terminal(folders, capsys):
+    (folders / "labels" / "x\nerror: \x1b[31m.txt").touch()
+    assert yolo(folders, "0 0.5 0.5 1 1")[0] == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\nerror" not in out
+
+
+def test_pictures_that_share_a_label_file_are_counted(folders, capsys):
+    pictures(folders, "a.jpg")
+    code, content = yolo(folders, "0 0.5 0.5 1 1")
+    assert (code, [len(by_picture(content)[name]) for name in ("a.jpg", "a.png")]) == (0, [1, 1])
+    assert noted(capsys.readouterr().out)[convert_yolo.SHARED] == 1
 
 
 # YOLO: data.yaml
@@ -557,10 +572,12 @@ def test_a_path_that_does_not_exist_is_counted(splits, capsys):
         ("names: {1: cat, 2: dog}\ntrain: images/train", "[1, 2]"), ("names: {a: cat}\ntrain: images/train", "'a'"),
         ("names: {0.5: cat}\ntrain: images/train", "'0.5'"), ("names: {0: cat, 0: dog}\ntrain: images/train", "'0'"),
         ("nc: 3\n" + NAMES + "train: images/train", "3"), ("nc: two\n" + NAMES + "train: images/train", "two"),
-        ("nc: 2\nnames: nut\ntrain: images/train", "nut"), ("names: [[cat]]\ntrain: images/train", "cat"),
+        (NAMES + "train: pipe", "pipe"), ("nc: 2\nnames: nut\ntrain: images/train", "nut"),
+        ("names: [[cat]]\ntrain: images/train", "cat"),
     ],
 )  # fmt: skip
 def test_a_data_yaml_that_contradicts_itself_is_named(splits, capsys, text, value):
+    os.mkfifo(splits / "pipe")  # opening it would wait for ever
     assert data_yaml(splits, text) == (1, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "data.yaml" in sentence
@@ -815,7 +832,7 @@ def test_hidden_xml_are_skipped_and_counted(folders, capsys):
     for name in ("._a.xml", ".DS_Store"):
         (folders / "labels" / name).write_bytes(b"\0\5\x16\7")
     assert run(folders, "voc")[0] == 0
-    assert noted(capsys.readouterr().out)[convert.HIDDEN] == 2
+    assert noted(capsys.readouterr().out)[label_files.HIDDEN] == 2
 
 
 def test_sentences_about_xml_name_the_line(folders, capsys):
