@@ -22,6 +22,7 @@ LINE = " line"  # an attribute that no file can have: the line where an element 
 NO_PICTURE = "label files without a picture, left out"
 NO_XML = "pictures without an .xml, left out"
 BY_STEM = "pictures found by the name of the .xml, because <filename> is missing or names none"
+ALIKE = "pictures that <filename> names with another folder or ending, or without"
 CROSSED = "pictures found by the name of the .xml, because <filename> names the picture of another .xml"
 BY_FILENAME = "pictures found by <filename>, though the .xml has the name of another picture"
 SWAPPED = "boxes with corners in the wrong order, put in order"
@@ -200,7 +201,7 @@ class Pictures:
             self._folder.find(filename)
         except DatasetError:
             return False
-        return True
+        return not os.path.isabs(filename)
 
     @staticmethod
     def _only(files: list[str], parent: str, name: str) -> str | None:
@@ -281,8 +282,11 @@ def _claims(
         picture, kind = _decide(by_filename, own[file], counts[by_filename] == 1 and by_filename in owners)
         if (kind and match == "auto") or kind == NO_PICTURE:
             tally.add(kind, file)
-        if picture is not None:
-            claims[picture].append(file)
+        if picture is None:
+            continue
+        claims[picture].append(file)
+        if picture == by_filename and annotations[file].filename not in (picture, PurePosixPath(picture).name):
+            tally.add(ALIKE, file)
     for picture, claiming in claims.items():
         if len(claiming) > 1:
             differ = match == "auto" and len({own[file] for file in claiming} - {None}) == len(claiming)
@@ -370,9 +374,9 @@ def _hint(images: Path, files: list[str]) -> str:
     """Where pictures with the names of ``files`` lie, in words."""
     stems = {PurePosixPath(file).stem for file in files}
 
-    def score(folder: Path) -> int:
+    def _score(folder: Path) -> int:
         names = (name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES))
         return sum(os.path.splitext(name)[0] in stems for name in names)
 
-    folder, found = best_folder(images, score)
+    folder, found = best_folder(images, _score)
     return f"{found} pictures with the names of the .xml lie in {folder}; give that folder as IMAGES" if found else ""

@@ -18,7 +18,7 @@ SUFFIXES = (
 )
 EXAMPLES = 5  # names listed of each kind
 LARGEST_SEARCH = 500  # folders looked into for files that are not where they were expected
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 HIDDEN = "hidden files and folders, not read"
 LINKED = "links to folders, not followed"

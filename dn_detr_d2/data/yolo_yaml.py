@@ -209,7 +209,8 @@ def _listed(file: Path, root: Path) -> list[Path]:
         raise DatasetError(f"{file}: {error}") from None
     found = []
     for name in (line.replace("\\", "/") if os.sep == "/" else line for line in lines if line):
-        places = [base / name for base in (file.parent, root, Path())]
+        names = (name, name.removeprefix("data/"))  # CVAT writes "data/images/..." beside a folder images
+        places = [base / name for name in names for base in (file.parent, root, Path())]
         found.append(Path(os.path.normpath(next((place for place in places if place.exists()), places[0]))))
     return found
 

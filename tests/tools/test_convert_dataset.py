@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import convert_dataset as tool
 import pytest
@@ -472,6 +473,17 @@ def test_pictures_that_share_a_label_file_are_counted(folders, capsys):
     assert noted(capsys.readouterr().out)[convert_yolo.SHARED] == 1
 
 
+def test_long_nonsense_is_refused_soon(folders, capsys):
+    start = time.monotonic()
+    assert yolo(folders, "0 0.5 0.5 1 " + "9" * 1_000_000 + "x") == (1, None)
+    (folders / "labels" / "a.xml").write_text("<annotation>" * 200_000)
+    assert run(folders, "voc") == (1, None)
+    (folders / "labels" / "a.xml").write_text("<annotation>" * 200_000 + "</annotation>" * 200_000)
+    assert run(folders, "voc") == (1, None)
+    assert time.monotonic() - start < 20
+    assert len(capsys.readouterr().err) < 5000
+
+
 # YOLO: data.yaml
 
 
@@ -494,6 +506,7 @@ def splits(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{label} 0.5 0.5 1 1")
     (tmp_path / "train.txt").write_text("./images/train/t1.png\nimages/train/t2.png\n\n")
+    (tmp_path / "cvat.txt").write_text("data/images/train/t1.png\ndata/images/train/t2.png\n")
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "val.txt").write_text("images/val/v1.png\r\n")
     return tmp_path
@@ -513,7 +526,9 @@ def test_a_split_is_a_folder(splits, path, train):
     assert len(load_coco_json(splits / "out.json", splits / "images" / "train")) == 2
 
 
-@pytest.mark.parametrize("train", ["train.txt", "[images/train]", "[train.txt]", "[images/train, train.txt]"])
+@pytest.mark.parametrize(
+    "train", ["train.txt", "[images/train]", "[train.txt]", "[images/train, train.txt]", "cvat.txt"]
+)
 def test_a_split_is_a_list_of_files_or_of_folders(splits, capsys, train):
     code, content = data_yaml(splits, NAMES + f"train: {train}\n")
     assert (code, by_picture(content)) == (0, {"t1.png": [("cat", BOX)], "t2.png": [("dog", BOX)]})
@@ -640,10 +655,12 @@ def test_a_split_must_be_named(splits, capsys):
         ".",
     ],
 )
-def test_the_name_of_the_xml_is_enough(folders, filename):
+def test_the_name_of_the_xml_is_enough(folders, capsys, filename):
     voc(folders, a=(filename, "", None))
     code, content = run(folders, "voc")
     assert (code, by_picture(content)) == (0, {"a.png": [("cat", [4, 5, 9, 8])]})
+    counts = noted(capsys.readouterr().out)
+    assert counts.get(convert_voc.BY_STEM, 0) + counts.get(convert_voc.ALIKE, 0) == 1
 
 
 @pytest.mark.parametrize(
