@@ -84,8 +84,8 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
     place = {name: i for i, name in enumerate(class_names)}
     if unknown := [name for name in own if name not in place]:
         raise DatasetError(
-            f"data set {dataset_name!r} has the classes {unknown[:8]}, which the model has not: {list(class_names)[:8]}; set "
-            "MODEL.DN_DETR.NUM_CLASSES to auto, or take them out of its file"
+            f"data set {dataset_name!r} has the classes {unknown[:8]}, which the model has not: {list(class_names)[:8]}; "
+            "set MODEL.DN_DETR.NUM_CLASSES to auto, or take them out of its file"
         )
     new = [place[name] for name in own]
     return [
