@@ -8,6 +8,7 @@ signal: its own process ends it, anybody else's signal is passed on to its own p
 import multiprocessing
 import multiprocessing.util
 import os
+import shutil
 import signal
 import threading
 import time
@@ -89,13 +90,24 @@ def guard(loader):
 
 
 def end_at_exit() -> None:
-    """Lets this process, when it ends, end its loader processes before ``multiprocessing`` waits for them without limit."""
+    """Lets this process, when it ends, end its loader processes before ``multiprocessing`` waits for them without limit.
+
+    Loader processes keep their sockets in the temporary folder of this process, which also removes it: they may be killed.
+    """
     if os.getpid() not in _registered:
         _registered.add(os.getpid())
+        multiprocessing.util.get_temp_dir()
         multiprocessing.util.Finalize(None, end_loader_processes, exitpriority=BEFORE_MULTIPROCESSING)
 
 
 _registered = set()  # processes, because a forked one starts without the finalizers of its parent
+
+
+def remove_temporary_folder() -> None:
+    """Removes what :func:`end_at_exit` has made, in a process that ends without Python's own end."""
+    folder = multiprocessing.current_process()._config.get("tempdir")
+    if folder and os.getpid() in _registered:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_loader_processes(grace: float = GRACE) -> None:

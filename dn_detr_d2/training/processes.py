@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from detectron2.utils import comm
 
-from ..data.worker_process import end_loader_processes
+from ..data.worker_process import end_loader_processes, remove_temporary_folder
 from ..errors import ConfigError, UserError
 from .signals import REQUEUE, SIGNALS
 
@@ -268,6 +268,7 @@ def leave(code: int) -> None:
     end_loader_processes()
     with suppress(Exception):
         multiprocessing.util._run_finalizers(0)  # names of semaphores go; those that wait have a lower priority
+        remove_temporary_folder()
     with suppress(Exception):
         logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -8,9 +8,11 @@ import contextlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -33,16 +35,18 @@ class Program:
 
     def start(self, arguments: list[str], screen: Path, environment: dict | None = None) -> "Run":
         """Starts ``train_net.py arguments``; all that it prints goes to ``screen``."""
-        order = {"arguments": [str(x) for x in arguments], "screen": str(screen), "environment": environment or {}}
+        temporary = tempfile.mkdtemp(prefix="exit-")  # not below the test's folder: paths of sockets must be short
+        environment = {"TMPDIR": temporary, **(environment or {})}
+        order = {"arguments": [str(x) for x in arguments], "screen": str(screen), "environment": environment}
         print(json.dumps(order), file=self.server.stdin, flush=True)
-        return Run(int(self.server.stdout.readline()), screen)
+        return Run(int(self.server.stdout.readline()), screen, Path(temporary))
 
 
 class Run:
     """One run: the leader of a session."""
 
-    def __init__(self, pid: int, screen: Path):
-        self.pid, self.screen = pid, screen
+    def __init__(self, pid: int, screen: Path, temporary: Path):
+        self.pid, self.screen, self.temporary = pid, screen, temporary
 
     def said(self) -> str:
         return self.screen.read_text() if self.screen.exists() else ""
@@ -61,8 +65,8 @@ class Run:
             assert time.monotonic() < end, f"{condition} has not come: {self.said()}"
             time.sleep(0.02)
 
-    def wait(self, seconds: float) -> int:
-        """The exit code; fails if it does not come in time, or if a process of the session is left after it."""
+    def wait(self, seconds: float, *, clean: bool = True) -> int:
+        """The exit code; fails if it does not come in time, or if a process or (``clean``) a temporary file is left."""
         end = time.monotonic() + seconds
         while self.code() is None or self.left():
             if time.monotonic() > end:
@@ -70,6 +74,9 @@ class Run:
                 self.kill()
                 raise AssertionError(f"code {self.code()} and {left} after {seconds} s: {self.said()}")
             time.sleep(0.02)
+        left = list(self.temporary.iterdir())
+        shutil.rmtree(self.temporary)
+        assert left == [] or not clean
         return self.code()
 
     def left(self) -> list[int]:
@@ -133,6 +140,7 @@ def _run(arguments: list[str], screen: str, environment: dict) -> None:
     for target, source in ((0, null), (1, file), (2, file)):
         os.dup2(source, target)
     os.environ.update(environment)
+    tempfile.tempdir = None
     sys.argv = [str(ROOT / "train_net.py"), *arguments]
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(i, mode, 1) for i, mode in ((0, "r"), (1, "w"), (2, "w")))
     code = 0
