@@ -2,7 +2,7 @@
 that start and end together."""
 
 from .averaging import AverageHook, average_weights
-from .checkpointer import Checkpointer
+from .checkpointer import Checkpointer, load_weights
 from .early_stopping import EarlyEnd, EarlyStopping
 from .folder import must_fit
 from .hooks import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
@@ -32,6 +32,7 @@ __all__ = [
     "end_with_parent",
     "join",
     "launch",
+    "load_weights",
     "must_fit",
     "progress",
     "take_up",
