@@ -217,7 +217,8 @@ class MultiLevelConditionalCrossAttention(ConditionalCrossAttention):
         levels = [part.split(sizes, 1) for part in (key, self.value(tokens), padding)]
         dropout = self.dropout.p if self.training else 0.0
         answers = [
-            attend(query, k, v, self.num_heads, blocked[:, None], dropout) for k, v, blocked in zip(*levels, strict=True)
+            attend(query, k, v, self.num_heads, blocked[:, None], dropout)
+            for k, v, blocked in zip(*levels, strict=True)
         ]
         weights = self.level_weights(asked).softmax(-1)  # (N, Q, L)
         attended = (torch.stack(answers, -1) * weights[:, :, None]).sum(-1)
