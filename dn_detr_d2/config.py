@@ -206,7 +206,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning rate of the transformer, per iteration of IMS_PER_BATCH images. 1e-4 in DN.
     cfg.SOLVER.BASE_LR = 1e-4
-    # What the learning rates of the backbone, and of the sampling offsets of deformable attention, are multiplied with.
+    # What the learning rates of the backbone, and of the sampling offsets of deformable attention together with the layer
+    # that gives the reference points of Deformable DETR, are multiplied with.
     # DN: 0.1 and 1; DD: 0.1 for both.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0

@@ -21,7 +21,7 @@ from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .data.interruption import Interrupted, agree, interruptible
 from .errors import ConfigError, DatasetError
 from .evaluation import MeasuringHook, build_instruments
-from .evaluation.isolation import unwrap
+from .evaluation.isolation import device_of, unwrap
 from .randomness import own_randomness
 from .training import (
     AverageHook,
@@ -39,6 +39,7 @@ from .training import (
     TrainStep,
     average_weights,
     leave_training,
+    load_weights,
     must_fit,
     progress,
     take_up,
@@ -239,7 +240,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the random streams of the training stay where they are."""
-        with own_randomness(0, next(model.parameters()).device):
+        with own_randomness(0, device_of(model)):
             results = super().test(cfg, model, evaluators)
         if cfg.DATASETS.TEST:
             agree()
@@ -299,11 +300,10 @@ def load_for_evaluation(cfg) -> nn.Module:
     """The model of the config with all of MODEL.WEIGHTS, or of their moving average.
 
     Raises:
-        CheckpointError: the file lacks a tensor, or the average.
+        CheckpointError: see :func:`~dn_detr_d2.training.checkpointer.load_weights`.
     """
     model = Trainer.build_model(cfg).eval()
-    averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
-    Checkpointer(model, cfg=cfg, averaged=averaged).load(cfg.MODEL.WEIGHTS)
+    load_weights(model, cfg)
     return model
 
 

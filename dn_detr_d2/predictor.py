@@ -4,7 +4,7 @@ import numpy as np
 from detectron2.engine import DefaultPredictor
 
 from .errors import UserError
-from .training import Checkpointer
+from .training import load_weights
 
 
 class Predictor(DefaultPredictor):
@@ -18,7 +18,7 @@ class Predictor(DefaultPredictor):
             ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average.
 
     Raises:
-        CheckpointError: the weights are missing, damaged, hostile, or do not fit the model.
+        CheckpointError: the weights are not named, missing, damaged, hostile, or do not fit the model.
     """
 
     def __init__(self, cfg):
@@ -27,8 +27,7 @@ class Predictor(DefaultPredictor):
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
         self.cfg = cfg.clone()
-        averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
-        Checkpointer(self.model, cfg=cfg, averaged=averaged).load(cfg.MODEL.WEIGHTS)
+        load_weights(self.model, cfg)
 
     def __call__(self, original_image: np.ndarray) -> dict:
         """Detections of one image.

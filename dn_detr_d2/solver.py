@@ -12,7 +12,9 @@ logger = logging.getLogger(__name__)
 # (part of a parameter's name, the SOLVER key that multiplies its learning rate); the first match counts.
 LEARNING_RATE_TABLE = (
     ("backbone.", "BACKBONE_MULTIPLIER"),
+    # As Deformable DETR's `lr_linear_proj_names`: sampling offsets, and the linear layer that gives the reference points.
     ("sampling_offsets.", "SAMPLING_MULTIPLIER"),
+    ("query_source.reference.", "SAMPLING_MULTIPLIER"),
 )
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 

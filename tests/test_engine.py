@@ -431,3 +431,37 @@ def test_after_twenty_steps_of_adamw_two_processes_have_the_weights_of_one(toy_c
     for system, bound in bounds.items():
         one, two = (torch.load(tmp_path / f"{system}_{n}.pth", weights_only=True) for n in (1, 2))
         assert max((one[name] - two[name]).abs().max().item() for name in one) < bound
+
+
+@pytest.mark.parametrize("averaged", [False, True], ids=["nothing", "a buffer"])
+def test_a_model_without_parameters_is_evaluated(toy_cfg, averaged):
+    """It stands on its buffers' device, or on the CPU."""
+    module = torch.nn.Module()
+    if averaged:
+        module.register_buffer("mean", torch.zeros(1))
+    assert Trainer.test(toy_cfg("dn_detr"), module) == {}
+
+
+def three_steps(cfg, folder):
+    """In a process of its own: the weights after three steps, as this rank has them."""
+    from detectron2.engine import create_ddp_model
+    from detectron2.modeling import build_model
+    from detectron2.utils import comm
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = create_ddp_model(build_model(cfg).train(), broadcast_buffers=False, device_ids=None)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(model(make_batch(2, seed=2 * step + comm.get_rank())).values()).backward()
+        optimizer.step()
+    torch.save(model.module.state_dict(), f"{folder}/{comm.get_rank()}.pth")
+
+
+@pytest.mark.slow
+def test_one_decoder_layer_trains_in_two_processes(toy_cfg, tmp_path):
+    cfg = toy_cfg("dn_detr", "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1)
+    launch(three_steps, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from detectron2.engine import DefaultPredictor
 
 from dn_detr_d2 import CheckpointError
+from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.predictor import Predictor
 
 
@@ -52,3 +54,46 @@ def test_weights_that_lack_a_tensor_are_refused(toy_cfg, toy_model, tmp_path):
     torch.save({"model": state}, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="missing"):
         Predictor(toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "model.pth")))
+
+
+def other_classes(toy_model):
+    return {"model": toy_model("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", 7).state_dict()}
+
+
+FILES = {
+    "another number of classes": other_classes,
+    "another system": lambda toy_model: {"model": toy_model("dab_deformable_detr").state_dict()},
+    "not a detector": lambda toy_model: torch.nn.Linear(2, 2).state_dict(),
+    "a backbone alone": lambda toy_model: {
+        name: x for name, x in toy_model("dn_detr").state_dict().items() if name.startswith("backbone.")
+    },
+    "nothing": lambda toy_model: {},
+    "no weights": lambda toy_model: {"model": {}},
+    "an optimizer alone": lambda toy_model: {"optimizer": {"state": {}, "param_groups": []}, "iteration": 3},
+}
+
+
+@pytest.mark.parametrize("load", [Predictor, load_for_evaluation])
+@pytest.mark.parametrize("content", FILES)
+def test_a_file_that_is_not_of_this_model_is_refused_by_name(toy_cfg, toy_model, tmp_path, load, content):
+    torch.save(FILES[content](toy_model), tmp_path / "given.pth")
+    with pytest.raises(CheckpointError, match=r"given\.pth") as caught:
+        load(toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "given.pth")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [Predictor, load_for_evaluation])
+@pytest.mark.parametrize(
+    "weights", ["", "missing.pth", ".", "https://127.0.0.1:9/x.pth", "https://127.0.0.1:9/x-01234567.pth"]
+)
+def test_weights_that_are_no_file_are_refused_by_name(toy_cfg, load, weights):
+    with pytest.raises(CheckpointError, match=re.escape(repr(weights))) as caught:
+        load(toy_cfg("dn_detr", "MODEL.WEIGHTS", weights))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [name for name in FILES if name not in ("nothing", "an optimizer alone")])
+def test_detectron2s_predictor_refuses_them_too(toy_cfg, toy_model, tmp_path, content):
+    torch.save(FILES[content](toy_model), tmp_path / "given.pth")
+    with pytest.raises(CheckpointError):
+        DefaultPredictor(toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "given.pth")))

@@ -1,7 +1,12 @@
+import re
+
 import pytest
 import torch
+from conftest import ROOT, TOY
+from detectron2.modeling import build_model
 from torch import nn
 
+from dn_detr_d2 import setup_cfg
 from dn_detr_d2.solver import ClippedAdamW, build_optimizer, parameter_groups
 
 
@@ -64,3 +69,30 @@ def test_clip_types(toy_cfg, toy_model, kind, expected):
     optimizer = build_optimizer(toy_cfg("dn_detr", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind), toy_model("dn_detr"))
     assert isinstance(optimizer, expected)
     assert isinstance(optimizer, ClippedAdamW) == (kind == "full_model")
+
+
+# The authors' groups: base learning rate, then what each part of it has, by our names; the last pattern that fits holds.
+# DETR, DAB-, DN-, DINO: main.py has "backbone" at 1e-5. Deformable DETR: lr_linear_proj_names = reference_points (a name
+# that its two-stage form does not have) and sampling_offsets at lr_linear_proj_mult = 0.1.
+BACKBONE = {r"^backbone\.": 1e-5}
+DEFORMABLE = {r"^backbone\.": 2e-5, r"sampling_offsets\.": 2e-5, r"^query_source\.reference\.": 2e-5}
+OWN_RECIPES = ("bccd", "quickstart")
+
+
+@pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("[!B]*.yaml")))
+def test_learning_rates_are_the_authors(config):
+    if config in OWN_RECIPES:
+        pytest.skip("a recipe of this project")
+    deformable = config.startswith("deformable_detr")
+    base, rules = (2e-4, DEFORMABLE) if deformable else (1e-4, BACKBONE)
+    body = [] if "Swin" in config else TOY
+    cfg = setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*body, "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"])
+    with torch.device("meta") if "Swin" in config else torch.device("cpu"):
+        model = build_model(cfg)
+    for name, group in groups_by_name(cfg, model).items():
+        expected = next((rate for pattern, rate in rules.items() if re.search(pattern, name)), base)
+        assert group["lr"] == pytest.approx(expected), name
+    names = [name for name, _ in model.named_parameters()]
+    assert any(name.startswith("query_source.reference.") for name in names) == (
+        deformable and "two_stage" not in config
+    )

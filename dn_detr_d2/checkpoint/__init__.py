@@ -1,5 +1,6 @@
 """Other people's checkpoints: read safely, with our names and our classes. Knows files and tensors only."""
 
+from .classes import count_classes
 from .convert import BODIES, Conversion, convert
 from .files import (
     EMA,
@@ -21,6 +22,7 @@ __all__ = [
     "allow_plain_types",
     "check_pickle",
     "convert",
+    "count_classes",
     "identify",
     "pointed_checkpoint",
     "read_checkpoint",

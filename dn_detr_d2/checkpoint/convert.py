@@ -63,7 +63,8 @@ def convert(
     source = identify(state)
     if source is None:
         raise CheckpointError(
-            f"this is not a checkpoint of a known system: its tensors are named {_some(state) or 'nothing at all'}"
+            f"this is not a checkpoint of a known system: its tensors are named {_some(state) or 'nothing at all'}; name "
+            "one of this project, or of the authors' codes, detrex or torchvision, that MODEL_ZOO.md lists"
         )
     log = []
     if source.code != "this project":

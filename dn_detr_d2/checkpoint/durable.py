@@ -37,9 +37,13 @@ class _Summing:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a small file: whole, on the disk, or not at all."""
-    _write_aside(path, lambda file: file.write(text.encode()))
-    _rename(path)
+    """Writes a small record, such as the name of the newest checkpoint: whole, on the disk, or not at all.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to; what was there stays.
+    """
+    _write_aside(path, lambda file: file.write(text.encode()), "record")
+    _rename(path, "record")
 
 
 def write_summed(path: Path, write: Callable) -> None:
@@ -124,7 +128,7 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _write_aside(path: Path, write: Callable) -> str:
+def _write_aside(path: Path, write: Callable, kind: str = "checkpoint") -> str:
     """Writes the part and syncs it; returns its SHA-256."""
     try:
         with _part(path).open("wb") as file:
@@ -134,13 +138,17 @@ def _write_aside(path: Path, write: Callable) -> str:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a write that failed
         _part(path).unlink(missing_ok=True)
-        raise CheckpointError(_explain(path, error)) from None
+        raise CheckpointError(_explain(path, error, kind)) from None
     return summing.sum.hexdigest()
 
 
-def _rename(path: Path) -> None:
+def _rename(path: Path, kind: str = "checkpoint") -> None:
     """Puts the part in the place of the file, and syncs the folder."""
-    _part(path).replace(path)
+    try:
+        _part(path).replace(path)
+    except OSError as error:
+        _part(path).unlink(missing_ok=True)
+        raise CheckpointError(_explain(path, error, kind)) from None
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -148,8 +156,8 @@ def _rename(path: Path) -> None:
         os.close(folder)
 
 
-def _explain(path: Path, error: Exception) -> str:
+def _explain(path: Path, error: Exception, kind: str) -> str:
     causes = (error, error.__context__, error.__cause__)
     full = any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
     reason = "the disk is full (ENOSPC)" if full else " ".join(str(error).split())
-    return f"checkpoint {str(path)!r} cannot be written: {reason}; earlier checkpoints are as they were"
+    return f"{kind} {str(path)!r} cannot be written: {reason}; earlier checkpoints are as they were"

@@ -167,7 +167,11 @@ def _unpack(content, path: Path) -> CheckpointFile:
     extra = content if isinstance(content, dict) else {}
     state = next((extra[key] for key in ("model", "state_dict") if isinstance(extra.get(key), dict)), content)
     if not isinstance(state, dict) or not any(_is_tensor(x) for x in state.values()):
-        raise CheckpointError(f"{str(path)!r} is not a checkpoint: it holds no named tensors")
+        held = f", only {', '.join(map(str, list(state)[:4]))!r:.80}" if isinstance(state, dict) and state else ""
+        raise CheckpointError(
+            f"{str(path)!r} is not a checkpoint of a model: it holds no named tensors{held}; name a file with the state "
+            "dict of a model, by itself or under 'model' or 'state_dict'"
+        )
     refuse_repeated(path, state.items())
     state = {str(name): torch.as_tensor(x) for name, x in state.items() if _is_tensor(x)}
     config = extra.get("config", "")

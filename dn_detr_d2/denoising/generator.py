@@ -51,10 +51,9 @@ class DenoisingGenerator:
             raise ValueError(f"label_noise_prob must lie in [0, 1], got {label_noise_prob}")
         if center_noise_scale < 0 or size_noise_scale < 0:
             raise ValueError(f"noise scales must not be negative, got {center_noise_scale} and {size_noise_scale}")
-        if max_queries and max_queries < num_groups:
-            raise ValueError(
-                f"max_queries must be 0 (no limit) or at least num_groups = {num_groups}, got {max_queries}"
-            )
+        least, meaning = self.least_queries(num_groups)
+        if max_queries and max_queries < least:
+            raise ValueError(f"max_queries must be 0 (no limit) or at least {meaning}, got {max_queries}")
         self.num_classes, self.num_groups = num_classes, num_groups
         self.label_noise_prob = label_noise_prob
         self.center_noise_scale, self.size_noise_scale = center_noise_scale, size_noise_scale
@@ -96,6 +95,11 @@ class DenoisingGenerator:
         )
 
     COPIES = 1  # of an object in a group
+
+    @classmethod
+    def least_queries(cls, num_groups: int) -> tuple[int, str]:
+        """The smallest limit of queries, one object a group, and what it is in words."""
+        return num_groups, f"num_groups = {num_groups}"
 
     def renoised(self, *, label_noise_prob: float, box_noise_scale: float) -> "DenoisingGenerator":
         """The same generator with other noise and no limit of queries, so that every object is in every group.
@@ -178,6 +182,11 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
             "corner_noise_scale": node.CORNER_NOISE_SCALE,
             "keep_order": node.KEEP_CORNER_ORDER,
         }
+
+    @classmethod
+    def least_queries(cls, num_groups: int) -> tuple[int, str]:
+        """One pair: there are fewer groups where the limit asks for it."""
+        return cls.COPIES, f"{cls.COPIES}, a near and a far copy of one object"
 
     def layout(self, num_objects: int) -> tuple[int, int]:
         """As many groups as the budget of queries allows; ``max_queries`` limits both kinds of copies together."""

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..modeling.meta_arch import Observation
 from ..modeling.postprocess import class_probability
 from ..randomness import reseed
-from .isolation import gather, untouched, unwrap
+from .isolation import device_of, gather, untouched, unwrap
 from .probe import require_objects
 
 
@@ -146,7 +146,7 @@ def _observe(
     generator = bare.denoising.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
     names = ",".join(str(record["image_id"]) for record in batch)
     for seed in seeds:
-        reseed(zlib.crc32(f"{seed}:{names}".encode()), next(bare.parameters()).device)
+        reseed(zlib.crc32(f"{seed}:{names}".encode()), device_of(bare))
         yield bare.observe(batch, generator)
 
 

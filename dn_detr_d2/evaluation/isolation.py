@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from detectron2.utils import comm
@@ -26,11 +27,16 @@ def untouched(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     bare = unwrap(model)
     modes = [(module, module.training) for module in bare.modules()]
     try:
-        with own_randomness(seed, next(bare.parameters()).device), torch.no_grad():
+        with own_randomness(seed, device_of(bare)), torch.no_grad():
             yield bare.eval()
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are, or its buffers; the CPU if it has neither."""
+    return next((x.device for x in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -89,7 +89,13 @@ class CrossAttention(SelfAttention):
 
 
 class ConditionalSelfAttention(nn.Module):
-    """Self-attention of DAB-DETR: content and position have projections of their own, added per query and key."""
+    """Self-attention of DAB-DETR: content and position have projections of their own, added per query and key.
+
+    Args:
+        dim: channels C, divisible by ``num_heads``.
+        num_heads: H.
+        dropout: probability, on the residual branch and on the attention weights.
+    """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -108,7 +114,8 @@ class ConditionalSelfAttention(nn.Module):
     def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
         """x, position (N, Q, C) -> (N, Q, C)."""
         key = self.key_content(x) + self.key_position(position)
-        attended = attend(self.query(x, position), key, self.value(x), self.num_heads, blocked)
+        dropout = self.dropout.p if self.training else 0.0
+        attended = attend(self.query(x, position), key, self.value(x), self.num_heads, blocked, dropout)
         return self.norm(x + self.dropout(self.out_proj(attended)))
 
     def query(self, x: Tensor, position: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ class ConditionalCrossAttention(nn.Module):
     Args:
         dim: channels C, divisible by ``num_heads``.
         num_heads: H.
-        dropout: probability, on the residual branch.
+        dropout: probability, on the residual branch and on the attention weights.
         add_query_position: the first decoder layer also adds the projected positions to the contents, since its
             content carries no place yet.
     """
@@ -158,7 +165,8 @@ class ConditionalCrossAttention(nn.Module):
             padding: (N, S) bool, True outside the image.
         """
         query, key = self.project(x, position, sine, tokens, token_positions)
-        attended = attend(query, key, self.value(tokens), self.num_heads, padding[:, None])
+        dropout = self.dropout.p if self.training else 0.0
+        attended = attend(query, key, self.value(tokens), self.num_heads, padding[:, None], dropout)
         return self.norm(x + self.dropout(self.out_proj(attended)))
 
     def project(self, x: Tensor, position: Tensor, sine: Tensor, tokens: Tensor, token_positions: Tensor):
@@ -207,7 +215,11 @@ class MultiLevelConditionalCrossAttention(ConditionalCrossAttention):
         query, key = self.project(x, position, sine, tokens, token_positions)
         sizes = [height * width for height, width in shapes]
         levels = [part.split(sizes, 1) for part in (key, self.value(tokens), padding)]
-        answers = [attend(query, k, v, self.num_heads, blocked[:, None]) for k, v, blocked in zip(*levels, strict=True)]
+        dropout = self.dropout.p if self.training else 0.0
+        answers = [
+            attend(query, k, v, self.num_heads, blocked[:, None], dropout)
+            for k, v, blocked in zip(*levels, strict=True)
+        ]
         weights = self.level_weights(asked).softmax(-1)  # (N, Q, L)
         attended = (torch.stack(answers, -1) * weights[:, :, None]).sum(-1)
         # The weights sum up to 1, so projecting the mixture equals mixing the projections.

@@ -20,7 +20,7 @@ class RowColumnAttention(nn.Module):
     Args:
         dim: C, divisible by ``num_heads``.
         num_heads: H.
-        dropout: probability, on the residual branch.
+        dropout: probability, on the residual branch and on the weights of columns and of rows.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
@@ -72,7 +72,8 @@ class RowColumnAttention(nn.Module):
             for y, weight, bias in ((query, wq, bq), (key, wk, bk))
         )
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return scores.masked_fill(blocked[:, None, None], -torch.inf).softmax(-1)
+        weights = scores.masked_fill(blocked[:, None, None], -torch.inf).softmax(-1)
+        return F.dropout(weights, self.dropout.p, self.training)
 
 
 def axis_coordinates(padding: Tensor) -> tuple[Tensor, Tensor]:

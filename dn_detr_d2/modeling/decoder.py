@@ -45,6 +45,9 @@ class RefiningDecoder(LayerStack):
         super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(layer(dim=dim, index=i, **layer_arguments) for i in range(num_layers))
         self.position = layer.Position(dim)
+        if num_layers == 1:  # then they get no gradient, for which DistributedDataParallel would wait
+            for part in getattr(layer.Position, "AFTER_FIRST", ()):
+                getattr(self.position, part).requires_grad_(False)
         initialise_transformer(self)
         self.heads = heads  # joins after the Xavier pass; its start has a meaning
 

@@ -50,6 +50,8 @@ class AnchorPosition(nn.Module):
         dim: C, divisible by 4.
     """
 
+    AFTER_FIRST = ("scale",)  # parts that the first layer does not use
+
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
@@ -250,12 +252,22 @@ class PlainDecoderLayer(nn.Module):
     Args:
         dim: C.
         num_heads, ffn_dim, dropout: as named.
-        unused: index, num_levels and num_points of other layers.
+        index, num_levels, num_points: not used; all layers are alike and see every cell.
     """
 
     Position = GivenPosition
 
-    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float, **unused: int):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        index: int = 0,
+        num_levels: int = 1,
+        num_points: int = 4,
+    ):
         super().__init__()
         self.self_attn = SelfAttention(dim, num_heads, dropout)
         self.cross_attn = CrossAttention(dim, num_heads, dropout)
@@ -277,12 +289,22 @@ class RowColumnDecoderLayer(nn.Module):
     Args:
         dim: C.
         num_heads, ffn_dim, dropout: as named.
-        unused: index, num_levels and num_points of other layers.
+        index, num_levels, num_points: not used; all layers are alike and see every cell.
     """
 
     Position = PointPosition
 
-    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float, **unused: int):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        index: int = 0,
+        num_levels: int = 1,
+        num_points: int = 4,
+    ):
         super().__init__()
         self.self_attn = SelfAttention(dim, num_heads, dropout)
         self.cross_attn = RowColumnAttention(dim, num_heads, dropout)

@@ -5,6 +5,7 @@ Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +16,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import Tensor, nn
 
 from ..boxes import image_scale, xyxy_to_cxcywh
-from ..checkpoint import BODIES, check_pickle, convert, identify
+from ..checkpoint import BODIES, check_pickle, convert, count_classes, identify
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
@@ -339,25 +341,47 @@ def name_layers(terms: dict[str, Tensor], last: str, others: str) -> dict[str, T
 
 
 def _adapt_names(model: nn.Module, state: dict, prefix: str, *_) -> None:
-    """Converts a state dict of another code in place, whoever loads it: Detectron2's DefaultPredictor has no other door."""
+    """Converts a whole state dict of another code, whoever loads it: Detectron2's DefaultPredictor has no other door.
+
+    What cannot be converted stays as it is, so that ``load_state_dict`` says what is missing and what is unexpected, as it
+    does for every module; in Detectron2's checkpointer it is refused, see :func:`_read_by_detectron2`.
+    """
+    own = model.state_dict()
     source = identify(state)
-    if prefix or source is None or source.code == "this project":
+    if prefix or source is None or source.code == "this project" or all(name in own for name in state):
         return
-    own = {name: x for part in (model.named_parameters(), model.named_buffers()) for name, x in part}
-    conversion = convert(state, {name: own[name] for name in model.state_dict()})
-    if conversion.new_classes:
-        raise CheckpointError(
-            f"the checkpoint ({source}) lacks {len(conversion.new_classes)} of the model's classes; set "
-            "MODEL.DN_DETR.NUM_CLASSES to its number, or train the model from it with train_net.py"
-        )
+    try:
+        conversion = convert(state, own)
+        if conversion.new_classes:
+            raise CheckpointError(
+                f"the checkpoint ({source}) lacks {len(conversion.new_classes)} of the model's classes; set "
+                "MODEL.DN_DETR.NUM_CLASSES to its number, or train the model from it with train_net.py"
+            )
+    except CheckpointError:
+        if _read_by_detectron2():
+            raise
+        return
     for sentence in conversion.log:
         logger.info(sentence)
     state.clear()
     state.update(conversion.state)
 
 
+def _read_by_detectron2() -> bool:
+    """Whether a checkpointer that only warns of missing weights is at work, which is how DefaultPredictor loads.
+
+    Completeness is a matter of who reads a file, not of the model: our own checkpointer and a user's ``load_state_dict``
+    see to it themselves. Detectron2's cannot be told to, and calls nothing but the model; so the model looks for it among
+    its callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not FvcoreCheckpointer._load_model.__code__:
+        frame = frame.f_back
+    return frame is not None and not getattr(frame.f_locals["self"], "refuses_partial_weights", False)
+
+
 def _refuse_partial_weights(model: nn.Module, incompatible) -> None:
-    """Raises CheckpointError when a file leaves a part of the model at random that the caller must rely on.
+    """Raises CheckpointError when Detectron2's checkpointer leaves a part of the model at random.
 
     For training, a backbone alone is a fine start. A checkpoint whose class head was left out because its shape differs
     is not, nor is one that fits nowhere. For inference (``model.eval()`` before loading, as DefaultPredictor does)
@@ -365,18 +389,20 @@ def _refuse_partial_weights(model: nn.Module, incompatible) -> None:
     """
     everything = {name for name, _ in model.named_parameters()}
     missing = everything & set(incompatible.missing_keys)
+    if not missing or not _read_by_detectron2():
+        return
     ours = {name for name in missing if not name.startswith("backbone.")}
     backbone_only = ours == {name for name in everything if not name.startswith("backbone.")}
     pyramid = {
         name for name in everything if re.match(r"backbone\.(?!bottom_up\.|net\.)", name)
     }  # around a body, or all
     fresh = pyramid if any(name.startswith(BODIES) for name in everything) else set()
-    if not missing or (model.training and backbone_only and missing - ours <= fresh):
+    if model.training and backbone_only and missing - ours <= fresh:
         return
     shown = ", ".join(sorted(ours or missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-    classes = model.decoder.heads.class_heads[0].out_features
+    classes = count_classes(model.state_dict())  # None with a decoder of somebody else
     raise CheckpointError(
-        f"the checkpoint does not fit the model: {shown} are missing or have another shape; the model has "
-        f"MODEL.DN_DETR.NUM_CLASSES = {classes}, so compare it and the other MODEL keys with the config.yaml that "
-        "the checkpoint was trained with"
+        f"the checkpoint does not fit the model: {shown} are missing or have another shape; "
+        + (f"the model has MODEL.DN_DETR.NUM_CLASSES = {classes}, so " if classes else "")
+        + "compare it and the other MODEL keys with the config.yaml that the checkpoint was trained with"
     )

@@ -2,7 +2,7 @@
 that start and end together."""
 
 from .averaging import AverageHook, average_weights
-from .checkpointer import Checkpointer
+from .checkpointer import Checkpointer, load_weights
 from .early_stopping import EarlyEnd, EarlyStopping
 from .evaluated import EvaluationRecord
 from .folder import must_fit
@@ -36,6 +36,7 @@ __all__ = [
     "launch",
     "leave",
     "leave_training",
+    "load_weights",
     "must_fit",
     "progress",
     "take_up",

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from torch import nn
 
 from ..checkpoint import convert, pointed_checkpoint, read_checkpoint
 from ..checkpoint.durable import require_space, sum_file, write_summed
@@ -17,6 +18,30 @@ from .folder import find_resumable, must_fit, point_to, read_resumable, remove_o
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
+
+
+def load_weights(model: nn.Module, cfg) -> None:
+    """Loads all of ``MODEL.WEIGHTS`` into a model that is to predict.
+
+    With ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` it is their moving average.
+
+    Raises:
+        CheckpointError: nothing is named, or what is named is not a file, cannot be fetched, is damaged, hostile or
+            incomplete, or is of another model.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    way_out = "name a checkpoint of the whole model, such as output/model_final.pth"
+    if not weights:
+        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} would leave the model at random; {way_out}")
+    path = Path(weights.split("?")[0])  # Detectron2 lets options follow
+    if "://" not in weights and not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} {what}; {way_out}")
+    averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
+    try:
+        Checkpointer(model, cfg=cfg, averaged=averaged).load(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} cannot be used: {error}") from None
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -35,6 +60,8 @@ class Checkpointer(DetectionCheckpointer):
     Attributes:
         found: the checkpoint that the training goes on from, None if it starts anew.
     """
+
+    refuses_partial_weights = True  # so the model need not, as it must under Detectron2's own
 
     def __init__(
         self,
@@ -141,6 +168,11 @@ class Checkpointer(DetectionCheckpointer):
                 logger.info(sentence)
             checkpoint["model"] = {**conversion.state, **{name: own[name] for name in conversion.absent}}
         fits = super()._load_model(checkpoint)
+        if not (self.resuming or self.new_classes) and (missing := sorted({*fits.missing_keys} & own.keys())):
+            raise CheckpointError(
+                f"the checkpoint ({conversion.source}) lacks {len(missing)} of the model's {len(own)} tensors "
+                f"({', '.join(missing[:4])}), which would stay at random; name a checkpoint of the whole model"
+            )
         shapes = [name for name, *_ in fits.incorrect_shapes]
         if self.resuming and (wrong := sorted({*fits.missing_keys, *fits.unexpected_keys, *shapes})):
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""

@@ -18,7 +18,7 @@ def fetch(weights: str, expected: str = "") -> str:
         expected: the first 8 or more hexadecimal digits of the SHA-256; "" = those in the file's name, as PyTorch's have.
 
     Raises:
-        CheckpointError: no sum is known, or the file has another one.
+        CheckpointError: no sum is known, the file cannot be had, or it has another sum.
     """
     if "://" not in weights:
         return weights
@@ -29,8 +29,14 @@ def fetch(weights: str, expected: str = "") -> str:
             f"MODEL.WEIGHTS {weights!r} would be downloaded, and nothing says which file it must be; set "
             "MODEL.WEIGHTS_SHA256 to its SHA-256, or download it yourself, look at it, and name its path"
         )
-    path = PathManager.get_local_path(weights)
-    found = sha256_of(path)
+    try:
+        path = PathManager.get_local_path(weights)
+        found = sha256_of(path)
+    except Exception as error:  # of the network, or of whatever handles this kind of URL
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"MODEL.WEIGHTS {weights!r} cannot be downloaded: {reason}; download it yourself and name its path"
+        ) from None
     if not found.startswith(wanted):
         raise CheckpointError(
             f"what was downloaded from {weights} has the SHA-256 {found}, not {wanted}...; it is not read. Delete {path} to "

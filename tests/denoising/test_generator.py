@@ -173,3 +173,25 @@ def test_other_noise_out_of_range_is_refused(noise):
         ValueError, match=r"label_noise_prob must lie in \[0, 1\] and box_noise_scale must not be negative"
     ):
         DenoisingGenerator(**QUIET).renoised(label_noise_prob=noise[0], box_noise_scale=noise[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(0, 30), st.integers(1, 6), st.integers(1, 60))
+def test_no_layout_exceeds_the_limit_that_a_generator_accepts(most, num_queries, groups, limit):
+    common = {"num_groups": groups, "max_queries": limit}
+    for system, values, copies in (
+        (DenoisingGenerator, QUIET, 1),
+        (ContrastiveDenoisingGenerator, CONTRASTIVE | {"num_queries": num_queries}, 2),
+    ):
+        try:
+            generator = system(**values | common)
+        except ValueError:
+            assert limit < (groups if copies == 1 else 2)
+            continue
+        made, room = generator.layout(most)
+        assert 1 <= made * room * copies <= limit
+
+
+def test_a_limit_that_holds_no_pair_is_refused():
+    with pytest.raises(ValueError, match=r"max_queries.*at least 2.*got 1"):
+        ContrastiveDenoisingGenerator(**CONTRASTIVE | {"num_groups": 1, "max_queries": 1})

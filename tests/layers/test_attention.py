@@ -151,3 +151,48 @@ def test_multi_level_attention_weighs_the_answer_of_each_level(first):
         answer = loop_attention(query, key[:, cells], attention.value(tokens)[:, cells], 4, padding[:, None, cells])
         mixed = mixed + weights[..., level : level + 1] * attention.out_proj(answer)
     torch.testing.assert_close(out, attention.norm(x + mixed), atol=1e-5, rtol=1e-5)
+
+
+def dropped(monkeypatch, layer, run):
+    """How many attention weights a layer in training loses, seen as its dropout argument in each call."""
+    from dn_detr_d2.layers import attention
+
+    seen, real = [], attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda *args, dropout_p=0.0, **kwargs: seen.append(dropout_p) or real(*args, **kwargs, dropout_p=dropout_p),
+    )
+    for training in (True, False):
+        layer.train(training)
+        run(layer)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["self", "conditional self", "conditional cross", "multi-level"])
+def test_attention_weights_are_dropped_in_training_alone(monkeypatch, name):
+    x, tokens, padding = torch.randn(1, 3, 8), torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.bool)
+    cross = (x, x, x, tokens, tokens, padding)
+    layer, arguments, calls = {
+        "self": (SelfAttention(8, 2, 0.3), (x, x), 1),
+        "conditional self": (ConditionalSelfAttention(8, 2, 0.3), (x, x), 1),
+        "conditional cross": (ConditionalCrossAttention(8, 2, 0.3), cross, 1),
+        "multi-level": (MultiLevelConditionalCrossAttention(8, 2, 2, 0.3), (*cross, [(2, 2), (1, 2)], x), 2),
+    }[name]
+    assert dropped(monkeypatch, layer, lambda layer: layer(*arguments)) == [0.3] * calls + [0.0] * calls
+
+
+def test_dropped_attention_of_conditional_attention_keeps_its_mean():
+    """With values of 1, what a query finds is the sum of its kept weights / (1 - p): its mean is 1, and it scatters."""
+    torch.manual_seed(0)
+    layer = ConditionalSelfAttention(4, 1, 0.5).train()
+    with torch.no_grad():
+        layer.value.weight.zero_(), layer.value.bias.fill_(1.0)
+        layer.out_proj = nn.Identity()
+        layer.dropout.forward = lambda x: x  # the residual branch has one of its own
+        layer.norm = nn.Identity()
+        x = torch.zeros(1, 4000, 4)
+        keys = torch.zeros(1, 4000, 4)
+        found = layer(x[:, :500], keys[:, :500])
+    assert found.std() > 0.01
+    assert found.mean() == pytest.approx(1.0, abs=0.02)

@@ -53,3 +53,13 @@ def test_the_encoding_of_an_axis_is_a_learnt_function_of_its_sine_encoding():
     torch.testing.assert_close(
         encode(torch.tensor([0.3])), (sine @ first.weight.T + first.bias).relu() @ second.weight.T + second.bias
     )
+
+
+def test_weights_of_rows_and_columns_are_dropped_in_training_alone():
+    """As the authors' code drops them. With every weight but a half kept, what is found differs from pass to pass."""
+    layer = RowColumnAttention(8, 2, 0.5).train()
+    layer.dropout.forward = lambda x: x  # not that of the residual branch
+    x, grid = torch.randn(1, 3, 8), torch.randn(1, 4, 5, 8)
+    arguments = (x, x, x, grid, grid.mean(1), grid.mean(2), torch.zeros(1, 4, 5, dtype=torch.bool))
+    assert not torch.equal(layer(*arguments), layer(*arguments))
+    assert torch.equal(layer.eval()(*arguments), layer(*arguments))

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from dn_detr_d2.modeling.build import DECODER_LAYER_REGISTRY
 from dn_detr_d2.modeling.encoder import cell_centres, flatten_pyramid, valid_ratio
 from dn_detr_d2.modeling.neck import padding_mask, shrink_mask
 from dn_detr_d2.structures import Pyramid
@@ -47,3 +49,12 @@ def test_cell_centres_of_a_padded_image_equal_those_of_the_image_alone_on_its_ow
     alone, _ = make_memory([(2, 2)], [(2, 2)])
     inside = [0, 1, 4, 5]
     torch.testing.assert_close(cell_centres(padded)[0, inside], cell_centres(alone)[0] * 0.5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, _ in DECODER_LAYER_REGISTRY))
+def test_a_misspelt_argument_of_a_decoder_layer_is_no_argument(name):
+    layer = DECODER_LAYER_REGISTRY.get(name)
+    known = {"dim": 8, "num_heads": 2, "ffn_dim": 8, "dropout": 0.0, "index": 0, "num_levels": 2, "num_points": 2}
+    layer(**known)
+    with pytest.raises(TypeError, match="dropuot"):
+        layer(**known, dropuot=0.3)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from conftest import DENOISING_SYSTEMS, SYSTEMS, make_batch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from dn_detr_d2 import CheckpointError, ConfigError
@@ -150,26 +151,65 @@ def test_nan_weights_are_an_error_not_a_result(toy_model):
         model(make_batch(0))
 
 
-def test_weights_with_another_number_of_classes_are_refused_with_the_key(toy_model):
+def load_with_detectron2(model, state, folder):
+    """As DefaultPredictor loads."""
+    torch.save({"model": state}, folder / "weights.pth")
+    return DetectionCheckpointer(model).load(str(folder / "weights.pth"))
+
+
+def test_weights_with_another_number_of_classes_are_refused_with_the_key(toy_model, tmp_path):
     model = toy_model("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", 7)
-    weights = toy_model("dn_detr").state_dict()
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    fitting = {k: v for k, v in weights.items() if v.shape == shapes[k]}  # what fvcore's Checkpointer leaves over
     with pytest.raises(CheckpointError, match=r"class_heads.*NUM_CLASSES = 7"):
-        model.load_state_dict(fitting, strict=False)
+        load_with_detectron2(model, toy_model("dn_detr").state_dict(), tmp_path)
 
 
-def test_weights_of_a_backbone_alone_are_a_start_for_training_only(toy_model):
+def test_weights_of_a_backbone_alone_are_a_start_for_training_only(toy_model, tmp_path):
     model = toy_model("dn_detr").train()
-    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
-    assert model.load_state_dict(backbone, strict=False).missing_keys
+    backbone = {k: v + 1 for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    load_with_detectron2(model, backbone, tmp_path)
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in backbone.items())
     with pytest.raises(CheckpointError, match="does not fit"):
-        model.eval().load_state_dict(backbone, strict=False)
+        load_with_detectron2(model.eval(), backbone, tmp_path)
 
 
-def test_weights_that_fit_nowhere_are_no_start(toy_model):
+def test_weights_that_fit_nowhere_are_no_start(toy_model, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit"):
-        toy_model("dn_detr").train().load_state_dict({"other.weight": torch.zeros(3)}, strict=False)
+        load_with_detectron2(toy_model("dn_detr").train(), {"other.weight": torch.zeros(3)}, tmp_path)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kept", ["backbone.", "encoder.", "query_source.", "decoder.heads.", "nothing"])
+def test_a_part_is_loaded_as_into_every_module(toy_model, training, kept):
+    model = toy_model("dn_detr").train(training)
+    state = model.state_dict()
+    part = {name: x + 1 for name, x in state.items() if name.startswith(kept)} | {"other.weight": torch.zeros(3)}
+    found = model.load_state_dict(part, strict=False)
+    assert set(found.missing_keys) == state.keys() - part.keys()
+    assert found.unexpected_keys == ["other.weight"]
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in part.items() if name in state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(part)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_names_of_another_code_that_do_not_fit_are_unexpected_as_in_every_module(toy_model, training):
+    model = toy_model("dn_detr").train(training)
+    foreign = {"transformer.encoder.layers.0.linear1.weight": torch.zeros(3), "query_embed.weight": torch.zeros(3)}
+    found = model.load_state_dict(foreign, strict=False)
+    assert set(found.unexpected_keys) == foreign.keys()
+    assert set(found.missing_keys) == model.state_dict().keys()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(foreign)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_decoder_without_heads_can_be_loaded(toy_model, training, tmp_path):
+    model = toy_model("dn_detr").train(training)
+    model.decoder = torch.nn.Linear(2, 3)
+    part = {"decoder.weight": torch.ones(3, 2)}
+    assert "decoder.bias" in model.load_state_dict(part, strict=False).missing_keys
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_with_detectron2(model, part, tmp_path)
 
 
 def test_embeddings_start_from_a_normal_distribution(toy_cfg):
@@ -262,3 +302,23 @@ def test_detectron2s_fpn_serves_as_the_pyramid(toy_cfg):
     sum(model(make_batch(2, 1)).values()).backward()
     with torch.no_grad():
         assert len(model.eval()(make_batch(0))) == 1
+
+
+BASE_SYSTEMS = [
+    "dab_detr",
+    "dn_detr",
+    "dab_deformable_detr",
+    "encoder_only",
+    "dino",
+    "dino_like",
+    "detr",
+    "anchor_detr",
+]
+
+
+@pytest.mark.parametrize("system", BASE_SYSTEMS)
+def test_no_parameter_waits_for_a_gradient_with_one_decoder_layer(toy_model, system):
+    """DistributedDataParallel waits for the gradient of each parameter that is to be trained."""
+    model = toy_model(system, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1).train()
+    sum(model(make_batch(2, 1)).values()).backward()
+    assert [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None] == []

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import zipfile
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
 from dn_detr_d2 import CheckpointError, setup_cfg
-from dn_detr_d2.checkpoint import CheckpointFile, read_checkpoint, write_checkpoint
+from dn_detr_d2.checkpoint import CheckpointFile, durable, read_checkpoint, write_checkpoint
 from dn_detr_d2.checkpoint.durable import require_space, sum_file, tensor_bytes, write_summed
 from dn_detr_d2.training import Checkpointer
 from dn_detr_d2.training.folder import find_resumable, point_to, remove_old
@@ -290,3 +291,16 @@ def test_a_write_that_fails_in_the_midst_leaves_the_old_file_and_no_part(folder)
     assert path.read_bytes() == old
     assert not list(folder.glob(".*.part"))
     assert find_resumable(folder) == path
+
+
+@pytest.mark.parametrize("fault", ["write", "rename"])
+def test_a_record_that_cannot_be_written_is_called_a_record(tmp_path, monkeypatch, fault):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable.os, "fsync", fail) if fault == "write" else monkeypatch.setattr(Path, "replace", fail)
+    (tmp_path / "best_metric.json").write_text("before")
+    with pytest.raises(CheckpointError, match=r"^record .*best_metric\.json.* earlier checkpoints are as they were"):
+        durable.replace_text(tmp_path / "best_metric.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["best_metric.json"]
+    assert (tmp_path / "best_metric.json").read_text() == "before"
