@@ -7,8 +7,8 @@ operators, and one line says what was built and why (also kept in dn_detr_d2/_bu
 
 DN_DETR_NO_EXT=1        build nothing
 DN_DETR_FORCE_CUDA=1    build the CUDA kernels although no GPU is in sight; a failure is then an error
-TORCH_CUDA_ARCH_LIST    GPU architectures, as for every PyTorch extension (default: the GPU in sight, else those from 7.5 to 12.0
-                        that nvcc knows, the newest as PTX too)
+TORCH_CUDA_ARCH_LIST    GPU architectures, as for every PyTorch extension (default: the GPU in sight, else those
+                        from 7.5 to 12.0 that nvcc knows, the newest as PTX too)
 MAX_JOBS                compilers at a time, if ninja is installed
 DEBUG=1                 no optimisation, debug symbols
 """
@@ -108,7 +108,7 @@ def headers_from_pip() -> list[str]:
 
 def has_library_headers(toolkit: Path) -> bool:
     """Whether the headers of the CUDA libraries lie where nvcc looks for headers."""
-    return any(toolkit.glob(f"{folder}/cusparse.h") for folder in ("include", "targets/*/include"))
+    return any(found for folder in ("include", "targets/*/include") for found in toolkit.glob(f"{folder}/cusparse.h"))
 
 
 def prepare_cuda() -> None:
@@ -184,7 +184,9 @@ def build_command(no_cuda: str):
             reason = no_cuda
             try:
                 if not no_cuda:
-                    self.extensions[0].extra_compile_args["cxx"].append(f"-DDN_DETR_CUDA_ARCHITECTURES={architectures()}")
+                    self.extensions[0].extra_compile_args["cxx"].append(
+                        f"-DDN_DETR_CUDA_ARCHITECTURES={architectures()}"
+                    )
                 super().build_extensions()
                 built = "the CPU kernels were built" if no_cuda else "the CPU and CUDA kernels were built"
             except Exception as error:

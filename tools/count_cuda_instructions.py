@@ -2,10 +2,11 @@
 
     python tools/count_cuda_instructions.py --architecture 90
 
-Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K = 16
-points, the registers of a thread and the bytes that a thread spills. "fused" is the form that models call: reference +
-offset and the softmax are made in the kernel. Straight code counts once, the loop over batches of points as often as it runs; both
-sides of a branch count, so the figure is an upper bound, except for the slow paths out of line behind the end of the kernel.
+Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K =
+16 points, the registers of a thread and the bytes that a thread spills. "fused" is the form that models call:
+reference + offset and the softmax are made in the kernel. Straight code counts once, the loop over batches of points
+as often as it runs; both sides of a branch count, so the figure is an upper bound, except for the slow paths out of
+line behind the end of the kernel.
 """
 
 import argparse
@@ -59,7 +60,9 @@ def compile_kernels(architecture: str, folder: Path) -> tuple[Path, str]:
 
 def read_usage(report: str) -> dict[str, dict]:
     """Name of each kernel -> its registers, and the bytes of spill stores and loads, from what ptxas says."""
-    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
     found = re.findall(pattern, report, re.DOTALL)
     return {name: {"registers": int(used), "spills": int(out) + int(back)} for name, out, back, used in found}
 

@@ -309,7 +309,7 @@ def test_auto_takes_pytorch_where_the_library_has_no_code_for_the_gpu_and_says_s
 
 def test_cuda_by_name_is_an_error_where_the_library_has_no_code_for_the_gpu(gpu_of):
     gpu_of((7, 5), "sm_80,sm_90,compute_90")
-    with pytest.raises(ValueError, match='7.5.*TORCH_CUDA_ARCH_LIST="7.5" pip install'):
+    with pytest.raises(ValueError, match=r'7\.5.*TORCH_CUDA_ARCH_LIST="7\.5" pip install'):
         kernels.uses_kernel("cuda", "cuda")
     assert not kernels.uses_kernel("torch", "cuda")
 
