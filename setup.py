@@ -147,7 +147,7 @@ def architectures() -> str:
     from torch.utils import cpp_extension
 
     flags = cpp_extension._get_cuda_arch_flags()
-    return ",".join(name for flag in flags for name in re.findall(r"code=\[?([\w,]+)", flag))
+    return ",".join(name for flag in flags for name in re.findall(r",code=\[?([\w,]+)", flag))
 
 
 def report(sentence: str, *folders: Path) -> None:
