@@ -7,7 +7,8 @@ operators, and one line says what was built and why (also kept in dn_detr_d2/_bu
 
 DN_DETR_NO_EXT=1        build nothing
 DN_DETR_FORCE_CUDA=1    build the CUDA kernels although no GPU is in sight; a failure is then an error
-TORCH_CUDA_ARCH_LIST    GPU architectures, as for every PyTorch extension (default: the GPU in sight, else 8.0 to 9.0)
+TORCH_CUDA_ARCH_LIST    GPU architectures, as for every PyTorch extension (default: the GPU in sight, else those
+                        from 7.5 to 12.0 that nvcc knows, the newest as PTX too)
 MAX_JOBS                compilers at a time, if ninja is installed
 DEBUG=1                 no optimisation, debug symbols
 """
@@ -92,11 +93,22 @@ def make_extension(with_cuda: bool):
 
 
 def headers_from_pip() -> list[str]:
-    """Folders of CUDA headers that PyTorch's pip packages bring, for toolkits that lack some (cusparse.h, cublas_v2.h)."""
+    """Folders of CUDA headers that PyTorch's pip packages bring, if the toolkit has no cusparse.h; else none.
+
+    PyTorch's headers include those of the CUDA libraries, which a toolkit may lack. Where it has them, pip's, which may
+    be of another version, must not come before them.
+    """
     import torch
 
+    if has_library_headers(Path(find_cuda_home())):
+        return []
     packages = Path(torch.__file__).parent.parent / "nvidia"
     return [str(path) for path in sorted(packages.glob("*/include")) if (path / "cusparse.h").exists()]
+
+
+def has_library_headers(toolkit: Path) -> bool:
+    """Whether the headers of the CUDA libraries lie where nvcc looks for headers."""
+    return any(found for folder in ("include", "targets/*/include") for found in toolkit.glob(f"{folder}/cusparse.h"))
 
 
 def prepare_cuda() -> None:
@@ -105,8 +117,37 @@ def prepare_cuda() -> None:
     from torch.utils import cpp_extension
 
     os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = find_cuda_home()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(known_architectures())
+
+
+def known_architectures() -> list[tuple[int, int]]:
+    """(major, minor) of what nvcc compiles for, oldest first; empty if it does not say."""
+    nvcc = Path(find_cuda_home(), "bin", "nvcc")
+    command = [str(nvcc) if nvcc.exists() else "nvcc", "--list-gpu-code"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return sorted({(int(major), int(minor)) for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", answer)})
+
+
+def default_architectures(known: list[tuple[int, int]]) -> str:
+    """One of each kind from Turing (7.5) to Blackwell (12.0) that nvcc knows; the newest as PTX too, for what comes later.
+
+    Left out are those of embedded boards, and 10.3 and 12.1, which run the code of 10.0 and 12.0.
+    """
+    wanted = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    chosen = [x for x in wanted if x in known] or [(8, 0), (8, 6), (8, 9), (9, 0)]  # an nvcc that does not answer
+    return ";".join(f"{major}.{minor}" for major, minor in chosen) + "+PTX"
+
+
+def architectures() -> str:
+    """What PyTorch's build tools pass to nvcc, in one word for the library to remember: "sm_80,sm_90,compute_90"."""
+    from torch.utils import cpp_extension
+
+    flags = cpp_extension._get_cuda_arch_flags()
+    return ",".join(name for flag in flags for name in re.findall(r",code=\[?([\w,]+)", flag))
 
 
 def report(sentence: str, *folders: Path) -> None:
@@ -142,6 +183,10 @@ def build_command(no_cuda: str):
         def build_extensions(self) -> None:
             reason = no_cuda
             try:
+                if not no_cuda:
+                    self.extensions[0].extra_compile_args["cxx"].append(
+                        f"-DDN_DETR_CUDA_ARCHITECTURES={architectures()}"
+                    )
                 super().build_extensions()
                 built = "the CPU kernels were built" if no_cuda else "the CPU and CUDA kernels were built"
             except Exception as error:

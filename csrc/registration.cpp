@@ -1,5 +1,5 @@
 // Names and schemas of the operators. The kernels register themselves in cpu/ and cuda/; gradients, shapes for tracing and
-// autocast are in dn_detr_d2/layers/ms_deform_attn_ops.py.
+// autocast are in dn_detr_d2/layers/kernels.py.
 #include <Python.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -13,6 +13,17 @@ PyMODINIT_FUNC PyInit__C(void) {
 }
 
 namespace {
+
+// Device code in this library, as setup.py has told nvcc to make it: "sm_80,sm_90,compute_90"; "" if it did not say.
+std::string cuda_architectures() {
+#ifdef DN_DETR_CUDA_ARCHITECTURES
+#define DN_DETR_TEXT(...) #__VA_ARGS__
+#define DN_DETR_TEXT_OF(...) DN_DETR_TEXT(__VA_ARGS__)
+  return DN_DETR_TEXT_OF(DN_DETR_CUDA_ARCHITECTURES);
+#else
+  return "";
+#endif
+}
 
 // The PyTorch this was compiled against, and the devices it has kernels for.
 std::string build_info() {
@@ -40,5 +51,6 @@ TORCH_LIBRARY(dn_detr_d2, library) {
       " Tensor sampling_offsets, Tensor attention_logits, bool reference_requires_grad)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("build_info() -> str", build_info);
+  library.def("cuda_architectures() -> str", cuda_architectures);
   library.def("cpu_capability(str? use=None) -> str");
 }

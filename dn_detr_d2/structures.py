@@ -53,7 +53,7 @@ class Targets:
         for i, count in enumerate(counts):
             padded_labels[i, :count], padded_boxes[i, :count] = labels[i], boxes[i]
         valid = torch.arange(m) < torch.tensor(counts, dtype=torch.int64).reshape(n, 1)
-        return cls(*(x.to(device, non_blocking=True) for x in (padded_labels, padded_boxes, valid)), counts, whole)
+        return cls(*(to_device(x, device) for x in (padded_labels, padded_boxes, valid)), counts, whole)
 
 
 @dataclass
@@ -188,7 +188,17 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
     )
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on ``device``; from the host to a GPU without a wait.
+
+    A copy out of ordinary host memory waits for the work that the GPU still has to do, ``non_blocking`` or not; one out of
+    pinned memory does not. PyTorch keeps pinned memory until the copy is over, and then for the next tensor.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)  # one that is pinned is taken as it is
+    return tensor.to(device)
+
+
 def upload(array: np.ndarray, like: Tensor) -> Tensor:
-    """A host array as an int64 tensor beside ``like``; through pinned memory where that lets the copy overlap."""
-    tensor = torch.as_tensor(array, dtype=torch.int64)
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+    """A host array as an int64 tensor beside ``like``, by :func:`to_device`."""
+    return to_device(torch.as_tensor(array, dtype=torch.int64), like.device)

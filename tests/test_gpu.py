@@ -1,10 +1,12 @@
 """What only a CUDA device can show: the same numbers there as here, and mixed precision."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SYSTEMS, make_batch
+from conftest import ROOT, SYSTEMS, make_batch
 from detectron2.utils.events import EventStorage
 from layers.op_cases import make_fused_inputs, make_inputs
 
@@ -19,11 +21,13 @@ def there(*tensors):
     return [x.detach().cuda().requires_grad_() for x in tensors]
 
 
-def forward_and_gradients(function, tensors):
-    """(output, gradients) on the CPU; the gradient of the output is a fixed pattern."""
+def forward_and_gradients(function, tensors, upstream_dtype=torch.float64):
+    """(output, gradients) on the CPU; the gradient of the output is a fixed pattern, in numbers that the type has."""
     out = function(*tensors)
     upstream = torch.linspace(-1, 1, max(1, out.numel()), dtype=torch.float64)[: out.numel()].view(out.shape)
-    grads = torch.autograd.grad(out, tensors, upstream.to(out.device, out.dtype))
+    upstream = upstream.to(upstream_dtype)
+    upstream = upstream.to(out.device, out.dtype)
+    grads = torch.autograd.grad(out, tensors, upstream, materialize_grads=True)  # without levels some are not used
     return [x.detach().cpu() for x in (out, *grads)]
 
 
@@ -55,17 +59,98 @@ def test_operator_equals_the_definition(sizes, dtype):
         )
 
 
+# (value, offsets and logits): what a model in float32 and one under autocast call, their reference is float32.
+FUSED_TYPES = [
+    (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32),
+]  # fmt: skip
+
+
+def off_the_jumps(shapes, reference, offsets):
+    """The offsets, moved by steps of a fiftieth where their type has brought a point to where the gradient jumps."""
+    sizes = torch.tensor([(b, a) for a, b in shapes], dtype=torch.float64).view(len(shapes), 1, 2)
+    around = reference.double()[:, :, None, :, None]
+    step = 1 / sizes if reference.shape[-1] == 2 else around[..., 2:] * 0.5 / max(1, offsets.shape[-2])
+    result = offsets.clone()
+    for n in range(1, 200):
+        cells = (around[..., :2] + result.double() * step) * sizes - 0.5
+        near = (cells - cells.round()).abs() < 1e-3
+        if not near.any():
+            return result
+        result = torch.where(near, (offsets.double() + 0.02 * n).to(offsets.dtype), result)
+    raise AssertionError("a point stays where the gradient jumps")
+
+
 @pytest.mark.parametrize("dims", [2, 4])
 @pytest.mark.parametrize(
-    "sizes", [{}, {"k": 0}, {"q": 0}, {"shapes": []}, {"k": 5, "h": 3}, {"q": 300, "n": 3}], ids=str
+    "sizes",
+    [{}, {"k": 0}, {"q": 0}, {"shapes": []}, {"k": 5, "h": 3}, {"q": 300, "n": 3}, {"k": 20}, {"d": 33}],
+    ids=str,
 )
-def test_fused_form_equals_the_definition(dims, sizes):
-    value, shapes, *rest = make_fused_inputs(dims, **{"d": 32, **sizes})
-    tensors = [x.requires_grad_() for x in (value, *rest)]
-    exact = forward_and_gradients(lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"), tensors)
-    ours = forward_and_gradients(lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors))
-    for a, b in zip(ours, exact, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10 * max(1, b.abs().max().item() if b.numel() else 1), rtol=0)
+@pytest.mark.parametrize(("dtype", "point_dtype"), FUSED_TYPES, ids=str)
+def test_fused_form_equals_the_definition(dims, sizes, dtype, point_dtype):
+    value, shapes, reference, offsets, logits = make_fused_inputs(dims, **{"d": 32, **sizes})
+    wide = torch.promote_types(dtype, torch.float32)
+    value, reference, logits = value.to(dtype), reference.to(wide), logits.to(point_dtype)
+    offsets = off_the_jumps(shapes, reference, offsets.to(point_dtype)) if shapes else offsets.to(point_dtype)
+    tensors = (value, reference, offsets, logits)
+    exact = forward_and_gradients(
+        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"),
+        [x.double().requires_grad_() for x in tensors],
+        dtype,
+    )
+    ours = forward_and_gradients(
+        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors), dtype
+    )
+    for a, b, like in zip(ours, exact, (value, *tensors), strict=True):
+        assert a.dtype == like.dtype
+        # Sums in float32 or wider, and one rounding to the type of the result.
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5 + torch.finfo(a.dtype).eps
+        scale = max(1, b.abs().max().item() if b.numel() else 1)
+        torch.testing.assert_close(a.double(), b, atol=tolerance * scale, rtol=0)
+
+
+SHIFTED = """
+import sys, torch
+from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
+
+def shifted(x):
+    late = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    assert late.is_contiguous() and late.storage_offset() == 1
+    return late.copy_(x)
+
+form, which, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
+torch.manual_seed(0)
+shapes, wide = [(6, 4), (3, 2)], torch.promote_types(dtype, torch.float32)
+inputs = [torch.randn(2, 30, 8, 32), torch.rand(2, 5, 8, 2, 4, 2), torch.rand(2, 5, 8, 2, 4)]
+if form == "fused":
+    inputs.insert(1, torch.rand(2, 5, 2, 4))
+inputs = [x.cuda().to(wide if form == "fused" and i == 1 else dtype) for i, x in enumerate(inputs)]
+upstream = torch.randn(2, 5, 256).cuda().to(dtype)
+function = ms_deform_attn if form == "plain" else ms_deform_attn_fused
+
+def run(inputs, upstream):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(leaves[0], shapes, *leaves[1:], "cuda")
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+expected = run(inputs, upstream)
+moved = [shifted(x) if i == which else x for i, x in enumerate([*inputs, upstream])]
+for a, b in zip(run(moved[:-1], moved[-1]), expected, strict=True):
+    torch.testing.assert_close(a, b, atol=2 * torch.finfo(a.dtype).eps * b.abs().max().item() + 1e-5, rtol=0)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("form", "which"), [*(("plain", i) for i in range(4)), *(("fused", i) for i in range(5))], ids=str
+)
+def test_a_tensor_may_start_at_any_element_of_its_storage(form, which, dtype):
+    """In a process of its own each: a misaligned load ends the CUDA context, and all later tests with it."""
+    command = [sys.executable, "-c", SHIFTED, form, str(which), dtype]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -63,6 +63,66 @@ def test_cuda_by_force_without_a_toolkit_is_an_error(build):
     assert re.search("error: DN_DETR_FORCE_CUDA is set, but (no CUDA toolkit was found|PyTorch .* has no CUDA)", output)
 
 
+@pytest.fixture
+def setup_functions(monkeypatch):
+    """The functions of setup.py, without an installation."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setenv("DN_DETR_NO_EXT", "1")
+    monkeypatch.delenv("DN_DETR_FORCE_CUDA", raising=False)
+    source = (ROOT / "setup.py").read_text().replace("\nsetup(", "\ndict(").replace("    **plan(),\n", "")
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup_of_dn_detr_d2"}
+    exec(compile(source, "setup.py", "exec"), names)
+    return names
+
+
+ALL = [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+
+
+@pytest.mark.parametrize(("known", "chosen"), [
+    (ALL, "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+    ([(5, 0), (6, 1), (7, 0), *ALL[:6]], "7.5;8.0;8.6;8.9;9.0+PTX"),  # CUDA 12.6
+    ([(9, 0), (10, 0), (12, 0), (14, 0)], "9.0;10.0;12.0+PTX"),  # one that has left the older ones behind
+    ([], "8.0;8.6;8.9;9.0+PTX"),
+])  # fmt: skip
+def test_without_a_gpu_all_kinds_that_nvcc_knows_are_built(setup_functions, known, chosen):
+    assert setup_functions["default_architectures"](known) == chosen
+
+
+def test_nvcc_is_asked_what_it_knows(setup_functions, tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && printf 'sm_75\\nsm_120\\nsm_90\\ncompute_120\\n'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_functions["known_architectures"]() == [(7, 5), (9, 0), (12, 0)]
+    nvcc.unlink()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert setup_functions["known_architectures"]() == []
+
+
+@pytest.mark.parametrize("folder", ["include", "targets/x86_64-linux/include"])
+def test_headers_of_pip_are_for_toolkits_without_their_own(setup_functions, tmp_path, monkeypatch, folder):
+    import torch
+
+    brought = tmp_path / "site" / "nvidia" / "cu13" / "include"
+    brought.mkdir(parents=True)
+    (brought / "cusparse.h").touch()
+    toolkit = tmp_path / "toolkit"
+    (toolkit / folder).mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "site" / "torch" / "__init__.py"))
+    assert setup_functions["headers_from_pip"]() == [str(brought)]
+    (toolkit / folder / "cusparse.h").touch()
+    assert setup_functions["headers_from_pip"]() == []
+
+
+def test_the_library_is_told_its_architectures(setup_functions, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    assert set(setup_functions["architectures"]().split(",")) == {"sm_80", "sm_90", "compute_90"}
+
+
 @pytest.mark.parametrize("path", CSRC, ids=lambda p: p.name)
 def test_sources_use_current_interfaces_only(path):
     """What made the field's operators fail to build, or fail in silence."""

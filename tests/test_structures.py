@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from dn_detr_d2.structures import Assignment, ObjectQueries, Predictions, Targets, join_queries
+from dn_detr_d2.structures import Assignment, ObjectQueries, Predictions, Targets, join_queries, to_device, upload
 
 
 def test_padding_keeps_every_object_and_marks_the_rest():
@@ -42,3 +43,41 @@ def test_denoising_queries_come_first():
     first, last = (ObjectQueries(torch.full((1, n, 2), v), torch.full((1, n, 4), v)) for n, v in ((3, 1.0), (2, 2.0)))
     joined = join_queries(first, last, torch.zeros(5, 5, dtype=torch.bool))
     assert joined.content[0, :, 0].tolist() == joined.boxes[0, :, 0].tolist() == [1, 1, 1, 2, 2]
+
+
+class OnTheHost:
+    """What to_device asks of a tensor, and what it was asked."""
+
+    def __init__(self, tensor, asked):
+        self.tensor, self.asked, self.device = tensor, asked, tensor.device
+
+    def pin_memory(self):
+        self.asked.append("pin")
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.asked.append((str(device), non_blocking))
+        return self.tensor
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
+def test_nothing_is_pinned_but_for_a_gpu(device):
+    asked, x = [], torch.arange(6.0)
+    assert to_device(OnTheHost(x, asked), device) is x
+    assert asked == [(str(device), False)]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0)])
+def test_what_goes_to_a_gpu_goes_through_pinned_memory_without_a_wait(device):
+    asked = []
+    to_device(OnTheHost(torch.arange(6.0), asked), device)
+    assert asked == ["pin", (str(device), True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bool])
+def test_an_upload_changes_no_number(dtype):
+    x = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    torch.testing.assert_close(to_device(x.transpose(0, 2), "cpu"), x.transpose(0, 2), atol=0, rtol=0)
+    rows = upload(np.array([[1, 2], [3, 4]], dtype=np.int32), x)
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [[1, 2], [3, 4]]

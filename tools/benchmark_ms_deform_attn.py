@@ -4,15 +4,18 @@
     python tools/benchmark_ms_deform_attn.py --device cpu --curves
     python tools/benchmark_ms_deform_attn.py --device cuda
 
-All rivals of a row run interleaved in this process on the same inputs; a ratio is the median of the rounds' ratios, with its
-smallest and largest value. "error" is the relative L2 distance to the float64 result. Rivals: ``grid_sample``, one call a
-level; reads of the four corners under ``torch.compile``, by gather and by index; the unfused module arithmetic; on a GPU
-also a kernel with one thread a channel, after the GPU's measured ceilings. ``--curves`` measures how our time grows with
+All rivals of a row run in this process on the same inputs, on the CPU interleaved; a ratio is the median of the rounds'
+ratios, with its smallest and largest value. On a GPU the kernels are timed and not Python: a CUDA graph holds one call for
+each of several input sets, more than the L2 cache holds, and forward and backward pass are timed
+apart. "error" is the relative L2 distance to the float64 result. Rivals: ``grid_sample``, one call a level; reads of
+the four corners under ``torch.compile``, by gather and by index; the unfused module arithmetic; on a GPU also a
+kernel with one thread a channel, after the GPU's measured ceilings. ``--curves`` measures how our time grows with
 each size. Times in ms are of this machine; compare ratios.
 """
 
 import argparse
 import csv
+import functools
 import statistics
 import sys
 import time
@@ -27,6 +30,12 @@ from dn_detr_d2.layers import missing_kernel, ms_deform_attn, ms_deform_attn_fus
 from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
 
 RIVALS = ("grid_sample", "compiled gather", "compiled indexing", "scalar kernel", "unfused")
+
+
+@functools.cache
+def compiled_gather(shapes: tuple, by_index: bool):
+    """The compiled form of :func:`gather_corners`, the same function for all input sets."""
+    return torch.compile(lambda v, x, w: gather_corners(v, list(shapes), x, w, by_index))
 
 
 def rivals_of(case: dict, compiled: bool) -> dict:
@@ -47,15 +56,15 @@ def rivals_of(case: dict, compiled: bool) -> dict:
         "unfused": (unfused, raw),
     }
     if compiled:
-        rivals["compiled gather"] = (torch.compile(lambda v, x, w: gather_corners(v, shapes, x, w)), plain)
-        rivals["compiled indexing"] = (torch.compile(lambda v, x, w: gather_corners(v, shapes, x, w, True)), plain)
+        rivals["compiled gather"] = (compiled_gather(tuple(shapes), False), plain)
+        rivals["compiled indexing"] = (compiled_gather(tuple(shapes), True), plain)
     if device == "cuda":
         rivals["scalar kernel"] = (lambda v, x, w: on_cuda.ScalarAttention.apply(v, x, w, shapes), plain)
     return rivals
 
 
 def run_once(function, leaves, backward: bool) -> float:
-    """Seconds of one call, with the backward pass if asked for; on a GPU the mean of ten calls."""
+    """Seconds of one call, with the backward pass if asked for."""
     leaves = [x.detach().requires_grad_(backward) for x in leaves]
 
     def call():
@@ -64,8 +73,6 @@ def run_once(function, leaves, backward: bool) -> float:
             torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     with torch.set_grad_enabled(backward):
-        if leaves[0].is_cuda:
-            return on_cuda.seconds_of(call, 10)
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -90,32 +97,75 @@ def error_of(function, leaves, case: dict) -> float:
         return ((function(*leaves).double() - exact).norm() / exact.norm()).item()
 
 
-def measure(title: str, rounds: int, compiled: bool = False, device: str = "cpu", **sizes) -> list[dict]:
-    """Rows of one workload: forward and forward + backward of every rival, as ratios to ours."""
+def measure(title: str, rounds: int, compiled: bool = False, **sizes) -> list[dict]:
+    """Rows of one workload on the CPU: forward and forward + backward of every rival, as ratios to ours."""
     case = make_case(**sizes)
-    case = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.items()}
     rivals = rivals_of(case, compiled)
     rows = []
     for backward in (False, True):
         times = time_rivals(rivals, backward, rounds)
-        for name, (function, leaves) in rivals.items():
-            ours = "fused" if name == "unfused" else "kernel"
-            ratios = [b / a for a, b in zip(times[ours], times[name], strict=True)]
-            rows.append(
-                {
-                    "workload": title,
-                    "pass": "forward+backward" if backward else "forward",
-                    "rival": name,
-                    "ms": 1e3 * statistics.median(times[name]),
-                    "ratio": statistics.median(ratios),
-                    "ratio_min": min(ratios),
-                    "ratio_max": max(ratios),
-                    "error": error_of(function, leaves, case),
-                }
-            )
-            print("{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
-                  "error {error:.1e}".format(**rows[-1]), flush=True)  # fmt: skip
+        errors = {name: error_of(function, leaves, case) for name, (function, leaves) in rivals.items()}
+        rows += make_rows(title, "forward+backward" if backward else "forward", times, errors)
     return rows
+
+
+def measure_kernels(title: str, rounds: int, compiled: bool = False, record=on_cuda.Graph, **sizes) -> list[dict]:
+    """Rows of one workload on a GPU: forward and backward pass of every rival apart, as ratios to ours.
+
+    Args:
+        title: of the rows.
+        rounds: of each rival, one rival after the other: the graphs of all of them would not fit beside each other.
+        compiled: whether to time the compiled rivals too.
+        record: makes what is replayed, see :func:`benchmark.on_cuda.seconds_by_graph`.
+        sizes: of :func:`benchmark.cases.make_case`, and ``device``.
+    """
+    device, cache = sizes.pop("device"), torch.cuda.get_device_properties().L2_cache_size
+    cases = [on_device(make_case(**sizes), device)]
+    count = on_cuda.count_sets(cases[0]["value"].nbytes, cache)
+    cases += [on_device(make_case(**sizes, seed=seed), device) for seed in range(1, count)]
+    sets = [rivals_of(case, compiled) for case in cases]
+    errors = {name: error_of(function, leaves, cases[0]) for name, (function, leaves) in sets[0].items()}
+    rows = []
+    for backward in (False, True):
+        times = {
+            name: on_cuda.seconds_by_graph([on_cuda.calls_of(*x[name], backward) for x in sets], rounds, record)
+            for name in sets[0]
+        }
+        rows += make_rows(title, "backward" if backward else "forward", times, errors)
+    return rows
+
+
+def on_device(case: dict, device: str) -> dict:
+    """The case with its tensors on ``device``."""
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.items()}
+
+
+def make_rows(title: str, what: str, times: dict[str, list[float]], errors: dict[str, float]) -> list[dict]:
+    """One printed row a rival; ``what`` was timed: the name of the pass. ``times``: seconds of each round."""
+    rows = []
+    for name, seconds in times.items():
+        ours = "fused" if name == "unfused" else "kernel"
+        ratios = [b / a for a, b in zip(times[ours], seconds, strict=True)]
+        rows.append(
+            {
+                "workload": title,
+                "pass": what,
+                "rival": name,
+                "ms": 1e3 * statistics.median(seconds),
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+                "error": errors[name],
+            }
+        )
+        print("{workload:36} {pass:17} {rival:16} {time}  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
+              "error {error:.1e}".format(**rows[-1], time=as_text(rows[-1]["ms"])), flush=True)  # fmt: skip
+    return rows
+
+
+def as_text(ms: float) -> str:
+    """A time with three digits or more: microseconds below one millisecond."""
+    return f"{ms:9.2f} ms" if ms >= 1 else f"{1e3 * ms:9.1f} us"
 
 
 def compare(title: str, rounds: int, variants: dict, rival_of: str) -> list[dict]:
@@ -206,8 +256,8 @@ def measure_on_cuda(rounds: int, quick: bool) -> list[dict]:
         for dtype in (torch.float32, torch.bfloat16):
             sizes = {"height": 800, "width": 1333, "n": n, "dtype": dtype, "device": "cuda"}
             kind = f"N={n} {str(dtype)[6:]}"
-            rows += measure(f"encoder 800x1333 {kind}", rounds, compiled=not quick and n == 1, **sizes)
-            rows += measure(f"decoder Q=900 800x1333 {kind}", rounds, queries=900, **sizes)
+            rows += measure_kernels(f"encoder 800x1333 {kind}", rounds, compiled=not quick and n == 1, **sizes)
+            rows += measure_kernels(f"decoder Q=900 800x1333 {kind}", rounds, queries=900, **sizes)
     return rows
 
 

@@ -2,9 +2,11 @@
 
     python tools/count_cuda_instructions.py --architecture 90
 
-Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K = 16
-points, and the registers of a thread. Straight code counts once, the loop over batches of points as often as it runs; both
-sides of a branch count, so the figure is an upper bound, except for the slow paths out of line behind the end of the kernel.
+Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K =
+16 points, the registers of a thread and the bytes that a thread spills. "fused" is the form that models call:
+reference + offset and the softmax are made in the kernel. Straight code counts once, the loop over batches of points
+as often as it runs; both sides of a branch count, so the figure is an upper bound, except for the slow paths out of
+line behind the end of the kernel.
 """
 
 import argparse
@@ -24,11 +26,16 @@ SOURCE = f"""
 #include <cuda_fp16.h>
 #include "{ROOT}/csrc/cuda/kernels.cuh"
 using namespace dn_detr_d2;
-template <int G, int V, class T> void both(Arguments<T, T> a) {{
-  forward_kernel<false, G, V, T, T><<<1, kThreads>>>(a);
-  backward_kernel<false, G, V, T, T><<<1, kThreads>>>(a);
+template <bool F, int G, int V, class T> void both(Arguments<T, T> a) {{
+  forward_kernel<F, G, V, T, T><<<1, kThreads>>>(a);
+  backward_kernel<F, G, V, T, T><<<1, kThreads>>>(a);
 }}
-void all(Arguments<float, float> f, Arguments<__nv_bfloat16, __nv_bfloat16> b) {{ both<8, 4>(f); both<4, 8>(b); }}
+void all(Arguments<float, float> f, Arguments<__nv_bfloat16, __nv_bfloat16> b) {{
+  both<false, 8, 4>(f);
+  both<true, 8, 4>(f);
+  both<false, 4, 8>(b);
+  both<true, 4, 8>(b);
+}}
 """
 
 
@@ -49,6 +56,15 @@ def compile_kernels(architecture: str, folder: Path) -> tuple[Path, str]:
     if ran.returncode:
         sys.exit(f"error: nvcc failed:\n{ran.stderr[-3000:]}")
     return target, ran.stderr
+
+
+def read_usage(report: str) -> dict[str, dict]:
+    """Name of each kernel -> its registers, and the bytes of spill stores and loads, from what ptxas says."""
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, report, re.DOTALL)
+    return {name: {"registers": int(used), "spills": int(out) + int(back)} for name, out, back, used in found}
 
 
 def read_instructions(listing: str) -> list[tuple[int, str]]:
@@ -85,31 +101,33 @@ def count_executed(instructions: list[tuple[int, str]], lanes: int, backward: bo
 
 
 def count(architecture: str) -> list[dict]:
-    """One row a kernel: kernel, dtype, instructions, registers."""
+    """One row a kernel: kernel, form, dtype, instructions, registers, spills (bytes stored and loaded)."""
     cuobjdump = find_cuobjdump()
     if not shutil.which("nvcc") or not cuobjdump:
         sys.exit("error: needs nvcc and cuobjdump (of the CUDA toolkit, or of the pip package triton)")
     with tempfile.TemporaryDirectory() as folder:
         cubin, report = compile_kernels(architecture, Path(folder))
         text = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    registers = dict(re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, re.DOTALL))
+    usage = read_usage(report)
     rows = []
     for listing in text.split("Function : ")[1:]:
         name = listing.split()[0]
-        kernel, lanes = re.search(r"(forward|backward)_kernelILb0ELi(\d+)E", name).groups()
+        kernel, fused, lanes = re.search(r"(forward|backward)_kernelILb([01])ELi(\d+)E", name).groups()
         executed = count_executed(read_instructions(listing), int(lanes), kernel == "backward")
         dtype = "bfloat16" if "bfloat16" in name else "float32"
-        rows.append({"kernel": kernel, "dtype": dtype, "instructions": executed, "registers": int(registers[name])})
-    return sorted(rows, key=lambda row: (row["kernel"], row["dtype"]))
+        form = "fused" if fused == "1" else "plain"
+        rows.append({"kernel": kernel, "form": form, "dtype": dtype, "instructions": executed, **usage[name]})
+    return sorted(rows, key=lambda row: (row["kernel"], row["form"], row["dtype"]))
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--architecture", default="90", help="80 or 90, as in sm_90")
+    parser.add_argument("--architecture", default="90", help="as in sm_90: 80, 90, 100, ...")
     for row in count(parser.parse_args().architecture):
         print(
-            "{kernel:9} {dtype:9} {instructions:6.0f} instructions a (query, head)  {registers} registers".format(**row)
+            "{kernel:9} {form:6} {dtype:9} {instructions:6.0f} instructions a (query, head)  {registers:4} registers  "
+            "{spills:3} bytes spilled".format(**row)
         )
 
 

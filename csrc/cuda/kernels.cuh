@@ -1,5 +1,5 @@
-// The CUDA kernels. Included by ms_deform_attn_cuda.cu, and by the emulator of tests/cuda_emulator/, which runs them on a
-// CPU, so nothing here includes PyTorch.
+// The CUDA kernels. Included by ms_deform_attn_cuda.cu, and by the emulator of tools/fuzz/, which runs them on a CPU, so
+// nothing here includes PyTorch.
 //
 // A group of G neighbouring lanes of a warp works on one slot, that is one (image, query, head). Each lane carries V
 // channels, which fill one 16-byte load where the channels allow it (V = 1 otherwise). A group takes its points B at a
@@ -31,6 +31,7 @@ using Wide = typename WideOf<T>::type;
 
 constexpr int kThreads = 256;
 constexpr int kInlineLevels = 32;
+constexpr int kKeptBatches = 4; // batches of points whose wide gradients the backward kernel keeps on chip
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Level {
@@ -39,7 +40,9 @@ struct Level {
 };
 
 // One call; all tensors contiguous, letters as in docs/operator.md. T is the type of value and output, P that of locations
-// and weights (or what they are made of): T or wide. Gradients other than that of the output are wide.
+// and weights (or what they are made of): T or wide. Gradients have the type of what they are gradients of, but those that
+// are sums over queries, of value and reference, are wide. Loads of several numbers want the addresses that launch.cuh asks
+// for.
 template <typename T, typename P>
 struct Arguments {
   using A = Wide<T>;
@@ -55,10 +58,22 @@ struct Arguments {
   T* output; // (N, Q, H * D)
   const T* grad_output; // (N, Q, H * D)
   A* grad_value; // (N, S, H, D), zeros to be added to
-  A* grad_points;
-  A* grad_weights;
+  P* grad_points;
+  P* grad_weights;
+  A* wide_grad_weights; // as grad_weights; memory that the backward kernel of the fused form needs if needs_memory()
   A* grad_reference; // (N, Q, L, R), zeros to be added to, or null
 };
+
+// Points that the lanes of a group own at a time in the backward kernel.
+template <int G>
+constexpr int kBatch = G < 8 ? G : 8;
+
+// Whether the backward kernel of the fused form needs Arguments::wide_grad_weights: the gradients of the logits are made
+// from those of the weights when all of these are known, and a 16-bit tensor cannot hold them unrounded until then.
+template <bool kFused, int G, typename T, typename P>
+bool needs_memory(int64_t points) {
+  return kFused && sizeof(P) < sizeof(Wide<T>) && points > int64_t(kKeptBatches) * kBatch<G>;
+}
 
 __device__ __forceinline__ float widen(float x) {
   return x;
@@ -122,6 +137,19 @@ __device__ __forceinline__ T* advance(T* p, int cells, int bytes) {
   const int64_t distance = int64_t(cells) * bytes;
 #endif
   return (T*)((char*)p + distance);
+}
+
+// The corners of a point that lie in its level, of V channels. Four loads are under way before the first is waited for.
+template <int V, typename T>
+__device__ __forceinline__ void
+load_corners(const T* value, int cell, int width, int corners, int bytes, Pack<T, V> (&packs)[4]) {
+  const int steps[4] = {0, 1, width, width + 1};
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (corners >> c & 1) {
+      packs[c] = *reinterpret_cast<const Pack<T, V>*>(advance(value, cell + steps[c], bytes));
+    }
+  }
 }
 
 // Adds to global memory; since the old values are not used, these become reductions, on sm_90 one for four floats.
@@ -358,11 +386,40 @@ __device__ __forceinline__ void reduce_scatter(A (&sums)[B], int lane) {
   }
 }
 
+// Gradients of the weights, wide, until those of the logits can be made of them; a lane reads what it has written itself.
+// They stay in grad_weights if that is wide, else in shared memory, else (many points) in memory that the caller brings.
+template <int B, typename T, typename P>
+struct KeptGradients {
+  using A = Wide<T>;
+  const Arguments<T, P>& a;
+  A* shared; // kThreads apart
+
+  // i: number of the point in its slot; element: in the tensor.
+  __device__ __forceinline__ void put(int64_t element, int i, A gradient) const {
+    if constexpr (sizeof(P) == sizeof(A)) {
+      a.grad_weights[element] = gradient;
+    } else if (a.L * a.K <= kKeptBatches * B) {
+      shared[i / B * kThreads + threadIdx.x] = gradient;
+    } else {
+      a.wide_grad_weights[element] = gradient;
+    }
+  }
+  __device__ __forceinline__ A get(int64_t element, int i) const {
+    if constexpr (sizeof(P) == sizeof(A)) {
+      return a.grad_weights[element];
+    } else if (a.L * a.K <= kKeptBatches * B) {
+      return shared[i / B * kThreads + threadIdx.x];
+    } else {
+      return a.wide_grad_weights[element];
+    }
+  }
+};
+
 // One slot a group: adds to grad_value at the corners, writes the gradients of locations (offsets) and weights (logits).
 template <bool kFused, int G, int V, typename T, typename P>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
-  constexpr int B = G < 8 ? G : 8;
+  constexpr int B = kBatch<G>;
   const Level* levels = shared_levels(a);
   const Slot<G> slot(a);
   Softmax<A> soft;
@@ -371,6 +428,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
   }
   const int bytes = a.H * a.D * static_cast<int>(sizeof(T)), grad_bytes = a.H * a.D * static_cast<int>(sizeof(A));
   const int points = a.L * a.K;
+  __shared__ A memory[kFused && sizeof(P) < sizeof(A) ? kKeptBatches * kThreads : 1];
+  const KeptGradients<B, T, P> kept{a, memory};
   A mean = 0; // of the weights' gradients, under the softmax
 
   for (int batch = 0; batch < points; batch += B) {
@@ -396,22 +455,31 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
         Point<A, int> point{};
         point.fx = __shfl_sync(kAllLanes, mine.point.fx, j, G);
         point.fy = __shfl_sync(kAllLanes, mine.point.fy, j, G);
-        A share[4], dots[4];
-        corner_weights(point, weight, share);
         const int width = packed >> 4, corners = busy ? packed : 0;
+        Pack<T, V> loaded[4];
+        load_corners<V>(value, cell, width, corners, bytes, loaded);
+        A share[4];
+        corner_weights(point, weight, share);
         const int steps[4] = {0, 1, width, width + 1};
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          dots[c] = 0;
+        for (int c = 0; c < 4; ++c) { // needs none of the loads, so it runs while they are under way
           if (corners >> c & 1) {
-            A corner[V], grad[V];
-            load<T, V>(advance(value, cell + steps[c], bytes), corner);
+            A grad[V];
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              dots[c] += upstream[v] * corner[v];
               grad[v] = upstream[v] * share[c];
             }
             add<V>(advance(grad_value, cell + steps[c], grad_bytes), grad);
+          }
+        }
+        A dots[4] = {};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (corners >> c & 1) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              dots[c] += upstream[v] * widen(loaded[c].lane[v]);
+            }
           }
         }
         // With a weight and a size of one; the owner multiplies the sums with its own.
@@ -445,9 +513,13 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
         x *= mine.reference.step_x;
         y *= mine.reference.step_y;
       }
-      a.grad_points[2 * element] = x;
-      a.grad_points[2 * element + 1] = y;
-      a.grad_weights[element] = weight;
+      const A xy[2] = {x, y};
+      store<P, 2>(a.grad_points + 2 * element, xy);
+      if constexpr (kFused) {
+        kept.put(element, i, weight);
+      } else {
+        narrow(weight, a.grad_weights[element]);
+      }
     }
   }
 
@@ -457,7 +529,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
       for (int i = slot.lane; i < points; i += B) {
         const int64_t element = slot.index * points + i;
         const A weight = soft.weight(widen(a.weights[element]));
-        a.grad_weights[element] = weight * (a.grad_weights[element] - mean);
+        narrow(weight * (kept.get(element, i) - mean), a.grad_weights[element]);
       }
     }
   }

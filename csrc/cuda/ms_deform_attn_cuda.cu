@@ -11,11 +11,11 @@
 #include <algorithm>
 #include <limits>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
 #include "kernels.cuh"
+#include "launch.cuh"
 
 namespace dn_detr_d2 {
 namespace {
@@ -49,6 +49,13 @@ at::ScalarType points_dtype(const at::Tensor& value, const at::Tensor& points, c
   return points.scalar_type() == dtype && weights.scalar_type() == dtype ? dtype : wide_of(value);
 }
 
+// Contiguous in `dtype`, where the kernels can load two numbers at once: .contiguous() keeps a contiguous tensor that starts
+// at an odd element of its storage, and a misaligned load ends the CUDA context of the process.
+at::Tensor in_pairs(const at::Tensor& tensor, at::ScalarType dtype) {
+  const auto result = tensor.to(dtype).contiguous();
+  return is_aligned_for_pairs(result.const_data_ptr(), result.element_size()) ? result : result.clone();
+}
+
 Inputs make_inputs(
     const at::Tensor& value, at::IntArrayRef spatial_shapes, const at::Tensor& sampling_locations,
     const at::Tensor& attention_weights) {
@@ -57,7 +64,7 @@ Inputs make_inputs(
   check_range(sizes, spatial_shapes);
   const auto dtype = points_dtype(value, sampling_locations, attention_weights);
   return {
-      value.contiguous(), sampling_locations.to(dtype).contiguous(), attention_weights.to(dtype).contiguous(), {},
+      value.contiguous(), in_pairs(sampling_locations, dtype), attention_weights.to(dtype).contiguous(), {},
       spatial_shapes, sizes};
 }
 
@@ -70,12 +77,12 @@ Inputs make_fused_inputs(
   check_range(sizes, spatial_shapes);
   const auto dtype = points_dtype(value, sampling_offsets, attention_logits);
   return {
-      value.contiguous(), sampling_offsets.to(dtype).contiguous(), attention_logits.to(dtype).contiguous(),
+      value.contiguous(), in_pairs(sampling_offsets, dtype), attention_logits.to(dtype).contiguous(),
       reference.to(wide_of(value)).contiguous(), spatial_shapes, sizes};
 }
 
 bool aligned(const at::Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  return is_aligned(tensor.const_data_ptr());
 }
 
 // Calls visit(T(), P()) with the types of value and of locations and weights, in CUDA's words.
@@ -120,19 +127,6 @@ Arguments<T, P> make_arguments(const Inputs& in, at::Tensor& more_levels) {
     a.more_levels = static_cast<const Level*>(more_levels.const_data_ptr());
   }
   return a;
-}
-
-// Calls launch(G, V) with the widest loads that the channels and the addresses allow.
-template <typename T, typename Launch>
-void with_geometry(int64_t channels, bool all_aligned, Launch launch) {
-  constexpr int kWidest = 16 / sizeof(T);
-  if (!all_aligned || channels % kWidest != 0) {
-    launch(std::integral_constant<int, 32>(), std::integral_constant<int, 1>());
-  } else if (channels <= 4 * kWidest) {
-    launch(std::integral_constant<int, 4>(), std::integral_constant<int, kWidest>());
-  } else {
-    launch(std::integral_constant<int, 8>(), std::integral_constant<int, kWidest>());
-  }
 }
 
 // Sets the number of blocks: the queries of one (image, head) in tiles, one slot for each group of lanes.
@@ -184,8 +178,8 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
   const auto options = in.value.options().dtype(wide_of(in.value));
   Gradients grads;
   grads.value = at::zeros(in.value.sizes(), options);
-  grads.points = at::empty(in.points.sizes(), options);
-  grads.weights = at::empty(in.weights.sizes(), options);
+  grads.points = at::empty(in.points.sizes(), in.points.options());
+  grads.weights = at::empty(in.weights.sizes(), in.weights.options());
   if (kFused && reference_requires_grad) {
     grads.reference = at::zeros(in.reference.sizes(), options);
   }
@@ -198,11 +192,16 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
       auto a = make_arguments<T, P>(in, more_levels);
       a.grad_output = static_cast<const T*>(upstream.const_data_ptr());
       a.grad_value = static_cast<A*>(grads.value.mutable_data_ptr());
-      a.grad_points = static_cast<A*>(grads.points.mutable_data_ptr());
-      a.grad_weights = static_cast<A*>(grads.weights.mutable_data_ptr());
+      a.grad_points = static_cast<P*>(grads.points.mutable_data_ptr());
+      a.grad_weights = static_cast<P*>(grads.weights.mutable_data_ptr());
       a.grad_reference = grads.reference.defined() ? static_cast<A*>(grads.reference.mutable_data_ptr()) : nullptr;
       with_geometry<T>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
         const unsigned blocks = count_blocks(a, in.sizes, lanes);
+        at::Tensor wide_grad_weights;
+        if (needs_memory<kFused, lanes(), T, P>(in.sizes.L * in.sizes.K)) {
+          wide_grad_weights = at::empty(in.weights.sizes(), options);
+          a.wide_grad_weights = static_cast<A*>(wide_grad_weights.mutable_data_ptr());
+        }
         backward_kernel<kFused, lanes(), channels(), T, P>
             <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
         C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -6,6 +6,7 @@ gradients, the shapes for tracing and the autocast rule, and says for each devic
 
 import functools
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -16,8 +17,50 @@ _REBUILD = "pip install --no-build-isolation -e . builds it"
 
 
 def missing_kernel(device_type: str) -> str:
-    """Why there is no compiled kernel for tensors on this kind of device; "" if there is one."""
-    return _MISSING.get(device_type, f"there are no kernels for {device_type} devices")
+    """Why there is no compiled kernel for tensors on this kind of device; "" if there is one.
+
+    For "cuda" also why the library has none for the current GPU, where there is one.
+    """
+    reason = _MISSING.get(device_type, f"there are no kernels for {device_type} devices")
+    return reason or (_missing_on_this_gpu() if device_type == "cuda" else "")
+
+
+@torch.compiler.assume_constant_result
+def _missing_on_this_gpu() -> str:
+    """Why the library's CUDA kernels cannot run on the current GPU; "" if they can, or if there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return ""
+    return _no_code_for(torch.cuda.get_device_capability(), _cuda_architectures())
+
+
+def _cuda_architectures() -> str:
+    """What the library was built for, such as "sm_80,sm_90,compute_90"; "" if it does not say, as those of before."""
+    known = hasattr(torch.ops.dn_detr_d2, "cuda_architectures")
+    return torch.ops.dn_detr_d2.cuda_architectures() if known else ""
+
+
+@functools.cache
+def _no_code_for(capability: tuple[int, int], built: str) -> str:
+    """Why a library built for these architectures cannot run on a GPU of this capability; "" if it can or does not say.
+
+    Machine code (sm_XY) runs on the same X and an equal or larger Y, with the suffix "f" too; with "a" on exactly X.Y. PTX
+    (compute_XY) runs on whatever is not older; with "a" on exactly X.Y, with "f" on the same X. (CUDA C++ Programming
+    Guide, "Compute Capabilities" and "Feature Set Compiler Targets".)
+    """
+    found = re.findall(r"\b(sm|compute)_(\d+)(\d)([af]?)\b", built)
+    for kind, *version, suffix in found:
+        major, minor = map(int, version)
+        same_family = major == capability[0] and minor <= capability[1]
+        fits = (major, minor) <= capability if kind == "compute" and not suffix else same_family
+        if (major, minor) == capability if suffix == "a" else fits:
+            return ""
+    if not found:
+        return ""
+    major, minor = capability
+    return (
+        f"the compiled library has no code for this GPU, whose compute capability is {major}.{minor}: it was built for "
+        f'{built}; TORCH_CUDA_ARCH_LIST="{major}.{minor}" {_REBUILD} anew'
+    )
 
 
 def uses_kernel(backend: str, device_type: str) -> bool:

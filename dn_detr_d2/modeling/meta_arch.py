@@ -24,7 +24,7 @@ from ..checkpoint import BODIES, check_pickle, convert, count_classes, identify
 from ..denoising import DenoisingGenerator, NoisedTargets
 from ..errors import CheckpointError, ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
-from ..structures import Memory, ObjectQueries, Predictions, Share, Targets, join_queries
+from ..structures import Memory, ObjectQueries, Predictions, Share, Targets, join_queries, to_device
 from .build import build_decoder, build_denoising, build_encoder, build_query_source, name_the_node
 from .criterion import SetCriterion, SoftmaxCriterion
 from .matcher import HungarianMatcher, SoftmaxMatcher
@@ -251,7 +251,7 @@ class DenoisingDETR(nn.Module):
 
     def _preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""
-        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [to_device(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
@@ -299,7 +299,7 @@ class DenoisingDETR(nn.Module):
 
     def _detections(self, predictions: Predictions, image_sizes, batched_inputs) -> list[dict[str, Instances]]:
         logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-        if not (logits.isfinite().all() and boxes.isfinite().all()):
+        if not torch.stack([logits.isfinite().all(), boxes.isfinite().all()]).all():  # one wait for the device
             raise FloatingPointError(
                 "the model predicts NaN or Inf: its weights or its input are not finite "
                 f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"

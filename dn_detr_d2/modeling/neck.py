@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import SinePositionEncoding
-from ..structures import Pyramid
+from ..structures import Pyramid, to_device
 
 
 class Neck(nn.Module):
@@ -110,7 +110,7 @@ class Neck(nn.Module):
 
 def padding_mask(image_sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Tensor:
     """(N, height, width) bool: True on the pixels right of and below each image of size (h, w)."""
-    sizes = torch.tensor(image_sizes).to(device, non_blocking=True)
+    sizes = to_device(torch.tensor(image_sizes), device)
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     return (rows[None, :, None] >= sizes[:, 0, None, None]) | (columns[None, None] >= sizes[:, 1, None, None])
 

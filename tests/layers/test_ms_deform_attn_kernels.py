@@ -4,6 +4,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,3 +254,88 @@ def test_without_the_library_the_package_works_and_says_why(tmp_path, files, rea
     assert "result [1.0, 1.0]" in ran.stdout
     assert ran.stderr.count(reason) == 2, ran.stderr  # the warning, and the refusal of backend="cpu"
     assert "ValueError: backend 'cpu' is not available" in ran.stderr
+
+
+@pytest.mark.parametrize(("capability", "built", "runs"), [
+    ((8, 0), "sm_80,sm_90,compute_90", True),
+    ((8, 6), "sm_80,sm_90,compute_90", True),  # code of 8.0 runs on 8.6
+    ((8, 0), "sm_86,sm_90", False),  # and not the other way round
+    ((7, 5), "sm_80,sm_86,sm_89,sm_90,compute_90", False),
+    ((8, 0), "sm_90,compute_90", False),
+    ((9, 0), "sm_80,sm_86", False),  # another major number needs PTX
+    ((9, 0), "sm_80,compute_80", True),
+    ((12, 0), "sm_90,compute_90", True),
+    ((12, 1), "sm_75,sm_120,compute_120", True),
+    ((10, 0), "sm_120,compute_120", False),
+    ((10, 3), "sm_100a", False),
+    ((10, 0), "compute_100a", True),
+    ((10, 3), "compute_100a", False),
+    ((10, 3), "sm_100f", True),
+    ((12, 0), "compute_100f", False),
+    ((7, 5), "", True),  # a library that does not say
+])  # fmt: skip
+def test_a_gpu_runs_the_code_that_was_built_for_it(capability, built, runs):
+    reason = kernels._no_code_for(capability, built)
+    assert bool(reason) != runs
+    if reason:
+        assert f"{capability[0]}.{capability[1]}" in reason
+        assert built in reason
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """gpu_of(capability, built): the current GPU, and what the library was built for."""
+
+    def pretend(capability, built):
+        monkeypatch.setitem(kernels._MISSING, "cuda", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(kernels, "_cuda_architectures", lambda: built)
+        kernels._announce.cache_clear()
+
+    yield pretend
+    kernels._announce.cache_clear()
+
+
+def test_auto_takes_pytorch_where_the_library_has_no_code_for_the_gpu_and_says_so_once(gpu_of, caplog):
+    gpu_of((7, 5), "sm_80,sm_90,compute_90")
+    with caplog.at_level(logging.INFO):
+        assert [kernels.uses_kernel("auto", "cuda") for _ in range(3)] == [False] * 3
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "7.5" in record.message
+    assert "sm_80,sm_90,compute_90" in record.message
+
+
+def test_cuda_by_name_is_an_error_where_the_library_has_no_code_for_the_gpu(gpu_of):
+    gpu_of((7, 5), "sm_80,sm_90,compute_90")
+    with pytest.raises(ValueError, match=r'7\.5.*TORCH_CUDA_ARCH_LIST="7\.5" pip install'):
+        kernels.uses_kernel("cuda", "cuda")
+    assert not kernels.uses_kernel("torch", "cuda")
+
+
+def test_the_kernel_is_taken_where_the_library_has_code_for_the_gpu(gpu_of):
+    gpu_of((8, 6), "sm_80,sm_90,compute_90")
+    assert missing_kernel("cuda") == ""
+    assert kernels.uses_kernel("auto", "cuda")
+    assert kernels.uses_kernel("cuda", "cuda")
+
+
+def test_without_a_gpu_only_the_library_is_asked(monkeypatch):
+    monkeypatch.setitem(kernels._MISSING, "cuda", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert missing_kernel("cuda") == ""
+
+
+def test_tracing_takes_the_gpu_for_a_constant(monkeypatch):
+    monkeypatch.setitem(kernels._MISSING, "cuda", "")
+    monkeypatch.setattr(kernels, "_cuda_architectures", lambda: "sm_80")
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (7, 5))
+    monkeypatch.setattr(kernels, "torch", SimpleNamespace(cuda=cuda))  # PyTorch itself must not believe in it
+    traced = torch.compile(lambda x: x + 1 if missing_kernel("cuda") else x + 2, fullgraph=True, backend="eager")
+    assert traced(torch.zeros(1)).item() == 1
+
+
+@needs_kernel
+def test_the_library_says_what_it_was_built_for():
+    assert ("cuda" in torch.ops.dn_detr_d2.build_info()) == bool(torch.ops.dn_detr_d2.cuda_architectures())

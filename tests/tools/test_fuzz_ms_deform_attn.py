@@ -31,6 +31,14 @@ def test_a_wrong_formula_is_found(program):
     assert ", cuda: N" in output
 
 
+def test_points_that_are_loaded_in_pairs_from_an_odd_element_are_found(program):
+    """A GPU ends the process' CUDA context there; the operators copy such tensors first, as the emulator does unplanted."""
+    code, output = run(program, seed=0, first=0, cases=200, cuda_every=1, plant="alignment")
+    assert code != 0
+    assert "misaligned address" in output
+    assert "kernels.cuh" in output
+
+
 def test_a_case_can_be_repeated_by_its_number(program):
     once, again = (run(program, seed=3, first=17, cases=1, cuda_every=0, plant="formula") for _ in range(2))
     assert once == again

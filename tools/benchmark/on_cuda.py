@@ -1,6 +1,7 @@
 """The GPU's ceilings, and the scalar kernels of cuda_rivals.cu as a rival; compiled with nvcc at the first use."""
 
 import ctypes
+import math
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,72 @@ def seconds_of(function, repeats: int = 20) -> float:
         function()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
+
+
+def count_sets(size: int, cache: int) -> int:
+    """Input sets of ``size`` bytes each to go through in turn, so that none is still in a cache of ``cache`` bytes."""
+    return 1 if size > 4 * cache else min(16, 1 + math.ceil(2 * cache / max(1, size)))
+
+
+def calls_of(function, leaves: list[Tensor], backward: bool) -> tuple:
+    """(what is done once, what is timed) for one input set: nothing and the forward pass, or forward and backward pass.
+
+    The second takes what the first returns.
+    """
+    if not backward:
+
+        def forward(_):
+            with torch.no_grad():
+                return function(*leaves)
+
+        return (lambda: None), forward
+    leaves = [x.detach().requires_grad_() for x in leaves]
+
+    def prepare():
+        out = function(*leaves)
+        return out, torch.ones_like(out)
+
+    return prepare, lambda made: torch.autograd.grad(made[0], leaves, made[1], retain_graph=True)
+
+
+class Graph:
+    """A CUDA graph of one timed call for each input set; its figures hold no time of the host.
+
+    Everything runs on one stream: a backward pass runs on the stream of its forward pass, which must be the one recorded.
+    """
+
+    def __init__(self, jobs: list[tuple]) -> None:
+        """``jobs``: of :func:`calls_of`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.made = [prepare() for prepare, _ in jobs]
+            for made, (_, timed) in zip(self.made, jobs, strict=True):
+                timed(made)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            for made, (_, timed) in zip(self.made, jobs, strict=True):
+                timed(made)
+        self.milliseconds(1)
+
+    def milliseconds(self, repeats: int) -> float:
+        """Time of ``repeats`` replays, by the GPU's own clock."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def seconds_by_graph(jobs: list[tuple], rounds: int, record=Graph, least: float = 5.0) -> list[float]:
+    """Seconds of one call in each round; a round takes ``least`` milliseconds or more, of 1024 replays at most."""
+    graph, repeats = record(jobs), 1
+    while repeats < 1024 and graph.milliseconds(repeats) < least:
+        repeats *= 2
+    return [graph.milliseconds(repeats) / 1e3 / repeats / len(jobs) for _ in range(rounds)]
 
 
 def measure_ceilings() -> dict[str, float]:

@@ -4,16 +4,23 @@
 #include "cuda_emulator.h"
 // After the emulator, whose words it needs.
 #include "../../csrc/cuda/kernels.cuh"
+#include "../../csrc/cuda/launch.cuh"
 
 #include <algorithm>
 
 namespace dn_detr_d2 {
 namespace {
 
-template <typename T, bool kFused, int G, int V>
+// Memory of exactly this many elements, aligned as memory of PyTorch.
+template <typename T>
+std::unique_ptr<T, decltype(&std::free)> allocate(size_t count) {
+  return {static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)), std::free};
+}
+
+template <typename T, typename P, bool kFused, int G, int V>
 void run_geometry(const CudaCall& call, bool backward) {
   using A = Wide<T>;
-  Arguments<T, A> a{};
+  Arguments<T, P> a{};
   a.S = call.S, a.H = call.H, a.D = call.D, a.Q = call.Q, a.L = call.L, a.K = call.K;
   std::vector<Level> levels;
   int start = 0;
@@ -24,16 +31,25 @@ void run_geometry(const CudaCall& call, bool backward) {
   std::copy_n(levels.begin(), std::min(a.L, kInlineLevels), a.levels);
   a.more_levels = levels.data();
   a.value = static_cast<const T*>(call.value);
-  a.points = static_cast<const A*>(call.points);
-  a.weights = static_cast<const A*>(call.weights);
+  a.points = static_cast<const P*>(call.points);
+  a.weights = static_cast<const P*>(call.weights);
   a.reference = static_cast<const A*>(call.reference);
   a.reference_dims = call.reference_dims;
   a.output = static_cast<T*>(call.output);
   a.grad_output = static_cast<const T*>(call.grad_output);
   a.grad_value = static_cast<A*>(call.grad_value);
-  a.grad_points = static_cast<A*>(call.grad_points);
-  a.grad_weights = static_cast<A*>(call.grad_weights);
+  a.grad_weights = static_cast<P*>(call.grad_weights);
   a.grad_reference = static_cast<A*>(call.grad_reference);
+
+  const size_t elements = size_t(call.N) * a.Q * a.H * a.L * a.K;
+  const auto points = allocate<P>(2 * elements), grad_points = allocate<P>(2 * elements);
+  const auto wide = allocate<A>(elements);
+  if (call.copies_points && !is_aligned_for_pairs(call.points, sizeof(P))) {
+    std::memcpy(points.get(), call.points, 2 * elements * sizeof(P));
+    a.points = points.get();
+  }
+  a.grad_points = grad_points.get();
+  a.wide_grad_weights = needs_memory<kFused, G, T, P>(a.L * a.K) ? wide.get() : nullptr;
 
   const int slots = kThreads / G;
   a.tiles = (a.Q + slots - 1) / slots;
@@ -41,23 +57,27 @@ void run_geometry(const CudaCall& call, bool backward) {
   const unsigned threads = (lanes + emulator::kWarp - 1) / emulator::kWarp * emulator::kWarp; // the rest has no work
   const unsigned blocks = call.N * a.H * a.tiles;
   if (backward) {
-    emulator::launch(blocks, threads, [&] { backward_kernel<kFused, G, V, T, A>(a); });
+    emulator::launch(blocks, threads, [&] { backward_kernel<kFused, G, V, T, P>(a); });
+    if (elements > 0) {
+      std::memcpy(call.grad_points, grad_points.get(), 2 * elements * sizeof(P));
+    }
   } else {
-    emulator::launch(blocks, threads, [&] { forward_kernel<kFused, G, V, T, A>(a); });
+    emulator::launch(blocks, threads, [&] { forward_kernel<kFused, G, V, T, P>(a); });
   }
+}
+
+template <typename T, typename P>
+void run_types(const CudaCall& call, bool backward) {
+  const bool all_aligned = is_aligned(call.value) && (!backward || is_aligned(call.grad_output));
+  with_geometry<T>(call.D, all_aligned, [&](auto lanes, auto channels) {
+    call.reference != nullptr ? run_geometry<T, P, true, lanes(), channels()>(call, backward)
+                              : run_geometry<T, P, false, lanes(), channels()>(call, backward);
+  });
 }
 
 template <typename T>
 void run_type(const CudaCall& call, bool backward) {
-  constexpr int kWidest = 16 / sizeof(T);
-  const bool fused = call.reference != nullptr;
-  if (call.D % kWidest != 0) {
-    fused ? run_geometry<T, true, 32, 1>(call, backward) : run_geometry<T, false, 32, 1>(call, backward);
-  } else if (call.D <= 4 * kWidest) {
-    fused ? run_geometry<T, true, 4, kWidest>(call, backward) : run_geometry<T, false, 4, kWidest>(call, backward);
-  } else {
-    fused ? run_geometry<T, true, 8, kWidest>(call, backward) : run_geometry<T, false, 8, kWidest>(call, backward);
-  }
+  call.narrow_points ? run_types<T, T>(call, backward) : run_types<T, Wide<T>>(call, backward);
 }
 
 } // namespace

@@ -1,4 +1,5 @@
-// One call of a CUDA kernel; fields as Arguments in csrc/cuda/kernels.cuh, all by-point tensors wide.
+// One call of a CUDA kernel; fields as Arguments in csrc/cuda/kernels.cuh. Points, weights and their gradients are wide, or
+// of the type of value. Addresses are as aligned as one element.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,8 @@ struct CudaCall {
   void* output;
   const void* grad_output;
   void *grad_value, *grad_points, *grad_weights, *grad_reference; // value and reference: zeros to be added to
+  bool narrow_points; // points and weights of the type of value
+  bool copies_points; // where they are not aligned for pairs, as the operators do
 };
 
 // dtype: as the CPU kernels' Dtype.

@@ -4,7 +4,8 @@
 //
 // Case i of a seed is always the same call: FIRST = i, COUNT = 1 repeats it. Every CUDA_EVERY-th case (0: none) also runs
 // the CUDA kernels on the emulator. PLANT makes a known mistake, to show that this program finds it: "shapes" tells the
-// kernels of one more row than there is, "formula" breaks the reference.
+// kernels of one more row than there is, "formula" breaks the reference, "alignment" loads points in pairs from wherever
+// they lie.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,27 +29,32 @@ namespace {
 
 using Numbers = std::vector<double>;
 
-// An array of one dtype in memory of exactly its size; like those of PyTorch, null if it is empty.
+// An array of one dtype in memory that ends where it ends; like those of PyTorch, null if it is empty. One that is late
+// starts one element after the memory, as a view may.
 class Array {
  public:
-  Array(Dtype dtype, size_t size) : dtype_(dtype), size_(size), bytes_(size ? new char[size * width()] : nullptr) {
-    std::fill_n(bytes_.get(), size * width(), char(0x7b)); // what is not written shows
+  Array(Dtype dtype, size_t size, bool late = false)
+      : dtype_(dtype), size_(size), start_(late ? width() : 0),
+        bytes_(size ? new char[start_ + size * width()] : nullptr) {
+    std::fill_n(bytes_.get(), size ? start_ + size * width() : 0, char(0x7b)); // what is not written shows
   }
-  Array(Dtype dtype, const Numbers& numbers) : Array(dtype, numbers.size()) {
+  Array(Dtype dtype, const Numbers& numbers, bool late = false) : Array(dtype, numbers.size(), late) {
     for (size_t i = 0; i < size_; ++i) {
       set(i, numbers[i]);
     }
   }
 
   void* data() {
-    return bytes_.get();
+    return size_ ? bytes_.get() + start_ : nullptr;
   }
   void zero() {
-    std::fill_n(bytes_.get(), size_ * width(), char(0));
+    if (size_) {
+      std::fill_n(bytes_.get() + start_, size_ * width(), char(0));
+    }
   }
 
   double get(size_t i) const {
-    const char* p = bytes_.get() + i * width();
+    const char* p = bytes_.get() + start_ + i * width();
     switch (dtype_) {
       case Dtype::kDouble:
         return as<double>(p);
@@ -72,7 +78,7 @@ class Array {
 
   // Cuts off what a 16-bit type cannot hold: inputs need not be rounded well.
   void set(size_t i, double x) {
-    char* p = bytes_.get() + i * width();
+    char* p = bytes_.get() + start_ + i * width();
     const float f = static_cast<float>(x);
     switch (dtype_) {
       case Dtype::kDouble:
@@ -89,7 +95,9 @@ class Array {
         int exponent;
         const double fraction = std::frexp(std::fabs(x), &exponent); // [0.5, 1) * 2^exponent
         uint16_t bits = 0;
-        if (x != 0 && exponent > -13) {
+        if (!std::isfinite(x) || exponent > 16) {
+          bits = std::isnan(x) ? 0x7e00 : 0x7c00;
+        } else if (x != 0 && exponent > -13) {
           bits = uint16_t((exponent + 14) << 10 | (int(std::ldexp(fraction, 11)) - 1024));
         }
         bits = uint16_t(bits | (std::signbit(x) ? 0x8000 : 0));
@@ -118,7 +126,7 @@ class Array {
   }
 
   Dtype dtype_;
-  size_t size_;
+  size_t size_, start_;
   std::unique_ptr<char[]> bytes_;
 };
 
@@ -130,6 +138,8 @@ struct Case {
   int64_t N, S, H, D, Q, L, K;
   std::vector<int64_t> shapes;
   Dtype dtype, wide;
+  Dtype by_point; // of points and weights on CUDA: wide, or dtype
+  bool late_value, late_points, late_weights, late_upstream; // one element after the start of their memory
   bool fused;
   int dims; // of the reference
   bool compares_gradients; // no point lies where the gradient jumps
@@ -167,6 +177,9 @@ Case make_case(uint64_t seed, uint64_t number) {
   c.dtype = static_cast<Dtype>(random() % 4);
   c.wide = c.dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat;
   c.fused = random() % 2;
+  c.by_point = random() % 2 ? c.dtype : c.wide;
+  c.late_value = random() % 8 == 0, c.late_points = random() % 2 == 0;
+  c.late_weights = random() % 2 == 0, c.late_upstream = random() % 8 == 0;
   c.dims = random() % 2 ? 2 : 4;
   c.compares_gradients = random() % 8 != 0;
 
@@ -203,6 +216,38 @@ Case make_case(uint64_t seed, uint64_t number) {
       x = (x - r[i % 2]) / step;
     }
     c.points[i] = c.wide == Dtype::kDouble ? x : double(float(x));
+  }
+  return c;
+}
+
+// The case as the CUDA kernels get it: points and weights rounded to by_point. Points that the rounding has brought to where
+// the gradient jumps are moved on.
+Case by_point(Case c) {
+  if (c.by_point == c.wide) {
+    return c;
+  }
+  const auto rounded = [&](double x) {
+    return Array(c.dtype, Numbers{x}).get(0);
+  };
+  for (double& x : c.weights) {
+    x = rounded(x);
+  }
+  for (size_t i = 0; i < c.points.size(); ++i) {
+    const int64_t level = i / (2 * c.K) % c.L, row = i / 2 / (c.K * c.L * c.H);
+    const double size = double(std::max<int64_t>(1, c.shapes[2 * level + (i % 2 ? 0 : 1)]));
+    const auto near_jump = [&](double x) {
+      if (c.fused) {
+        const double* r = &c.reference[(row * c.L + level) * c.dims];
+        x = r[i % 2] + x * (c.dims == 2 ? 1 / size : r[2 + i % 2] * 0.5 / double(c.K));
+      }
+      const double cell = x * size - 0.5;
+      return std::fabs(cell - std::round(cell)) < 1e-3;
+    };
+    const double wanted = c.points[i];
+    c.points[i] = rounded(wanted);
+    for (int step = 1; c.compares_gradients && near_jump(c.points[i]); ++step) {
+      c.points[i] = rounded(wanted + 0.013 * step);
+    }
   }
   return c;
 }
@@ -293,14 +338,17 @@ Result expected(const Case& c, const Numbers& value, const Numbers& upstream, bo
   return r;
 }
 
-// Inputs as arrays, and the outputs' places.
+// Inputs as arrays, and the outputs' places. Only the CUDA kernels take points of other types and places.
 struct Buffers {
-  explicit Buffers(const Case& c)
-      : value(c.dtype, c.value), upstream(c.dtype, c.upstream), points(c.wide, c.points), weights(c.wide, c.weights),
-        reference(c.wide, c.reference), output(c.dtype, c.N * c.Q * c.H * c.D), grad_value(c.dtype, c.value.size()),
-        grad_value_wide(c.wide, c.value.size()), grad_points(c.wide, c.points.size()),
-        grad_weights(c.wide, c.weights.size()), grad_reference(c.wide, c.N * c.Q * c.H * c.L * c.dims),
+  explicit Buffers(const Case& c, bool cuda = false)
+      : by_point(cuda ? c.by_point : c.wide), value(c.dtype, c.value, cuda && c.late_value),
+        upstream(c.dtype, c.upstream, cuda && c.late_upstream), points(by_point, c.points, cuda && c.late_points),
+        weights(by_point, c.weights, cuda && c.late_weights), reference(c.wide, c.reference),
+        output(c.dtype, c.N * c.Q * c.H * c.D), grad_value(c.dtype, c.value.size()),
+        grad_value_wide(c.wide, c.value.size()), grad_points(by_point, c.points.size()),
+        grad_weights(by_point, c.weights.size()), grad_reference(c.wide, c.N * c.Q * c.H * c.L * c.dims),
         grad_reference_sum(c.wide, c.reference.size()), softmax(c.wide, c.weights.size()) {}
+  Dtype by_point;
   Array value, upstream, points, weights, reference, output, grad_value, grad_value_wide, grad_points, grad_weights,
       grad_reference, grad_reference_sum, softmax;
 };
@@ -357,8 +405,9 @@ Result run_cpu(const Case& c, const Kernels& kernels, const std::vector<int64_t>
   return r;
 }
 
-Result run_cuda(const Case& c) {
-  Buffers b(c);
+// c: of by_point().
+Result run_cuda(const Case& c, bool copies_points) {
+  Buffers b(c, true);
   b.grad_value_wide.zero();
   b.grad_reference_sum.zero();
   CudaCall call{};
@@ -376,6 +425,8 @@ Result run_cuda(const Case& c) {
   call.grad_points = b.grad_points.data();
   call.grad_weights = b.grad_weights.data();
   call.grad_reference = b.grad_reference_sum.data();
+  call.narrow_points = c.by_point != c.wide;
+  call.copies_points = copies_points;
   if (c.N * c.Q * c.H * c.D > 0) {
     cuda_on_cpu(call, static_cast<int>(c.dtype), false);
   }
@@ -399,15 +450,15 @@ bool agree(const Numbers& ours, const Numbers& theirs, double relative, double a
   return true;
 }
 
-bool check(const Case& c, const Result& ours, const Result& theirs, bool stored_gradient) {
+bool check(const Case& c, const Result& ours, const Result& theirs, bool cuda) {
   const double wide = c.wide == Dtype::kDouble ? 1e-9 : 2e-4;
   const double stored = c.dtype == Dtype::kBFloat16 ? 0x1p-8 : c.dtype == Dtype::kHalf ? 0x1p-11 : 0;
   bool good = agree(ours.output, theirs.output, wide + stored, wide, "output");
   if (c.compares_gradients) {
-    const double value = stored_gradient ? wide + stored : wide;
+    const double value = cuda ? wide : wide + stored, points = 10 * wide + (cuda && c.by_point != c.wide ? stored : 0);
     good = agree(ours.grad_value, theirs.grad_value, value, wide, "grad_value") && good;
-    good = agree(ours.grad_points, theirs.grad_points, 10 * wide, 10 * wide, "grad_points") && good;
-    good = agree(ours.grad_weights, theirs.grad_weights, 10 * wide, 10 * wide, "grad_weights") && good;
+    good = agree(ours.grad_points, theirs.grad_points, points, 10 * wide, "grad_points") && good;
+    good = agree(ours.grad_weights, theirs.grad_weights, points, 10 * wide, "grad_weights") && good;
     good = agree(ours.grad_reference, theirs.grad_reference, 100 * wide, 100 * wide, "grad_reference") && good;
   }
   return good;
@@ -437,16 +488,19 @@ int main(int count_arguments, char** arguments) {
   uint64_t mismatches = 0, cuda = 0;
   for (uint64_t number = first; number < first + count; ++number) {
     const Case c = make_case(seed, number);
-    const Result reference =
-        expected(c, Array(c.dtype, c.value).numbers(), Array(c.dtype, c.upstream).numbers(), plant == "formula");
-    const auto judge = [&](const char* name, const Result& ours, bool stored_gradient) {
-      if (!check(c, ours, reference, stored_gradient)) {
+    const auto define = [&](const Case& given) {
+      const Numbers value = Array(c.dtype, c.value).numbers(), upstream = Array(c.dtype, c.upstream).numbers();
+      return expected(given, value, upstream, plant == "formula");
+    };
+    const Result reference = define(c);
+    const auto judge = [&](const char* name, const Result& ours, const Result& theirs, bool on_cuda) {
+      if (!check(c, ours, theirs, on_cuda)) {
         ++mismatches;
         std::printf(
-            "MISMATCH seed %llu case %llu, %s: N %lld S %lld H %lld D %lld Q %lld L %lld K %lld dtype %d %s R %d\n",
+            "MISMATCH seed %llu case %llu, %s: N %lld S %lld H %lld D %lld Q %lld L %lld K %lld dtype %d/%d %s R %d\n",
             (unsigned long long)seed, (unsigned long long)number, name, (long long)c.N, (long long)c.S, (long long)c.H,
-            (long long)c.D, (long long)c.Q, (long long)c.L, (long long)c.K, int(c.dtype), c.fused ? "fused" : "plain",
-            c.dims);
+            (long long)c.D, (long long)c.Q, (long long)c.L, (long long)c.K, int(c.dtype),
+            int(on_cuda ? c.by_point : c.wide), c.fused ? "fused" : "plain", c.dims);
       }
     };
     std::vector<int64_t> shapes = c.shapes;
@@ -454,11 +508,12 @@ int main(int count_arguments, char** arguments) {
       ++shapes[2 * c.L - 2];
     }
     for (const auto& [name, kernels] : all) {
-      judge(name, run_cpu(c, *kernels, shapes), true);
+      judge(name, run_cpu(c, *kernels, shapes), reference, false);
     }
     if (every > 0 && number % every == 0) {
       ++cuda;
-      judge("cuda", run_cuda(c), false);
+      const Case given = by_point(c);
+      judge("cuda", run_cuda(given, plant != "alignment"), define(given), true);
     }
   }
   std::printf(
