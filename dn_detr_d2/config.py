@@ -244,6 +244,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    # Detections of an image and class that AP counts. 0 = COCO's 100, and DETECTIONS_PER_IMAGE, but at least the objects of the
+    # fullest image, for a data set in which an image has more than 100 objects of one class; a warning says so.
+    cfg.TEST.MAX_DETECTIONS_EVALUATED = 0
     # Images that a process evaluates at a time; detections do not depend on it unless PAD_TO_LARGEST is True.
     cfg.TEST.IMS_PER_BATCH = 1
     # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
