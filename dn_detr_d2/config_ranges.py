@@ -22,7 +22,6 @@ _NOT_NEGATIVE = (
     *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.CHECKPOINTS_KEPT"),
     *("SOLVER.EARLY_STOPPING.PATIENCE", "SOLVER.EARLY_STOPPING.MIN_DELTA", "SOLVER.NONFINITE_LIMIT"),
     *("TEST.INSTABILITY.NUM_IMAGES", "TEST.INSTABILITY.PERIOD", "TEST.VALIDATION_LOSS"),
-    "TEST.MAX_DETECTIONS_EVALUATED",
     *(f"{_ROOT}DENOISING.{key}" for key in ("NUM_QUERIES", "MAX_QUERIES", "CORNER_NOISE_SCALE", "LOSS_WEIGHT")),
     *(f"{_ROOT}LOSS.FOCAL_GAMMA", "SOLVER.WARMUP_FACTOR", "SOLVER.BASE_LR_END"),
     *("DATALOADER.NUM_WORKERS", "INPUT.MIN_SIZE_TEST"),  # 0 = in this process; the image as it is
@@ -69,6 +68,7 @@ CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
         "lie in [0, 1)",
         lambda x: 0 <= x < 1,
     ),
+    (("TEST.MAX_DETECTIONS_EVALUATED",), "be 0 or more than 10", lambda x: x == 0 or 10 < x < math.inf),
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
     (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
     (("INPUT.CROP.RESIZE", "INPUT.MIN_SIZE_TRAIN"), "be positive numbers of pixels", _sizes),

@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import os
-from collections import Counter, OrderedDict
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 from ..coco import NUM_RAW_CLASSES, RAW_IDS
 from ..data.columns import VERDICTS, clip_boxes, judge_boxes
-from ..data.normalise import usable_area
+from ..data.normalise import is_id, sort_key, usable_area
 from ..data.registered import records_of
 from ..errors import DatasetError
 
@@ -76,6 +76,8 @@ class RecordsEvaluator(COCOEvaluator):
     ):
         self._logger, self._cpu_device = logger, torch.device("cpu")
         self._distributed, self._output_dir, self._tasks = distributed, output_dir, ("bbox",)
+        if all(is_id(record.get("image_id")) for record in records):  # the order in which COCO breaks ties of scores
+            records = sorted(records, key=lambda record: sort_key(record["image_id"]))
         self._name, self._records, self._class_names = name, records, class_names
         labels = [x["category_id"] for record in records for x in record.get("annotations", [])]
         count = len(class_names or category_ids or []) or max(labels, default=-1) + 1
@@ -181,7 +183,7 @@ class RecordsEvaluator(COCOEvaluator):
                 "%s: image %r has %d objects, but TEST.DETECTIONS_PER_IMAGE = %d detections are kept; the rest cannot be found",
                 *(self._name, self._records[row - 1]["image_id"], most, detections_per_image),
             )
-        return sorted({*LIMITS[:2], limit} | set(LIMITS[2 : 3 * (limit < LIMITS[1] + 1)]))[:2] + [limit]
+        return [*LIMITS[:2], limit]
 
     def _name_of(self, category: int) -> str:
         return self._coco_api.cats[category]["name"] if category in self._coco_api.cats else str(category)
@@ -259,11 +261,6 @@ class RecordsEvaluator(COCOEvaluator):
         evaluation.summarize()
         return evaluation
 
-    def evaluate(self, img_ids=None) -> dict:
-        """As COCOEvaluator; on the images of ``img_ids``, or all."""
-        self._results = OrderedDict()
-        return super().evaluate(img_ids)
-
     def _make_contiguous(self, instances) -> dict:
         known = instances[self._contiguous[instances.pred_classes] >= 0]
         known.pred_classes = self._contiguous[known.pred_classes]
@@ -325,8 +322,8 @@ def _area(annotation: dict, box: np.ndarray) -> float:
         return area
     if isinstance(mask, list) and mask:
         return float(PolygonMasks([mask]).area()[0])
-    if isinstance(mask, dict):
-        return float(mask_util.area(mask if isinstance(mask["counts"], str | bytes) else mask_util.frPyObjects(mask, *mask["size"])))
+    if isinstance(mask, dict) and not isinstance(mask["counts"], list):
+        return float(mask_util.area(mask))
     return float(min(box[2] * box[3], 1e10))
 
 
