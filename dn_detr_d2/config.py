@@ -244,8 +244,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
-    # Detections of an image and class that AP counts. 0 = COCO's 100, and DETECTIONS_PER_IMAGE, but at least the objects of the
-    # fullest image, for a data set in which an image has more than 100 objects of one class; a warning says so.
+    # Detections of an image and class that AP counts. 0 = COCO's 100; where an image has more than 100 objects of one class,
+    # as many as it has, or DETECTIONS_PER_IMAGE if that is more, and a warning says so.
     cfg.TEST.MAX_DETECTIONS_EVALUATED = 0
     # Images that a process evaluates at a time; detections do not depend on it unless PAD_TO_LARGEST is True.
     cfg.TEST.IMS_PER_BATCH = 1
@@ -362,7 +362,7 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
     known = {name: classes for name in datasets if (classes := class_names(name))}
     if len({tuple(classes) for classes in known.values()}) > 1:
         lists = "; ".join(f"{name}: {len(classes)} {classes[:8]}" for name, classes in known.items())
-        raise ConfigError(f"DATASETS.TRAIN and DATASETS.TEST must have the same classes, got {lists}")
+        raise ConfigError(f"DATASETS.TRAIN and DATASETS.TEST must have the same classes, got {lists}{_inherited(cfg)}")
     classes = next(iter(known.values()), None)
     if node.NUM_CLASSES is None and classes is None:
         raise ConfigError(
@@ -379,6 +379,18 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         )
     if classes is not None:
         node.CLASS_NAMES = list(classes)
+
+
+def _inherited(cfg: CfgNode) -> str:
+    """A way out for own data in DATASETS.TRAIN with the test set of the base config."""
+    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
+    theirs = [name for name in cfg.DATASETS.TEST if name not in own]
+    if not own & {*cfg.DATASETS.TRAIN} or not theirs:
+        return ""
+    return (
+        f'; DATASETS.TEST {theirs} is the base config\'s: set it to a data set of yours, or to "()" to train without '
+        "evaluation"
+    )
 
 
 def _null_for_auto(content: dict) -> dict:

@@ -26,7 +26,6 @@ from .normalise import (
     is_id,
     is_length,
     normalised,
-    objects_of,
     sort_key,
     usable_area,
 )
@@ -104,8 +103,18 @@ def _require_files(name: str, json_path: Path, folder: Path) -> None:
         if not found:
             raise DatasetError(
                 f"{kind} of data set {name!r} does not exist: {path.absolute()} (relative paths start at "
-                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
+                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')}){_way_out(name)}"
             )
+
+
+def _way_out(name: str) -> str:
+    """For COCO's own sets, which the base configs name and many do not want."""
+    if not name.startswith("coco_"):
+        return ""
+    return (
+        "; if the base config names it and you do not want it, set DATASETS.TEST (and TRAIN) to data sets of yours, or "
+        'DATASETS.TEST "()" to train without evaluation'
+    )
 
 
 def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict]:
@@ -157,7 +166,9 @@ def load_with_categories(json_file: Path, image_folder: Path, published: bool = 
         _add(annotation, records, classes, json_file)
     doubled = [key for key, count in seen.items() if count > 1]
     if doubled and not (published and "minival" in json_file.name):
-        raise DatasetError(f"{json_file}: annotation ids appear more than once: {doubled[:10]}; {FIX} numbers them anew")
+        raise DatasetError(
+            f"{json_file}: annotation ids appear more than once: {doubled[:10]}; {FIX} numbers them anew"
+        )
     ordered = [records[key] for key in sorted(records, key=sort_key)]
     if not declared(content):
         _refuse_other_conventions(ordered, json_file)
@@ -246,7 +257,9 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     if len(found) != len(pairs):
         different = [key for key, value in pairs if value != found[key] and repr(value) != repr(found[key])]
         if different:
-            raise ValueError(f"the key {different[0]!r:.60} stands twice, with two values, in the object {found!r:.200}")
+            raise ValueError(
+                f"the key {different[0]!r:.60} stands twice, with two values, in the object {found!r:.200}"
+            )
     return found
 
 
@@ -332,7 +345,7 @@ def _box(box, where: str) -> list[float]:
     numbers = as_box(box)
     if numbers is None:
         raise DatasetError(
-            f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels; {FIX} --drop-bad leaves "
-            "such annotations out"
+            f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels; {FIX} --drop-bad "
+            "leaves such annotations out"
         )
     return numbers

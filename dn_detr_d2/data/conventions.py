@@ -1,7 +1,7 @@
 """Whether the boxes of a file are written in another convention than COCO's [x, y, width, height] in pixels.
 
-Decided over the whole file, and only where the boxes contradict COCO's convention and agree with another one throughout: a few
-boxes that stick out, or small objects, say nothing. A file whose ``info`` has ``"bbox_format": "xywh"`` is believed.
+Decided over the whole file, and only where the boxes contradict COCO's convention and agree with another one throughout: a
+few boxes that stick out, or small objects, say nothing. A file whose ``info`` has ``"bbox_format": "xywh"`` is believed.
 """
 
 import numpy as np

@@ -96,7 +96,7 @@ def objects_of(content: dict, name: str) -> list[dict]:
 
 
 def namesakes(identifiers: Iterable) -> dict:
-    """{whole number: the id that is written so, as number or as text}; numbers that two of the ids are written as are left out."""
+    """{whole number: the id that is written so, as number or as text}, without numbers that two ids are written as."""
     found, doubled = {}, set()
     for identifier in identifiers:
         number = as_number(identifier)
@@ -165,11 +165,11 @@ def is_unknown(size) -> bool:
 def _without_resource_forks(lists: dict, report: Report) -> tuple[list, list[int]]:
     """(images without those of macOS's ``._`` files, their rows)."""
 
-    def is_fork(entry):
+    def _is_fork(entry):
         name = entry.get("file_name") if isinstance(entry, dict) else None
         return isinstance(name, str) and PureWindowsPath(name).name.startswith("._")
 
-    forks = {i for i, entry in enumerate(lists["images"]) if is_fork(entry)}
+    forks = {i for i, entry in enumerate(lists["images"]) if _is_fork(entry)}
     if forks:
         annotated = {x["image_id"] for x in objects_of(lists, "annotations") if is_id(x.get("image_id"))}
         forks = {i for i in forks if not is_id(x := lists["images"][i].get("id")) or x not in annotated}
@@ -189,12 +189,12 @@ def _without_orphans(content: dict, report: Report) -> list:
     known = {entry.get("id") for entry in objects_of(content, "images") if is_id(entry.get("id"))}
     foreign = foreign_references(content, "image_id")
 
-    def is_orphan(entry):
+    def _is_orphan(entry):
         value = entry.get("image_id")
         return not is_id(value) or (value not in known and value not in foreign)
 
     entries = content["annotations"]
-    orphans = [i for i, entry in enumerate(entries) if isinstance(entry, dict) and is_orphan(entry)]
+    orphans = [i for i, entry in enumerate(entries) if isinstance(entry, dict) and _is_orphan(entry)]
     everything = len(orphans) == len(objects_of(content, "annotations"))
     report.add_rows(
         r.NO_MATCH if everything else r.UNKNOWN_IMAGE,

@@ -2,11 +2,11 @@
 
     python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json [--drop-bad] [--boxes CONVENTION]
 
-What the reader reads as the same or leaves out is written that way, see :mod:`.normalise`. Boxes that are not finite, have no
-positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable id of
-their own get a new number. References become the id that is written as the same number, areas that are none width * height;
-sizes that are no sizes are those of the images; absolute paths and back slashes become paths below the folder. Everything else
-needs a person and stays as it is, or is left out by :func:`without_bad`.
+What the reader reads as the same or leaves out is written that way, see :mod:`.normalise`. Boxes that are not finite, have
+no positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable id
+of their own get a new number. References become the id that is written as the same number, areas that are none width x
+height; sizes that are no sizes are those of the images; absolute paths and back slashes become paths below the folder.
+Everything else needs a person and stays as it is, or is left out by :func:`without_bad`.
 """
 
 import itertools
@@ -197,7 +197,7 @@ def _with_images(content: dict, folder: ImageFolder | None) -> tuple[dict, list[
 
 def _with_sizes(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
     """Images whose width and height are numbers, where ``sizes`` (I, 2) knows them."""
-    images = [entry for entry in content["images"]] if isinstance(content.get("images"), list) else []
+    images = list(content["images"]) if isinstance(content.get("images"), list) else []
     rows, count = iter(sizes), 0
     for i, image in enumerate(images):
         size = next(rows) if isinstance(image, dict) else None

@@ -1,4 +1,4 @@
-"""COCO's AP, with the ground truth from the records that training and evaluation read, not from a second reading of a file."""
+"""COCO's AP. The ground truth is the records that training and evaluation have read, not a second reading of the file."""
 
 import copy
 import itertools
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LIMITS = (1, 10, 100)  # detections of an image and class that COCO counts
 LEFT_OUT = 3  # VERDICTS up to here: training drops the box, and no detection can match it
-# Ground truth whose IoU with the box that a model can give, in float32 and inside the image, is below this is replaced by it.
+# Ground truth whose IoU with what a model can give, its box in float32 and inside the image, is below this is replaced by it.
 ALIKE = 0.99
 
 
@@ -149,7 +149,9 @@ class RecordsEvaluator(COCOEvaluator):
         self._coco_api = COCO()
         self._coco_api.dataset = {
             "images": [{"id": row + 1} for row in range(len(self._records))],
-            "categories": [{"id": i + 1, "name": str(x)} for i, x in enumerate(self._class_names or self._category_ids)],
+            "categories": [
+                {"id": i + 1, "name": str(x)} for i, x in enumerate(self._class_names or self._category_ids)
+            ],
         } | ({"annotations": entries} if self._do_evaluation else {})
         self._create_index()
 
@@ -169,8 +171,8 @@ class RecordsEvaluator(COCOEvaluator):
         limit = max_detections or (LIMITS[-1] if fullest <= LIMITS[-1] else max(fullest, detections_per_image))
         if fullest > LIMITS[-1]:
             logger.warning(
-                "%s: image %r has %d objects of class %r, COCO's AP counts %d detections of an image and class; here %d are "
-                "counted (TEST.MAX_DETECTIONS_EVALUATED = %d)",
+                "%s: image %r has %d objects of class %r, COCO's AP counts %d detections of an image and class; here %d "
+                "are counted (TEST.MAX_DETECTIONS_EVALUATED = %d)",
                 *(self._name, self._records[row - 1]["image_id"], fullest, self._name_of(category), LIMITS[-1], limit),
                 max_detections,
             )
@@ -180,7 +182,7 @@ class RecordsEvaluator(COCOEvaluator):
         row, most = max(objects.items(), key=lambda x: x[1], default=(0, 0))
         if 0 < detections_per_image < most:
             logger.warning(
-                "%s: image %r has %d objects, but TEST.DETECTIONS_PER_IMAGE = %d detections are kept; the rest cannot be found",
+                "%s: image %r has %d objects, but TEST.DETECTIONS_PER_IMAGE = %d detections are kept: not all can be found",
                 *(self._name, self._records[row - 1]["image_id"], most, detections_per_image),
             )
         return [*LIMITS[:2], limit]
@@ -219,7 +221,7 @@ class RecordsEvaluator(COCOEvaluator):
         self._set_ground_truth(sizes)
         if self._dropped:
             logger.warning(
-                "%s: boxes that no detection can match are left out of the ground truth: %s; tools/check_dataset.py lists them",
+                "%s: boxes that no detection can match are left out of the ground truth: %s; see tools/check_dataset.py",
                 self._name,
                 "; ".join(f"{count} x {kind}" for kind, count in self._dropped.items()),
             )
