@@ -334,8 +334,8 @@ def _annotated_size(image: dict, json_file: Path) -> dict:
     for key, value in size.items():
         if not is_length(value):
             raise DatasetError(
-                f"{json_file}: image {image['id']!r:.200} has {key} {value!r:.60}; it must be a positive whole number of "
-                f"pixels; {FIX} takes it from the image"
+                f"{json_file}: image {image['id']!r:.200} has {key} {value!r:.60}; it must be a positive number of pixels "
+                f"without a fraction; {FIX} takes it from the image"
             )
     return size
 

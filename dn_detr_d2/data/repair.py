@@ -3,8 +3,8 @@
     python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json [--drop-bad] [--boxes CONVENTION]
 
 What the reader reads as the same or leaves out is written that way, see :mod:`.normalise`. Boxes that are not finite, have
-no positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable id
-of their own get a new number. References become the id that is written as the same number, areas that are none width x
+no positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable
+id of their own get a new number. References become the id that is written as the same number, areas that are none width x
 height; sizes that are no sizes are those of the images; absolute paths and back slashes become paths below the folder.
 Everything else needs a person and stays as it is, or is left out by :func:`without_bad`.
 """

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LIMITS = (1, 10, 100)  # detections of an image and class that COCO counts
 LEFT_OUT = 3  # VERDICTS up to here: training drops the box, and no detection can match it
-# Ground truth whose IoU with what a model can give, its box in float32 and inside the image, is below this is replaced by it.
+# Ground truth is replaced by what a model can give for it, in float32 and inside the image, if their IoU is below this.
 ALIKE = 0.99
 
 
@@ -233,8 +233,8 @@ class RecordsEvaluator(COCOEvaluator):
         found = max((x["category_id"] for x in results), default=-1)
         if found >= len(self._category_ids):
             raise DatasetError(
-                f"the model predicts class {found}, but {self._name} has {len(self._category_ids)} classes; evaluate it with "
-                "the weights of the same classes"
+                f"the model predicts class {found}, but {self._name} has {len(self._category_ids)} classes; evaluate it "
+                "with the weights of the same classes"
             )
 
     def _inside(self, result: dict, sizes: dict) -> dict:
