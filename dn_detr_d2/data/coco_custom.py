@@ -257,9 +257,7 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     if len(found) != len(pairs):
         different = [key for key, value in pairs if value != found[key] and repr(value) != repr(found[key])]
         if different:
-            raise ValueError(
-                f"the key {different[0]!r:.60} stands twice, with two values, in the object {found!r:.200}"
-            )
+            raise ValueError(f"the key {different[0]!r:.60} stands twice in the object {found!r:.200}, with two values")
     return found
 
 
