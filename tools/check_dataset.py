@@ -78,7 +78,11 @@ def check_repaired(content: dict, folder: str, args: argparse.Namespace) -> Repo
         sizes = sizes[rows]
         for kind in STOPPING:
             del report.counts[kind]
-        print("\n".join([*(f"left out: {line}" for line in lines), f"{len(lines)} images and annotations left out"]))
+        print(
+            "\n".join(
+                [*(f"left out: {line}" for line in lines), f"{len(lines)} images, categories and annotations left out"]
+            )
+        )
     if args.boxes:
         content = converted(content, sizes, args.boxes)
     content, more = repaired(content, sizes)

@@ -9,7 +9,7 @@ import numpy as np
 CONVENTIONS = {
     "xyxy": "corners [x0, y0, x1, y1]",
     "cxcywh": "centres [cx, cy, width, height]",
-    "yxhw": "[y, x, height, width]",
+    "yxhw": "[y, x, height, width] (unless it is the annotated widths and heights that are swapped)",
     "yxyx": "corners [y0, x0, y1, x1]",
 }
 NORMALISED = "normalised to 0..1"

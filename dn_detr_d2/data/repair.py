@@ -103,8 +103,14 @@ def without_bad(content: dict, unusable: dict[int, str]) -> tuple[dict, list[str
             dropped |= {image["id"]} if is_id(image.get("id")) else set()
         else:
             rows.append(i)
-    categories = objects_of(content, "categories")
-    known = {x["id"] for x in categories if is_id(x.get("id"))}
+    strangers = (
+        [x for x in content["images"] if not isinstance(x, dict)] if isinstance(content.get("images"), list) else []
+    )
+    lines += [f"image {x!r:.60}: is no object" for x in strangers]
+    listed_categories = content.get("categories") if isinstance(content.get("categories"), list) else []
+    categories = [x for x in listed_categories if isinstance(x, dict) and is_id(x.get("id")) and is_id(x.get("name"))]
+    lines += [f"category {x!r:.60}: needs an id and a name" for x in listed_categories if x not in categories]
+    known = {x["id"] for x in categories}
     listed = {images[i]["id"] for i in rows}
     kept = []
     for entry in content.get("annotations") if isinstance(content.get("annotations"), list) else []:
@@ -115,7 +121,7 @@ def without_bad(content: dict, unusable: dict[int, str]) -> tuple[dict, list[str
         else:
             kept.append(entry)
     annotations = {"annotations": kept} if isinstance(content.get("annotations"), list) else {}
-    return content | {"images": [images[i] for i in rows]} | annotations, lines, rows
+    return content | {"images": [images[i] for i in rows], "categories": categories} | annotations, lines, rows
 
 
 def _fault_of_image(image: dict, counts: Counter) -> str:

@@ -82,6 +82,7 @@ class RecordsEvaluator(COCOEvaluator):
         labels = [x["category_id"] for record in records for x in record.get("annotations", [])]
         count = len(class_names or category_ids or []) or max(labels, default=-1) + 1
         self._category_ids = list(range(count)) if category_ids is None else list(category_ids)
+        self._open = not class_names and category_ids is None  # nobody says how many classes there are
         self._contiguous = None
         if raw_ids:
             self._contiguous = torch.full((NUM_RAW_CLASSES,), -1)
@@ -231,6 +232,8 @@ class RecordsEvaluator(COCOEvaluator):
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:
         found = max((x["category_id"] for x in results), default=-1)
+        if self._open:
+            self._category_ids = list(range(max(found + 1, len(self._category_ids))))
         if found >= len(self._category_ids):
             raise DatasetError(
                 f"the model predicts class {found}, but {self._name} has {len(self._category_ids)} classes; evaluate it "

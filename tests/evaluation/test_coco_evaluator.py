@@ -255,6 +255,12 @@ def test_evaluator_takes_records_of_a_function_of_the_user(tmp_path):
         results, present = oracle(TolerantCOCOEvaluator(name), records_of(name), 0)
         assert present == {0, 1}
         assert results["bbox"]["AP-nut"] == results["bbox"]["AP-bolt"] == pytest.approx(100)
+        evaluator = RecordsEvaluator(records)  # nobody says how many classes there are: the model may know more
+        evaluator.reset()
+        for record in records:
+            predicted = instances((record["height"], record["width"]), [[2, 3, 20, 30], [2, 3, 22, 33]], [1, 7])
+            evaluator.process([{"image_id": record["image_id"]}], [{"instances": predicted}])
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(50)  # of class 1, nothing of class 0
         again = [records[0], records[0]]
         with pytest.raises(DatasetError, match="image_id 'x'"):
             RecordsEvaluator(again)

@@ -108,14 +108,16 @@ def test_what_cannot_be_used_is_left_out_on_request_and_named(run, tmp_path):
     changes = [{"image_id": 10 + i} for i in range(5)]
     changes += [{"category_id": 9}, {"bbox": [1]}, {"iscrowd": 7}, {"bbox": None}]
     content["annotations"] += [good | {"id": 100 + i} | change for i, change in enumerate(changes)] + ["x"]
+    content["images"] += [None]
+    content["categories"] += [{"id": 7}]
     assert run(content)[0] == 1
     assert run(content, "--drop-bad")[0] == 2
     code, out, _ = run(content, "--fix", tmp_path / "out.json", "--drop-bad")
     assert code == 0
     lines = [line for line in out.splitlines() if line.startswith("left out: ")]
-    assert len(lines) == 5 + 9 + 1
+    assert len(lines) == 5 + 9 + 1 + 2
     assert all(any(name in line for line in lines) for name in ("cut.png", "gone.png", "small.png", "passwd"))
-    assert "15 images and annotations left out" in out
+    assert "17 images, categories and annotations left out" in out
     first, second = load_coco_json(tmp_path / "out.json", tmp_path)
     assert (len(first["annotations"]), len(second["annotations"])) == (2, 1)
 
