@@ -4,6 +4,7 @@ Category ids may be of any kind (gaps, 0-based, large, strings); inside they bec
 complaint names the file, the record and the field.
 """
 
+import contextlib
 import difflib
 import json
 import logging
@@ -18,7 +19,7 @@ from detectron2.structures import BoxMode
 from ..errors import ConfigError, DatasetError
 from . import report as r
 from .conventions import declared, other_convention
-from .images import OUTSIDE, ImageFolder
+from .images import OUTSIDE, ImageFolder, image_size
 from .normalise import (
     as_box,
     foreign_references,
@@ -34,6 +35,7 @@ from .report import Report
 logger = logging.getLogger(__name__)
 
 FIX = "tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
+LOOKED_AT = 32  # images whose headers are read where a file has no sizes
 # What the reader leaves out, with the level of its line in the log.
 LEFT_OUT = {r.UNKNOWN_IMAGE: logging.WARNING, r.TWIN: logging.WARNING, r.RESOURCE_FORK: logging.INFO}
 
@@ -220,14 +222,27 @@ def _refuse_foreign_references(content: dict, json_file: Path) -> None:
 
 
 def _refuse_other_conventions(records: list[dict], json_file: Path) -> None:
-    boxes, sizes = [], []
+    boxes, sizes, looked_at = [], [], _sizes_of_some(records)
     for record in records:
         found = [x["bbox"] for x in record["annotations"] if not x["iscrowd"]]
         boxes += found
-        sizes += [(record.get("height", np.inf), record.get("width", np.inf))] * len(found)
+        annotated = record.get("height", np.inf), record.get("width", np.inf)
+        sizes += [looked_at.get(record["image_id"], annotated)] * len(found)
     shapes = np.array(boxes, np.float64).reshape(-1, 4), np.array(sizes, np.float64).reshape(-1, 2)
     if words := other_convention(*shapes):
         raise DatasetError(f"{json_file}: {convention_sentence(words)}", r.CONVENTION)
+
+
+def _sizes_of_some(records: list[dict]) -> dict:
+    """{image id: (height, width)} of ``LOOKED_AT`` images at most, from their headers, if the file says the size of none."""
+    annotated = [record for record in records if record["annotations"]]
+    if any("height" in record and "width" in record for record in annotated):
+        return {}
+    sizes = {}
+    for record in annotated[:: max(1, len(annotated) // LOOKED_AT)][:LOOKED_AT]:
+        with contextlib.suppress(DatasetError):  # whoever reads the image says what is wrong with it
+            sizes[record["image_id"]] = image_size(record["file_name"])
+    return sizes
 
 
 def convention_sentence(words: str) -> str:

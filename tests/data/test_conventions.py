@@ -119,3 +119,6 @@ def test_a_file_of_another_convention_is_refused_reported_never_clipped_and_has_
     assert not changes
     np.testing.assert_allclose(read(converted(content, shapes, convention)), boxes, atol=1e-6)
     assert read(converted(content, shapes, "xywh")) == written
+    del content["images"][0]["width"]
+    with pytest.raises(DatasetError, match="look like"):  # the image says how large it is
+        read(content)
