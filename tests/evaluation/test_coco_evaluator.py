@@ -126,7 +126,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(content=files(), bom=st.booleans())
 def test_oracle_perfect_predictions_for_every_accepted_file_have_ap_100(folder, content, bom):
     logging.disable(logging.WARNING)
