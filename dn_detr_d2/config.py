@@ -245,6 +245,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    # Detections of an image and class that AP counts. 0 = COCO's 100; where an image has more than 100 objects of one class,
+    # as many as it has, or DETECTIONS_PER_IMAGE if that is more, and a warning says so.
+    cfg.TEST.MAX_DETECTIONS_EVALUATED = 0
     # Images that a process evaluates at a time; detections do not depend on it unless PAD_TO_LARGEST is True.
     cfg.TEST.IMS_PER_BATCH = 1
     # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
@@ -404,7 +407,7 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
         raise ConfigError(
             "DATASETS.TRAIN and DATASETS.TEST must have the same classes, or one of DATASETS.TRAIN those of all others: "
             f"{largest} has {len(most)} {most[:8]}, {others}; write these names into the categories of {largest} too (a "
-            "category may be without objects), or take them out of the other file"
+            f"category may be without objects), or take them out of the other file{_inherited(cfg)}"
         )
     return list(most)
 
@@ -413,6 +416,18 @@ def device_is_named(config_file: str, opts: list) -> bool:
     """Whether the user has chosen MODEL.DEVICE, on the command line or in the file, rather than left it to the machine."""
     content = read_config_file(config_file) if config_file else {}
     return "MODEL.DEVICE" in opts or "DEVICE" in (content.get("MODEL") or {})
+
+
+def _inherited(cfg: CfgNode) -> str:
+    """A way out for own data in DATASETS.TRAIN with the test set of the base config."""
+    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
+    theirs = [name for name in cfg.DATASETS.TEST if name not in own]
+    if not own & {*cfg.DATASETS.TRAIN} or not theirs:
+        return ""
+    return (
+        f'; DATASETS.TEST {theirs} is the base config\'s: set it to a data set of yours, or to "()" to train without '
+        "evaluation"
+    )
 
 
 def _null_for_auto(content: dict) -> dict:

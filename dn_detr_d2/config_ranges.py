@@ -68,6 +68,7 @@ CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
         "lie in [0, 1)",
         lambda x: 0 <= x < 1,
     ),
+    (("TEST.MAX_DETECTIONS_EVALUATED",), "be 0 or more than 10", lambda x: x == 0 or 10 < x < math.inf),
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
     (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
     (("INPUT.CROP.RESIZE", "INPUT.MIN_SIZE_TRAIN"), "be positive numbers of pixels", _sizes),

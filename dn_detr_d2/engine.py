@@ -4,23 +4,22 @@ import logging
 import math
 import sys
 import weakref
-from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
 from . import data, solver
 from .checkpoint import EMA
-from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
+from .coco import raw_names
 from .data.interruption import Interrupted, agree, interruptible
-from .errors import ConfigError, DatasetError
-from .evaluation import MeasuringHook, build_instruments
+from .errors import ConfigError
+from .evaluation import MeasuringHook, TolerantCOCOEvaluator, build_instruments
 from .evaluation.isolation import device_of, unwrap
 from .randomness import own_randomness
 from .training import (
@@ -49,63 +48,6 @@ logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that look at the model and may be cut off
-
-
-class TolerantCOCOEvaluator(COCOEvaluator):
-    """COCO's AP on files that leave out what detection does not need.
-
-    Annotations without ``area`` or ``iscrowd`` get width * height and 0, and ids are counted from 1: pycocotools takes the
-    id 0 for "not matched" and would count a hit as a miss.
-
-    Args:
-        args, kwargs: as for COCOEvaluator.
-        raw_ids: the model predicts COCO's 91 raw ids; detections of unused ids are left out.
-    """
-
-    def __init__(self, *args, raw_ids: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._contiguous = None
-        if raw_ids:
-            self._contiguous = torch.full((NUM_RAW_CLASSES,), -1)
-            self._contiguous[list(RAW_IDS)] = torch.arange(len(RAW_IDS))
-        annotations = self._coco_api.dataset.get("annotations", [])
-        for i, annotation in enumerate(annotations, 1):
-            width, height = annotation["bbox"][2:]
-            annotation.update(id=i, area=annotation.get("area", width * height), iscrowd=annotation.get("iscrowd", 0))
-        self._coco_api.createIndex()
-
-    def process(self, inputs, outputs) -> None:
-        """Takes the detections of a batch."""
-        if self._contiguous is not None:
-            outputs = [self._make_contiguous(output["instances"].to("cpu")) for output in outputs]
-        super().process(inputs, outputs)
-
-    def evaluate(self, img_ids=None):
-        """As Detectron2's; on all ranks it is cut off together, see :mod:`.data.interruption`."""
-        agree()
-        return super().evaluate(img_ids)
-
-    def _eval_predictions(self, predictions, img_ids=None) -> None:
-        """Evaluates in the order of the data set, whichever process predicted what.
-
-        Raises:
-            DatasetError: an image of the data set has no predictions or several, which would change AP in silence.
-        """
-        wanted = {image: place for place, image in enumerate(img_ids or self._coco_api.getImgIds())}
-        counts = Counter(prediction["image_id"] for prediction in predictions)
-        missing = [image for image in wanted if image not in counts]
-        wrong = [image for image, count in counts.items() if count > 1 or image not in wanted]
-        if missing or wrong:
-            raise DatasetError(
-                f"an evaluation must see each of {len(wanted)} images once: {len(missing)} were not seen {missing[:5]}, "
-                f"{len(wrong)} several times or are not of the data set {wrong[:5]}; look at the test loader"
-            )
-        super()._eval_predictions(sorted(predictions, key=lambda p: wanted[p["image_id"]]), img_ids)
-
-    def _make_contiguous(self, instances) -> dict:
-        known = instances[self._contiguous[instances.pred_classes] >= 0]
-        known.pred_classes = self._contiguous[known.pred_classes]
-        return {"instances": known}
 
 
 class Trainer(DefaultTrainer):
@@ -282,10 +224,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
-        """COCO's AP; results go to OUTPUT_DIR/inference."""
-        raw_ids = list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names())
-        output_dir = str(Path(cfg.OUTPUT_DIR) / "inference")
-        return TolerantCOCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_dir, raw_ids=raw_ids)
+        """COCO's AP, on the records that the test loader reads; results go to OUTPUT_DIR/inference."""
+        return TolerantCOCOEvaluator(
+            dataset_name,
+            output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"),
+            raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
+            model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            max_detections=cfg.TEST.MAX_DETECTIONS_EVALUATED,
+        )
 
 
 def best_metrics(cfg) -> list[str]:

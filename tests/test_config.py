@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make_batch
+from conftest import ROOT, make_batch, valid_coco
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -303,3 +303,17 @@ def test_a_validation_set_with_classes_that_nobody_trains_names_both_files(class
     with pytest.raises(ConfigError, match=r"a_.* has 2 \['cat', 'dog'\], more_.* has \['fox'\]"):
         classes_of(sets, ["a"], ["more"])
     assert classes_of(sets | {"mended": ["cat", "dog", "fox"]}, ["mended"], ["more"]) == ["cat", "dog", "fox"]
+
+
+@pytest.mark.parametrize("num_classes", ["auto", 2])
+def test_own_training_data_with_the_test_set_of_the_base_have_a_way_out_that_works(tmp_path, num_classes):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
+    (tmp_path / "set.json").write_text(json.dumps(valid_coco()))
+    name = f"own_{tmp_path.name}"
+    opts = ["DATASETS.COCO_JSON", [[name, str(tmp_path / "set.json"), str(tmp_path)]], "DATASETS.TRAIN", (name,)]
+    opts += ["MODEL.DN_DETR.NUM_CLASSES", num_classes, "MODEL.DEVICE", "cpu"]
+    config = str(ROOT / "configs" / "dn_detr_R50_12ep.yaml")
+    with pytest.raises(ConfigError, match=r"coco_2017_val.* is the base config's: set it .*\"\(\)\""):
+        setup_cfg(config, opts)
+    assert setup_cfg(config, [*opts, "DATASETS.TEST", "()"]).MODEL.DN_DETR.CLASS_NAMES == ["cat", "dog"]

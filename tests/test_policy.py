@@ -39,7 +39,7 @@ DETECTRON2 = {
     "coco": {"data"},  # names of the classes
     "data": {"config", "data", "structures", "utils"},
     "solver": {"solver"},
-    "evaluation": {"engine", "structures", "utils"},
+    "evaluation": {"data", "engine", "evaluation", "structures", "utils"},
     "config": {"config"},
     "training": {"checkpoint", "engine", "utils"},
     "engine": {"engine", "evaluation", "modeling", "utils"},

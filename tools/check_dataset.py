@@ -3,6 +3,7 @@
 
     python tools/check_dataset.py train.json images/train --val val.json images/val --num-queries 300
     python tools/check_dataset.py train.json images/train --fix repaired.json
+    python tools/check_dataset.py train.json images/train --fix repaired.json --drop-bad
 
 Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or the repaired file not be written.
 With --fix the report and the code are about the repaired file. What is checked and repaired: docs/datasets.md.
@@ -18,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
 from dn_detr_d2.data.check import annotated_sizes, check_content
-from dn_detr_d2.data.check_images import check_images, check_overlap
+from dn_detr_d2.data.check_images import STOPPING, check_images, check_overlap
 from dn_detr_d2.data.coco_custom import read_content
-from dn_detr_d2.data.columns import objects_of
-from dn_detr_d2.data.repair import repaired
+from dn_detr_d2.data.conventions import CHOICES
+from dn_detr_d2.data.images import ImageFolder
+from dn_detr_d2.data.normalise import objects_of
+from dn_detr_d2.data.repair import converted, repaired, rewritten, without_bad
 from dn_detr_d2.data.report import Report
 
 
@@ -37,6 +40,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
     parser.add_argument("--fix", metavar="OUT.json", help="write a repaired copy of ANNOTATIONS.json")
+    parser.add_argument(
+        "--drop-bad", action="store_true", help="with --fix: leave out images and annotations that cannot be used"
+    )
+    parser.add_argument(
+        "--boxes", choices=CHOICES, help="with --fix: what the boxes are written as; xywh = they are right as they are"
+    )
     return parser.parse_args(argv)
 
 
@@ -50,14 +59,38 @@ def read(json_file: str, folder: str) -> dict:
 
 def check(content: dict, folder: str, args: argparse.Namespace, fix: bool) -> Report:
     """One data set; with ``fix`` the repaired file is written and reported on."""
+    if fix:
+        return check_repaired(content, folder, args)
     report, images = Report(), objects_of(content, "images")
     sizes = annotated_sizes(images) if args.no_images else check_images(images, folder, report)
-    if fix:
-        content, changes = repaired(content, sizes)
-        write(content, args.fix)
-        for kind, count in changes.items():
-            print(f"repaired: {count} x {kind}")
-        print(f"{sum(changes.values())} annotations changed or dropped; written: {args.fix}")
+    check_content(content, report, sizes, args.num_queries, args.denoising_budget)
+    return report
+
+
+def check_repaired(content: dict, folder: str, args: argparse.Namespace) -> Report:
+    """Writes the repaired file and reports on it."""
+    report, unusable = Report(), {}
+    content, _, changes = rewritten(content, ImageFolder(folder))
+    images = objects_of(content, "images")
+    sizes = annotated_sizes(images) if args.no_images else check_images(images, folder, report, unusable)
+    if args.drop_bad:
+        content, lines, rows = without_bad(content, unusable)
+        sizes = sizes[rows]
+        for kind in STOPPING:
+            del report.counts[kind]
+        print(
+            "\n".join(
+                [*(f"left out: {line}" for line in lines), f"{len(lines)} images, categories and annotations left out"]
+            )
+        )
+    if args.boxes:
+        content = converted(content, sizes, args.boxes)
+    content, more = repaired(content, sizes)
+    write(content, args.fix)
+    changes += more
+    for kind, count in changes.items():
+        print(f"repaired: {count} x {kind}")
+    print(f"{sum(changes.values())} annotations changed or dropped; written: {args.fix}")
     check_content(content, report, sizes, args.num_queries, args.denoising_budget)
     return report
 
@@ -80,6 +113,8 @@ def refuse_overwriting(args: argparse.Namespace) -> None:
     read_files = [args.annotations, *(args.val or [])[:1]]
     if args.fix and os.path.realpath(args.fix) in map(os.path.realpath, read_files):
         raise UserError(f"--fix {args.fix} is an input; name another file")
+    if (args.drop_bad or args.boxes) and not args.fix:
+        raise UserError("--drop-bad and --boxes need --fix OUT.json, which the result is written to")
     if min(args.num_queries, args.denoising_budget) < 0:
         raise UserError(
             f"--num-queries and --denoising-budget must not be negative, got {args.num_queries} and {args.denoising_budget}"

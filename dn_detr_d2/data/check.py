@@ -11,9 +11,21 @@ from collections import Counter
 import numpy as np
 
 from . import report as r
-from .coco_custom import is_file_name, is_id, sort_key
-from .columns import VERDICTS, Columns, objects_of
-from .images import MAX_PIXELS
+from .coco_custom import convention_sentence
+from .columns import VERDICTS, Columns
+from .conventions import declared, only_first_pixels, other_convention
+from .normalise import (
+    as_box,
+    foreign_references,
+    is_file_name,
+    is_id,
+    is_length,
+    is_unknown,
+    normalised,
+    objects_of,
+    sort_key,
+    usable_area,
+)
 from .report import Report
 
 RANGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1 << 62)  # of the histogram of objects, lower ends
@@ -29,8 +41,13 @@ def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries:
         num_queries: NUM_QUERIES of the model; 0 = do not compare.
         budget: objects of an image that one denoising group can hold; 0 = do not compare.
     """
+    content, rows = normalised(content, report)
+    sizes = sizes[rows]
     for name, missing in (("images", r.NO_IMAGES), ("categories", r.NO_CATEGORIES), ("annotations", r.NO_ANNOTATIONS)):
         entries = content.get(name)
+        if name == "annotations" and name not in content:
+            report.add(r.UNANNOTATED, "there is no 'annotations'")
+            continue
         if not isinstance(entries, list) or not (entries or name == "annotations"):
             report.add(missing, f"{name!r} is {entries!r:.60}")
             continue
@@ -42,14 +59,36 @@ def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries:
     _check_categories(categories, report)
     columns = Columns.of(content, sizes)
     report.num_annotations = len(columns.entries)
-    _check_annotations(columns, report)
+    _check_annotations(columns, content, report)
+    if not declared(content):
+        _check_convention(columns, report)
     _count_objects(columns, images, categories, report, num_queries, budget)
+    if "annotations" in content:
+        _check_use(columns, report)
+
+
+def _check_use(columns: Columns, report: Report) -> None:
+    """Whether anything is left to learn from."""
+    if columns.crowd.all() and len(columns.crowd):
+        report.add(r.ALL_CROWDS, f"{len(columns.entries)} annotations have iscrowd 1; set it to 0 for single objects")
+    elif report.num_images and not sum(report.classes.values()):
+        report.add(r.NOTHING, f"{report.num_images} images, {len(columns.entries)} annotations")
+
+
+def _check_convention(columns: Columns, report: Report) -> None:
+    rows = np.flatnonzero(columns.formed & ~columns.crowd & (columns.image >= 0))
+    boxes = np.array([as_box(columns.entries[row]["bbox"]) for row in rows], np.float64).reshape(-1, 4)
+    sizes = columns.sizes[rows].astype(np.float64)
+    if words := other_convention(boxes, sizes):
+        report.add(r.CONVENTION, convention_sentence(words))
+    elif only_first_pixels(boxes, sizes):
+        report.add(r.MAYBE_CONVENTION, "are they percentages?")
 
 
 def annotated_sizes(images: list[dict]) -> np.ndarray:
     """(I, 2) float64 (height, width) in pixels as annotated, infinite where they are missing or senseless."""
     sizes = [[image.get("height"), image.get("width")] for image in images]
-    return np.array([s if all(map(_is_length, s)) else [np.inf] * 2 for s in sizes], np.float64).reshape(-1, 2)
+    return np.array([s if all(map(is_length, s)) else [np.inf] * 2 for s in sizes], np.float64).reshape(-1, 2)
 
 
 def _check_ids(entries: list[dict], name: str, kinds: tuple[str, str], report: Report) -> None:
@@ -78,15 +117,11 @@ def _check_images(images: list[dict], report: Report) -> None:
             names[name] += 1
             if names[name] == 2:
                 report.add(r.SAME_FILE_NAME, where)
-        size = [image[key] for key in ("width", "height") if key in image]
+        size = [image[key] for key in ("width", "height") if key in image and not is_unknown(image[key])]
         if not size:
             report.add(r.NO_SIZE, where)
-        elif not all(map(_is_length, size)):
+        elif not all(map(is_length, size)):
             report.add(r.BAD_SIZE, f"{where} has width {image.get('width')!r:.20}, height {image.get('height')!r:.20}")
-
-
-def _is_length(value) -> bool:
-    return isinstance(value, int | float) and 0 < value <= MAX_PIXELS and value == int(value)
 
 
 def _check_categories(categories: list[dict], report: Report) -> None:
@@ -97,6 +132,7 @@ def _check_categories(categories: list[dict], report: Report) -> None:
         if not is_id(name):
             report.add(r.CATEGORY_NAME, f"categories[{i}] has name {name!r:.60}")
             continue
+        name = str(name)
         names[name] += 1
         if names[name] == 2:
             report.add(r.SAME_NAME, f"categories[{i}] {name!r:.60}")
@@ -105,7 +141,7 @@ def _check_categories(categories: list[dict], report: Report) -> None:
         report.add(r.GAPS, f"{len(ids)} ids from {ids[0]!r:.20} to {ids[-1]!r:.20}")
 
 
-def _check_annotations(columns: Columns, report: Report) -> None:
+def _check_annotations(columns: Columns, content: dict, report: Report) -> None:
     entries = columns.entries
     _check_ids(entries, "annotations", (r.ANNOTATION_ID, r.SAME_ANNOTATION_ID), report)
 
@@ -115,12 +151,19 @@ def _check_annotations(columns: Columns, report: Report) -> None:
             + "".join(f", {field} {entries[i].get(field)!r:.80}" for field in fields)
         )
 
-    report.add_rows(r.UNKNOWN_IMAGE, np.flatnonzero(columns.image < 0), _says("image_id"))
-    report.add_rows(r.UNKNOWN_CATEGORY, np.flatnonzero(columns.category < 0), _says("category_id"))
+    for field, found in (("image_id", columns.image), ("category_id", columns.category)):
+        foreign = foreign_references(content, field)
+        missing = np.flatnonzero(found < 0).tolist()
+        written = [i for i in missing if is_id(x := entries[i].get(field)) and x in foreign]
+        report.add_rows(r.TEXT_REFERENCE, written, _says(field))
+        if field == "category_id":
+            report.add_rows(r.UNKNOWN_CATEGORY, sorted({*missing} - {*written}), _says(field))
     report.add_rows(r.BAD_BOX, np.flatnonzero(~columns.formed), _says("bbox"))
     crowds = [entry.get("iscrowd", 0) for entry in entries]
-    bad = [i for i, crowd in enumerate(crowds) if not isinstance(crowd, int | float) or crowd not in (0, 1)]
+    bad = [i for i, crowd in enumerate(crowds) if type(crowd) is not int or crowd not in (0, 1)]
     report.add_rows(r.BAD_CROWD, bad, _says("iscrowd"))
+    areas = [i for i, x in enumerate(entries) if "area" in x and usable_area(x["area"]) is None]
+    report.add_rows(r.AREA, areas, _says("area"))
     report.add_rows(r.CROWD, np.flatnonzero(columns.crowd), _says("image_id"))
     verdicts = columns.judged()
     for code, kind in enumerate(VERDICTS[1:], 1):
@@ -135,8 +178,6 @@ def _count_objects(columns, images, categories, report: Report, num_queries: int
     if len(images):
         fullest = int(counts.argmax())
         report.fullest = (int(counts[fullest]), name_of(images[fullest]))
-    if len(images) and not used.any():
-        report.add(r.NOTHING, f"{len(images)} images, {len(columns.entries)} annotations")
     report.objects = histogram(counts)
 
     def _says(i):

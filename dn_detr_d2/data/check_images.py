@@ -15,35 +15,42 @@ from ..digest import sha256_of
 from ..errors import DatasetError
 from . import report as r
 from .check import annotated_sizes, name_of
-from .coco_custom import is_file_name
 from .images import ImageFacts, ImageFolder, image_facts
+from .normalise import is_file_name, is_length
 from .report import Report
 
 MODES = {"RGB": None, "L": r.GREY, "1": r.GREY, "P": r.PALETTE, "RGBA": r.ALPHA, "LA": r.ALPHA, "PA": r.ALPHA,
          "RGBX": r.ALPHA, "RGBa": r.ALPHA, "La": r.ALPHA, "CMYK": r.CMYK}  # fmt: skip
+STOPPING = (r.MISSING, r.OUTSIDE, r.NOT_AN_IMAGE, r.DAMAGED, r.TOO_LARGE, r.DEEP, r.SIZE)  # the training
 
 
-def check_images(images: list[dict], folder: str | Path, report: Report) -> np.ndarray:
+def check_images(
+    images: list[dict], folder: str | Path, report: Report, unusable: dict[int, str] | None = None
+) -> np.ndarray:
     """Decodes every image and adds what is wrong with it to ``report``.
 
     Args:
         images: entries of an annotation file.
         folder: what their ``file_name`` is relative to.
         report: is added to.
+        unusable: {row of an image that training would stop at: the reason} is added to.
 
     Returns:
         numpy.ndarray: (I, 2) float64 (height, width) of the files; as annotated, or infinite, where one cannot be read.
     """
     sizes, finder = annotated_sizes(images), ImageFolder(folder)
+    unusable = {} if unusable is None else unusable
     rows = [i for i, image in enumerate(images) if is_file_name(image.get("file_name"))]  # the others are reported
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
         looks = pool.map(lambda i: _look(finder, images[i]["file_name"]), rows)
         for i, facts in zip(rows, looks, strict=True):
             if isinstance(facts, DatasetError):
                 report.add(facts.kind, f"{name_of(images[i])}: {facts}")
+                unusable[i] = str(facts)
                 continue
             sizes[i] = facts.size
-            _compare(images[i], facts, report)
+            if reason := _compare(images[i], facts, report):
+                unusable[i] = reason
     return sizes
 
 
@@ -54,16 +61,20 @@ def _look(finder: ImageFolder, file_name: str) -> ImageFacts | DatasetError:
         return error
 
 
-def _compare(image: dict, facts: ImageFacts, report: Report) -> None:
-    """What a readable file tells."""
+def _compare(image: dict, facts: ImageFacts, report: Report) -> str:
+    """What a readable file tells; the reason why training would stop at it, or ""."""
     height, width = facts.size
-    if (image.get("height", height), image.get("width", width)) != facts.size:
+    said = [image.get(key) for key in ("height", "width")]
+    reason = ""
+    if any(is_length(x) and x != truth for x, truth in zip(said, facts.size, strict=True)):
         annotated = f"{image.get('width', width)!r:.20}x{image.get('height', height)!r:.20}"
-        report.add(r.SIZE, f"{name_of(image)} is {width}x{height}, annotated {annotated} (width x height)")
+        reason = f"{name_of(image)} is {width}x{height}, annotated {annotated} (width x height)"
+        report.add(r.SIZE, reason)
     if kind := MODES.get(facts.mode, r.OTHER_MODE):
         report.add(kind, f"{name_of(image)}, mode {facts.mode}")
     if facts.orientation != 1:
         report.add(r.TURNED, f"{name_of(image)}, orientation {facts.orientation}")
+    return reason
 
 
 def check_overlap(first: list[dict], folder: str, second: list[dict], other: str, report: Report, read: bool) -> None:

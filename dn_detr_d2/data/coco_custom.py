@@ -4,24 +4,40 @@ Category ids may be of any kind (gaps, 0-based, large, strings); inside they bec
 complaint names the file, the record and the field.
 """
 
+import contextlib
 import difflib
 import json
 import logging
-import math
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import ConfigError, DatasetError
-from .images import OUTSIDE, ImageFolder
+from . import report as r
+from .conventions import declared, other_convention
+from .images import OUTSIDE, ImageFolder, image_size
+from .normalise import (
+    as_box,
+    foreign_references,
+    is_file_name,
+    is_id,
+    is_length,
+    normalised,
+    sort_key,
+    usable_area,
+)
+from .report import Report
 
 logger = logging.getLogger(__name__)
 
-LARGEST = sys.float_info.max
+FIX = "tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
+LOOKED_AT = 32  # images whose headers are read where a file has no sizes
+# What the reader leaves out, with the level of its line in the log.
+LEFT_OUT = {r.UNKNOWN_IMAGE: logging.WARNING, r.TWIN: logging.WARNING, r.RESOURCE_FORK: logging.INFO}
 
 
 def dataset_path(path: str) -> Path:
@@ -89,25 +105,39 @@ def _require_files(name: str, json_path: Path, folder: Path) -> None:
         if not found:
             raise DatasetError(
                 f"{kind} of data set {name!r} does not exist: {path.absolute()} (relative paths start at "
-                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')})"
+                f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')}){_way_out(name)}"
             )
+
+
+def _way_out(name: str) -> str:
+    """For COCO's own sets, which the base configs name and many do not want."""
+    if not name.startswith("coco_"):
+        return ""
+    return (
+        "; if the base config names it and you do not want it, set DATASETS.TEST (and TRAIN) to data sets of yours, or "
+        'DATASETS.TEST "()" to train without evaluation'
+    )
 
 
 def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict]:
     """Reads a COCO-format detection file into Detectron2's dataset dicts.
 
-    Only boxes are used; an unusable segmentation does not cost its box. Annotations keep their ``id``. Whether a box makes
-    sense in its image is the mapper's business.
+    Only boxes are used; an unusable segmentation does not cost its box. Annotations keep their ``id`` and have an ``area``
+    in pixels: the file's own if it is a number from 0 to 1e10, otherwise width x height. What means the same is read as the
+    same, and what nobody can use is left out with a line in the log, see :mod:`.normalise`. Whether a box makes sense in
+    its image is the mapper's business.
 
     Args:
-        json_file: COCO format with "images", "annotations" (``iscrowd`` and ``area`` may be absent) and "categories".
+        json_file: COCO format with "images" and "categories"; without "annotations" it is a test set, whose records have
+            none. ``iscrowd``, ``area``, ``width`` and ``height`` may be absent.
         image_folder: what ``file_name`` is relative to.
 
     Returns:
         list: one dict an image, in the order of the image ids; ``category_id`` is 0 .. P-1.
 
     Raises:
-        DatasetError: anything that is missing, doubled, of a wrong type or refers to nothing.
+        DatasetError: anything that is missing, doubled, of a wrong type or refers to nothing; boxes that are all written in
+            another convention than [x, y, width, height] in pixels.
     """
     return load_with_categories(Path(json_file), Path(image_folder))[0]
 
@@ -115,43 +145,112 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
 def load_with_categories(json_file: Path, image_folder: Path, published: bool = False) -> tuple[list[dict], dict]:
     """(dataset dicts, {category id: name}), see :func:`load_coco_json`.
 
-    ``published`` allows what COCO's own files have: no annotations in a test set, doubled ids in the minival of 2014.
+    ``published`` allows what COCO's own files have: doubled ids in the minival of 2014.
     """
-    content = read_content(json_file)
-    if published:
-        content.setdefault("annotations", [])
+    report = Report()
+    content, _ = normalised(read_content(json_file), report)
+    for kind, level in LEFT_OUT.items():
+        if report.counts[kind]:
+            logger.log(level, "%s: %d x %s: %s", json_file, report.counts[kind], kind, "; ".join(report.first[kind]))
     categories = _categories(content, json_file)
-    classes = {category: i for i, category in enumerate(categories)}
     records = _image_records(content, json_file, image_folder)
+    if "annotations" not in content:
+        logger.info("Loaded %d images from %s, which has no annotations", len(records), json_file)
+        return [records[key] for key in sorted(records, key=sort_key)], categories
+    _refuse_foreign_references(content, json_file)
+    annotations = _annotations(content, json_file)
+    classes = {category: i for i, category in enumerate(categories)}
+    for record in records.values():
+        record["annotations"] = []
     seen = Counter()
-    for annotation in _annotations(content, json_file):
-        where = f"{json_file}: annotation {annotation['id']!r:.200}"
-        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-        record = records.get(image_id) if is_id(image_id) else None
-        if record is None:
-            raise DatasetError(f"{where} has image_id {image_id!r:.200}, which is not among the images")
-        if not is_id(category_id) or category_id not in classes:
-            raise DatasetError(
-                f"{where} has category_id {category_id!r:.200}, which is not among the categories {list(classes)[:10]}"
-            )
-        crowd = annotation.get("iscrowd", 0)
-        if crowd not in (0, 1) or isinstance(crowd, str):
-            raise DatasetError(f"{where} has iscrowd {crowd!r}; it must be 0 or 1")
+    for annotation in annotations:
         seen[annotation["id"]] += 1
-        record["annotations"].append(
-            {
-                "id": annotation["id"],
-                "bbox": _box(annotation.get("bbox"), where),
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": classes[category_id],
-                "iscrowd": crowd,
-            }
-        )
+        _add(annotation, records, classes, json_file)
     doubled = [key for key, count in seen.items() if count > 1]
     if doubled and not (published and "minival" in json_file.name):
-        raise DatasetError(f"{json_file}: annotation ids appear more than once: {doubled[:10]}")
+        raise DatasetError(
+            f"{json_file}: annotation ids appear more than once: {doubled[:10]}; {FIX} numbers them anew"
+        )
+    ordered = [records[key] for key in sorted(records, key=sort_key)]
+    if not declared(content):
+        _refuse_other_conventions(ordered, json_file)
     logger.info("Loaded %d images with %d boxes from %s", len(records), sum(seen.values()), json_file)
-    return [records[key] for key in sorted(records, key=sort_key)], categories
+    return ordered, categories
+
+
+def _add(annotation: dict, records: dict, classes: dict, json_file: Path) -> None:
+    """Puts an annotation into the record of its image."""
+    where = f"{json_file}: annotation {annotation['id']!r:.200}"
+    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+    record = records.get(image_id) if is_id(image_id) else None
+    if record is None:
+        raise DatasetError(
+            f"{where} has image_id {image_id!r:.200}, which is not among the images, nor is that of any other annotation; "
+            "are they of another file?"
+        )
+    if not is_id(category_id) or category_id not in classes:
+        raise DatasetError(
+            f"{where} has category_id {category_id!r:.200}, which is not among the categories {list(classes)[:10]}; add "
+            f"the category, or leave out such annotations with {FIX} --drop-bad"
+        )
+    crowd = annotation.get("iscrowd", 0)
+    if type(crowd) is not int or crowd not in (0, 1):
+        way = f"{FIX} writes it as a number" if crowd in ("0", "1") else f"{FIX} --drop-bad leaves such annotations out"
+        raise DatasetError(f"{where} has iscrowd {crowd!r:.60}; it must be 0 or 1; {way}")
+    box = _box(annotation.get("bbox"), where)
+    area = usable_area(annotation.get("area"))
+    record["annotations"].append(
+        {
+            "id": annotation["id"],
+            "bbox": box,
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": classes[category_id],
+            "iscrowd": crowd,
+            "area": box[2] * box[3] if area is None else area,
+        }
+    )
+
+
+def _refuse_foreign_references(content: dict, json_file: Path) -> None:
+    """Ids that are text on one side and a number on the other."""
+    for field in ("category_id", "image_id"):
+        for value, identifier in foreign_references(content, field).items():
+            raise DatasetError(
+                f"{json_file}: annotations have {field} {value!r:.60}, but the id is {identifier!r:.60}, text against a "
+                f"number; {FIX} makes them equal"
+            )
+
+
+def _refuse_other_conventions(records: list[dict], json_file: Path) -> None:
+    boxes, sizes, looked_at = [], [], _sizes_of_some(records)
+    for record in records:
+        found = [x["bbox"] for x in record["annotations"] if not x["iscrowd"]]
+        boxes += found
+        annotated = record.get("height", np.inf), record.get("width", np.inf)
+        sizes += [looked_at.get(record["image_id"], annotated)] * len(found)
+    shapes = np.array(boxes, np.float64).reshape(-1, 4), np.array(sizes, np.float64).reshape(-1, 2)
+    if words := other_convention(*shapes):
+        raise DatasetError(f"{json_file}: {convention_sentence(words)}", r.CONVENTION)
+
+
+def _sizes_of_some(records: list[dict]) -> dict:
+    """{image id: (height, width)} of ``LOOKED_AT`` images at most, from their headers, if the file says the size of none."""
+    annotated = [record for record in records if record["annotations"]]
+    if any("height" in record and "width" in record for record in annotated):
+        return {}
+    sizes = {}
+    for record in annotated[:: max(1, len(annotated) // LOOKED_AT)][:LOOKED_AT]:
+        with contextlib.suppress(DatasetError):  # whoever reads the image says what is wrong with it
+            sizes[record["image_id"]] = image_size(record["file_name"])
+    return sizes
+
+
+def convention_sentence(words: str) -> str:
+    """What is wrong with boxes of another convention, and the way out."""
+    return (
+        f"the boxes look like {words}, not [x, y, width, height] in pixels; {FIX} --boxes CONVENTION converts them, and "
+        "--boxes xywh says that they are right as they are"
+    )
 
 
 def read_content(json_file: Path) -> dict:
@@ -168,11 +267,12 @@ def read_content(json_file: Path) -> dict:
 
 
 def _unique_keys(pairs: list[tuple]) -> dict:
-    """An object of a file; raises ValueError where a key stands twice, of which JSON would keep the last in silence."""
+    """An object of a file; raises ValueError where a key stands twice with two values, of which JSON would keep the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        doubled = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {doubled!r:.60} stands twice in the object {found!r:.200}")
+        different = [key for key, value in pairs if value != found[key] and repr(value) != repr(found[key])]
+        if different:
+            raise ValueError(f"the key {different[0]!r:.60} stands twice in the object {found!r:.200}, with two values")
     return found
 
 
@@ -187,7 +287,7 @@ def _annotations(content: dict, json_file: Path) -> list[dict]:
         where, what = f"annotation number {number}: ", f"{annotations[number]!r:.200}"
     raise DatasetError(
         f"{json_file}: {where}annotations must be a list of objects with an id each, a whole number or text, got {what}; "
-        "tools/check_dataset.py --fix numbers them"
+        f"{FIX} numbers them"
     )
 
 
@@ -201,9 +301,12 @@ def _categories(content: dict, json_file: Path) -> dict:
             raise DatasetError(
                 f"{json_file}: category number {i} needs an id and a name, whole numbers or text, got {category!r:.200}"
             )
-    for field in ("id", "name"):
-        if doubled := [v for v, count in Counter(c[field] for c in categories).items() if count > 1]:
-            raise DatasetError(f"{json_file}: category {field}s appear more than once: {doubled[:10]}")
+    for field, values in (("id", [c["id"] for c in categories]), ("name", [str(c["name"]) for c in categories])):
+        if doubled := [value for value, count in Counter(values).items() if count > 1]:
+            raise DatasetError(
+                f"{json_file}: category {field}s appear more than once: {doubled[:10]!r:.300}; give each its own, or make "
+                "them one category"
+            )
     return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: sort_key(c["id"]))}
 
 
@@ -211,7 +314,7 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
     images = content.get("images")
     if not images or not isinstance(images, list):
         raise DatasetError(f"{json_file} has no images; is it an annotation file in COCO format?")
-    records, missing, folder = {}, [], ImageFolder(image_folder)
+    records, missing, hint, folder = {}, [], "", ImageFolder(image_folder)
     for i, image in enumerate(images):
         if not isinstance(image, dict) or not is_id(image.get("id")) or not is_file_name(image.get("file_name")):
             raise DatasetError(
@@ -226,20 +329,26 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
             if error.kind == OUTSIDE:
                 raise DatasetError(f"{json_file}, image {image['id']!r}: {error}") from None
             path = ""
+            if folder.with_slashes(image["file_name"]):
+                hint = f" (but with / for each back slash it does; {FIX} writes it so)"
             missing.append(str(image_folder / image["file_name"]))
-        record = {"file_name": path, "image_id": image["id"], "annotations": []}
+        record = {"file_name": path, "image_id": image["id"]}
         records[image["id"]] = record | _annotated_size(image, json_file)
     if missing:
-        raise DatasetError(f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}")
+        raise DatasetError(
+            f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}{hint}; add them, or "
+            f"leave them out with {FIX} --drop-bad"
+        )
     return records
 
 
 def _annotated_size(image: dict, json_file: Path) -> dict:
     size = {key: image[key] for key in ("height", "width") if key in image}
     for key, value in size.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+        if not is_length(value):
             raise DatasetError(
-                f"{json_file}: image {image['id']!r:.200} has {key} {value!r:.60}; it must be a positive number of pixels"
+                f"{json_file}: image {image['id']!r:.200} has {key} {value!r:.60}; it must be a positive number of pixels "
+                f"without a fraction; {FIX} takes it from the image"
             )
     return size
 
@@ -248,30 +357,8 @@ def _box(box, where: str) -> list[float]:
     """A box as four floats; NaN and Inf, which JSON dialects allow, pass on to the mapper's count."""
     numbers = as_box(box)
     if numbers is None:
-        raise DatasetError(f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels")
+        raise DatasetError(
+            f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels; {FIX} --drop-bad "
+            "leaves such annotations out"
+        )
     return numbers
-
-
-def as_box(box) -> list[float] | None:
-    """Four floats, None if ``box`` is not a list of four numbers; a whole number beyond float64 becomes infinite."""
-    if not isinstance(box, list) or len(box) != 4 or not all(type(x) is int or type(x) is float for x in box):
-        return None
-    try:
-        return [float(x) for x in box]
-    except OverflowError:
-        return [float(x) if not abs(x) > LARGEST else math.inf if x > 0 else -math.inf for x in box]
-
-
-def is_id(value) -> bool:
-    """Whether ``value`` can be an id: a whole number or text."""
-    return type(value) is int or type(value) is str
-
-
-def is_file_name(value) -> bool:
-    """Whether ``value`` can name a file."""
-    return type(value) is str and value != ""
-
-
-def sort_key(identifier: int | str) -> tuple:
-    """Orders ids of any kind: numbers first, then strings."""
-    return (isinstance(identifier, str), identifier)

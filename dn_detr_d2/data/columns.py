@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import report as r
-from .coco_custom import as_box, is_id
 from .mapper import ROUNDING
+from .normalise import as_box, is_id, objects_of
 
 VERDICTS = (None, r.NOT_FINITE, r.NOT_POSITIVE, r.BOX_OUTSIDE, r.STICKS_OUT)  # in the order the mapper asks
 
@@ -76,12 +76,6 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(A, 4) absolute xyxy boxes inside images of (A, 2) heights and widths."""
     low = np.maximum(boxes[:, :2], 0)
     return np.concatenate([low, np.minimum(boxes[:, 2:], sizes[:, ::-1])], 1)
-
-
-def objects_of(content: dict, name: str) -> list[dict]:
-    """The entries of a list in the file that are objects; [] if there is no such list."""
-    entries = content.get(name)
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def is_crowd(entry: dict) -> bool:

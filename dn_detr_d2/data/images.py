@@ -69,9 +69,11 @@ class ImageFolder:
         """
         path = os.path.join(self.folder, file_name)
         try:
-            found = stat.S_ISREG(os.stat(path).st_mode)
-            inside = self._inside(file_name, path)
-        except (OSError, ValueError):  # ValueError: a name that no file can have
+            inside = self._inside(path)
+            found = inside and stat.S_ISREG(os.stat(path).st_mode)
+        except OSError:
+            found = False
+        except ValueError:  # a name that no file can have
             found, inside = False, not os.path.isabs(file_name) and ".." not in Path(file_name).parts
         if not inside:
             raise DatasetError(
@@ -83,12 +85,29 @@ class ImageFolder:
             raise DatasetError(f"image file {path!r} does not exist or is no regular file", MISSING)
         return path
 
-    def _inside(self, file_name: str, path: str) -> bool:
-        if os.path.isabs(file_name) or ".." in Path(file_name).parts:
+    def with_slashes(self, file_name: str) -> str | None:
+        """``file_name`` with / for each back slash, if it has some and only the other is a file of the folder."""
+        changed = file_name.replace("\\", "/")
+        return changed if changed != file_name and self.has(changed) and not self.has(file_name) else None
+
+    def has(self, file_name: str) -> bool:
+        """Whether :meth:`find` finds a file."""
+        try:
+            self.find(file_name)
+        except DatasetError:
             return False
-        if os.path.islink(path):
+        return True
+
+    def relative(self, file_name: str) -> str:
+        """The path below the folder of a file that :meth:`find` finds, where ``file_name`` is an absolute one."""
+        real = os.path.join(os.path.realpath(os.path.dirname(file_name)), os.path.basename(file_name))
+        return os.path.relpath(real, self._root) if os.path.isabs(file_name) and self._below(real) else file_name
+
+    def _inside(self, path: str) -> bool:
+        """Decided by where the path leads, after links and "..", not by how it is written."""
+        parent, name = os.path.split(path)
+        if name in ("", ".", "..") or os.path.islink(path):
             return self._below(os.path.realpath(path))
-        parent = os.path.dirname(path)
         if parent not in self._parents:
             self._parents[parent] = self._below(os.path.realpath(parent))
         return self._parents[parent]

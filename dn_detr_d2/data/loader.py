@@ -34,6 +34,12 @@ def build_train_loader(cfg):
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
+        crowds = sum(len(record.get("annotations", [])) for record in everything)
+        if crowds:
+            raise DatasetError(
+                f"all {crowds} annotations of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} are crowds (iscrowd 1), which are "
+                "not trained on; set iscrowd to 0 where they are single objects"
+            )
         raise DatasetError(
             f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box; there is nothing to learn"
         )

@@ -1,9 +1,12 @@
 """An annotation file without what a training would drop, clip or stumble over, where that needs no judgement.
 
-    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json
+    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json [--drop-bad] [--boxes CONVENTION]
 
-Boxes that are not finite, have no positive width and height or lie outside are dropped, those that stick out are clipped,
-and annotations without a usable id of their own get a new number. Everything else needs a person and stays as it is.
+What the reader reads as the same or leaves out is written that way, see :mod:`.normalise`. Boxes that are not finite, have
+no positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable
+id of their own get a new number. References become the id that is written as the same number, areas that are none width x
+height; sizes that are no sizes are those of the images; absolute paths and back slashes become paths below the folder.
+Everything else needs a person and stays as it is, or is left out by :func:`without_bad`.
 """
 
 import itertools
@@ -12,25 +15,250 @@ from collections import Counter
 import numpy as np
 
 from . import report as r
-from .coco_custom import is_id
 from .columns import VERDICTS, Columns, clip_boxes
+from .conventions import declared, other_convention, to_xywh
+from .images import ImageFolder
+from .normalise import (
+    REFERENCES,
+    as_box,
+    foreign_references,
+    is_file_name,
+    is_id,
+    is_length,
+    normalised,
+    objects_of,
+    usable_area,
+)
+from .report import Report
 
 CLIPPED = VERDICTS.index(r.STICKS_OUT)
+FILLED, RELATIVE = "image without a usable width and height", "file_name that is absolute or has back slashes"
+SAME_IMAGE = "image that is listed twice"
 
 
 def repaired(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
     """A repaired copy of the content of an annotation file.
+
+    Boxes stay as they are where they are all of another convention, see :func:`.conventions.other_convention`.
 
     Args:
         content: stays as it is; entries that need no repair are shared.
         sizes: (I, 2) heights and widths of its images, see :func:`dn_detr_d2.data.check.annotated_sizes`.
 
     Returns:
-        (content, {kind of ``REPAIRABLE``: annotations changed or dropped}).
+        (content, {kind: entries changed or dropped}).
     """
+    content, rows, changes = rewritten(content)
+    sizes = sizes[rows]
+    content, filled = _with_sizes(content, sizes)
     columns = Columns.of(content, sizes)
+    changes += filled
     if not columns.entries:
-        return content, Counter()
+        return content, changes
+    entries = list(columns.entries)
+    strangers = [entry for entry in content["annotations"] if not isinstance(entry, dict)]
+    if declared(content) or not _of_another_convention(columns):
+        entries, boxes = _with_boxes_inside(content, columns, sizes)
+        changes += boxes
+    entries, areas = _with_areas(entries)
+    kept, numbered = _renumbered(entries)
+    return content | {"annotations": kept + strangers}, changes + areas + numbered
+
+
+def rewritten(content: dict, folder: ImageFolder | None = None) -> tuple[dict, list[int], Counter]:
+    """A copy in which everything is written as the reader understands it; no box is looked at.
+
+    Args:
+        content: stays as it is.
+        folder: the image folder; None = paths stay.
+
+    Returns:
+        (content, rows of its images among those of the given content, {kind: entries changed or dropped}).
+    """
+    report = Report()
+    content, rows = normalised(content, report)
+    content, kept, changes = _with_images(content, folder)
+    content, referred = _with_own_references(content)
+    left_out = Counter({kind: count for kind, count in report.counts.items() if kind != r.NO_MATCH})
+    return content, [rows[i] for i in kept], left_out + changes + referred
+
+
+def without_bad(content: dict, unusable: dict[int, str]) -> tuple[dict, list[str], list[int]]:
+    """A copy without the images and annotations that training would stop at.
+
+    Args:
+        content: as :func:`.normalise.normalised` gives it.
+        unusable: {row of an image: the reason}, see :func:`.check_images.check_images`.
+
+    Returns:
+        (content, one line about each image and annotation that is left out, rows of the images that stay).
+    """
+    images = objects_of(content, "images")
+    counts = Counter(image["id"] for image in images if is_id(image.get("id")))
+    lines, rows, dropped = [], [], set()
+    for i, image in enumerate(images):
+        reason = unusable.get(i) or _fault_of_image(image, counts)
+        if reason:
+            lines.append(f"image {image.get('id')!r:.60} {image.get('file_name')!r:.200}: {reason}")
+            dropped |= {image["id"]} if is_id(image.get("id")) else set()
+        else:
+            rows.append(i)
+    strangers = (
+        [x for x in content["images"] if not isinstance(x, dict)] if isinstance(content.get("images"), list) else []
+    )
+    lines += [f"image {x!r:.60}: is no object" for x in strangers]
+    listed_categories = content.get("categories") if isinstance(content.get("categories"), list) else []
+    categories = [x for x in listed_categories if isinstance(x, dict) and is_id(x.get("id")) and is_id(x.get("name"))]
+    lines += [f"category {x!r:.60}: needs an id and a name" for x in listed_categories if x not in categories]
+    known = {x["id"] for x in categories}
+    listed = {images[i]["id"] for i in rows}
+    kept = []
+    for entry in content.get("annotations") if isinstance(content.get("annotations"), list) else []:
+        reason = _fault_of_annotation(entry, listed, dropped, known)
+        if reason:
+            what = f"{entry.get('id')!r:.60}" if isinstance(entry, dict) else f"{entry!r:.60}"
+            lines.append(f"annotation {what}: {reason}")
+        else:
+            kept.append(entry)
+    annotations = {"annotations": kept} if isinstance(content.get("annotations"), list) else {}
+    return content | {"images": [images[i] for i in rows], "categories": categories} | annotations, lines, rows
+
+
+def _fault_of_image(image: dict, counts: Counter) -> str:
+    if not is_id(image.get("id")):
+        return "has no usable id"
+    if counts[image["id"]] > 1:
+        return "its id appears more than once"
+    if not is_file_name(image.get("file_name")):
+        return "has no file_name"
+    return ""
+
+
+def _fault_of_annotation(entry, listed: set, dropped: set, known: set) -> str:
+    if not isinstance(entry, dict):
+        return "is no object"
+    image, category, crowd = entry.get("image_id"), entry.get("category_id"), entry.get("iscrowd", 0)
+    if is_id(image) and image in dropped:
+        return f"its image {image!r:.60} is left out"
+    if not is_id(image) or image not in listed:
+        return f"image_id {image!r:.60} is not listed"
+    if not is_id(category) or category not in known:
+        return f"category_id {category!r:.60} is not among the categories"
+    if as_box(entry.get("bbox")) is None:
+        return f"bbox {entry.get('bbox')!r:.80} is not four numbers"
+    return "" if type(crowd) is int and crowd in (0, 1) else f"iscrowd {crowd!r:.60} is neither 0 nor 1"
+
+
+def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
+    """A copy whose boxes are [x, y, width, height] in pixels and which says so in ``info``.
+
+    Args:
+        content: as :func:`.normalise.normalised` gives it.
+        sizes: (I, 2) heights and widths of its images.
+        convention: one of :data:`.conventions.CHOICES`.
+    """
+    info = content.get("info") if isinstance(content.get("info"), dict) else {}
+    content = content | {"info": info | {"bbox_format": "xywh"}}
+    columns = Columns.of(content, sizes)
+    if convention == "xywh" or not columns.entries:
+        return content
+    boxes = np.array([as_box(entry.get("bbox")) or [0.0] * 4 for entry in columns.entries], np.float64).reshape(-1, 4)
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = to_xywh(boxes, columns.sizes.astype(np.float64), convention)
+    entries = [
+        entry | {"bbox": box} if formed else entry
+        for entry, box, formed in zip(columns.entries, boxes.tolist(), columns.formed, strict=True)
+    ]
+    strangers = [entry for entry in content["annotations"] if not isinstance(entry, dict)]
+    return content | {"annotations": entries + strangers}
+
+
+def _of_another_convention(columns: Columns) -> bool:
+    rows = np.flatnonzero(columns.formed & ~columns.crowd & (columns.image >= 0))
+    boxes = np.array([as_box(columns.entries[row]["bbox"]) for row in rows], np.float64).reshape(-1, 4)
+    return other_convention(boxes, columns.sizes[rows].astype(np.float64)) is not None
+
+
+def _with_images(content: dict, folder: ImageFolder | None) -> tuple[dict, list[int], Counter]:
+    """Images with relative paths, each listed once; the rows of those that stay."""
+    entries = content.get("images")
+    if not isinstance(entries, list):
+        return content, [], Counter()
+    changes, images, rows, seen, row = Counter(), [], [], set(), -1
+    for entry in entries:
+        if not isinstance(entry, dict):
+            images.append(entry)
+            continue
+        row += 1
+        if is_id(entry.get("id")) and (text := repr(sorted(entry.items()))) in seen:
+            changes[SAME_IMAGE] += 1
+            continue
+        seen |= {text} if is_id(entry.get("id")) else set()
+        named = _with_path(entry, folder) if folder else entry
+        changes[RELATIVE] += named is not entry
+        images.append(named)
+        rows.append(row)
+    return content | {"images": images}, rows, +changes
+
+
+def _with_sizes(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
+    """Images whose width and height are numbers, where ``sizes`` (I, 2) knows them."""
+    images = list(content["images"]) if isinstance(content.get("images"), list) else []
+    rows, count = iter(sizes), 0
+    for i, image in enumerate(images):
+        size = next(rows) if isinstance(image, dict) else None
+        if size is None or not np.isfinite(size).all() or all(is_length(image.get(x)) for x in ("height", "width")):
+            continue
+        images[i] = image | dict(zip(("height", "width"), map(int, size), strict=True))
+        count += 1
+    return (content | {"images": images} if count else content), +Counter({FILLED: count})
+
+
+def _with_path(image: dict, folder: ImageFolder) -> dict:
+    name = image.get("file_name")
+    if not is_file_name(name) or "\0" in name:
+        return image
+    better = folder.with_slashes(name) or (folder.relative(name) if folder.has(name) else name)
+    return image if better == name else image | {"file_name": better}
+
+
+def _with_own_references(content: dict) -> tuple[dict, Counter]:
+    """References as their ids are written, and ``iscrowd`` "0" and "1" as numbers."""
+    entries, changes = content.get("annotations"), Counter()
+    if not isinstance(entries, list):
+        return content, changes
+    tables = {field: foreign_references(content, field) for field in REFERENCES}
+    result = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            new = {
+                field: table[entry[field]]
+                for field, table in tables.items()
+                if is_id(entry.get(field)) and entry[field] in table
+            }
+            changes[r.TEXT_REFERENCE] += len(new)
+            if type(entry.get("iscrowd")) is str and entry["iscrowd"] in ("0", "1"):
+                new["iscrowd"] = int(entry["iscrowd"])
+                changes[r.BAD_CROWD] += 1
+            entry = entry | new if new else entry
+        result.append(entry)
+    return content | {"annotations": result}, +changes
+
+
+def _with_areas(entries: list[dict]) -> tuple[list[dict], Counter]:
+    result, changes = [], Counter()
+    for entry in entries:
+        if "area" in entry and usable_area(entry["area"]) is None and (box := as_box(entry.get("bbox"))):
+            area = box[2] * box[3]
+            entry = {key: value for key, value in entry.items() if key != "area"}
+            entry |= {"area": area} if usable_area(area) is not None else {}
+            changes[r.AREA] += 1
+        result.append(entry)
+    return result, changes
+
+
+def _with_boxes_inside(content: dict, columns: Columns, sizes: np.ndarray) -> tuple[list[dict], Counter]:
+    """The annotations that training would use, their boxes clipped."""
     verdicts, entries = columns.judged(), list(columns.entries)
     clipped, after = np.flatnonzero(verdicts == CLIPPED), np.where(verdicts == CLIPPED, 0, verdicts)
     for row in clipped:
@@ -38,10 +266,7 @@ def repaired(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
     again = content | {"annotations": [entries[row] for row in clipped]}
     after[clipped] = Columns.of(again, sizes).judged()  # a box may be clipped to nothing
     kept = [entry for entry, verdict in zip(entries, after, strict=True) if verdict == 0]
-    changes = Counter(VERDICTS[code] for code in verdicts[verdicts > 0])
-    kept, numbered = _renumbered(kept)
-    strangers = [entry for entry in content["annotations"] if not isinstance(entry, dict)]
-    return content | {"annotations": kept + strangers}, changes + numbered
+    return kept, Counter(VERDICTS[code] for code in verdicts[verdicts > 0])
 
 
 def _with_box(entry: dict, box: np.ndarray) -> dict:

@@ -20,7 +20,15 @@ FILE_NAME, SAME_FILE_NAME = "image has no file_name", "two images have the same 
 NO_SIZE, BAD_SIZE = "image has no width and height", "annotated width or height is no positive whole number"
 CATEGORY_NAME, SAME_NAME = "category has no name", "category name appears more than once"
 GAPS = "category ids are not 0 .. P-1 or 1 .. P; inside they become 0 .. P-1"
-UNKNOWN_IMAGE, UNKNOWN_CATEGORY = "annotation of an unknown image", "annotation of an unknown category"
+UNKNOWN_IMAGE, UNKNOWN_CATEGORY = "annotation of an image that is not listed", "annotation of an unknown category"
+NO_MATCH = "annotation of an image that is not listed, as all of the file are"
+TEXT_REFERENCE = "image_id or category_id is text where the id is a number, or the reverse"
+TWIN = "category without annotations whose name another one has too, left out"
+RESOURCE_FORK = "macOS's ._ file without annotations, left out"
+UNANNOTATED = "no annotations: a test set, to predict on only"
+ALL_CROWDS = "all annotations are crowds, which training leaves out"
+CONVENTION, MAYBE_CONVENTION = "boxes are not [x, y, width, height] in pixels", "boxes all lie in the first 100 pixels"
+AREA = "area is no number from 0 to 1e10, width x height is taken"
 BAD_BOX, BAD_CROWD = "bbox is not four numbers", "iscrowd is neither 0 nor 1"
 NOT_FINITE, NOT_POSITIVE = "box is not finite", "box has no positive width and height"
 BOX_OUTSIDE, STICKS_OUT = "box lies outside its image", "box sticks out of its image"
@@ -37,15 +45,17 @@ NOT_COMPARED = "file_name is in both sets, content not compared"
 KINDS = {
     **dict.fromkeys((NO_IMAGES, NO_CATEGORIES, NO_ANNOTATIONS, NO_OBJECT, IMAGE_ID, ANNOTATION_ID, CATEGORY_ID), STOPS),
     **dict.fromkeys((SAME_IMAGE_ID, SAME_ANNOTATION_ID, SAME_CATEGORY_ID, FILE_NAME, CATEGORY_NAME, SAME_NAME), STOPS),
-    **dict.fromkeys((UNKNOWN_IMAGE, UNKNOWN_CATEGORY, BAD_BOX, BAD_CROWD, BAD_SIZE, SIZE, NOTHING), STOPS),
+    **dict.fromkeys((NO_MATCH, TEXT_REFERENCE, UNKNOWN_CATEGORY, BAD_BOX, BAD_CROWD, BAD_SIZE, SIZE), STOPS),
+    **dict.fromkeys((CONVENTION, NOTHING, ALL_CROWDS), STOPS),
     **dict.fromkeys((MISSING, OUTSIDE, NOT_AN_IMAGE, DAMAGED, TOO_LARGE, DEEP), STOPS),
-    **dict.fromkeys((NOT_FINITE, NOT_POSITIVE, BOX_OUTSIDE, STICKS_OUT), CHANGED),
-    **dict.fromkeys((CROWDED, SAME_FILE_NAME, SAME_FILE, SAME_BYTES), SPOILS),
+    **dict.fromkeys((UNKNOWN_IMAGE, NOT_FINITE, NOT_POSITIVE, BOX_OUTSIDE, STICKS_OUT), CHANGED),
+    **dict.fromkeys((UNANNOTATED, MAYBE_CONVENTION, CROWDED, SAME_FILE_NAME, SAME_FILE, SAME_BYTES), SPOILS),
     **dict.fromkeys((TEXT_ID, NO_SIZE, GAPS, CROWD, NO_BOXES, UNUSED, OVER_BUDGET, NAMESAKE, NOT_COMPARED), FINE),
-    **dict.fromkeys((TURNED, GREY, PALETTE, ALPHA, CMYK, OTHER_MODE), FINE),
+    **dict.fromkeys((TWIN, RESOURCE_FORK, AREA, TURNED, GREY, PALETTE, ALPHA, CMYK, OTHER_MODE), FINE),
 }
 # What ``--fix`` repairs.
-REPAIRABLE = (NOT_FINITE, NOT_POSITIVE, BOX_OUTSIDE, STICKS_OUT, ANNOTATION_ID, SAME_ANNOTATION_ID)
+REPAIRABLE = (NOT_FINITE, NOT_POSITIVE, BOX_OUTSIDE, STICKS_OUT, ANNOTATION_ID, SAME_ANNOTATION_ID, UNKNOWN_IMAGE,
+              TEXT_REFERENCE)  # fmt: skip
 SHOWN = 5  # records of each kind that are named
 
 

@@ -20,7 +20,7 @@ from .shapes import cache_folder
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # part of the file's name; raise it when the summary changes
+VERSION = 2  # part of the file's name; raise it when the summary changes
 
 
 def log_summary(name: str, records: list[dict], num_queries: int) -> None:

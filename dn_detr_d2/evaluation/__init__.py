@@ -1,5 +1,6 @@
-"""Instruments: what the matching, the anchors and the denoising of a model do on fixed images; see docs/instruments.md."""
+"""COCO's AP from the records of a data set; instruments, see docs/instruments.md, which look at a model on fixed images."""
 
+from .coco_evaluator import RecordsEvaluator, TolerantCOCOEvaluator
 from .denoising_health import JudgedLabel, Restoration, judge_labels, measure_restoration
 from .hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_instruments
 from .instability import anchor_distances, anchor_metrics, average_top_k, churn, instability
@@ -12,7 +13,9 @@ __all__ = [
     "LeakCheckHook",
     "MeasuringHook",
     "ProbedImage",
+    "RecordsEvaluator",
     "Restoration",
+    "TolerantCOCOEvaluator",
     "anchor_distances",
     "anchor_metrics",
     "average_top_k",

@@ -325,3 +325,81 @@ def test_every_kind_has_a_level_and_repairs_concern_problems():
     assert kinds - {r.STOPS, r.CHANGED, r.SPOILS, r.FINE} == set(KINDS)
     assert all(KINDS[kind] != FINE for kind in REPAIRABLE)
     assert set(filter(None, MODES.values())) <= set(KINDS)
+
+
+def test_names_that_end_inside_the_folder_are_found_however_they_are_written(tmp_path):
+    inside = tmp_path / "images"
+    (inside / "sub").mkdir(parents=True)
+    save(inside / "a.png")
+    (tmp_path / "link").symlink_to(inside)
+    for folder in (inside, tmp_path / "link"):
+        finder = ImageFolder(folder)
+        for name in (str(inside / "a.png"), str(tmp_path / "link" / "a.png"), "sub/../a.png", "../images/a.png"):
+            assert Image.open(finder.find(name)).size == (30, 20)
+        assert finder.relative(str(inside / "a.png")) == finder.relative(str(tmp_path / "link" / "a.png")) == "a.png"
+        for name in ("..", "../..", "/", "sub/../../images/../x.png", f"{tmp_path}/images2/a.png"):
+            with pytest.raises(DatasetError) as caught:
+                finder.find(name)
+            assert caught.value.kind == r.OUTSIDE
+        for name in (".", "sub", "sub/", str(inside / "b.png"), "no/../such.png", "\0"):
+            with pytest.raises(DatasetError) as caught:
+                finder.find(name)
+            assert caught.value.kind == r.MISSING
+
+
+def test_back_slashes_are_named_with_the_way_out(tmp_path):
+    (tmp_path / "sub").mkdir()
+    save(tmp_path / "sub" / "a.png")
+    (tmp_path / "s.json").write_text(json.dumps(valid_coco(images=[{"id": 1, "file_name": "sub\\a.png"}])))
+    with pytest.raises(DatasetError, match=r"back slash.*--fix"):
+        load_coco_json(tmp_path / "s.json", tmp_path)
+    save(tmp_path / "sub\\a.png")  # a name that a file may have
+    assert ImageFolder(tmp_path).with_slashes("sub\\a.png") is None
+    assert ImageFolder(tmp_path).find("sub\\a.png").endswith("sub\\a.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "left"),
+    [({"image_id": 99}, r.UNKNOWN_IMAGE, 2), ({"image_id": None}, r.UNKNOWN_IMAGE, 2), ({}, None, 3)],
+)
+def test_annotations_of_images_that_are_not_listed_are_left_out_and_counted(tmp_path, caplog, change, kind, left):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name)
+    content = valid_coco()
+    content["annotations"][0] |= change
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    assert sum(len(x["annotations"]) for x in load_coco_json(tmp_path / "s.json", tmp_path)) == left
+    assert [kind in message for message in caplog.messages if "left out" in message or "not listed" in message] == [
+        True for _ in range(kind is not None)
+    ]
+    assert checked(content).counts[r.UNKNOWN_IMAGE] == 3 - left
+
+
+def test_of_two_categories_with_one_name_the_unused_one_is_left_out(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name)
+    content = valid_coco()
+    content["categories"].insert(0, {"id": 0, "name": "dog"})
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    first, _ = load_coco_json(tmp_path / "s.json", tmp_path)
+    assert [x["category_id"] for x in first["annotations"]] == [0, 1]
+    assert checked(content).counts[r.TWIN] == 1
+    content["annotations"][0]["category_id"] = 0
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match="names appear more than once"):
+        load_coco_json(tmp_path / "s.json", tmp_path)
+    assert checked(content).counts[r.SAME_NAME] == 1
+
+
+def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path):
+    (tmp_path / "s.json").write_text('{"a": [1, NaN], "a": [1, NaN], "b": 0, "b": false}')
+    assert list(read_content(tmp_path / "s.json")) == ["a", "b"]
+    (tmp_path / "s.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(DatasetError, match="'a' stands twice"):
+        read_content(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_read(tmp_path, encoding):
+    (tmp_path / "s.json").write_text(json.dumps(valid_coco()), encoding=encoding)
+    assert read_content(tmp_path / "s.json") == valid_coco()

@@ -69,7 +69,7 @@ def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
             {"categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]},
             r"category ids appear more than once: \[1\]",
         ),
-        ({"categories": [{"id": 1, "name": "x"}, {"id": 2, "name": "x"}]}, "category names appear more than once"),
+        ({"categories": [{"id": 4, "name": "x"}, {"id": 90, "name": "x"}]}, "category names appear more than once"),
         ({"annotations": annotation(category_id=5)}, r"annotation 1 has category_id 5.*\[4, 90\]"),
         ({"annotations": annotation(image_id=99)}, "annotation 1 has image_id 99"),
         ({"annotations": annotation(bbox=None)}, "annotation 1 has bbox None; it must be four numbers"),

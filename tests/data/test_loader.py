@@ -1,11 +1,14 @@
 import copy
+import json
 import logging
 
 import pytest
+from conftest import ROOT, valid_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from PIL import Image
 
-from dn_detr_d2 import DatasetError
+from dn_detr_d2 import DatasetError, setup_cfg
 from dn_detr_d2.data import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
 from dn_detr_d2.data.loader import in_model_order, probe_records
 from dn_detr_d2.data.summary import summarise
@@ -139,3 +142,17 @@ def test_records_get_the_numbers_that_the_model_gives_to_their_classes():
     assert in_model_order(records, "shapes_val", list(own)) is records
     with pytest.raises(DatasetError, match="which the model has not"):
         in_model_order(records, "shapes_val", order[:2])
+
+
+def test_crowds_alone_are_refused_as_that(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / name)
+    content = valid_coco()
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    name = f"crowds_{tmp_path.name}"
+    opts = ["DATASETS.COCO_JSON", [[name, str(tmp_path / "set.json"), str(tmp_path)]], "DATASETS.TRAIN", (name,)]
+    cfg = setup_cfg(str(ROOT / "configs" / "quickstart.yaml"), [*opts, "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"])
+    with pytest.raises(DatasetError, match=r"all 3 annotations .* are crowds"):
+        build_train_loader(cfg)

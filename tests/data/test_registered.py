@@ -122,6 +122,7 @@ def test_records_and_metadata_are_those_of_detectron2(coco):
         for annotation in record["annotations"]:
             del annotation["segmentation"]
     assert [annotation.pop("id") for record in ours for annotation in record["annotations"]] == [9, 8, 7]
+    assert [annotation.pop("area") for record in ours for annotation in record["annotations"]] == [400, 400, 400]
     assert ours == theirs
     assert metadata == MetadataCatalog.get(name).as_dict()
     known = _get_builtin_metadata("coco")

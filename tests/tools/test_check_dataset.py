@@ -7,6 +7,7 @@ import pytest
 from conftest import valid_coco
 from PIL import Image
 
+from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import load_coco_json
 
 
@@ -95,3 +96,74 @@ def test_two_sets_that_share_images_are_a_problem(run, tmp_path):
     code, out, _ = run(valid_coco(), "--val", tmp_path / "val.json", tmp_path)
     assert code == 1
     assert "2 x image is in both sets" in out
+
+
+def test_what_cannot_be_used_is_left_out_on_request_and_named(run, tmp_path):
+    content = valid_coco()
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (5, 5)).save(tmp_path / "small.png")
+    bad = [("cut.png", 30), ("gone.png", 30), ("small.png", 30), ("/etc/passwd", 30), (None, 30)]
+    content["images"] += [{"id": 10 + i, "file_name": x, "width": w, "height": 20} for i, (x, w) in enumerate(bad)]
+    good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    changes = [{"image_id": 10 + i} for i in range(5)]
+    changes += [{"category_id": 9}, {"bbox": [1]}, {"iscrowd": 7}, {"bbox": None}]
+    content["annotations"] += [good | {"id": 100 + i} | change for i, change in enumerate(changes)] + ["x"]
+    content["images"] += [None]
+    content["categories"] += [{"id": 7}]
+    assert run(content)[0] == 1
+    assert run(content, "--drop-bad")[0] == 2
+    code, out, _ = run(content, "--fix", tmp_path / "out.json", "--drop-bad")
+    assert code == 0
+    lines = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 5 + 9 + 1 + 2
+    assert all(any(name in line for line in lines) for name in ("cut.png", "gone.png", "small.png", "passwd"))
+    assert "17 images, categories and annotations left out" in out
+    first, second = load_coco_json(tmp_path / "out.json", tmp_path)
+    assert (len(first["annotations"]), len(second["annotations"])) == (2, 1)
+
+
+def test_one_repair_mends_every_way_of_writing(run, tmp_path):
+    """Text ids, doubled ids and keys, orphans, null and text values, sizes, absolute paths, back slashes, ._ files."""
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/c.png", "sub/d.png"):
+        Image.new("RGB", (30, 20), (len(name), ord(name[4]), 9)).save(tmp_path / name)
+    content = {
+        "images": [
+            {"id": 1, "file_name": str(tmp_path / "a.png"), "width": -1, "height": None},
+            {"id": 2.0, "file_name": "sub\\c.png", "width": "30", "height": 20.5},
+            {"id": "3", "file_name": "sub/../sub/d.png"},
+            {"id": 4, "file_name": "sub/._c.png"},
+        ],
+        "categories": [{"id": "1", "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 0, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": "1", "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": "0", "area": "12"},
+            {"id": 1, "image_id": "2", "category_id": "2", "bbox": [1, 2, 3, 4], "iscrowd": None, "area": -5},
+            {"id": 7, "image_id": 3, "category_id": 2.0, "bbox": [1, 2, 30, 4], "iscrowd": False},
+            {"id": 8, "image_id": 99, "category_id": 2, "bbox": [1, 2, 3, 4]},
+        ],
+    }
+    text = json.dumps(content).replace('"iscrowd": "0"', '"iscrowd": "0", "iscrowd": "0"')
+    (tmp_path / "bom.json").write_text(text, encoding="utf-8-sig")
+    assert tool.run([str(tmp_path / "bom.json"), str(tmp_path)]) == 1
+    code, out, _ = run(text, "--fix", tmp_path / "out.json")
+    assert code == 0, out
+    fixed = json.loads((tmp_path / "out.json").read_text())
+    assert [x["file_name"] for x in fixed["images"]] == ["a.png", "sub/c.png", "sub/../sub/d.png"]
+    assert all((x["width"], x["height"]) == (30, 20) for x in fixed["images"])
+    records = load_coco_json(tmp_path / "out.json", tmp_path)
+    assert [[(x["category_id"], x["area"]) for x in record["annotations"]] for record in records] == [
+        [(1, 12)],
+        [(0, 12)],
+        [(0, 120)],  # out by one pixel, which is rounding
+    ]
+
+
+@pytest.mark.parametrize("change", [{"image_id": "1"}, {"category_id": "1"}, {"iscrowd": "1"}, {"id": 4}, {"id": None}])
+def test_a_sentence_that_names_the_repair_is_true(run, tmp_path, change):
+    content = valid_coco()
+    content["annotations"][0] |= change
+    run(content)
+    with pytest.raises(DatasetError, match="--fix"):
+        load_coco_json(tmp_path / "set.json", tmp_path)
+    assert run(content, "--fix", tmp_path / "out.json")[0] == 0
+    assert sum(len(x["annotations"]) for x in load_coco_json(tmp_path / "out.json", tmp_path)) == 3

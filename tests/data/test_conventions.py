@@ -1,0 +1,124 @@
+"""Boxes of another convention are named, files whose boxes are COCO's never are."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dn_detr_d2 import DatasetError
+from dn_detr_d2.data import load_coco_json
+from dn_detr_d2.data import report as r
+from dn_detr_d2.data.check import annotated_sizes, check_content
+from dn_detr_d2.data.conventions import CHOICES, CONVENTIONS, NORMALISED, only_first_pixels, other_convention, to_xywh
+from dn_detr_d2.data.repair import converted, repaired
+from dn_detr_d2.data.report import Report
+
+
+def scene(seed, count, height=480, width=640, reach=0.0):
+    """(A, 4) boxes inside an image, or up to ``reach`` of its sides out of it, and (A, 2) its size."""
+    dice = np.random.default_rng(seed)
+    shape = np.array([width, height])
+    lengths = np.maximum(shape * dice.uniform(0.02, 0.6, (count, 2)), 1)
+    corner = (shape * (1 + 2 * reach) - lengths) * dice.random((count, 2)) - shape * reach
+    return np.concatenate([corner, lengths], 1), np.tile([float(height), width], (count, 1))
+
+
+def written_as(boxes, sizes, convention):
+    """The inverse of to_xywh, box by box in plain arithmetic."""
+    result = []
+    for (x, y, w, h), (height, width) in zip(boxes, sizes, strict=True):
+        if convention.endswith("-normalised"):
+            x, y, w, h = x / width, y / height, w / width, h / height
+        forms = {
+            "xywh": [x, y, w, h],
+            "xyxy": [x, y, x + w, y + h],
+            "cxcywh": [x + w / 2, y + h / 2, w, h],
+            "yxhw": [y, x, h, w],
+            "yxyx": [y, x, y + h, x + w],
+        }
+        result.append(forms[convention.removesuffix("-normalised")])
+    return np.array(result)
+
+
+@pytest.mark.parametrize("convention", CHOICES)
+@pytest.mark.parametrize("count", [12, 400])
+def test_every_convention_is_noticed_and_can_be_converted_back(convention, count):
+    boxes, sizes = scene(0, count)
+    written = written_as(boxes, sizes, convention)
+    words = other_convention(written, sizes)
+    if convention == "xywh":
+        assert words is None
+    elif "normalised" in convention:
+        assert words == NORMALISED
+    else:
+        assert CONVENTIONS[convention] in words
+    np.testing.assert_allclose(to_xywh(written, sizes, convention), boxes, atol=1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), count=st.integers(0, 300), height=st.integers(1, 3000), width=st.integers(1, 3000),
+    reach=st.sampled_from([0, 0, 0.02, 0.2]), whole=st.booleans(),
+)  # fmt: skip
+def test_a_file_in_cocos_convention_is_never_named(seed, count, height, width, reach, whole):
+    """Also where boxes stick out on all sides by a fifth of the image, as rotated ones do; none is below a pixel."""
+    boxes, sizes = scene(seed, count, height, width, reach)
+    if whole:
+        boxes = np.round(boxes)
+    assert other_convention(boxes, sizes) is None
+    assert not only_first_pixels(boxes, sizes)
+
+
+def test_small_objects_and_single_boxes_are_no_other_convention():
+    sizes = np.tile([480.0, 640.0], (5, 1))
+    assert other_convention(np.array([[0, 0, 1, 1]] * 5, float), sizes) is None  # whole pixels
+    assert other_convention(np.array([[300.2, 200.1, 0.4, 0.5]] * 5), sizes) is None
+    assert other_convention(np.array([[400.0, 300, 600, 400]]), sizes[:1]) is None  # one box proves nothing
+    assert other_convention(np.zeros((0, 4)), np.zeros((0, 2))) is None
+    assert other_convention(np.full((3, 4), np.nan), sizes[:3]) is None
+
+
+def test_normalised_boxes_are_noticed_without_sizes_and_among_a_few_others():
+    boxes = np.array([[0.2, 0.3, 0.1, 0.25]] * 6 + [[30.0, 40, 20, 10]] * 2)
+    assert other_convention(boxes, np.full((8, 2), np.inf)) == NORMALISED
+
+
+def test_percentages_are_said_but_not_refused():
+    boxes, sizes = scene(1, 300)
+    percent = boxes / sizes[:, [1, 0, 1, 0]] * 100
+    assert other_convention(percent, sizes) is None
+    assert only_first_pixels(percent, sizes)
+
+
+@pytest.mark.parametrize("convention", [x for x in CHOICES if x != "xywh"])
+def test_a_file_of_another_convention_is_refused_reported_never_clipped_and_has_ways_out(tmp_path, convention):
+    boxes, sizes = scene(3, 20)
+    written = written_as(boxes, sizes, convention).tolist()
+    Image.new("L", (640, 480)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 640, "height": 480}],
+        "categories": [{"id": 1, "name": "nut"}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(written)],
+    }
+
+    def read(changed):
+        (tmp_path / "set.json").write_text(json.dumps(changed))
+        return [x["bbox"] for x in load_coco_json(tmp_path / "set.json", tmp_path)[0]["annotations"]]
+
+    with pytest.raises(DatasetError, match=r"look like .*--boxes") as caught:
+        read(content)
+    assert caught.value.kind == r.CONVENTION
+    report, shapes = Report(), annotated_sizes(content["images"])
+    check_content(content, report, shapes)
+    assert report.counts[r.CONVENTION] == 1
+    fixed, changes = repaired(content, shapes)
+    assert [x["bbox"] for x in fixed["annotations"]] == written
+    assert not changes
+    np.testing.assert_allclose(read(converted(content, shapes, convention)), boxes, atol=1e-6)
+    assert read(converted(content, shapes, "xywh")) == written
+    del content["images"][0]["width"]
+    with pytest.raises(DatasetError, match="look like"):  # the image says how large it is
+        read(content)
