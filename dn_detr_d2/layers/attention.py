@@ -92,9 +92,7 @@ class ConditionalSelfAttention(nn.Module):
     """Self-attention of DAB-DETR: content and position have projections of their own, added per query and key.
 
     Args:
-        dim: channels C, divisible by ``num_heads``.
-        num_heads: H.
-        dropout: probability, on the residual branch and on the attention weights.
+        dim, num_heads, dropout: as for :class:`SelfAttention`.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):

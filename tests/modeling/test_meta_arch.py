@@ -177,6 +177,11 @@ def test_weights_that_fit_nowhere_are_no_start(toy_model, tmp_path):
         load_with_detectron2(toy_model("dn_detr").train(), {"other.weight": torch.zeros(3)}, tmp_path)
 
 
+def not_made_up(names):
+    """Without statistics: Detectron2's FrozenBatchNorm2d fills in those that a state dict lacks, as old files do."""
+    return {name for name in names if not name.endswith(("running_mean", "running_var"))}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kept", ["backbone.", "encoder.", "query_source.", "decoder.heads.", "nothing"])
 def test_a_part_is_loaded_as_into_every_module(toy_model, training, kept):
@@ -184,7 +189,7 @@ def test_a_part_is_loaded_as_into_every_module(toy_model, training, kept):
     state = model.state_dict()
     part = {name: x + 1 for name, x in state.items() if name.startswith(kept)} | {"other.weight": torch.zeros(3)}
     found = model.load_state_dict(part, strict=False)
-    assert set(found.missing_keys) == state.keys() - part.keys()
+    assert not_made_up(found.missing_keys) == not_made_up(state.keys() - part.keys())
     assert found.unexpected_keys == ["other.weight"]
     assert all(torch.equal(model.state_dict()[name], x) for name, x in part.items() if name in state)
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -197,7 +202,7 @@ def test_names_of_another_code_that_do_not_fit_are_unexpected_as_in_every_module
     foreign = {"transformer.encoder.layers.0.linear1.weight": torch.zeros(3), "query_embed.weight": torch.zeros(3)}
     found = model.load_state_dict(foreign, strict=False)
     assert set(found.unexpected_keys) == foreign.keys()
-    assert set(found.missing_keys) == model.state_dict().keys()
+    assert not_made_up(found.missing_keys) == not_made_up(model.state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key"):
         model.load_state_dict(foreign)
 
