@@ -20,6 +20,7 @@ from .coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from .errors import ConfigError, DatasetError
 from .evaluation import build_instruments
 from .evaluation.isolation import unwrap
+from .processor import slow_bfloat16
 from .randomness import own_randomness
 from .training import (
     AverageHook,
@@ -116,6 +117,8 @@ class Trainer(DefaultTrainer):
         self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+        if amp_dtype is torch.bfloat16 and next(model.parameters()).is_cpu and (reason := slow_bfloat16()):
+            logger.warning("%s; SOLVER.AMP.ENABLED False trains faster here", reason)
         reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
         may_skip = cfg.SOLVER.NONFINITE_LIMIT if cfg.SOLVER.NONFINITE == "skip" else 0
         options = {"may_skip": may_skip, "accumulation": cfg.SOLVER.ACCUMULATION_STEPS}

@@ -3,6 +3,7 @@
 import numpy as np
 from detectron2.engine import DefaultPredictor
 
+from .data import ResizeShortestEdge
 from .errors import UserError
 from .training import Checkpointer
 
@@ -27,6 +28,7 @@ class Predictor(DefaultPredictor):
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
         self.cfg = cfg.clone()
+        self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
         Checkpointer(self.model, cfg=cfg, averaged=averaged).load(cfg.MODEL.WEIGHTS)
 

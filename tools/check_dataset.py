@@ -23,6 +23,7 @@ from dn_detr_d2.data.coco_custom import read_content
 from dn_detr_d2.data.columns import objects_of
 from dn_detr_d2.data.repair import repaired
 from dn_detr_d2.data.report import Report
+from dn_detr_d2.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,6 +90,7 @@ def refuse_overwriting(args: argparse.Namespace) -> None:
 def run(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code. What cannot be read is one sentence on stderr."""
     args = parse_arguments(argv)
+    escape_unwritable()
     try:
         refuse_overwriting(args)
         content = read(args.annotations, args.folder)

@@ -20,6 +20,12 @@ def missing_kernel(device_type: str) -> str:
     return _MISSING.get(device_type, f"there are no kernels for {device_type} devices")
 
 
+def kernel_is_broken(device_type: str) -> bool:
+    """Whether there is a compiled library that cannot be used, which is worse than none."""
+    reason = missing_kernel(device_type)
+    return "does not load" in reason or "was built with PyTorch" in reason
+
+
 def uses_kernel(backend: str, device_type: str) -> bool:
     """Whether ``backend`` means the compiled kernel for tensors on this kind of device.
 
