@@ -22,6 +22,7 @@ from .evaluation import build_instruments
 from .evaluation.isolation import unwrap
 from .processor import slow_bfloat16
 from .randomness import own_randomness
+from .text_output import escape_unwritable
 from .training import (
     AverageHook,
     BestCheckpointer,
@@ -107,6 +108,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg, stop_request: StopRequest | None = None):
+        escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())

@@ -105,3 +105,15 @@ def test_label_errors_of_it_are_tabled(folder, finished, tmp_path):
     assert "Traceback" not in errors
     with (tmp_path / "found/label_errors.csv").open(encoding="utf-8", newline="") as file:
         assert {os.path.basename(row["file_name"]) for row in csv.DictReader(file)} == {"\\udcff.png"}
+
+
+def test_a_training_on_it_logs_and_ends(folder, tmp_path):
+    from training.toy_training import command
+
+    listed = json.dumps([["odd_train", str(tmp_path / "set.json"), str(folder)]])
+    options = ["DATASETS.COCO_JSON", listed, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_train',)"]
+    code, said, errors = program(*command(tmp_path / "out", overrides=[*options, "SOLVER.MAX_ITER", 3]))
+    assert code == 0, errors[-2000:]
+    assert "Logging error" not in errors
+    assert "\\udcff.png, annotation 2" in (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
+    assert "\\udcff.png, annotation 2" in said + errors

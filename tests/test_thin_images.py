@@ -111,7 +111,10 @@ def test_the_predictor_takes_a_thin_image(finished, size):
 
 def test_thin_images_are_evaluated(finished, tmp_path):
     records = [make_record(tmp_path, size, i) for i, size in enumerate(SIZES, 1)]
-    images = [{"id": r["image_id"], **{key: r[key] for key in ("file_name", "width", "height")}} for r in records]
+    images = [
+        {"id": i, "file_name": f"{width}x{height}.png", "width": width, "height": height}
+        for i, (width, height) in enumerate(SIZES, 1)
+    ]
     boxes = [{"id": r["image_id"], "image_id": r["image_id"], "category_id": 2, "bbox": r["annotations"][0]["bbox"]}
              for r in records]  # fmt: skip
     classes = [{"id": i, "name": f"c{i}"} for i in range(1, 6)]
