@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
+
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from PIL import Image, ImageDraw
