@@ -14,15 +14,20 @@ import json
 import sys
 from pathlib import Path
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Instances
 
 from dn_detr_d2 import ConfigError, DatasetError, UserError, setup_cfg
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
+from dn_detr_d2.text_output import escape_unwritable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read
+LONGEST_SIDE = 4800  # of an image that is drawn larger
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +38,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images and folders of images")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")
-    parser.add_argument("--confidence-threshold", type=float, default=0.5, help="lowest score to show (default 0.5)")
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="lowest score to show, from 0 to 1 (default 0.5)"
+    )
     parser.add_argument("--json", action="store_true", help="also write results.json")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides, KEY VALUE ...")
     return parser.parse_args(argv)
@@ -81,7 +88,7 @@ def draw(image, instances: Instances, metadata: Metadata, path: Path) -> None:
     """Writes ``image`` (H, W, 3) BGR with boxes, names and scores to ``path``."""
     from detectron2.utils.visualizer import Visualizer
 
-    scale = max(1.0, SHORTEST_SIDE / min(image.shape[:2]))
+    scale = max(1.0, min(SHORTEST_SIDE / min(image.shape[:2]), LONGEST_SIDE / max(image.shape[:2])))
     Visualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(instances).save(str(path))
 
 
@@ -102,7 +109,9 @@ def as_records(path: Path, instances: Instances, metadata: Metadata) -> list[dic
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Runs over all images; returns how many could not be read."""
+    """Runs over all images; returns how many have no picture because of an error."""
+    if not 0 <= args.confidence_threshold <= 1:  # also not a number
+        raise ConfigError(f"--confidence-threshold must lie between 0 and 1, got {args.confidence_threshold:g}")
     if importlib.util.find_spec("cv2") is None:
         raise ConfigError("drawing needs OpenCV: pip install -e '.[demo]', or pip install opencv-python-headless")
     output = Path(args.output)
@@ -114,28 +123,34 @@ def predict(args: argparse.Namespace) -> int:
     predictor, metadata = Predictor(cfg), class_metadata(cfg)
 
     output.mkdir(parents=True, exist_ok=True)
-    records, unreadable = [], 0
+    records, failed = [], 0
     for path, target in targets.items():
         try:
             image = read_image(str(path), "BGR")
+            instances = predictor(image)["instances"].to("cpu")
+            instances = instances[instances.scores >= args.confidence_threshold]
+            draw(image, instances, metadata, target)
         except DatasetError as error:
             print(f"skipped: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        instances = predictor(image)["instances"].to("cpu")
-        instances = instances[instances.scores >= args.confidence_threshold]
-        draw(image, instances, metadata, target)
-        print(f"{path}: {len(instances)} objects -> {target}")
-        records += as_records(path, instances, metadata)
+            failed += 1
+        except Exception as error:  # whatever is wrong with one image, the others are drawn
+            print(f"failed: {path}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+            failed += 1
+        else:
+            print(f"{path}: {len(instances)} objects -> {target}")
+            records += as_records(path, instances, metadata)
     if args.json:
         (output / "results.json").write_text(json.dumps(records, indent=1))
         print(f"{len(records)} boxes -> {output / 'results.json'}")
-    return unreadable
+    if failed:
+        print(f"{failed} of {len(targets)} images have no picture, see above", file=sys.stderr)
+    return failed
 
 
 def run() -> int:
     """Command line; returns the exit code."""
     args = parse_arguments()
+    escape_unwritable()
     try:
         return 1 if predict(args) else 0
     except (UserError, FloatingPointError) as error:

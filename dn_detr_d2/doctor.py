@@ -3,6 +3,7 @@
     python -m dn_detr_d2.doctor
     python -m dn_detr_d2.doctor --config-file configs/dn_dab_deformable.yaml MODEL.WEIGHTS model_final.pth
 
+No compiler is needed: without the compiled operators everything runs on PyTorch's, slower, which is a note.
 A line is "ok", a "note" (worth knowing, nothing to mend) or "BROKEN", then with the reason and the way out. The exit code is
 1 if anything is broken, else 0. Nothing is downloaded or written.
 """
@@ -29,7 +30,9 @@ from .checkpoint import identify, read_checkpoint
 from .config import setup_cfg
 from .data import cache_folder, check_records, class_names, dataset_path, register_coco_json
 from .errors import UserError
-from .layers import missing_kernel, ms_deform_attn
+from .layers import kernel_is_broken, missing_kernel, ms_deform_attn
+from .processor import slow_bfloat16
+from .text_output import escape_unwritable
 
 PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "scipy", "numpy", "pillow", "safetensors")
 NEEDED_GB = 1.0  # a checkpoint of a training with ResNet-50 takes 0.6 GB
@@ -89,6 +92,8 @@ def _commit(folder: Path) -> str:
 def devices() -> Iterator[Finding]:
     """Processor threads and GPUs."""
     yield Finding("cpu", f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads")
+    if reason := slow_bfloat16():
+        yield Finding("cpu bfloat16", f"{reason}; leave SOLVER.AMP.ENABLED off on this CPU", "note")
     if not torch.cuda.is_available():
         why = "PyTorch was built without CUDA" if torch.version.cuda is None else "no driver or no device was found"
         yield Finding("cuda", f"no GPU: {why}; everything runs on the CPU", "note")
@@ -97,8 +102,12 @@ def devices() -> Iterator[Finding]:
         yield Finding(f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
 
 
-def kernels() -> Iterator[Finding]:
-    """Which backend of deformable attention works on which device, and why another does not."""
+def kernels(wanted: str = "auto") -> Iterator[Finding]:
+    """Which backend of deformable attention works on which device, and why another does not.
+
+    Args:
+        wanted: ``MODEL.DN_DETR.OP_BACKEND``; a device whose kernel it asks for must have one.
+    """
     for device in ("cpu", "cuda"):
         reason = missing_kernel(device)
         if not reason:
@@ -108,7 +117,8 @@ def kernels() -> Iterator[Finding]:
             yield Finding(f"backend {device}", f"no kernel, and no GPU to need it: {reason}", "note")
         else:
             slower = "OP_BACKEND auto takes PyTorch's operators, several times slower"
-            yield Finding(f"backend {device}", f"no kernel ({slower}): {reason}", "BROKEN")
+            state = "BROKEN" if wanted == device or kernel_is_broken(device) else "note"
+            yield Finding(f"backend {device}", f"no kernel ({slower}): {reason}", state)
     yield Finding("backend torch", "PyTorch's operators, on any device")
 
 
@@ -188,6 +198,8 @@ def places(output_dir: str) -> Iterator[Finding]:
 
 def _memory() -> str:
     """Memory of the machine and, where Linux tells, what is available."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return "unknown on this system"
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     table = Path("/proc/meminfo")
     lines = table.read_text().splitlines() if table.exists() else []
@@ -209,12 +221,12 @@ def configuration(config_file: str, opts: list[str]) -> Iterator[Finding]:
     yield _judge("weights", lambda: _weights(cfg.MODEL.WEIGHTS))
 
 
-def _output_dir(config_file: str, opts: list[str]) -> str:
-    """Where a training with this config writes; the default's place if it does not load, which gets its own line."""
+def _loadable(config_file: str, opts: list[str]) -> CfgNode:
+    """The config, or the default one if it does not load, which gets its own line."""
     try:
-        return setup_cfg(config_file, opts, splits=()).OUTPUT_DIR
+        return setup_cfg(config_file, opts, splits=())
     except UserError:
-        return setup_cfg(splits=()).OUTPUT_DIR
+        return setup_cfg(splits=())
 
 
 def _judge(subject: str, look: Callable[[], str]) -> Finding:
@@ -256,7 +268,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-file", default="", metavar="FILE", help="also look at a config, its data and weights")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_args(argv)
-    chapters = [versions(), devices(), kernels(), self_tests(), places(_output_dir(args.config_file, args.opts))]
+    escape_unwritable()
+    cfg = _loadable(args.config_file, args.opts)
+    found = kernels(cfg.MODEL.DN_DETR.OP_BACKEND)
+    chapters = [versions(), devices(), found, self_tests(), places(cfg.OUTPUT_DIR)]
     if args.config_file or args.opts:
         chapters.append(configuration(args.config_file, args.opts))
     findings = [finding for chapter in chapters for finding in chapter]

@@ -21,7 +21,9 @@ from .data.interruption import Interrupted, agree, interruptible
 from .errors import ConfigError
 from .evaluation import MeasuringHook, TolerantCOCOEvaluator, build_instruments
 from .evaluation.isolation import device_of, unwrap
+from .processor import slow_bfloat16
 from .randomness import own_randomness
+from .text_output import escape_unwritable
 from .training import (
     AverageHook,
     BestCheckpointer,
@@ -59,6 +61,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg, stop_request: StopRequest | None = None):
+        escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -69,6 +72,8 @@ class Trainer(DefaultTrainer):
         self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+        if amp_dtype is torch.bfloat16 and next(model.parameters()).is_cpu and (reason := slow_bfloat16()):
+            logger.warning("%s; SOLVER.AMP.ENABLED False trains faster here", reason)
         reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
         may_skip = cfg.SOLVER.NONFINITE_LIMIT if cfg.SOLVER.NONFINITE == "skip" else 0
         options = {"may_skip": may_skip, "accumulation": cfg.SOLVER.ACCUMULATION_STEPS}
@@ -256,6 +261,7 @@ def load_for_evaluation(cfg) -> nn.Module:
 
 def evaluate(cfg) -> dict:
     """Evaluates MODEL.WEIGHTS on DATASETS.TEST; returns Detectron2's results."""
+    escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
     return Trainer.test(cfg, load_for_evaluation(cfg))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from detectron2.engine import DefaultPredictor
 
+from .data import ResizeShortestEdge
 from .errors import UserError
 from .training import load_weights
 
@@ -27,6 +28,7 @@ class Predictor(DefaultPredictor):
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
         self.cfg = cfg.clone()
+        self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
 
     def __call__(self, original_image: np.ndarray) -> dict:

@@ -147,3 +147,46 @@ def test_the_predictor_takes_bgr_and_gives_the_model_rgb(finished, images):
     swapped = DefaultPredictor(cfg)(np.ascontiguousarray(bgr[:, :, ::-1]))["instances"]
     assert (swapped.scores[:5] - predicted.scores[:5]).abs().max() > 1e-5
     assert predicted.image_size == (140, 50)
+
+
+def test_thin_images_are_drawn(run, images, tmp_path):
+    for size in ((3000, 2), (2, 3000), (1, 1), (900, 1)):
+        Image.new("RGB", size).save(images / f"thin_{size[0]}x{size[1]}.png")
+    code, _, said = run("--input", images, "--confidence-threshold", "0", "--json")
+    assert (code, said) == (0, "")
+    assert len(list((tmp_path / "out").glob("thin_*.png"))) == 4
+    for record in json.loads((tmp_path / "out" / "results.json").read_text()):
+        width, height = Image.open(record["file_name"]).size
+        x0, y0, x1, y1 = record["box_xyxy"]
+        assert 0 <= x0 <= x1 <= width
+        assert 0 <= y0 <= y1 <= height
+
+
+def test_an_error_at_one_image_is_named_and_counted_and_the_others_are_drawn(run, images, tmp_path, monkeypatch):
+    draw = demo.draw
+
+    def fail_once(image, instances, metadata, path):
+        if path.name == "tiny.png":
+            raise RuntimeError("no room\nleft")
+        draw(image, instances, metadata, path)
+
+    monkeypatch.setattr(demo, "draw", fail_once)
+    code, _, errors = run("--input", images, "--json")
+    assert code == 1
+    assert "tiny.bmp: RuntimeError: no room left" in errors
+    assert "1 of 3 images" in errors
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"wide.jpg", "tall.png", "results.json"}
+
+
+@pytest.mark.parametrize("threshold", ["50", "nan", "-1", "inf", "1.01"])
+def test_a_threshold_that_is_no_probability_is_refused(run, images, tmp_path, threshold):
+    code, _, said = run("--input", images, "--confidence-threshold", threshold)
+    assert code == 1
+    assert "--confidence-threshold" in said
+    assert threshold in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("threshold", ["0", "1"])
+def test_the_ends_of_the_range_are_thresholds(run, images, threshold):
+    assert run("--input", images / "tall.png", "--confidence-threshold", threshold)[0] == 0

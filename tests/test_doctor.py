@@ -147,3 +147,93 @@ def test_the_doctor_writes_nothing(report, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report("OUTPUT_DIR", "out")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "gpu", "backend", "states"),
+    [
+        (
+            "at installation no compiler was found",
+            False,
+            "auto",
+            ("note", "note"),
+        ),  # the README promises that none is needed
+        ("the compiled library /x/_C.abi3.so does not exist", True, "auto", ("note", "note")),
+        ("at installation no compiler was found", True, "cuda", ("note", "BROKEN")),
+        ("at installation no compiler was found", False, "cpu", ("BROKEN", "note")),
+        (BROKEN_KERNEL, False, "auto", ("BROKEN", "note")),
+        (BROKEN_KERNEL, True, "auto", ("BROKEN", "BROKEN")),
+        ("the compiled library was built with PyTorch 2.10, but 2.14 is running", False, "auto", ("BROKEN", "note")),
+    ],
+)
+def test_a_missing_kernel_is_broken_only_where_it_was_built_or_asked_for(monkeypatch, reason, gpu, backend, states):
+    monkeypatch.setattr(kernels, "_MISSING", {"cpu": reason, "cuda": reason})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    cpu, cuda, torchs = doctor.kernels(backend)
+    assert (cpu.state, cuda.state, torchs.state) == (*states, "ok")
+    assert reason in cpu.text
+    assert "slower" in cpu.text
+
+
+def test_without_a_compiler_the_exit_code_is_0(report, quick, monkeypatch):
+    monkeypatch.setattr(kernels, "_MISSING", dict.fromkeys(("cpu", "cuda"), "at installation no compiler was found"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert report()[0] == 0
+    assert report("MODEL.DN_DETR.OP_BACKEND", "cpu")[0] == 1
+
+
+def test_the_doctor_runs_where_there_is_no_sysconf(monkeypatch):
+    monkeypatch.delattr(doctor.os, "sysconf")
+    assert doctor._memory()
+
+
+def pretend_processor(monkeypatch, onednn, avx512, avx512_bf16, amx):
+    """What PyTorch says of a processor; the operator of oneDNN cannot be replaced, so its namespace is."""
+    namespace = type("Operators", (), {"_is_mkldnn_bf16_supported": staticmethod(lambda: onednn)})
+    monkeypatch.setattr(torch.ops, "mkldnn", namespace)
+    for name, answer in (("avx512", avx512), ("avx512_bf16", avx512_bf16), ("amx_tile", amx)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda answer=answer: answer)
+
+
+@pytest.mark.parametrize(
+    ("processor", "words"),
+    [
+        ((False, False, False, False), "no bfloat16 instructions"),
+        ((True, True, False, False), "emulates"),
+        ((True, True, True, False), ""),
+        ((True, True, False, True), ""),
+        ((True, False, False, False), ""),  # ARM with bf16
+    ],
+)
+def test_a_cpu_on_which_bfloat16_is_slow_is_noted(monkeypatch, processor, words):
+    pretend_processor(monkeypatch, *processor)
+    found = {finding.subject: finding for finding in doctor.devices()}
+    assert ("cpu bfloat16" in found) == bool(words)
+    if words:
+        assert found["cpu bfloat16"].state == "note"
+        assert words in found["cpu bfloat16"].text
+
+
+@pytest.mark.parametrize(("enabled", "dtype", "warned"), [(True, "bf16", 1), (True, "fp16", 0), (False, "bf16", 0)])
+def test_a_training_in_slow_bfloat16_warns(monkeypatch, tmp_path, caplog, toy_cfg, enabled, dtype, warned):
+    from dn_detr_d2.engine import Trainer
+
+    pretend_processor(monkeypatch, False, False, False, False)
+    options = ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", "auto", "OUTPUT_DIR", str(tmp_path)]
+    options += ["DATALOADER.NUM_WORKERS", 0, "SOLVER.AMP.ENABLED", enabled, "SOLVER.AMP.DTYPE", dtype]
+    Trainer(toy_cfg("dn_detr", *options, "SOLVER.IMS_PER_BATCH", 2))
+    assert sum("SOLVER.AMP.ENABLED False" in record.getMessage() for record in caplog.records) == warned
+
+
+def test_an_import_does_not_warn_and_hides_no_warning_of_a_user():
+    code = "import dn_detr_d2.engine, dn_detr_d2.predictor, torch; print('imported'); torch.jit.script(lambda x: x)"
+    ran = subprocess.run([sys.executable, "-W", "default", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "imported" in ran.stdout
+    said = [line for line in ran.stderr.splitlines() if "torch.jit.script` is deprecated" in line]
+    quiet = subprocess.run(
+        [sys.executable, "-c", code.partition("; print")[0]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "torch.jit" not in quiet.stderr
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+        assert len(said) == 1

@@ -20,6 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
+
 import torch
 from detectron2.modeling import build_model
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis

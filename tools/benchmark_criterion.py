@@ -186,6 +186,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     args = parser.parse_args()
+    if min(args.rounds, args.threads) < 1:
+        parser.error(f"--rounds and --threads must be positive, got {args.rounds} and {args.threads}")
     torch.set_num_threads(args.threads)
     print(
         f"torch {torch.__version__}, {args.threads} thread(s), {LAYERS} layers, {QUERIES} queries, {GROUPS} groups, seed 0"

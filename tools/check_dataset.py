@@ -26,6 +26,7 @@ from dn_detr_d2.data.images import ImageFolder
 from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.repair import converted, repaired, rewritten, without_bad
 from dn_detr_d2.data.report import Report
+from dn_detr_d2.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,6 +125,7 @@ def refuse_overwriting(args: argparse.Namespace) -> None:
 def run(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code. What cannot be read is one sentence on stderr."""
     args = parse_arguments(argv)
+    escape_unwritable()
     try:
         refuse_overwriting(args)
         content = read(args.annotations, args.folder)

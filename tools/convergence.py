@@ -72,6 +72,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... for all trainings, after all else"
     )
     args = parser.parse_args(argv)
+    if args.jobs < 1 or args.threads < 0:
+        parser.error(f"--jobs must be positive and --threads not negative, got {args.jobs} and {args.threads}")
     args.ablations = names if args.ablations == [] else args.ablations or []
     args.runs = args.runs or f"output/{kind(args)}"
     args.output = args.output or args.runs

@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
+
 from detectron2.modeling import build_model
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
@@ -68,9 +72,12 @@ def main() -> int:
     )
     parser.add_argument("--safetensors", action="store_true", help="write .safetensors whatever TARGET ends in")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    args = parser.parse_intermixed_args()
+    if args.classes is not None and args.classes < 1:
+        parser.error(f"--classes must be positive, got {args.classes}")
     logging.disable(logging.INFO)
     try:
-        run(parser.parse_intermixed_args())
+        run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
+
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from PIL import Image, ImageDraw
@@ -26,9 +30,11 @@ from dn_detr_d2 import ConfigError, UserError, setup_cfg
 from dn_detr_d2.data import build_probe_loader, check_files, read_image, records_of
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.evaluation import JudgedLabel, judge_labels
+from dn_detr_d2.text_output import escape_unwritable
 
 COLUMNS = ("score", "image_id", "annotation", "file_name", "label", "suggested", "x0", "y0", "x1", "y1")
 SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read
+LONGEST_SIDE = 4800  # of an image that is drawn larger
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,6 +60,8 @@ def judge(args: argparse.Namespace) -> tuple[list[JudgedLabel], list[str]]:
     """All annotations, most suspicious first, and the names of the classes."""
     if min(args.top, args.num_images) < 0:
         raise ConfigError(f"--top and --num-images must not be negative, got {args.top} and {args.num_images}")
+    if args.top == 0 and not args.output:
+        raise ConfigError("--top 0 without --output shows nothing; give a number, or --output for the table of all")
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
     if "://" not in args.weights and not Path(args.weights).is_file():
@@ -81,7 +89,7 @@ def as_rows(judged: list[JudgedLabel], names: list[str], dataset: str) -> list[d
 def write(rows: list[dict], top: int, folder: Path) -> None:
     """label_errors.csv with all rows and one picture for each of the first ``top``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "label_errors.csv").open("w", newline="") as file:
+    with (folder / "label_errors.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
@@ -94,7 +102,7 @@ def write(rows: list[dict], top: int, folder: Path) -> None:
 def draw(row: dict) -> Image.Image:
     """The image with the box, the annotated and the suggested class."""
     picture = Image.fromarray(read_image(row["file_name"], "RGB"))
-    scale = max(1.0, SHORTEST_SIDE / min(picture.size))
+    scale = max(1.0, min(SHORTEST_SIDE / min(picture.size), LONGEST_SIDE / max(picture.size)))
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
     box = [row[key] * scale for key in ("x0", "y0", "x1", "y1")]
     pen = ImageDraw.Draw(picture)
@@ -109,6 +117,7 @@ def draw(row: dict) -> Image.Image:
 def run(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code. A user's mistake is one sentence on stderr."""
     args = parse_arguments(argv)
+    escape_unwritable()
     setup_logger(name="dn_detr_d2").setLevel(logging.WARNING)
     try:
         rows = as_rows(*judge(args), args.dataset)

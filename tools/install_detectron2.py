@@ -11,13 +11,18 @@ convolution v1/v2, the fast COCO evaluator) are absent; dn_detr_d2 needs none of
     python tools/install_detectron2.py --upstream            # from GitHub at a pinned commit, compiled
     python tools/install_detectron2.py --upstream COMMIT     # from GitHub at COMMIT
 
-An importable Detectron2 is kept as it is. Only the standard library is used.
+``detectron2.model_zoo`` finds its configs with pkg_resources, which setuptools 82 and later no longer have; the sources
+are packed with importlib.resources in its place. An importable Detectron2 is kept, whoever installed it, but for this
+one repair: run the script again if ``from detectron2 import model_zoo`` fails. Only the standard library is used.
 """
 
 import argparse
 import base64
 import hashlib
+import importlib
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +55,16 @@ REQUIREMENTS = (
     "black",
     "packaging",
 )
+MODEL_ZOO = "detectron2/model_zoo/model_zoo.py"
+# (what pkg_resources is used for, the same without it); the blanks of the call differ between versions
+WITHOUT_PKG_RESOURCES = (
+    (rb"^import pkg_resources\b", b"from importlib import resources"),
+    (
+        rb"pkg_resources\.resource_filename\(\s*"
+        rb"\"detectron2\.model_zoo\",\s*os\.path\.join\(\"configs\", config_path\)\s*\)",
+        b'str(resources.files("detectron2.model_zoo").joinpath("configs", config_path))',
+    ),
+)
 LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"  # Apache-2.0, detectron2's licence and ours
 
 
@@ -71,8 +86,12 @@ def main(argv=None):
     try:
         if installed := find_installed():
             print(f"detectron2 {installed[0]} is already installed at {installed[1]}; keeping it.")
+            repair_installed(Path(installed[1]))
         elif args.upstream:
             install_upstream(args.upstream)
+            importlib.invalidate_caches()
+            if installed := find_installed():
+                repair_installed(Path(installed[1]))
         else:
             install_from_pypi()
     except InstallError as error:
@@ -91,6 +110,45 @@ def find_installed():
     except metadata.PackageNotFoundError:
         version = "of unknown version"
     return version, str(Path(spec.origin).parent)
+
+
+def without_pkg_resources(content, name):
+    """The source ``content`` of the module file ``name`` with importlib.resources in place of pkg_resources."""
+    for pattern, replacement in WITHOUT_PKG_RESOURCES:
+        content = re.sub(pattern, replacement, content, flags=re.MULTILINE)
+    if b"pkg_resources" in content:
+        raise InstallError(
+            f"{name} uses pkg_resources in a way that this script does not know; install setuptools<82, which has it"
+        )
+    return content
+
+
+def repair_installed(package):
+    """Repairs ``detectron2.model_zoo`` in the installed package folder ``package``, if it needs pkg_resources."""
+    path = package.parent / MODEL_ZOO
+    if not path.is_file() or b"pkg_resources" not in (before := path.read_bytes()):
+        return
+    content = without_pkg_resources(before, path)
+    part = path.with_suffix(".part")
+    try:
+        part.write_bytes(content)
+        part.chmod(path.stat().st_mode & 0o777)
+        os.replace(part, path)
+        update_records(package.parent, content)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InstallError(
+            f"{path} needs pkg_resources, and cannot be repaired: {error.strerror}; run this script as the user who owns it"
+        ) from None
+    print(f"Repaired {path}: importlib.resources in place of pkg_resources, which setuptools 82 and later do not have.")
+
+
+def update_records(site, content):
+    """Gives pip's list of the installed files of detectron2 in ``site`` the new hash of the repaired one."""
+    for record in site.glob("detectron2-*.dist-info/RECORD"):
+        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [record_line(MODEL_ZOO, content) if x.startswith(f"{MODEL_ZOO},") else x for x in lines]
+        record.write_text("".join(lines), encoding="utf-8")
 
 
 def install_upstream(commit):
@@ -138,7 +196,8 @@ def repack(carrier, folder):
         for name in archive.namelist():
             if name.startswith(CARRIER_PREFIX) and not name.endswith("/"):
                 content = archive.read(name)
-                files[name.removeprefix("LabGym/")] = content.replace(b"LabGym.detectron2", b"detectron2")
+                content = content.replace(b"LabGym.detectron2", b"detectron2")
+                files[name.removeprefix("LabGym/")] = without_pkg_resources(content, name)
     if left := [name for name, content in files.items() if b"LabGym" in content]:
         raise InstallError(f"{carrier.name} holds unexpected references to LabGym in {left[0]}; use --upstream")
 

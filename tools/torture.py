@@ -81,6 +81,8 @@ def main() -> int:
         parser.error(f"there is no ordeal {', '.join(sorted(unknown))}; there are {', '.join(RELEASE)}")
     if args.times is not None and args.times < 1:
         parser.error(f"--times must be positive, got {args.times}")
+    if min(args.processes, args.jobs) < 1 or args.workers < 0:
+        parser.error("--processes and --jobs must be positive, --workers not negative")
     results = []
     for ordeal in args.ordeals or sizes:
         folder = args.folder or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)

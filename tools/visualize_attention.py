@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
+
 from plotting.attention import best_queries, draw_attention, verdict
 from plotting.command import answer
 from plotting.images import class_names, title_of, to_rgb

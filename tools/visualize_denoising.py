@@ -15,6 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
+
 import torch
 from plotting.command import answer
 from plotting.denoising import draw_mask, draw_noise, draw_refinement

@@ -3,7 +3,7 @@
 from .coco_custom import check_files, class_names, dataset_path, load_coco_json, register_coco_json
 from .images import read_image
 from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
-from .mapper import DetrDatasetMapper
+from .mapper import DetrDatasetMapper, ResizeShortestEdge
 from .registered import check_records, records_of
 from .shapes import cache_folder, register_shapes
 
@@ -11,6 +11,7 @@ register_shapes()
 
 __all__ = [
     "DetrDatasetMapper",
+    "ResizeShortestEdge",
     "build_annotated_batch",
     "build_probe_loader",
     "build_test_loader",

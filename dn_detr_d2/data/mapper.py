@@ -25,6 +25,21 @@ logger = logging.getLogger(__name__)
 ROUNDING = 1.0
 
 
+# Before a crop the longer side may be so many times the shorter one; a strip of 2 x 3000 would become 600 x 900,000.
+MOST_STRETCHED = 16
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, but each side of the result has at least one pixel, however thin the image is."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The resize of an image (H, W, C)."""
+        found = super().get_transform(image)
+        if isinstance(found, T.ResizeTransform):  # a shortest edge of 0 keeps the size
+            found = T.ResizeTransform(found.h, found.w, max(found.new_h, 1), max(found.new_w, 1), found.interp)
+        return found
+
+
 class BoxChecker:
     """Sorts out boxes that cannot be trained on, and counts what it did.
 
@@ -123,7 +138,7 @@ class DetrDatasetMapper:
             flips = [T.RandomFlip(horizontal=not vertical, vertical=vertical)]
         if is_train and node.CROP.ENABLED:
             crops = [
-                T.ResizeShortestEdge(node.CROP.RESIZE, sample_style="choice"),
+                ResizeShortestEdge(node.CROP.RESIZE, MOST_STRETCHED * max(node.CROP.RESIZE), "choice"),
                 T.RandomCrop(node.CROP.TYPE, tuple(node.CROP.SIZE)),
             ]
         return {
@@ -132,7 +147,7 @@ class DetrDatasetMapper:
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
             "flips": flips,
-            "resizes": [T.ResizeShortestEdge(side, longest, style)],
+            "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,
         }
 

@@ -9,7 +9,7 @@ from .attention import (
     SelfAttention,
     attend,
 )
-from .kernels import missing_kernel, uses_kernel
+from .kernels import kernel_is_broken, missing_kernel, uses_kernel
 from .mlp import MLP, FeedForward
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .position_encoding import SinePositionEncoding, encode_boxes, sine_encoding
@@ -32,6 +32,7 @@ __all__ = [
     "attend",
     "axis_coordinates",
     "encode_boxes",
+    "kernel_is_broken",
     "missing_kernel",
     "ms_deform_attn",
     "ms_deform_attn_fused",

@@ -63,6 +63,12 @@ def _no_code_for(capability: tuple[int, int], built: str) -> str:
     )
 
 
+def kernel_is_broken(device_type: str) -> bool:
+    """Whether there is a compiled library that cannot be used, which is worse than none."""
+    reason = missing_kernel(device_type)
+    return "does not load" in reason or "was built with PyTorch" in reason
+
+
 def uses_kernel(backend: str, device_type: str) -> bool:
     """Whether ``backend`` means the compiled kernel for tensors on this kind of device.
 

@@ -100,6 +100,37 @@ def test_deterministic_mode_has_nothing_to_object_to():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["default", "avx2", "avx512"])
+def instruction_set(request):
+    """Runs a test with one of the kernel's instruction sets, as far as this processor has it."""
+    use = torch.ops.dn_detr_d2.cpu_capability
+    try:
+        assert use(request.param) == request.param
+    except RuntimeError:
+        pytest.skip(f"no {request.param} here, or ATEN_CPU_CAPABILITY forbids it")
+    yield request.param
+    use("best")
+
+
+@needs_kernel
+@pytest.mark.parametrize("sizes", [{"d": 3}, {"d": 16, "h": 4}, {"n": 2, "q": 9, "h": 4, "d": 33, "k": 4}], ids=str)
+def test_each_instruction_set_equals_pytorchs_operators_in_float64(instruction_set, sizes):
+    """And the same bits whatever the number of threads."""
+    results, threads = [], torch.get_num_threads()
+    try:
+        for backend, count in (("torch", 1), ("cpu", 1), ("cpu", 3)):
+            torch.set_num_threads(count)
+            value, shapes, loc, weights = make_inputs(**sizes)
+            leaves = [x.requires_grad_() for x in (value, loc, weights)]
+            out = ms_deform_attn(value, shapes, loc, weights, backend)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(threads)
+    for wanted, found, again in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-10)
+        assert torch.equal(found, again)
+
+
 @needs_kernel
 def test_instruction_sets_agree():
     use = torch.ops.dn_detr_d2.cpu_capability

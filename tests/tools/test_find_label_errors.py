@@ -116,3 +116,9 @@ def test_flipping_from_the_command_line(tmp_path, capsys):
     assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["category_id"] == 2
     assert flip_labels.run([str(tmp_path / "two.json"), str(tmp_path / "out.json"), "--rate", "2"]) == 1
     assert "--rate must lie in [0, 1], got 2.0" in capsys.readouterr().err
+
+
+def test_top_0_is_for_the_table_only(run, tmp_path):
+    assert run("--num-images", 2, "--top", 0)[0] == 1
+    assert run("--num-images", 2, "--top", 0, "--output", tmp_path / "found")[0] == 0
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["label_errors.csv"]

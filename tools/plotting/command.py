@@ -4,10 +4,12 @@ import sys
 from collections.abc import Callable
 
 from dn_detr_d2 import UserError
+from dn_detr_d2.text_output import escape_unwritable
 
 
 def answer(work: Callable[[], list[str]]) -> int:
     """Prints the lines that ``work`` returns; a UserError is one sentence on stderr. Returns the exit code, 0 or 2."""
+    escape_unwritable()
     try:
         lines = work()
     except UserError as error:

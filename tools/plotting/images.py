@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from dn_detr_d2.boxes import cxcywh_to_xyxy, image_scale
+from dn_detr_d2.text_output import escaped
 
 from .style import new_figure
 
@@ -87,4 +88,4 @@ def class_names(cfg) -> list[str]:
 def title_of(image: str, weights: str) -> str:
     """Which image, and which model."""
     model = "/".join(Path(weights).parts[-2:]) if weights else "random weights: this model has learnt nothing"
-    return f"{Path(image).name}, {model}"
+    return escaped(f"{Path(image).name}, {model}")
