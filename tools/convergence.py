@@ -72,8 +72,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... for all trainings, after all else"
     )
     args = parser.parse_args(argv)
-    if args.jobs < 1 or args.threads < 0:
-        parser.error(f"--jobs must be positive and --threads not negative, got {args.jobs} and {args.threads}")
     args.ablations = names if args.ablations == [] else args.ablations or []
     args.runs = args.runs or f"output/{kind(args)}"
     args.output = args.output or args.runs
@@ -154,6 +152,8 @@ def report(args: argparse.Namespace) -> list[str]:
     """Trains, writes a page and a picture for each pair, and returns the pages."""
     if args.jobs < 1:
         raise UserError(f"--jobs must be positive, got {args.jobs}")
+    if args.threads < 0:
+        raise UserError(f"--threads must not be negative, got {args.threads}")
     start = time.monotonic()
     groups = train(args)
     spent, pages = "" if args.report else f"; {(time.monotonic() - start) / 60:.0f} minutes", []

@@ -271,6 +271,7 @@ def test_races_of_different_kinds_lie_in_folders_of_their_own():
     ("arguments", "sentence"),
     [
         (["--jobs", "0"], "error: --jobs must be positive, got 0"),
+        (["--threads", "-1"], "error: --threads must not be negative, got -1"),
         (["--bccd", "nowhere"], "error: --bccd nowhere holds no train.json; name the folder of BCCD in COCO format"),
         (["--report", "--pairs", "dense", "--seeds", "1"], "holds no metrics.json; name the OUTPUT_DIR of a training"),
         (["--backbone", "nowhere.pth"], "checkpoint 'nowhere.pth' does not exist"),
