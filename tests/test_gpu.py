@@ -12,6 +12,7 @@ from layers.op_cases import make_fused_inputs, make_inputs
 
 from dn_detr_d2.engine import TrainStep
 from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
+from dn_detr_d2.layers.position_encoding import encode_boxes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -113,6 +114,7 @@ def test_fused_form_equals_the_definition(dims, sizes, dtype, point_dtype):
 SHIFTED = """
 import sys, torch
 from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
+from dn_detr_d2.layers.position_encoding import encode_boxes
 
 def shifted(x):
     late = x.new_empty(x.numel() + 1)[1:].view(x.shape)
@@ -226,6 +228,18 @@ def test_more_than_two_to_the_31_elements():
     out[-1].sum().backward()
     assert value.grad[-1].sum().item() == h * d
     assert not value.grad[:-1].any()
+
+
+def test_encodings_of_boxes_do_not_wait_for_the_device():
+    """They are made in each decoder layer; raising a Python number to a tensor of the GPU uploads it and waits."""
+    boxes = torch.rand(2, 300, 4, device="cuda")
+    encode_boxes(boxes, 128)  # compiled and cached once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoded = encode_boxes(boxes, 128)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(encoded.cpu(), encode_boxes(boxes.cpu(), 128), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

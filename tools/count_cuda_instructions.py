@@ -26,9 +26,9 @@ SOURCE = f"""
 #include <cuda_fp16.h>
 #include "{ROOT}/csrc/cuda/kernels.cuh"
 using namespace dn_detr_d2;
-template <bool F, int G, int V, class T> void both(Arguments<T, T> a) {{
+template <bool F, int G, int V, class T> void both(Arguments<T, T> a) {{  // lanes and channels as in launch.cuh, D = 32
   forward_kernel<F, G, V, T, T><<<1, kThreads>>>(a);
-  backward_kernel<F, G, V, T, T><<<1, kThreads>>>(a);
+  backward_kernel<F, 8, 4, T, T><<<1, kThreads>>>(a);
 }}
 void all(Arguments<float, float> f, Arguments<__nv_bfloat16, __nv_bfloat16> b) {{
   both<false, 8, 4>(f);

@@ -195,7 +195,7 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
       a.grad_points = static_cast<P*>(grads.points.mutable_data_ptr());
       a.grad_weights = static_cast<P*>(grads.weights.mutable_data_ptr());
       a.grad_reference = grads.reference.defined() ? static_cast<A*>(grads.reference.mutable_data_ptr()) : nullptr;
-      with_geometry<T>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
+      with_geometry<A>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
         const unsigned blocks = count_blocks(a, in.sizes, lanes);
         at::Tensor wide_grad_weights;
         if (needs_memory<kFused, lanes(), T, P>(in.sizes.L * in.sizes.K)) {

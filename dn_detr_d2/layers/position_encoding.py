@@ -23,14 +23,16 @@ def sine_encoding(x: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"dim must be even and positive, got {dim}")
-    wavelength = temperature ** (torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim
+    wavelength = torch.full_like(exponent[0], temperature) ** exponent  # a Python number would be uploaded, with a wait
     angles = x.float()[..., None] / wavelength
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
     """Sine encoding of boxes, DAB-DETR Eq. 3-5: (..., 4) cxcywh in [0, 1] -> (..., 4 * dim) in the order y, x, w, h."""
-    return sine_encoding(boxes[..., [1, 0, 2, 3]] * (2 * math.pi), dim).flatten(-2)
+    cx, cy, w, h = boxes.unbind(-1)  # an index that is a list would be uploaded, with a wait
+    return sine_encoding(torch.stack([cy, cx, w, h], -1) * (2 * math.pi), dim).flatten(-2)
 
 
 class SinePositionEncoding(nn.Module):

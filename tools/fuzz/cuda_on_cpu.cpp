@@ -69,10 +69,11 @@ void run_geometry(const CudaCall& call, bool backward) {
 template <typename T, typename P>
 void run_types(const CudaCall& call, bool backward) {
   const bool all_aligned = is_aligned(call.value) && (!backward || is_aligned(call.grad_output));
-  with_geometry<T>(call.D, all_aligned, [&](auto lanes, auto channels) {
+  const auto run = [&](auto lanes, auto channels) {
     call.reference != nullptr ? run_geometry<T, P, true, lanes(), channels()>(call, backward)
                               : run_geometry<T, P, false, lanes(), channels()>(call, backward);
-  });
+  };
+  backward ? with_geometry<Wide<T>>(call.D, all_aligned, run) : with_geometry<T>(call.D, all_aligned, run);
 }
 
 template <typename T>
