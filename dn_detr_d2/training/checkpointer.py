@@ -169,9 +169,10 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint["model"] = {**conversion.state, **{name: own[name] for name in conversion.absent}}
         fits = super()._load_model(checkpoint)
         if not (self.resuming or self.new_classes) and (missing := sorted({*fits.missing_keys} & own.keys())):
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             raise CheckpointError(
-                f"the checkpoint ({conversion.source}) lacks {len(missing)} of the model's {len(own)} tensors "
-                f"({', '.join(missing[:4])}), which would stay at random; name a checkpoint of the whole model"
+                f"the checkpoint does not fit the model: it looks like {conversion.source}, and {shown} are missing, which "
+                "would stay at random; name a checkpoint of the whole model"
             )
         shapes = [name for name, *_ in fits.incorrect_shapes]
         if self.resuming and (wrong := sorted({*fits.missing_keys, *fits.unexpected_keys, *shapes})):
