@@ -33,6 +33,9 @@ if __name__ in ("__main__", "__mp_main__"):  # now, because the imports take sec
 import logging
 from pathlib import Path
 
+import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+
+# isort: split
 import torch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -47,6 +50,7 @@ from dn_detr_d2.data import check_files, check_records
 from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
 from dn_detr_d2.layers import uses_kernel
 from dn_detr_d2.modeling.build import name_the_node
+from dn_detr_d2.text_output import escape_unwritable
 from dn_detr_d2.training import assigned_place, describe, join, launch, leave
 
 
@@ -59,6 +63,7 @@ def main(args) -> dict | None:
     else:
         default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr_d2")
+    escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
     if args.eval_only:
         results = evaluate(cfg)
         if comm.is_main_process():
@@ -111,6 +116,7 @@ def check_model(cfg, load: bool) -> None:
 
 def run() -> int:
     """Command line; returns the exit code. Whatever goes wrong is one sentence in the last line of stderr."""
+    escape_unwritable()
     args, place = default_argument_parser(epilog=__doc__).parse_args(), None
     try:
         if place := assigned_place(os.environ):
