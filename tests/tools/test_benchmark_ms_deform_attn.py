@@ -141,6 +141,8 @@ def test_kernels_stay_below_their_budget_of_instructions(counting):
     ]  # fmt: skip
     for row in rows:
         most = {"forward": 400, "backward": 700 if row["form"] == "plain" else 900}[row["kernel"]]
+        if row["kernel"] == "backward" and row["dtype"] == "bfloat16":
+            most += 50  # 4 channels a lane: more instructions, and 1.9 times as fast on an H200 (docs/operator.md)
         assert 100 < row["instructions"] <= most
         # 128 registers are 16 warps a multiprocessor. Four loads in flight are worth more than the warps they cost.
         assert row["registers"] <= {"forward": 64, "backward": 128}[row["kernel"]]
