@@ -30,7 +30,7 @@ class EvaluationRecord(HookBase):
         """Repeats the evaluation of the iteration before if it is missing; raises CheckpointError for a damaged record."""
         start, trainer, last = self.trainer.start_iter, self.trainer, None
         if comm.is_main_process() and start > 0 and self.path.is_file():
-            last = read_record(self.path, lambda record: number(record["iteration"]))
+            last = read_record(self.path, lambda record: int(number(record["iteration"])))
         last = comm.all_gather(last)[0]
         if start == 0:
             self._write(0)

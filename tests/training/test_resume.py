@@ -1,5 +1,6 @@
 """A training that is stopped and resumed is, to the bit, the training that was not stopped."""
 
+import json
 import logging
 import shutil
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from detectron2.engine import launch
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
-from dn_detr_d2.training import BestCheckpointer, EarlyStopping
+from dn_detr_d2.training import BestCheckpointer, EarlyStopping, EvaluationRecord
 
 
 def stop_at(folder, name, target):
@@ -103,6 +104,39 @@ def test_a_damaged_record_of_a_hook_is_refused_in_one_sentence(tmp_path, record,
     with pytest.raises(CheckpointError, match=rf"^\S+/{record} cannot be read.*; repair it, or delete it") as caught:
         hook_of(record, tmp_path).before_train()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [*WRONG, *(f'{{"iteration": {x}}}' for x in (*VALUES, "NaN", "Infinity"))])
+def test_a_damaged_record_of_evaluations_is_refused_in_one_sentence(tmp_path, text):
+    (tmp_path / "last_evaluation.json").write_text(text, encoding="latin1")
+    record = EvaluationRecord(str(tmp_path), 1, [])
+    record.trainer = SimpleNamespace(start_iter=3, max_iter=9)
+    with pytest.raises(
+        CheckpointError, match=r"last_evaluation\.json cannot be read.*; repair it, or delete it"
+    ) as caught:
+        record.before_train()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("last", "period", "start", "repeated"), [
+    (2, 2, 4, True), (4, 2, 4, False), (6, 2, 4, False), (2, 3, 4, False), (None, 2, 4, False), (0, 0, 4, False),
+    (2, 2, 8, False),
+])  # fmt: skip
+def test_only_an_evaluation_that_was_due_and_cut_off_is_repeated(tmp_path, last, period, start, repeated):
+    """The hooks see the iteration before the start, and the last iteration's evaluation comes after the training anyway."""
+    if last is not None:
+        (tmp_path / "last_evaluation.json").write_text(json.dumps({"iteration": last}))
+    seen = []
+    storage = SimpleNamespace(iter=start)
+    trainer = SimpleNamespace(start_iter=start, max_iter=8, iter=start, storage=storage)
+    hook = SimpleNamespace(after_step=lambda: seen.append((trainer.iter, trainer.storage.iter)))
+    record = EvaluationRecord(str(tmp_path), period, [hook])
+    record.trainer = trainer
+    record.before_train()
+    assert seen == [(start - 1, start - 1)] * repeated
+    assert (trainer.iter, storage.iter) == (start, start)
+    if repeated:
+        assert json.loads((tmp_path / "last_evaluation.json").read_text()) == {"iteration": start}
 
 
 def test_a_record_that_is_whole_is_taken_up_and_none_is_none(tmp_path):
