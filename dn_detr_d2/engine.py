@@ -132,7 +132,7 @@ class Trainer(DefaultTrainer):
         """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75), early stopping without."""
         self.stop_request.listen()
         try:
-            with interruptible(self.stop_request.anywhere):
+            with interruptible(self.stop_request.anywhere, self.stop_request.raising):
                 return super().train()
         except EarlyEnd:
             return getattr(self, "_last_eval_results", None)

@@ -5,7 +5,7 @@ asked, and ends early. Ranks that end at different places meet in the next excha
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.samplers import InferenceSampler
@@ -20,20 +20,42 @@ class Interrupted(BaseException):
 
 
 _asked: list[Callable[[], bool]] = []
+_raising: list[Callable[[], AbstractContextManager]] = []
 
 
 @contextmanager
-def interruptible(asked: Callable[[], bool]) -> Iterator[None]:
+def interruptible(
+    asked: Callable[[], bool], raising: Callable[[], AbstractContextManager] = nullcontext
+) -> Iterator[None]:
     """Inside, loaders end early once ``asked()`` is true, and :func:`agree` raises; every rank must be inside or none.
 
     Args:
         asked: whether this rank, or another one that it knows of, is to stop.
+        raising: a context in which a request raises Interrupted at once, see :func:`without_exchange`.
     """
     _asked.append(asked)
+    _raising.append(raising)
     try:
         yield
     finally:
         _asked.pop()
+        _raising.pop()
+
+
+@contextmanager
+def without_exchange() -> Iterator[None]:
+    """Around long work of one rank that talks to no other: a request to stop cuts it off.
+
+    The others have gone on to their next exchange, which must be an :func:`agree`.
+    """
+    try:
+        with _raising[-1]() if _raising else nullcontext():
+            if _asked and _asked[-1]():
+                raise Interrupted
+            yield
+    except Interrupted:
+        agree()
+        raise
 
 
 def until_asked(batches: Iterable) -> Iterator:

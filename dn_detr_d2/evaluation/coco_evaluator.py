@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 from ..coco import NUM_RAW_CLASSES, RAW_IDS
 from ..data.columns import VERDICTS, clip_boxes, judge_boxes
-from ..data.interruption import agree
+from ..data.interruption import agree, without_exchange
 from ..data.normalise import is_id, sort_key, usable_area
 from ..data.registered import records_of
 from ..errors import DatasetError
@@ -239,7 +239,8 @@ class RecordsEvaluator(COCOEvaluator):
                 "; ".join(f"{count} x {kind}" for kind, count in self._dropped.items()),
             )
         numbered = [self._inside(x, sizes) for x in results]
-        evaluation = self._evaluated(numbered, sorted(row + 1 for row in wanted.values())) if numbered else None
+        with without_exchange():  # minutes on large data sets, while the other ranks wait
+            evaluation = self._evaluated(numbered, sorted(row + 1 for row in wanted.values())) if numbered else None
         self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=self._class_names)
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
 from detectron2.engine import HookBase
@@ -42,13 +42,17 @@ class StopRequest:
             raise Interrupted
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted at once, if this is the only process: others could be waiting for it."""
-        self._may_raise = comm.get_world_size() == 1
+    def raising(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once, so nobody may be waiting for this process."""
+        before, self._may_raise = self._may_raise, True
         try:
             yield
         finally:
-            self._may_raise = False
+            self._may_raise = before and self.received is None
+
+    def interruptible(self) -> AbstractContextManager:
+        """The same where this is the only process; nothing where others could be waiting for it."""
+        return self.raising() if comm.get_world_size() == 1 else nullcontext()
 
     def anywhere(self) -> bool:
         """Whether this rank is to stop, or another one has told that it is; never waits for the others."""

@@ -5,16 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import ROOT
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from toy_training import command, differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
+from dn_detr_d2.data.interruption import Interrupted, agree, interruptible, without_exchange
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.training import REQUEUE, MetricPrinter, StopRequest
+from dn_detr_d2.training import REQUEUE, MetricPrinter, StopRequest, launch
 
 LONG = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 16, "SOLVER.STEPS", (15,)]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -71,6 +74,29 @@ def test_a_signal_in_the_last_step_lets_the_training_end(tmp_path, monkeypatch):
     trainer = train(make_cfg(tmp_path / "out", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ()))
     assert trainer.iter == 1
     assert (tmp_path / "out" / "model_final.pth").exists()
+
+
+def work_alone(folder):
+    """Rank 0 works for a minute without the others, and is asked to stop; rank 1 waits where they meet."""
+    request = StopRequest()
+    request.listen()
+    try:
+        with interruptible(request.anywhere, request.raising):
+            if comm.get_rank() == 0:
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                with without_exchange():
+                    time.sleep(60)
+            agree()
+    except Interrupted:
+        (folder / str(comm.get_rank())).touch()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_work_of_one_rank_alone_is_cut_off_for_all(tmp_path, processes):
+    start = time.monotonic()
+    assert launch(work_alone, processes, 1, 0, "auto", 100, (tmp_path,)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(rank) for rank in range(processes)]
+    assert time.monotonic() - start < 45
 
 
 def test_the_signals_are_given_back():
