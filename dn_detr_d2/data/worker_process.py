@@ -6,15 +6,20 @@ signal: its own process ends it, anybody else's signal is passed on to its own p
 """
 
 import multiprocessing
+import multiprocessing.queues
 import multiprocessing.util
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+
+from torch._utils import ExceptionWrapper
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 POLL = 1.0  # seconds between two looks whether the parent is still there
@@ -36,9 +41,11 @@ def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
         then: another ``worker_init_fn`` to call.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = _tell_feeder_error
+    sys.excepthook = _say_unless_parent_left
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        threading.Thread(target=_answer_signals, args=(os.getppid(),), name="signals", daemon=True).start()
+        threading.Thread(target=_answer_signals, args=(os.getppid(), _folder()), name="signals", daemon=True).start()
     if then is not None:
         then(worker)
 
@@ -56,23 +63,54 @@ def signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _answer_signals(parent: int) -> None:
-    """What a thread of the loader process does as long as it lives."""
+def _tell_feeder_error(queue, error: Exception, sent) -> None:
+    """Sends an error in the place of a batch that could not be sent, such as when no socket can be made in TMPDIR.
+
+    Python's own way is to print it and go on without the batch, for which the parent then waits for ever.
+    """
+    if isinstance(sent, tuple) and len(sent) == 2 and not isinstance(sent[1], ExceptionWrapper):
+        where = f"in {multiprocessing.current_process().name}, which could not send a batch to its parent"
+        queue.put((sent[0], ExceptionWrapper((type(error), error, error.__traceback__), where)))
+    else:
+        traceback.print_exception(error)
+        _leave("")
+
+
+def _say_unless_parent_left(kind: type, error: BaseException, trace) -> None:
+    """An excepthook: a parent that ends in the midst of taking over a batch is no error of this process."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _answer_signals(parent: int, inherited: str) -> None:
+    """What a thread of the loader process does as long as it lives; ``inherited``: temporary folder of the parent."""
     passed_on = False
     while True:
         if hasattr(signal, "sigtimedwait"):
             received = signal.sigtimedwait(STOP_SIGNALS, POLL)
             if os.getppid() != parent:
-                os._exit(0)
+                _leave(inherited)
             if received is None:
                 continue
             number, own = received.si_signo, received.si_pid == parent
         else:
             number, own = signal.sigwait(STOP_SIGNALS), passed_on
         if own:
-            os._exit(0)
+            _leave(inherited)
         passed_on = True
         os.kill(parent, number)
+
+
+def _folder() -> str:
+    """The temporary folder of this process for sockets; "" before it is needed."""
+    return multiprocessing.current_process()._config.get("tempdir") or ""
+
+
+def _leave(inherited: str) -> None:
+    """Ends this process at once, without the sockets that it has made."""
+    if _folder() and _folder() != inherited:
+        shutil.rmtree(_folder(), ignore_errors=True)
+    os._exit(0)
 
 
 def guard(loader):
@@ -90,24 +128,13 @@ def guard(loader):
 
 
 def end_at_exit() -> None:
-    """Lets this process, when it ends, end its loader processes before ``multiprocessing`` waits for them without limit.
-
-    Loader processes keep their sockets in the temporary folder of this process, which also removes it: they may be killed.
-    """
+    """Lets this process, when it ends, end its loader processes before ``multiprocessing`` waits for them without limit."""
     if os.getpid() not in _registered:
         _registered.add(os.getpid())
-        multiprocessing.util.get_temp_dir()
         multiprocessing.util.Finalize(None, end_loader_processes, exitpriority=BEFORE_MULTIPROCESSING)
 
 
 _registered = set()  # processes, because a forked one starts without the finalizers of its parent
-
-
-def remove_temporary_folder() -> None:
-    """Removes what :func:`end_at_exit` has made, in a process that ends without Python's own end."""
-    folder = multiprocessing.current_process()._config.get("tempdir")
-    if folder and os.getpid() in _registered:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_loader_processes(grace: float = GRACE) -> None:

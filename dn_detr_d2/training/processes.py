@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from detectron2.utils import comm
 
-from ..data.worker_process import end_loader_processes, remove_temporary_folder
+from ..data.worker_process import end_loader_processes
 from ..errors import ConfigError, UserError
 from .signals import REQUEUE, SIGNALS
 
@@ -268,7 +268,6 @@ def leave(code: int) -> None:
     end_loader_processes()
     with suppress(Exception):
         multiprocessing.util._run_finalizers(0)  # names of semaphores go; those that wait have a lower priority
-        remove_temporary_folder()
     with suppress(Exception):
         logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -307,7 +306,7 @@ def describe(error: BaseException, place: Place | None = None) -> str:
     return f"{rank}{type(error).__name__}: {told or _without_words(error)} (its traceback stands above)"
 
 
-FROM_LOADER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
+FROM_LOADER = re.compile(r"Caught \w+ in [^\n]*[Pp]rocess[^\n]*\.\n")
 
 
 def sentence(error: BaseException) -> str:

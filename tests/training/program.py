@@ -115,6 +115,7 @@ def _parent(pid: int) -> int:
 def serve() -> None:
     """What the server does: one order a line on stdin, the process id of each run on stdout."""
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without
     import dn_detr_d2.doctor
     import dn_detr_d2.engine  # noqa: F401
 

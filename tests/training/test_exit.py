@@ -220,6 +220,15 @@ def test_exit_of_all_when_the_main_process_is_killed(tmp_path, program, sets):
     assert run.wait(LIMIT, clean=False) == -signal.SIGKILL
 
 
+def test_exit_1_when_loader_processes_cannot_send(tmp_path, program, sets):
+    """Paths of sockets may have about 100 characters. The parent waited for ever for a batch that was dropped."""
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    run = program.start(line(tmp_path / "out", sets), tmp_path / "said.txt", {"TMPDIR": str(long)})
+    assert run.wait(60) == 1
+    assert run.last_line().startswith("error: OSError: AF_UNIX path too long")
+
+
 def test_exit_of_the_program_as_it_is_started(tmp_path, sets):
     """Without the server of the other tests: a damaged image with loader processes, and SIGTERM to the main process."""
     whole = [sys.executable, str(ROOT / "train_net.py"), *line(tmp_path / "bad", sets, train="bad")]
