@@ -14,7 +14,8 @@ from .coco import NUM_RAW_CLASSES, coco_names, raw_names
 from .config_file import read_config_file
 from .config_keys import names, nearest_key
 from .config_ranges import check_ranges
-from .data.coco_custom import class_names, register_coco_json
+from .data.coco_custom import register_coco_json
+from .data.registered import known_classes, used_classes
 from .errors import ConfigError
 
 
@@ -305,7 +306,7 @@ def setup_cfg(
     check_config(cfg)
     used = [name for split in splits for name in cfg.DATASETS[split]]
     for entry in cfg.DATASETS.COCO_JSON:
-        if not isinstance(entry, list | tuple) or len(entry) != 3:
+        if not isinstance(entry, list | tuple) or len(entry) != 3 or not entry[0]:
             raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {entry!r}")
         register_coco_json(*entry, must_exist=entry[0] in used)
     if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
@@ -364,7 +365,7 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
             says it.
     """
     node = cfg.MODEL.DN_DETR
-    known = {name: classes for name in datasets if (classes := class_names(name))}
+    known = {name: classes for name in datasets if (classes := known_classes(name))}
     if node.NUM_CLASSES is None and not known:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of {datasets} names its classes; set the number"
@@ -401,6 +402,9 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
         return found
     most = max(trained, key=len)
     lacking = {name: [x for x in classes if x not in set(most)] for name, classes in known.items()}
+    for name, missing in lacking.items():
+        if missing and name not in cfg.DATASETS.TRAIN:  # what only a test set lists, and has no objects of, is no class
+            lacking[name] = [x for x in missing if x in used_classes(name)]
     if lacking := {name: missing for name, missing in lacking.items() if missing}:
         largest = next(name for name in cfg.DATASETS.TRAIN if known.get(name) == most)
         others = "; ".join(f"{name} has {missing[:8]} besides" for name, missing in lacking.items())

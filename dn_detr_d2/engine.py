@@ -34,6 +34,7 @@ from .training import (
     EvaluationRecord,
     LeaveHook,
     MetricPrinter,
+    RepeatEvaluation,
     ShortHistory,
     StopHook,
     StopRequest,
@@ -109,8 +110,9 @@ class Trainer(DefaultTrainer):
         added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
         added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_instruments(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
-        evaluating = [found[evaluation], *added]
-        found[evaluation + 1 : evaluation + 1] = added
+        record = EvaluationRecord(cfg.OUTPUT_DIR, period)
+        evaluating = [found[evaluation], *added, record]
+        found[evaluation + 1 : evaluation + 1] = evaluating[1:]
         for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
             # Or a probe would replace the one before.
             writer._period = math.gcd(writer._period, cfg.TEST.INSTABILITY.PERIOD)
@@ -121,8 +123,7 @@ class Trainer(DefaultTrainer):
         ends = (
             [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
         )
-        record = EvaluationRecord(cfg.OUTPUT_DIR, period, [*evaluating, *ends])
-        return [stop, ShortHistory(), *averages, *found, *ends, record]
+        return [stop, ShortHistory(), *averages, *found, *ends, RepeatEvaluation(record, [*evaluating, *ends])]
 
     def build_writers(self) -> list:
         """Detectron2's, with our printer in the place of its own, which is the first."""

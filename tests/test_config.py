@@ -299,9 +299,10 @@ def test_the_order_of_a_finished_training_is_kept(classes_of):
 
 
 def test_a_validation_set_with_classes_that_nobody_trains_names_both_files(classes_of):
-    sets = {"a": ["cat", "dog"], "more": ["dog", "fox", "cat"]}
+    sets = {"a": ["cat", "dog"], "more": ["fox", "dog", "cat"]}
     with pytest.raises(ConfigError, match=r"a_.* has 2 \['cat', 'dog'\], more_.* has \['fox'\]"):
-        classes_of(sets, ["a"], ["more"])
+        classes_of(sets | {"more": ["fox", "dog", "cat"]}, ["a"], ["more"])  # its object is of the first class
+    assert classes_of(sets | {"unused": ["dog", "cat", "fox"]}, ["a"], ["unused"]) == ["cat", "dog"]
     assert classes_of(sets | {"mended": ["cat", "dog", "fox"]}, ["mended"], ["more"]) == ["cat", "dog", "fox"]
 
 

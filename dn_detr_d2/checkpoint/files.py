@@ -146,7 +146,7 @@ def check_pickle(weights: str) -> None:
     Args:
         weights: MODEL.WEIGHTS; anything but a local ``.pkl`` passes.
     """
-    path = weights.split("?")[0]  # Detectron2 lets options follow
+    path = (weights or "").split("?")[0]  # Detectron2 lets options follow
     if path.endswith(".pkl") and Path(path).is_file():
         read_checkpoint(path)
 

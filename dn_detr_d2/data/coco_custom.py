@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import ConfigError, DatasetError
+from ..text_output import escaped
 from . import report as r
 from .conventions import declared, other_convention
 from .images import OUTSIDE, ImageFolder, image_size
@@ -307,7 +308,7 @@ def _categories(content: dict, json_file: Path) -> dict:
                 f"{json_file}: category {field}s appear more than once: {doubled[:10]!r:.300}; give each its own, or make "
                 "them one category"
             )
-    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: sort_key(c["id"]))}
+    return {c["id"]: escaped(str(c["name"])) for c in sorted(categories, key=lambda c: sort_key(c["id"]))}
 
 
 def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:

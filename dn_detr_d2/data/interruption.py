@@ -12,7 +12,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from .worker_process import guard, signals_wait
+from .worker_process import explained, guard, signals_wait
 
 
 class Interrupted(BaseException):
@@ -79,7 +79,7 @@ class OncePassLoader(DataLoader):
         """Batches in the order of the sampler."""
         with signals_wait():
             batches = super().__iter__()
-        return until_asked(batches)
+        return until_asked(explained(batches))
 
 
 def evaluation_loader(

@@ -5,7 +5,7 @@ import logging
 from detectron2.data import MetadataCatalog, build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
-from ..coco import raw_names
+from ..coco import coco_names, raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
@@ -85,15 +85,18 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
         DatasetError: the data set has a class that the model has not.
     """
     own = MetadataCatalog.get(dataset_name).get("thing_classes")
-    if not own or not class_names or list(own) == list(class_names) or list(class_names) == list(raw_names()):
+    if list(class_names) == list(raw_names()):
+        class_names = coco_names()  # from these the mapper goes on
+    if not own or not class_names or list(own) == list(class_names):
         return records
     place = {name: i for i, name in enumerate(class_names)}
-    if unknown := [name for name in own if name not in place]:
+    used = {x["category_id"] for record in records for x in record.get("annotations", [])}
+    if unknown := [name for i, name in enumerate(own) if i in used and name not in place]:
         raise DatasetError(
             f"data set {dataset_name!r} has the classes {unknown[:8]}, which the model has not: {list(class_names)[:8]}; "
             "set MODEL.DN_DETR.NUM_CLASSES to auto, or take them out of its file"
         )
-    new = [place[name] for name in own]
+    new = [place.get(name) for name in own]
     return [
         record | {"annotations": [x | {"category_id": new[x["category_id"]]} for x in record["annotations"]]}
         if record.get("annotations")

@@ -5,7 +5,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import DatasetError
-from .coco_custom import check_files, load_with_categories
+from .coco_custom import check_files, class_names, load_with_categories
 
 # Where Detectron2 makes the functions that read ``coco_2017_train`` and what its register_coco_instances is given.
 THEIR_READER = "detectron2.data.datasets.coco"
@@ -38,6 +38,32 @@ def records_of(name: str) -> list[dict]:
         thing_dataset_id_to_contiguous_id={category: i for i, category in enumerate(categories)},
     )
     return records
+
+
+def known_classes(name: str) -> list[str] | None:
+    """Class names of a registered data set, from its annotation file if nothing else tells; None if nothing does.
+
+    ``register_coco_instances`` leaves them to the first reading, which would come after the classes of sets are compared.
+
+    Raises:
+        ConfigError: an unknown name.
+        DatasetError: see :func:`records_of`.
+    """
+    names = class_names(name)
+    if names is None and _in_coco_format(name):
+        records_of(name)
+        names = MetadataCatalog.get(name).get("thing_classes")
+    return names
+
+
+def used_classes(name: str) -> set[str]:
+    """Names of the classes of a registered data set that have objects; all, if its files are not there to be read."""
+    names = known_classes(name) or []
+    try:
+        check_files(name)
+    except DatasetError:
+        return set(names)
+    return {names[x["category_id"]] for record in records_of(name) for x in record.get("annotations", [])}
 
 
 def check_records(name: str) -> None:

@@ -12,7 +12,7 @@ from detectron2.data import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..randomness import mix, own_randomness
-from .worker_process import end_at_exit, init_worker, signals_wait
+from .worker_process import end_at_exit, explained, init_worker, signals_wait
 
 
 class TrainingStream(Dataset):
@@ -83,7 +83,8 @@ class StreamLoader(DataLoader):
     def __iter__(self) -> Iterator[list[dict]]:
         """Endless batches."""
         with signals_wait():
-            return super().__iter__()
+            batches = super().__iter__()
+        return explained(batches)
 
     def seek(self, iteration: int, seed: int | None = None) -> None:
         """Lets the next iterator begin with an iteration; ``seed`` puts another stream in place of the present one."""

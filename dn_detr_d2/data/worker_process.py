@@ -82,6 +82,23 @@ def _say_unless_parent_left(kind: type, error: BaseException, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
+def explained(batches: Iterator) -> Iterator:
+    """The batches of loader processes; one that is killed while it hands over a batch is told as that.
+
+    Raises:
+        RuntimeError: in the place of the broken connection.
+    """
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        if str(error).startswith("Caught "):  # raised by what reads the images, and told by PyTorch
+            raise
+        raise RuntimeError(
+            f"a loader process was killed while it handed over a batch ({type(error).__name__}); if nobody did it, look "
+            "whether memory ran out (dmesg)"
+        ) from error
+
+
 def _answer_signals(parent: int, inherited: str) -> None:
     """What a thread of the loader process does as long as it lives; ``inherited``: temporary folder of the parent."""
     passed_on = False

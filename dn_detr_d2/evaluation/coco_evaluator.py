@@ -16,7 +16,7 @@ from detectron2.structures import BoxMode, PolygonMasks
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from ..coco import NUM_RAW_CLASSES, RAW_IDS
+from ..coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from ..data.columns import VERDICTS, clip_boxes, judge_boxes
 from ..data.interruption import agree, without_exchange
 from ..data.normalise import is_id, sort_key, usable_area
@@ -88,12 +88,13 @@ class RecordsEvaluator(COCOEvaluator):
         self._category_ids = list(range(count)) if category_ids is None else list(category_ids)
         self._open = not class_names and category_ids is None  # nobody says how many classes there are
         self._contiguous = None
-        if raw_ids:
+        predicted = list(raw_names()) if raw_ids else list(model_classes or class_names or [])
+        if class_names and predicted != list(class_names):
+            place = {x: i for i, x in enumerate(class_names)}
+            self._contiguous = torch.tensor([place.get(x, -1) for x in predicted])
+        elif raw_ids:
             self._contiguous = torch.full((NUM_RAW_CLASSES,), -1)
             self._contiguous[list(RAW_IDS)] = torch.arange(len(RAW_IDS))
-        elif model_classes and class_names and list(model_classes) != list(class_names):
-            place = {x: i for i, x in enumerate(class_names)}
-            self._contiguous = torch.tensor([place.get(x, -1) for x in model_classes])
         self._rows = {}
         for row, record in enumerate(records):
             if "image_id" not in record or record["image_id"] in self._rows:
@@ -226,7 +227,7 @@ class RecordsEvaluator(COCOEvaluator):
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             logger.info("Saving results to %s", path)
             with open(path, "w") as file:
-                json.dump(written, file)
+                json.dump(written, file, default=_plain)
         if not self._do_evaluation:
             logger.warning("%s has no annotations: predictions are written, AP cannot be computed", self._name)
             return
@@ -334,15 +335,29 @@ def _xywh(annotation: dict) -> list[float]:
 
 
 def _area(annotation: dict, box: np.ndarray) -> float:
-    """The annotation's own area, that of its mask, or that of its box, in pixels."""
-    area, mask = usable_area(annotation.get("area")), annotation.get("segmentation")
-    if area is not None:
-        return area
-    if isinstance(mask, list) and mask:
-        return float(PolygonMasks([mask]).area()[0])
-    if isinstance(mask, dict) and not isinstance(mask["counts"], list):
-        return float(mask_util.area(mask))
-    return float(min(box[2] * box[3], 1e10))
+    """The annotation's own area, that of its mask if it has a usable one, or that of its box, in pixels."""
+    area = usable_area(annotation.get("area"))
+    if area is None:
+        area = usable_area(_mask_area(annotation.get("segmentation")))
+    return area if area is not None else float(min(box[2] * box[3], 1e10))
+
+
+def _mask_area(mask) -> float | None:
+    try:
+        if isinstance(mask, list) and mask:
+            return float(PolygonMasks([mask]).area()[0])
+        if isinstance(mask, dict) and not isinstance(mask["counts"], list):
+            return float(mask_util.area(mask))
+    except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
+        pass  # an unusable mask does not cost its box
+    return None
+
+
+def _plain(value):
+    """NumPy's numbers, which data sets that are registered with a function may have as ids, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"image id {value!r:.60} of type {type(value).__name__} cannot be written to JSON; use int or str")
 
 
 def _iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -146,7 +146,7 @@ def _observe(
     generator = bare.denoising.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
     names = ",".join(str(record["image_id"]) for record in batch)
     for seed in seeds:
-        reseed(zlib.crc32(f"{seed}:{names}".encode()), device_of(bare))
+        reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), device_of(bare))
         yield bare.observe(batch, generator)
 
 

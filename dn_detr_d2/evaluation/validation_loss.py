@@ -39,7 +39,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         one = bare.pixel_mean.new_ones(())
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)
-            reseed(zlib.crc32(f"{seed}:{names}".encode()), bare.device)
+            reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
             seen = bare.observe(batch, bare.denoising)
             rows.append(_row(seen, bare.weighted_losses(seen, Share(seen.targets.whole, one, one))))
         means = bare.criterion.MEANS

@@ -4,7 +4,7 @@ that start and end together."""
 from .averaging import AverageHook, average_weights
 from .checkpointer import Checkpointer, load_weights
 from .early_stopping import EarlyEnd, EarlyStopping
-from .evaluated import EvaluationRecord
+from .evaluated import EvaluationRecord, RepeatEvaluation
 from .folder import must_fit
 from .hooks import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
 from .processes import ProcessError, assigned_place, describe, end_with_parent, join, launch, leave
@@ -24,6 +24,7 @@ __all__ = [
     "LeaveHook",
     "MetricPrinter",
     "ProcessError",
+    "RepeatEvaluation",
     "ShortHistory",
     "StopHook",
     "StopRequest",

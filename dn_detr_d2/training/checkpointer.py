@@ -143,7 +143,8 @@ class Checkpointer(DetectionCheckpointer):
         """A training that is resumed with its classes in another order would exchange their labels."""
         if not theirs or not self.class_names or theirs == self.class_names:
             return
-        row = next((i for i, pair in enumerate(zip(theirs, self.class_names, strict=False)) if len({*pair}) > 1), 0)
+        rows = [i for i, pair in enumerate(zip(theirs, self.class_names, strict=False)) if len({*pair}) > 1]
+        differing = f", and class {rows[0]} is another one" if rows else ""
         way_out = (
             "resume with the config.yaml beside it, whose MODEL.DN_DETR.CLASS_NAMES keeps the order"
             if set(theirs) == set(self.class_names)
@@ -151,7 +152,7 @@ class Checkpointer(DetectionCheckpointer):
         )
         raise CheckpointError(
             f"checkpoint {str(self.found)!r} is of a training on {len(theirs)} classes, {theirs[:8]}, but DATASETS now has "
-            f"{len(self.class_names)}, {self.class_names[:8]}, and class {row} is another one; {way_out}"
+            f"{len(self.class_names)}, {self.class_names[:8]}{differing}; {way_out}"
         )
 
     def _load_model(self, checkpoint: dict):

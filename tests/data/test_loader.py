@@ -142,6 +142,7 @@ def test_records_get_the_numbers_that_the_model_gives_to_their_classes():
     assert in_model_order(records, "shapes_val", list(own)) is records
     with pytest.raises(DatasetError, match="which the model has not"):
         in_model_order(records, "shapes_val", order[:2])
+    assert in_model_order([{"annotations": []}], "shapes_val", order[:2]) == [{"annotations": []}]  # nothing has it
 
 
 def test_crowds_alone_are_refused_as_that(tmp_path):

@@ -65,7 +65,7 @@ class Run:
             assert time.monotonic() < end, f"{condition} has not come: {self.said()}"
             time.sleep(0.02)
 
-    def wait(self, seconds: float, *, clean: bool = True) -> int:
+    def wait(self, seconds: float, *, clean: bool = False) -> int:
         """The exit code; fails if it does not come in time, or if a process or (``clean``) a temporary file is left."""
         end = time.monotonic() + seconds
         while self.code() is None or self.left():

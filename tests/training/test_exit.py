@@ -105,7 +105,7 @@ def test_exit_75_after_a_signal_in_training(tmp_path, program, sets, to, number,
     run = program.start(line(out, sets, ranks=ranks, workers=workers), tmp_path / "said.txt")
     run.until(first_checkpoint(out))
     to(run, number)
-    assert run.wait(LIMIT) == 75, run.said()
+    assert run.wait(LIMIT, clean=workers == 1 and ranks == 1) == 75, run.said()
     assert "stopped after iteration" in run.last_line()
     stopped = int(run.last_line().split("stopped after iteration ")[1].split(",")[0])
     assert (out / "last_checkpoint").read_text() == f"model_{stopped:07d}.pth"
@@ -206,7 +206,7 @@ def test_exit_1_when_a_process_is_killed(tmp_path, program, sets, to, ranks):
     run = program.start(line(out, sets, ranks=ranks), tmp_path / "said.txt")
     run.until(first_checkpoint(out))
     to(run, signal.SIGKILL)
-    assert run.wait(LIMIT, clean=False) == 1  # what is killed cannot clean up
+    assert run.wait(LIMIT) == 1
     assert run.last_line().startswith("error: ")
     assert "kill" in run.last_line()
 
@@ -217,7 +217,7 @@ def test_exit_of_all_when_the_main_process_is_killed(tmp_path, program, sets):
     run = program.start(line(out, sets, ranks=2), tmp_path / "said.txt")
     run.until(first_checkpoint(out))
     to_main(run, signal.SIGKILL)
-    assert run.wait(LIMIT, clean=False) == -signal.SIGKILL
+    assert run.wait(LIMIT) == -signal.SIGKILL
 
 
 def test_exit_1_when_loader_processes_cannot_send(tmp_path, program, sets):

@@ -11,7 +11,7 @@ from detectron2.engine import launch
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
-from dn_detr_d2.training import BestCheckpointer, EarlyStopping, EvaluationRecord
+from dn_detr_d2.training import BestCheckpointer, EarlyStopping, EvaluationRecord, RepeatEvaluation
 
 
 def stop_at(folder, name, target):
@@ -109,7 +109,7 @@ def test_a_damaged_record_of_a_hook_is_refused_in_one_sentence(tmp_path, record,
 @pytest.mark.parametrize("text", [*WRONG, *(f'{{"iteration": {x}}}' for x in (*VALUES, "NaN", "Infinity"))])
 def test_a_damaged_record_of_evaluations_is_refused_in_one_sentence(tmp_path, text):
     (tmp_path / "last_evaluation.json").write_text(text, encoding="latin1")
-    record = EvaluationRecord(str(tmp_path), 1, [])
+    record = RepeatEvaluation(EvaluationRecord(str(tmp_path), 1), [])
     record.trainer = SimpleNamespace(start_iter=3, max_iter=9)
     with pytest.raises(
         CheckpointError, match=r"last_evaluation\.json cannot be read.*; repair it, or delete it"
@@ -130,9 +130,10 @@ def test_only_an_evaluation_that_was_due_and_cut_off_is_repeated(tmp_path, last,
     storage = SimpleNamespace(iter=start)
     trainer = SimpleNamespace(start_iter=start, max_iter=8, iter=start, storage=storage)
     hook = SimpleNamespace(after_step=lambda: seen.append((trainer.iter, trainer.storage.iter)))
-    record = EvaluationRecord(str(tmp_path), period, [hook])
-    record.trainer = trainer
-    record.before_train()
+    record = EvaluationRecord(str(tmp_path), period)
+    again = RepeatEvaluation(record, [hook, record])
+    record.trainer = again.trainer = trainer
+    again.before_train()
     assert seen == [(start - 1, start - 1)] * repeated
     assert (trainer.iter, storage.iter) == (start, start)
     if repeated:
