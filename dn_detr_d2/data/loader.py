@@ -27,10 +27,10 @@ def build_train_loader(cfg):
     Raises:
         DatasetError: no image has a box.
     """
-    everything = []
+    everything, usable = [], 0
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has seen to it that they have the same classes
         records = _counted_records(name)
-        log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
+        usable += log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
@@ -42,6 +42,11 @@ def build_train_loader(cfg):
             )
         raise DatasetError(
             f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box; there is nothing to learn"
+        )
+    if not usable:
+        raise DatasetError(
+            f"no box of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} can be trained on: all have no size, are not finite or "
+            "lie outside their image; tools/check_dataset.py lists them"
         )
     filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     logger.info(

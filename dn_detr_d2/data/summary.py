@@ -16,6 +16,7 @@ from detectron2.structures import BoxMode
 from ..digest import sha256_of
 from .check import annotated_sizes
 from .columns import VERDICTS, judge_boxes
+from .report import STICKS_OUT
 from .shapes import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -23,13 +24,16 @@ logger = logging.getLogger(__name__)
 VERSION = 2  # part of the file's name; raise it when the summary changes
 
 
-def log_summary(name: str, records: list[dict], num_queries: int) -> None:
+def log_summary(name: str, records: list[dict], num_queries: int) -> int:
     """Says how many images and boxes a training set has, what will be dropped or clipped, and its fullest image.
 
     Args:
         name: of a registered data set.
         records: its dataset dicts.
         num_queries: NUM_QUERIES of the model, which bounds the objects that an image can have.
+
+    Returns:
+        int: boxes that are trained on.
     """
     found = _cached(name, records)
     problems = "; ".join(f"{count} x {kind}" for kind, count in found["problems"].items()) or "none"
@@ -41,6 +45,8 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> None:
         *(name, found["images"], found["empty"], found["boxes"], found["crowds"], problems, found["fullest_name"]),
         *(found["fullest"], num_queries, ": the rest of its objects is not learned" if crowded else ""),
     )
+    dropped = sum(count for kind, count in found["problems"].items() if kind != STICKS_OUT)
+    return found["boxes"] - dropped
 
 
 def _cached(name: str, records: list[dict]) -> dict:
