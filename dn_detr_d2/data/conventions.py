@@ -58,7 +58,7 @@ def other_convention(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
     boxes, sizes = boxes[known], sizes[known]
     if len(boxes) < FEWEST or not _sticks_out(boxes, sizes):
         return None
-    found = [words for name, words in CONVENTIONS.items() if _fits(to_xywh(boxes, sizes, name), sizes).mean() >= 0.995]
+    found = [words for name, words in CONVENTIONS.items() if fits(to_xywh(boxes, sizes, name), sizes).mean() >= 0.995]
     return " or ".join(found[:2]) or None
 
 
@@ -87,7 +87,7 @@ def _sticks_out(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     return out >= max(FEWEST_OUT, len(boxes) * (SHARE if len(boxes) < MANY else LARGE_SHARE))
 
 
-def _fits(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def fits(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(A,) whether each xywh box has a positive size and lies in its image, up to a pixel."""
     ends = boxes[:, :2] + boxes[:, 2:]
     return (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] >= -1).all(1) & (ends <= sizes[:, ::-1] + 1).all(1)
