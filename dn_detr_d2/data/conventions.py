@@ -14,7 +14,7 @@ CONVENTIONS = {
 }
 NORMALISED = "normalised to 0..1"
 CHOICES = ("xywh", *CONVENTIONS, *(f"{name}-normalised" for name in ("xywh", *CONVENTIONS)))  # of ``--boxes``
-SHORTEST_SIDE = 8  # pixels; in a smaller image boxes within the first pixel prove nothing
+SHORTEST_SIDE = 8  # pixels; in a smaller image a pixel is so much that boxes prove nothing
 FEWEST, FEWEST_OUT = 4, 3  # boxes, and those of them that stick out, below which nothing is concluded
 REACH = 0.05  # by how much of the side of its image a box must stick out to count
 SHARE, LARGE_SHARE, MANY = 0.25, 0.02, 100  # of the boxes that must stick out; of MANY and more boxes the smaller share
@@ -54,7 +54,7 @@ def other_convention(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
         return None
     if _is_normalised(boxes, sizes):
         return NORMALISED
-    known = np.isfinite(sizes).all(1)
+    known = np.isfinite(sizes).all(1) & (sizes.min(1) >= SHORTEST_SIDE)
     boxes, sizes = boxes[known], sizes[known]
     if len(boxes) < FEWEST or not _sticks_out(boxes, sizes):
         return None
