@@ -26,7 +26,7 @@ from dn_detr_d2.data.yolo_yaml import SPLITS, YAML, read_classes, read_names, re
 
 __all__ = ["read_names", "run"]
 OF_YOLO = {"--split": "split", "--boxes": "boxes", "--pixels": "pixels", "--ignore-confidence": "ignore_confidence"}
-OF_VOC = {"--zero-based": "zero_based", "--match": "match", "--wrong-size": "wrong_size"}
+OF_VOC = {"--zero-based": "zero_based", "--match": "match", "--wrong-size": "wrong_size", "--corners": "corners"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -50,6 +50,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--match", choices=("stem", "filename"), help="find pictures by the .xml's name, or <filename>, only"
     )
     voc.add_argument("--wrong-size", choices=("ignore", "scale"), help="where <size> is not the picture's (refused)")
+    of_corners = ("swapped", *convert_voc.CONVENTIONS)
+    voc.add_argument("--corners", choices=of_corners, help="xmin to ymax are corners in the wrong order, or are these")
     return parser.parse_intermixed_args(argv)
 
 
@@ -85,7 +87,8 @@ def convert(args: argparse.Namespace) -> Conversion:
     *inputs, _ = map(Path, args.paths)
     if args.format == "voc":
         names = read_names(Path(args.names)) if args.names else []
-        options = convert_voc.Options(args.zero_based, args.match or "auto", args.wrong_size or "refuse")
+        match, wrong_size = args.match or "auto", args.wrong_size or "refuse"
+        options = convert_voc.Options(args.zero_based, match, wrong_size, args.corners or "")
         return convert_voc.convert_voc(*inputs, names, options)
     options = convert_yolo.Options(args.boxes, args.pixels, args.ignore_confidence)
     if args.split:

@@ -28,6 +28,7 @@ from .normalise import (
     is_id,
     is_length,
     normalised,
+    objects_of,
     sort_key,
     usable_area,
 )
@@ -215,11 +216,16 @@ def _add(annotation: dict, records: dict, classes: dict, json_file: Path) -> Non
 def _refuse_foreign_references(content: dict, json_file: Path) -> None:
     """Ids that are text on one side and a number on the other."""
     for field in ("category_id", "image_id"):
-        for value, identifier in foreign_references(content, field).items():
-            raise DatasetError(
-                f"{json_file}: annotations have {field} {value!r:.60}, but the id is {identifier!r:.60}, text against a "
-                f"number; {FIX} makes them equal"
-            )
+        foreign = foreign_references(content, field)
+        if not foreign:
+            continue
+        entries = objects_of(content, "annotations")
+        number, entry = next((i, x) for i, x in enumerate(entries) if is_id(x.get(field)) and x[field] in foreign)
+        record = repr(entry["id"]) if is_id(entry.get("id")) else f"number {number}"
+        raise DatasetError(
+            f"{json_file}: annotation {record:.200} has {field} {entry[field]!r:.60}, but the id is "
+            f"{foreign[entry[field]]!r:.60}, text against a number; {FIX} makes them equal"
+        )
 
 
 def _refuse_other_conventions(records: list[dict], json_file: Path) -> None:

@@ -14,7 +14,7 @@ CONVENTIONS = {
 }
 NORMALISED = "normalised to 0..1"
 CHOICES = ("xywh", *CONVENTIONS, *(f"{name}-normalised" for name in ("xywh", *CONVENTIONS)))  # of ``--boxes``
-SHORTEST_SIDE = 8  # pixels; in a smaller image boxes within the first pixel prove nothing
+SHORTEST_SIDE = 8  # pixels; in a smaller image a pixel is so much that boxes prove nothing
 FEWEST, FEWEST_OUT = 4, 3  # boxes, and those of them that stick out, below which nothing is concluded
 REACH = 0.05  # by how much of the side of its image a box must stick out to count
 SHARE, LARGE_SHARE, MANY = 0.25, 0.02, 100  # of the boxes that must stick out; of MANY and more boxes the smaller share
@@ -54,11 +54,11 @@ def other_convention(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
         return None
     if _is_normalised(boxes, sizes):
         return NORMALISED
-    known = np.isfinite(sizes).all(1)
+    known = np.isfinite(sizes).all(1) & (sizes.min(1) >= SHORTEST_SIDE)
     boxes, sizes = boxes[known], sizes[known]
     if len(boxes) < FEWEST or not _sticks_out(boxes, sizes):
         return None
-    found = [words for name, words in CONVENTIONS.items() if _fits(to_xywh(boxes, sizes, name), sizes).mean() >= 0.995]
+    found = [words for name, words in CONVENTIONS.items() if fits(to_xywh(boxes, sizes, name), sizes).mean() >= 0.995]
     return " or ".join(found[:2]) or None
 
 
@@ -87,7 +87,7 @@ def _sticks_out(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     return out >= max(FEWEST_OUT, len(boxes) * (SHARE if len(boxes) < MANY else LARGE_SHARE))
 
 
-def _fits(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def fits(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(A,) whether each xywh box has a positive size and lies in its image, up to a pixel."""
     ends = boxes[:, :2] + boxes[:, 2:]
     return (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] >= -1).all(1) & (ends <= sizes[:, ::-1] + 1).all(1)

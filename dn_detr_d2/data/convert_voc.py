@@ -1,22 +1,32 @@
 """Pascal VOC annotations: one .xml a picture, with absolute corners that are 1-based and inclusive.
 
 As the exporters of LabelImg, Roboflow, CVAT and Label Studio write them: <filename> may be missing or wrong, <size> may be
-0x0, corners may be fractions and in the wrong order, a polygon may stand in the place of a box.
+0x0, corners may be fractions and in the wrong order, a polygon may stand in the place of a box, tags in any case. Some write
+[x, y, width, height] or a centre under the names of the corners.
 """
 
+import contextlib
 import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+import numpy as np
+
 from ..errors import DatasetError
+from .conventions import fits, to_xywh
 from .convert import Conversion, Scene, Thing, bounding_box, coco_content, place, read_scenes
 from .images import ImageFolder, image_size
 from .label_files import SUFFIXES, Tally, best_folder, check_label_file, normal, number, walk
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+CONVENTIONS = {"xywh": "[x, y, width, height]", "cxcywh": "[cx, cy, width, height]"}  # under the names of the corners
+FEWEST_SWAPPED, SHARE_SWAPPED = 3, 0.25  # boxes in the wrong order, up to which they are slips
+SHARE_FITTING = 0.95  # of the boxes that must lie in their pictures by another convention
+ENCODING = re.compile(rb"""^\s*<\?xml[^>]*\bencoding\s*=\s*["']([\w.-]+)""")
 LINE = " line"  # an attribute that no file can have: the line where an element begins
 
 NO_PICTURE = "label files without a picture, left out"
@@ -36,16 +46,20 @@ POLYGON_BOXES = "objects without a bndbox, whose box is that of their polygon"
 @dataclass(frozen=True)
 class Options:
     """``zero_based``: corners begin at 0 and xmax is not inclusive. ``match``: "auto", "stem" or "filename" finds pictures.
-    ``wrong_size``: "refuse", "ignore" or "scale" where <size> is not the picture's."""
+    ``wrong_size``: "refuse", "ignore" or "scale" where <size> is not the picture's. ``corners``: what a box's numbers
+    are, "swapped", "xywh" or "cxcywh"; "" is corners, and refuses boxes of which many are in the wrong order."""
 
     zero_based: bool = False
     match: str = "auto"
     wrong_size: str = "refuse"
+    corners: str = ""
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What an .xml says: ``corners`` [x0, y0, x1, y1] and ``polygons`` in the file's coordinates, with names and lines."""
+    """What an .xml says: ``corners`` [x0, y0, x1, y1] and ``polygons`` in the file's coordinates, with names and lines.
+
+    ``written`` says which corners are those of a <bndbox>, not of a polygon."""
 
     filename: str
     size: tuple[int, int] | None
@@ -53,10 +67,13 @@ class Annotation:
     lines: list[int] = field(default_factory=list)
     corners: list[list[float]] = field(default_factory=list)
     polygons: list[list[float]] = field(default_factory=list)
+    written: list[bool] = field(default_factory=list)
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:
-    """The root of a document without a document type, so that no entity is read; elements have their line in ``LINE``.
+    """The root of a document without a document type, so that no entity is read.
+
+    Elements have their line in ``LINE``, and their tags are in lower case.
 
     Raises:
         DatasetError: the text is no XML, or has a document type.
@@ -70,13 +87,17 @@ def parse_xml(data: bytes) -> ElementTree.Element:
         )
 
     parser.StartDoctypeDeclHandler = _refuse
-    parser.StartElementHandler = lambda name, keys: builder.start(name, keys | {LINE: str(parser.CurrentLineNumber)})
-    parser.EndElementHandler = builder.end
+    parser.StartElementHandler = lambda name, keys: builder.start(
+        name.lower(), keys | {LINE: str(parser.CurrentLineNumber)}
+    )
+    parser.EndElementHandler = lambda name: builder.end(name.lower())
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
-        raise DatasetError(f"line {error.lineno} is no XML: {expat.ErrorString(error.code)}") from None
+        raise DatasetError(
+            f"line {error.lineno} is no XML: {expat.ErrorString(error.code)}{_encoding_hint(data)}"
+        ) from None
     except (LookupError, ValueError) as error:
         if isinstance(error, DatasetError):
             raise
@@ -84,11 +105,26 @@ def parse_xml(data: bytes) -> ElementTree.Element:
     return builder.close()
 
 
+def _encoding_hint(data: bytes) -> str:
+    """The way out for bytes that are not in UTF-8, though the first line of the file does not say so."""
+    declared = ENCODING.match(data)
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or (declared and declared[1].lower() not in (b"utf-8", b"utf8")):
+        return ""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return (
+            "; it is not in UTF-8, as which it is read: save it as UTF-8, or let it begin with its encoding, as in "
+            '<?xml version="1.0" encoding="ISO-8859-1"?>'
+        )
+    return ""
+
+
 def read_voc(data: bytes, tally: Tally, where: str) -> Annotation:
     """What an .xml says; objects that cannot be read raise DatasetError with their line."""
     root = parse_xml(data)
     things = list(root.iter("object"))
-    if root.tag.lower() != "annotation" and not things and root.find("filename") is None:
+    if root.tag != "annotation" and not things and root.find("filename") is None:
         raise DatasetError(f"line {root.get(LINE)} begins with <{root.tag}>, not with <annotation>; it is no VOC file")
     annotation = Annotation(_text(root, "filename"), _size(root))
     for thing in things:
@@ -99,6 +135,7 @@ def read_voc(data: bytes, tally: Tally, where: str) -> Annotation:
             corners = [number(_text(box, key)) for key in CORNERS] if box is not None else []
         except ValueError as error:
             raise DatasetError(f"line {line}: the bndbox of the object {name!r:.60} has {error}") from None
+        written = bool(corners)
         if not corners and polygon:
             tally.add(POLYGON_BOXES, f"{where} line {line}")
             x, y, w, h = bounding_box(polygon)
@@ -111,8 +148,8 @@ def read_voc(data: bytes, tally: Tally, where: str) -> Annotation:
         if _text(thing, "difficult").lower() in ("1", "true", "yes"):
             tally.add(DIFFICULT, f"{where} line {line}")
         for values, value in zip(
-            (annotation.names, annotation.lines, annotation.corners, annotation.polygons),
-            (name, line, corners, polygon),
+            (annotation.names, annotation.lines, annotation.corners, annotation.polygons, annotation.written),
+            (name, line, corners, polygon, written),
             strict=True,
         ):
             values.append(value)
@@ -196,6 +233,11 @@ class Pictures:
         """The picture called ``stem``, in ``parent`` first; raises DatasetError if there are several."""
         return self._only(self._stems.get(normal(stem), []), parent, stem)
 
+    def alike(self, stem: str, parent: str) -> list[str]:
+        """The pictures called ``stem``: those in ``parent``, or else all."""
+        files = self._stems.get(normal(stem), [])
+        return [file for file in files if _parent(file) == parent] or files
+
     def _is_file(self, filename: str) -> bool:
         try:
             self._folder.find(filename)
@@ -218,7 +260,8 @@ def convert_voc(labels: Path, images: Path, names: list[str], options: Options) 
     """Every .xml below ``labels``, with its picture below ``images``; ``names`` are the classes, [] = those that occur.
 
     Raises:
-        DatasetError: no .xml, or corners that are not in pixels. What one file has is among the ``faults``.
+        DatasetError: no .xml, corners that are not in pixels, or boxes that seem to be no corners. What one
+            file has is among the ``faults``.
     """
     tally, faults = Tally(), []
     files = walk(labels, (".xml",), tally)
@@ -234,8 +277,13 @@ def convert_voc(labels: Path, images: Path, names: list[str], options: Options) 
         except (DatasetError, OSError) as error:
             faults.append(f"{labels / file}: {error}")
     _refuse_normalised(annotations)
-    claims = _claims(annotations, Pictures(folder, found), options.match, tally, faults, labels)
-    for picture in sorted(set(found) - set(claims)):
+    pictures = Pictures(folder, found)
+    claims = _claims(annotations, pictures, options.match, tally, faults, labels)
+    if not options.corners:
+        _refuse_other_conventions(annotations, claims, folder, options)
+    bad = [PurePosixPath(file) for file in files if file not in annotations]  # each is a fault, so has its sentence
+    theirs = {picture for path in bad for picture in pictures.alike(path.stem, _parent(str(path)))}
+    for picture in sorted(set(found) - set(claims) - theirs):
         tally.add(NO_XML, picture)
     sources = (
         (
@@ -258,6 +306,38 @@ def _refuse_normalised(annotations: dict[str, Annotation]) -> None:
         )
 
 
+def _refuse_other_conventions(
+    annotations: dict[str, Annotation], claims: dict[str, list[str]], folder: ImageFolder, told: Options
+) -> None:
+    """Many boxes in the wrong order are no slips, if all would fit as a position with width and height."""
+    first, boxes, sizes = int(not told.zero_based), [], []
+    for picture, [file, *_] in claims.items():
+        annotation = annotations[file]
+        found = [c for c, written in zip(annotation.corners, annotation.written, strict=True) if written]
+        boxes += found
+        sizes += [(picture, annotation.size)] * len(found)
+    swapped = [corners for corners in boxes if _is_swapped(corners, first)]
+    if len(swapped) < FEWEST_SWAPPED or len(swapped) <= SHARE_SWAPPED * len(boxes):
+        return
+    known = {}
+    for picture, said in set(sizes):
+        with contextlib.suppress(DatasetError, OSError):  # whoever reads the picture says what is wrong with it
+            size = image_size(folder.find(picture))
+            known[picture, said] = said if said and told.wrong_size == "scale" else size
+    rows = [i for i, key in enumerate(sizes) if key in known]
+    shapes = np.array([known[sizes[i]] for i in rows], np.float64).reshape(-1, 2)
+    values = np.array([boxes[i] for i in rows], np.float64).reshape(-1, 4)
+    values[:, :2] -= first
+    fitting = [x for x in CONVENTIONS if rows and fits(to_xywh(values, shapes, x), shapes).mean() >= SHARE_FITTING]
+    if fitting:
+        words, options = " or ".join(CONVENTIONS[x] for x in fitting), " or --corners ".join(fitting)
+        raise DatasetError(
+            f"{len(swapped)} of {len(boxes)} boxes have xmax below xmin or ymax below ymin, first {swapped[0]}, and as "
+            f"{words} they fit their pictures; say what they are with --corners {options}, or, if they are "
+            "corners in the wrong order, with --corners swapped"
+        )
+
+
 def _claims(
     annotations: dict[str, Annotation],
     pictures: Pictures,
@@ -266,15 +346,19 @@ def _claims(
     faults: list[str],
     labels: Path,
 ) -> dict[str, list[str]]:
-    """{picture: its .xml}; two .xml of one picture, and names that fit several pictures, are faults."""
+    """{picture: its .xml}; two .xml of one picture, and names that fit several pictures, are faults.
+
+    ``annotations`` loses the latter.
+    """
     named, own = {}, {}
-    for file, annotation in annotations.items():
+    for file, annotation in list(annotations.items()):
         path, parent = PurePosixPath(file), _parent(file)
         try:
             named[file] = pictures.by_filename(annotation.filename, parent) if match != "stem" else None
             own[file] = _own(pictures, path.stem, parent, named[file]) if match != "filename" else None
         except DatasetError as error:
             named.pop(file, None)
+            del annotations[file]
             faults.append(f"{labels / file}: {error}")
     counts, owners = Counter(named.values()), set(own.values())
     claims = defaultdict(list)
@@ -325,11 +409,11 @@ def _scene(
     if annotation.size is None:
         tally.add(NO_SIZE, file)
     first, things = int(not options.zero_based), []
-    for name, line, corners, polygon in zip(
-        annotation.names, annotation.lines, annotation.corners, annotation.polygons, strict=True
+    for name, line, corners, polygon, written in zip(
+        annotation.names, annotation.lines, annotation.corners, annotation.polygons, annotation.written, strict=True
     ):
         where = f"{file} line {line}"
-        box = _box(corners, first, tally, where)
+        box = _box(corners, first, options.corners if written else "", tally, where)
         inner = [value - first / 2 for value in polygon]  # the middle of a pixel
         thing = place(Thing(name, _scaled(box, scale), _scaled(inner, scale)), size, tally, where)
         if thing is not None:
@@ -339,16 +423,24 @@ def _scene(
     return Scene(picture, size, things)
 
 
-def _box(corners: list[float], first: int, tally: Tally, where: str) -> list[float]:
-    """[x, y, width, height] of corners, of which the second is inclusive if ``first`` is 1."""
+def _box(corners: list[float], first: int, convention: str, tally: Tally, where: str) -> list[float]:
+    """[x, y, width, height] of corners, of which the second is inclusive if ``first`` is 1, or of one of CONVENTIONS."""
     x0, y0, x1, y1 = corners
-    if min(corners) < first:
+    if min(corners[:2] if convention in CONVENTIONS else corners) < first:
         tally.add(BELOW_ONE, where)
-    if x1 - x0 + first < 0 or y1 - y0 + first < 0:
+    if convention in CONVENTIONS:
+        half = 0.5 if convention == "cxcywh" else 0
+        return [x0 - first - half * x1, y0 - first - half * y1, x1, y1]
+    if _is_swapped(corners, first):
         tally.add(SWAPPED, where)
         x0, x1 = sorted((x0, x1)) if x1 - x0 + first < 0 else (x0, x1)
         y0, y1 = sorted((y0, y1)) if y1 - y0 + first < 0 else (y0, y1)
     return [x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first]  # 1-based corners are inclusive
+
+
+def _is_swapped(corners: list[float], first: int) -> bool:
+    x0, y0, x1, y1 = corners
+    return x1 - x0 + first < 0 or y1 - y0 + first < 0
 
 
 def _scaled(values: list[float], scale: tuple[float, float]) -> list[float]:

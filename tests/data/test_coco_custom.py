@@ -72,6 +72,11 @@ def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
         ({"categories": [{"id": 4, "name": "x"}, {"id": 90, "name": "x"}]}, "category names appear more than once"),
         ({"annotations": annotation(category_id=5)}, r"annotation 1 has category_id 5.*\[4, 90\]"),
         ({"annotations": annotation(image_id=99)}, "annotation 1 has image_id 99"),
+        ({"annotations": annotation(image_id="7")}, "annotation 1 has image_id '7', but the id is 7.*--fix"),
+        (
+            {"annotations": annotation(id=None, category_id="4")},
+            "annotation number 0 has category_id '4', but the id is 4",
+        ),
         ({"annotations": annotation(bbox=None)}, "annotation 1 has bbox None; it must be four numbers"),
         ({"annotations": annotation(bbox=[1, 2, 3])}, r"bbox \[1, 2, 3\]"),
         ({"annotations": annotation(bbox=[1, 2, "3", 4])}, "must be four numbers"),

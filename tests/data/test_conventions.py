@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,6 +59,7 @@ def test_every_convention_is_noticed_and_can_be_converted_back(convention, count
 
 
 @settings(max_examples=300, deadline=None)
+@example(seed=0, count=4, height=1, width=1, reach=0.2, whole=False)
 @given(
     seed=st.integers(0, 2**32 - 1), count=st.integers(0, 300), height=st.integers(1, 3000), width=st.integers(1, 3000),
     reach=st.sampled_from([0, 0, 0.02, 0.2]), whole=st.booleans(),

@@ -799,6 +799,103 @@ def test_corners_in_the_wrong_order_are_put_in_order(folders, capsys):
     assert noted(capsys.readouterr().out)[convert_voc.SWAPPED] == 2
 
 
+def _many(folders, boxes, size=(100, 80)):
+    """One picture m.png of ``size`` with these boxes."""
+    pictures(folders, "m.png", size=size)
+    voc(folders, m=("m.png", "", "".join(box(*corners) for corners in boxes)))
+
+
+XYWH = [(61, 51, 20, 20), (71, 11, 15, 30), (51, 41, 10, 10), (11, 6, 80, 70)]  # three of them no corners in order
+SHIFTED = [[60, 50, 20, 20], [70, 10, 15, 30], [50, 40, 10, 10], [10, 5, 80, 70]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--corners", "xywh"], SHIFTED),
+        (["--corners", "xywh", "--zero-based"], [list(map(float, corners)) for corners in XYWH]),
+        (["--corners", "swapped"], [[19, 19, 42, 32], [14, 10, 57, 20], [9, 9, 42, 32], [10, 5, 70, 65]]),
+    ],
+)
+def test_boxes_of_which_many_are_no_corners_are_refused_and_read_if_told(folders, capsys, options, expected):
+    _many(folders, XYWH)
+    assert run(folders, "voc") == (1, None)
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert all(f"--corners {name}" in sentence for name in ("xywh", "swapped"))
+    assert "3 of 4 boxes" in sentence
+    code, content = run(folders, "voc", *options)  # the way out
+    assert (code, [found for _, found in by_picture(content)["m.png"]]) == (0, expected)
+    assert noted(capsys.readouterr().out).get(convert_voc.SWAPPED, 0) == 3 * ("swapped" in options)
+
+
+def test_centres_are_refused_and_read_if_told(folders, capsys):
+    _many(folders, [(81, 71, 20, 18), (85, 70, 30, 10), (90, 65, 18, 30)])  # as [x, y, w, h] they would stick out
+    assert run(folders, "voc") == (1, None)
+    assert "--corners xywh" not in capsys.readouterr().err
+    code, content = run(folders, "voc", "--corners", "cxcywh")
+    found = [found for _, found in by_picture(content)["m.png"]]
+    assert (code, found) == (0, [[70, 61, 20, 18], [69, 64, 30, 10], [80, 49, 18, 30]])
+
+
+def test_a_few_swapped_corners_and_those_that_fit_as_nothing_else_are_put_in_order(folders, capsys):
+    _many(folders, [*XYWH[:2], (5, 5, 9, 9)])  # two are too few
+    assert run(folders, "voc")[0] == 0
+    _many(folders, [*XYWH[:3], *[(5, 5, 9, 9)] * 9])  # 3 of 12 are a quarter, not more
+    assert run(folders, "voc")[0] == 0
+    _many(folders, [(95, 75, 60, 50), (90, 70, 55, 40), (98, 78, 70, 60)])  # no position with a size in 100 x 80
+    capsys.readouterr()
+    code, content = run(folders, "voc")
+    assert (code, by_picture(content)["m.png"][0][1]) == (0, [59, 49, 36, 26])
+    assert noted(capsys.readouterr().out)[convert_voc.SWAPPED] == 3
+
+
+def test_a_polygon_without_a_box_is_corners_whatever_is_said_of_the_boxes(folders):
+    points = "<x1>5</x1><y1>6</y1><x2>13</x2><y2>6</y2><x3>13</x3><y3>13</y3>"
+    voc(folders, a=("a.png", "", f"<object><name>cat</name><polygon>{points}</polygon></object>"))
+    assert by_picture(run(folders, "voc", "--corners", "xywh")[1])["a.png"] == [("cat", [4, 5, 9, 8])]
+
+
+def test_tags_may_be_in_any_case(folders, capsys):
+    more = "<size><width>30</width><height>20</height></size>"
+    polygon = (
+        "<polygon><x1>5</x1><y1>6</y1><x2>13</x2><y2>6</y2><x3>13</x3><y3>13</y3></polygon><difficult>1</difficult>"
+    )
+    thing = box(5, 6, 13, 13).replace("</object>", polygon + "</object>")
+    text = f"<annotation><filename>a.png</filename>{more}{thing}</annotation>"
+    read = []
+    for change in (str, str.upper, str.title):
+        written = re.sub(r"</?\w+", lambda tag, change=change: change(tag[0]), text)
+        (folders / "labels" / "a.xml").write_text(written)
+        assert run(folders, "voc")[0] == 0
+        read.append((json.loads((folders / "out.json").read_text()), noted(capsys.readouterr().out)))
+    assert by_picture(read[0][0])["a.png"] == [("cat", [4, 5, 9, 8])]
+    assert read[1] == read[0] == read[2]
+
+
+def test_the_picture_of_an_xml_that_cannot_be_read_is_not_counted_as_one_without(folders, capsys):
+    pictures(folders, "c.png", "bad.png", "sub/bad.png")
+    voc(folders, a=("a.png", "", None), bad=("bad.png", "", box(1, 1, "x", 3)))
+    code, _ = run(folders, "voc", "--drop-bad")
+    assert (code, noted(capsys.readouterr().out)[convert_voc.NO_XML]) == (0, 3)  # c.png, sub/b.png and sub/bad.png
+
+
+@pytest.mark.parametrize("head", ["", '<?xml version="1.0"?>', '<?xml version="1.0" encoding="UTF-8"?>'])
+def test_bytes_that_are_not_utf_8_are_refused_with_a_way_out_that_works(folders, capsys, head):
+    text = VOC.replace("cat", "café")
+    (folders / "labels" / "a.xml").write_bytes((head + text).encode("latin-1"))
+    assert run(folders, "voc") == (1, None)
+    declaration = re.search(r"<\?xml .*\?>", capsys.readouterr().err)[0]
+    (folders / "labels" / "a.xml").write_bytes((declaration + text).encode("latin-1"))
+    code, content = run(folders, "voc")
+    assert (code, content["categories"][0]["name"]) == (0, "café")
+
+
+def test_text_that_is_no_xml_says_nothing_of_its_encoding(folders, capsys):
+    (folders / "labels" / "a.xml").write_text("<annotation><b></annotation>")
+    assert run(folders, "voc") == (1, None)
+    assert "UTF-8" not in capsys.readouterr().err
+
+
 def test_fractions_signs_and_blanks_in_corners_are_read(folders):
     voc(folders, a=("a.png", "", box("5.25", " +6 ", "1.3e1", "13.50\n")))
     code, content = run(folders, "voc")

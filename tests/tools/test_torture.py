@@ -9,7 +9,7 @@ from conftest import ROOT
 from ordeals import mutations
 from ordeals.cases import run_cases
 
-from dn_detr_d2.data import images
+from dn_detr_d2.data import coco_custom, images, normalise
 
 
 @pytest.mark.slow
@@ -25,6 +25,28 @@ def test_a_reader_that_is_silent_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "_compare_sums", lambda image: None)
     _, wrong = run_cases(mutations.image_cases(0), 1500, tmp_path, 1)
     assert any("PNG read with other pixels" in fault for fault in wrong)
+
+
+def _without_annotation_5(annotation, *others, add=coco_custom._add):
+    return None if annotation["id"] == 5 else add(annotation, *others)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "silent"),
+    [
+        (coco_custom, "_add", _without_annotation_5),  # a box that vanishes
+        (coco_custom, "LEFT_OUT", {}),  # what is left out is not in the log
+        (coco_custom, "_unique_keys", dict),  # the last of two values
+        (normalise, "foreign_references", lambda content, field: {}),  # text against a number: left out, not refused
+        (normalise, "is_unknown", lambda size: size in (None, 0, -1, 31)),  # a size that is said
+        (coco_custom, "usable_area", lambda area: None),  # an area that is said
+        (normalise, "_annotation", lambda entry: entry | {"iscrowd": 1} if isinstance(entry, dict) else entry),
+    ],
+)
+def test_a_reader_of_annotations_that_is_silent_is_found(tmp_path, monkeypatch, place, name, silent):
+    monkeypatch.setattr(place, name, silent)
+    _, wrong = run_cases(mutations.annotation_cases(0), 3000, tmp_path, 1)
+    assert any("Error(" not in fault for fault in wrong), wrong[:3]
 
 
 def test_a_case_that_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monkeypatch):
