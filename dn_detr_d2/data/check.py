@@ -85,7 +85,10 @@ def _check_convention(columns: Columns, report: Report) -> bool:
     if words:
         report.add(r.CONVENTION, convention_sentence(words))
     elif only_first_pixels(boxes, sizes):
-        report.add(r.MAYBE_CONVENTION, "are they percentages?")
+        report.add(
+            r.MAYBE_CONVENTION,
+            "are they percentages? --fix OUT.json --boxes xywh-percent or xyxy-percent converts them, xywh keeps them",
+        )
     return words is not None
 
 

@@ -14,7 +14,9 @@ CONVENTIONS = {
     "yxyx": "corners [y0, x0, y1, x1]",
 }
 NORMALISED = "normalised to 0..1"
-CHOICES = ("xywh", *CONVENTIONS, *(f"{name}-normalised" for name in ("xywh", *CONVENTIONS)))  # of ``--boxes``
+UNITS = {"normalised": 1, "percent": 100, "thousandths": 1000}  # what the side of an image counts
+NAMES = ("xywh", *CONVENTIONS)
+CHOICES = (*NAMES, *(f"{name}-{unit}" for unit in UNITS for name in NAMES))  # of ``--boxes``
 SHORTEST_SIDE = 8  # pixels; in a smaller image a box proves nothing
 FEWEST, FEWEST_OUT = 4, 3  # boxes, and those of them that stick out, below which nothing is concluded
 FEWEST_UNORDERED, UNORDERED = 10, 24  # boxes where numbers are not ordered as corners are; no misfit below the second
@@ -33,7 +35,7 @@ def declared(content: dict) -> bool:
 
 def to_xywh(boxes: np.ndarray, sizes: np.ndarray, convention: str) -> np.ndarray:
     """(A, 4) boxes of one of ``CHOICES`` in images of (A, 2) height and width -> [x, y, width, height] in pixels."""
-    name, _, normal = convention.partition("-")
+    name, _, unit = convention.partition("-")
     a, b, c, d = boxes.T
     if name in ("yxhw", "yxyx"):
         a, b, c, d = b, a, d, c
@@ -42,7 +44,7 @@ def to_xywh(boxes: np.ndarray, sizes: np.ndarray, convention: str) -> np.ndarray
     if name == "cxcywh":
         a, b = a - c / 2, b - d / 2
     height, width = sizes.T
-    scales = [width, height] * 2 if normal else [1.0] * 4
+    scales = [width / UNITS[unit], height / UNITS[unit]] * 2 if unit else [1.0] * 4
     return np.stack([x * scale for x, scale in zip((a, b, c, d), scales, strict=True)], 1)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DatasetError
 from . import report as r
 from .columns import VERDICTS, Columns, clip_boxes
-from .conventions import declared, other_convention, to_xywh, too_many_to_clip
+from .conventions import UNITS, declared, other_convention, to_xywh, too_many_to_clip
 from .images import ImageFolder
 from .normalise import (
     REFERENCES,
@@ -153,7 +153,7 @@ def _fault_of_annotation(entry, listed: set, dropped: set, known: set) -> str:
 def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     """A copy whose boxes are [x, y, width, height] in pixels and which says so in ``info``.
 
-    An area that was the box's follows the box. Polygons in 0..1 become pixels if the boxes do, with their areas.
+    An area that was the box's follows the box. Polygons in the same unit become pixels if the boxes do, with their areas.
 
     Args:
         content: as :func:`.normalise.normalised` gives it.
@@ -168,14 +168,14 @@ def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     columns = Columns.of(content, sizes)
     if convention == "xywh" or not columns.entries:
         return content
-    scaled = "-" in convention
-    if scaled:
+    unit = UNITS.get(convention.partition("-")[2])
+    if unit:
         _refuse_unknown_sizes(columns, convention)
     boxes = np.array([as_box(entry.get("bbox")) or [0.0] * 4 for entry in columns.entries], np.float64).reshape(-1, 4)
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = to_xywh(boxes, columns.sizes.astype(np.float64), convention)
     entries = [
-        _with_converted(entry, box, size if scaled else None) if formed else entry
+        _with_converted(entry, box, [x / unit for x in size] if unit else None, unit or 1) if formed else entry
         for entry, box, size, formed in zip(
             columns.entries, boxes.tolist(), columns.sizes.tolist(), columns.formed, strict=True
         )
@@ -211,25 +211,25 @@ def _refuse_unknown_sizes(columns: Columns, convention: str) -> None:
         )
 
 
-def _with_converted(entry: dict, box: list[float], size: list[float] | None) -> dict:
-    """The annotation with another ``box``; ``size`` = (height, width) if the old one was not in pixels."""
+def _with_converted(entry: dict, box: list[float], scales: list[float] | None, unit: int) -> dict:
+    """The annotation with another ``box``; ``scales`` = pixels of a step (down, right) of 1 / ``unit`` of the image."""
     mask, old = entry.get("segmentation"), as_box(entry["bbox"])
     area, changes = usable_area(entry.get("area")), {"bbox": box}
-    if size is not None and _is_normalised(mask):
-        height, width = size
+    if scales is not None and _is_within(mask, unit):
+        height, width = scales
         changes["segmentation"] = [[x * (height if i % 2 else width) for i, x in enumerate(ring)] for ring in mask]
-        if area is not None and area <= 1:
+        if area is not None and area <= unit * unit:
             changes["area"] = area * height * width
     if area is not None and (not mask or np.isclose(area, old[2] * old[3], rtol=1e-6, atol=0)):
         changes["area"] = box[2] * box[3]  # what is no area then is written anew by :func:`repaired`
     return entry | changes
 
 
-def _is_normalised(mask) -> bool:
-    """Whether a segmentation consists of polygons in 0..1, up to rounding."""
+def _is_within(mask, unit: int) -> bool:
+    """Whether a segmentation consists of polygons in 0..``unit``, up to rounding."""
     if not isinstance(mask, list) or not mask or not all(isinstance(ring, list) for ring in mask):
         return False
-    return all(type(x) in (int, float) and -0.01 <= x <= 1.01 for ring in mask for x in ring)
+    return all(type(x) in (int, float) and -0.01 <= x / unit <= 1.01 for ring in mask for x in ring)
 
 
 def _used(columns: Columns) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,9 @@ from dn_detr_d2.data.conventions import CHOICES, CONVENTIONS, NORMALISED, only_f
 from dn_detr_d2.data.repair import converted, refuse_to_clip, repaired
 from dn_detr_d2.data.report import Report
 
+UNSEEN = [x for x in CHOICES if x.endswith(("-percent", "-thousandths"))]  # which cannot be told from pixels
+SEEN = [x for x in CHOICES if x not in UNSEEN]
+
 
 def scene(seed, count, height=480, width=640, reach=0.0):
     """(A, 4) boxes inside an image, or up to ``reach`` of its sides out of it, and (A, 2) its size."""
@@ -43,7 +46,7 @@ def written_as(boxes, sizes, convention):
     return np.array(result)
 
 
-@pytest.mark.parametrize("convention", CHOICES)
+@pytest.mark.parametrize("convention", SEEN)
 @pytest.mark.parametrize("count", [12, 400])
 def test_every_convention_is_noticed_and_can_be_converted_back(convention, count):
     boxes, sizes = scene(0, count)
@@ -107,6 +110,32 @@ def test_degenerate_corners_and_padded_corners_are_corners():
     assert CONVENTIONS["xyxy"] in other_convention(corners + np.array([-3, -3, 3, 3]), sizes)
     corners[:6, 2] = corners[:6, 0]
     assert CONVENTIONS["xyxy"] in other_convention(corners, sizes)
+
+
+@pytest.mark.parametrize(("unit", "whole"), [("percent", 100), ("thousandths", 1000)])
+@pytest.mark.parametrize("name", ["xywh", *CONVENTIONS])
+def test_percentages_and_thousandths_can_be_converted(unit, whole, name):
+    boxes, sizes = scene(2, 12)
+    written = written_as(boxes, sizes, f"{name}-normalised") * whole
+    np.testing.assert_allclose(to_xywh(written, sizes, f"{name}-{unit}"), boxes, atol=1e-9)
+
+
+def test_the_question_about_percentages_names_a_way_out_that_works():
+    boxes, sizes = scene(1, 300)
+    content = a_file(
+        written_as(boxes, sizes, "xywh-normalised") * 100, area=25.0, segmentation=[[10, 20, 50, 20, 50, 60]]
+    )
+    report, shapes = Report(), annotated_sizes(content["images"])
+    check_content(content, report, shapes)
+    assert "xywh-percent" in report.first[r.MAYBE_CONVENTION][0]
+    fixed = converted(content, shapes, "xywh-percent")
+    np.testing.assert_allclose([x["bbox"] for x in fixed["annotations"]], boxes, atol=1e-9)
+    assert fixed["annotations"][0]["segmentation"] == [pytest.approx([64, 96, 320, 96, 320, 288])]
+    assert fixed["annotations"][0]["area"] == pytest.approx(25 * 6.4 * 4.8)
+    for answered in (fixed, converted(content, shapes, "xywh")):
+        report = Report()
+        check_content(answered, report, shapes)
+        assert not report.counts[r.MAYBE_CONVENTION]
 
 
 def a_file(boxes, height=480, width=640, **fields):
@@ -208,7 +237,7 @@ def test_percentages_are_said_but_not_refused():
     assert only_first_pixels(percent, sizes)
 
 
-@pytest.mark.parametrize("convention", [x for x in CHOICES if x != "xywh"])
+@pytest.mark.parametrize("convention", [x for x in SEEN if x != "xywh"])
 def test_a_file_of_another_convention_is_refused_reported_never_clipped_and_has_ways_out(tmp_path, convention):
     boxes, sizes = scene(3, 20)
     written = written_as(boxes, sizes, convention).tolist()
