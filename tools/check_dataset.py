@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +25,7 @@ from dn_detr_d2.data.coco_custom import read_content
 from dn_detr_d2.data.conventions import CHOICES
 from dn_detr_d2.data.images import ImageFolder
 from dn_detr_d2.data.normalise import objects_of
-from dn_detr_d2.data.repair import converted, repaired, rewritten, without_bad
+from dn_detr_d2.data.repair import converted, refuse_to_clip, repaired, rewritten, without_bad
 from dn_detr_d2.data.report import Report
 from dn_detr_d2.text_output import escape_unwritable
 
@@ -85,15 +86,23 @@ def check_repaired(content: dict, folder: str, args: argparse.Namespace) -> Repo
             )
         )
     if args.boxes:
-        content = converted(content, sizes, args.boxes)
+        before, content = content, converted(content, sizes, args.boxes)
+        changes += Counter({f"box converted from {args.boxes}": count_changed(before, content)})
+    refuse_to_clip(content, sizes)
     content, more = repaired(content, sizes)
     write(content, args.fix)
     changes += more
-    for kind, count in changes.items():
+    for kind, count in (+changes).items():
         print(f"repaired: {count} x {kind}")
     print(f"{sum(changes.values())} annotations changed or dropped; written: {args.fix}")
     check_content(content, report, sizes, args.num_queries, args.denoising_budget)
     return report
+
+
+def count_changed(before: dict, after: dict) -> int:
+    """Annotations with another box, of two contents with the same annotations in the same order."""
+    entries = zip(objects_of(before, "annotations"), objects_of(after, "annotations"), strict=True)
+    return sum(old.get("bbox") is not new.get("bbox") for old, new in entries)
 
 
 def write(content: dict, path: str) -> None:

@@ -7,6 +7,7 @@ I images, A annotations, P categories. A *row* is the place of an entry in its l
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import numpy as np
 
@@ -60,8 +61,8 @@ def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries:
     columns = Columns.of(content, sizes)
     report.num_annotations = len(columns.entries)
     _check_annotations(columns, content, report)
-    if not declared(content):
-        _check_convention(columns, report)
+    if declared(content) or not _check_convention(columns, report):
+        _check_boxes(columns, report)  # which mean nothing as long as their convention is another one
     _count_objects(columns, images, categories, report, num_queries, budget)
     if "annotations" in content:
         _check_use(columns, report)
@@ -75,14 +76,20 @@ def _check_use(columns: Columns, report: Report) -> None:
         report.add(r.NOTHING, f"{report.num_images} images, {len(columns.entries)} annotations")
 
 
-def _check_convention(columns: Columns, report: Report) -> None:
+def _check_convention(columns: Columns, report: Report) -> bool:
+    """Whether the boxes are of another convention."""
     rows = np.flatnonzero(columns.formed & ~columns.crowd & (columns.image >= 0))
     boxes = np.array([as_box(columns.entries[row]["bbox"]) for row in rows], np.float64).reshape(-1, 4)
     sizes = columns.sizes[rows].astype(np.float64)
-    if words := other_convention(boxes, sizes):
+    words = other_convention(boxes, sizes)
+    if words:
         report.add(r.CONVENTION, convention_sentence(words))
     elif only_first_pixels(boxes, sizes):
-        report.add(r.MAYBE_CONVENTION, "are they percentages?")
+        report.add(
+            r.MAYBE_CONVENTION,
+            "are they percentages? --fix OUT.json --boxes xywh-percent or xyxy-percent converts them, xywh keeps them",
+        )
+    return words is not None
 
 
 def annotated_sizes(images: list[dict]) -> np.ndarray:
@@ -142,14 +149,8 @@ def _check_categories(categories: list[dict], report: Report) -> None:
 
 
 def _check_annotations(columns: Columns, content: dict, report: Report) -> None:
-    entries = columns.entries
+    entries, _says = columns.entries, partial(_fields_of, columns.entries)
     _check_ids(entries, "annotations", (r.ANNOTATION_ID, r.SAME_ANNOTATION_ID), report)
-
-    def _says(*fields):
-        return lambda i: (
-            f"annotation {entries[i].get('id')!r:.60}"
-            + "".join(f", {field} {entries[i].get(field)!r:.80}" for field in fields)
-        )
 
     for field, found in (("image_id", columns.image), ("category_id", columns.category)):
         foreign = foreign_references(content, field)
@@ -165,9 +166,20 @@ def _check_annotations(columns: Columns, content: dict, report: Report) -> None:
     areas = [i for i, x in enumerate(entries) if "area" in x and usable_area(x["area"]) is None]
     report.add_rows(r.AREA, areas, _says("area"))
     report.add_rows(r.CROWD, np.flatnonzero(columns.crowd), _says("image_id"))
-    verdicts = columns.judged()
+
+
+def _check_boxes(columns: Columns, report: Report) -> None:
+    verdicts, describe = columns.judged(), _fields_of(columns.entries, "image_id", "bbox")
     for code, kind in enumerate(VERDICTS[1:], 1):
-        report.add_rows(kind, np.flatnonzero(verdicts == code), _says("image_id", "bbox"))
+        report.add_rows(kind, np.flatnonzero(verdicts == code), describe)
+
+
+def _fields_of(entries: list[dict], *fields: str):
+    """row -> an annotation in words, with some of its fields."""
+    return lambda i: (
+        f"annotation {entries[i].get('id')!r:.60}"
+        + "".join(f", {field} {entries[i].get(field)!r:.80}" for field in fields)
+    )
 
 
 def _count_objects(columns, images, categories, report: Report, num_queries: int, budget: int) -> None:

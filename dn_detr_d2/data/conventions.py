@@ -1,7 +1,8 @@
 """Whether the boxes of a file are written in another convention than COCO's [x, y, width, height] in pixels.
 
-Decided over the whole file, and only where the boxes contradict COCO's convention and agree with another one throughout: a
-few boxes that stick out, or small objects, say nothing. A file whose ``info`` has ``"bbox_format": "xywh"`` is believed.
+Decided over the whole file, and only where many boxes contradict COCO's convention and nearly all agree with another one: a
+few boxes that stick out, or small objects, say nothing, and a few bad boxes do not hide the convention of the others. A file
+whose ``info`` has ``"bbox_format": "xywh"`` is believed.
 """
 
 import numpy as np
@@ -13,11 +14,17 @@ CONVENTIONS = {
     "yxyx": "corners [y0, x0, y1, x1]",
 }
 NORMALISED = "normalised to 0..1"
-CHOICES = ("xywh", *CONVENTIONS, *(f"{name}-normalised" for name in ("xywh", *CONVENTIONS)))  # of ``--boxes``
-SHORTEST_SIDE = 8  # pixels; in a smaller image a pixel is so much that boxes prove nothing
+UNITS = {"normalised": 1, "percent": 100, "thousandths": 1000}  # what the side of an image counts
+NAMES = ("xywh", *CONVENTIONS)
+CHOICES = (*NAMES, *(f"{name}-{unit}" for unit in UNITS for name in NAMES))  # of ``--boxes``
+SHORTEST_SIDE = 8  # pixels; in a smaller image a box proves nothing
 FEWEST, FEWEST_OUT = 4, 3  # boxes, and those of them that stick out, below which nothing is concluded
+FEWEST_UNORDERED, UNORDERED = 10, 24  # boxes where numbers are not ordered as corners are; no misfit below the second
 REACH = 0.05  # by how much of the side of its image a box must stick out to count
 SHARE, LARGE_SHARE, MANY = 0.25, 0.02, 100  # of the boxes that must stick out; of MANY and more boxes the smaller share
+FITTING, MISFITS = 0.9, 0.25  # share of boxes that must fit another convention; misfits for each that sticks out
+SLACK = 4  # pixels, and at most REACH of the side, by which a box of another convention may lie outside
+FEWEST_CLIPPED, LARGEST_CLIPPED = 8, 0.25  # of so many boxes and more, the largest share that is clipped without asking
 
 
 def declared(content: dict) -> bool:
@@ -28,7 +35,7 @@ def declared(content: dict) -> bool:
 
 def to_xywh(boxes: np.ndarray, sizes: np.ndarray, convention: str) -> np.ndarray:
     """(A, 4) boxes of one of ``CHOICES`` in images of (A, 2) height and width -> [x, y, width, height] in pixels."""
-    name, _, normal = convention.partition("-")
+    name, _, unit = convention.partition("-")
     a, b, c, d = boxes.T
     if name in ("yxhw", "yxyx"):
         a, b, c, d = b, a, d, c
@@ -37,7 +44,7 @@ def to_xywh(boxes: np.ndarray, sizes: np.ndarray, convention: str) -> np.ndarray
     if name == "cxcywh":
         a, b = a - c / 2, b - d / 2
     height, width = sizes.T
-    scales = [width, height] * 2 if normal else [1.0] * 4
+    scales = [width / UNITS[unit], height / UNITS[unit]] * 2 if unit else [1.0] * 4
     return np.stack([x * scale for x, scale in zip((a, b, c, d), scales, strict=True)], 1)
 
 
@@ -50,16 +57,27 @@ def other_convention(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
     """
     finite = np.isfinite(boxes).all(1)
     boxes, sizes = boxes[finite].astype(np.float64), sizes[finite].astype(np.float64)
-    if not len(boxes):
-        return None
     if _is_normalised(boxes, sizes):
         return NORMALISED
-    known = np.isfinite(sizes).all(1) & (sizes.min(1) >= SHORTEST_SIDE)
-    boxes, sizes = boxes[known], sizes[known]
-    if len(boxes) < FEWEST or not _sticks_out(boxes, sizes):
+    boxes, sizes = _voting(boxes, sizes)
+    if len(boxes) < FEWEST or not _stick_out(boxes, sizes):
         return None
-    found = [words for name, words in CONVENTIONS.items() if fits(to_xywh(boxes, sizes, name), sizes).mean() >= 0.995]
+    out = int((_reach(boxes, sizes) > REACH).sum())
+    found = [words for name, words in CONVENTIONS.items() if _agrees(boxes, sizes, name, out)]
     return " or ".join(found[:2]) or None
+
+
+def too_many_to_clip(boxes: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | None:
+    """(boxes that stick out on any side by more than ``REACH`` of it, boxes) if they are so many that one should ask.
+
+    Args:
+        boxes: (A, 4) xywh in pixels.
+        sizes: (A, 2) height and width of their images, infinite where not known.
+    """
+    boxes, sizes = _voting(boxes, sizes)
+    reach = np.maximum(_reach(boxes, sizes), (-boxes[:, :2] / sizes[:, ::-1]).max(1, initial=-np.inf))
+    out = int((reach > REACH).sum())
+    return (out, len(boxes)) if len(boxes) >= FEWEST_CLIPPED and out > LARGEST_CLIPPED * len(boxes) else None
 
 
 def only_first_pixels(boxes: np.ndarray, sizes: np.ndarray) -> bool:
@@ -72,18 +90,32 @@ def only_first_pixels(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     return bool(((boxes >= 0).all(1) & (ends <= 100.5).all(1)).all() and (ends.max(0) > 90).all())
 
 
+def _voting(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes that say something about their convention: finite, not degenerate, in images of a known and usable size."""
+    chosen = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)  # positive in every convention
+    chosen &= np.isfinite(sizes).all(1) & (sizes.min(1, initial=np.inf) >= SHORTEST_SIDE)
+    return boxes[chosen].astype(np.float64), sizes[chosen].astype(np.float64)
+
+
 def _is_normalised(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether at least half of the boxes lie in 0..1 and not all of them on whole numbers, in images of many pixels."""
-    inside = ((boxes >= 0) & (boxes <= 1)).all(1) & (boxes[:, 2:] > 0).all(1)
-    inside &= sizes.min(1) >= SHORTEST_SIDE
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = boxes.astype(np.float32)  # the mapper's precision, in which a box may be degenerate
+        positive = ((single[:, :2] + single[:, 2:]) > single[:, :2]).all(1)
+    boxes, sizes = boxes[positive], sizes[positive]
+    inside = ((boxes >= 0) & (boxes <= 1)).all(1) & (sizes.min(1, initial=np.inf) >= SHORTEST_SIDE)
     fractional = (boxes[inside] != np.round(boxes[inside])).any()
     return bool(inside.sum() * 2 >= len(boxes) and fractional)
 
 
-def _sticks_out(boxes: np.ndarray, sizes: np.ndarray) -> bool:
+def _reach(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(A,) how far each box sticks out at the right or the bottom, of the side of its image."""
+    return ((boxes[:, :2] + boxes[:, 2:]) / sizes[:, ::-1]).max(1, initial=0) - 1
+
+
+def _stick_out(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether so many boxes stick out at the right or the bottom that they cannot be [x, y, width, height]."""
-    reach = ((boxes[:, :2] + boxes[:, 2:]) / sizes[:, ::-1]).max(1) - 1
-    out = int((reach > REACH).sum())
+    out = int((_reach(boxes, sizes) > REACH).sum())
     return out >= max(FEWEST_OUT, len(boxes) * (SHARE if len(boxes) < MANY else LARGE_SHARE))
 
 
@@ -91,3 +123,24 @@ def fits(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(A,) whether each xywh box has a positive size and lies in its image, up to a pixel."""
     ends = boxes[:, :2] + boxes[:, 2:]
     return (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] >= -1).all(1) & (ends <= sizes[:, ::-1] + 1).all(1)
+
+
+def _agrees(boxes: np.ndarray, sizes: np.ndarray, name: str, out: int) -> bool:
+    """Whether nearly all boxes have a positive size and lie in their images in a convention, far more than in COCO's.
+
+    Args:
+        name: of ``CONVENTIONS``.
+        out: how many boxes stick out when read in COCO's convention.
+    """
+    boxes = to_xywh(boxes, sizes, name)
+    chosen = (boxes[:, 2:] != 0).all(1)  # a box of no size is a mistake in any convention
+    boxes, sides, count = boxes[chosen], sizes[chosen][:, ::-1], int(chosen.sum())
+    ordered = name in ("xyxy", "yxyx")
+    if count < (FEWEST if ordered else FEWEST_UNORDERED) or count * 2 < len(chosen):
+        return False
+    slack = np.clip(REACH * sides, 1, SLACK)
+    fits = (boxes[:, 2:] > 0) & (boxes[:, :2] >= -slack) & (boxes[:, :2] + boxes[:, 2:] <= sides + slack)
+    misfits = count - int(fits.all(1).sum())
+    if not ordered and count < UNORDERED:
+        return misfits == 0
+    return misfits <= (1 - FITTING) * count and misfits <= MISFITS * out

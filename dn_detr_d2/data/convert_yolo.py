@@ -5,6 +5,7 @@ bounding box, lines that repeat another one dropped, a picture without a label f
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from .label_files import SUFFIXES, Tally, best_folder, check_label_file, lines_o
 from .yolo_yaml import Names, Split, labels_folder
 
 LIMIT = 1.5  # of a coordinate in [0, 1]: what sticks out further is no rounding but another unit
-MANY = 10  # boxes from which a set can be told to follow another convention
+MANY = 8  # boxes from which a set can be told to follow another convention
 SUSPICIOUS = 0.25  # part of the boxes that stick out
+FITTING, MISFITS = 0.9, 0.25  # share of boxes that must fit another convention; misfits for each that sticks out
 SAMPLE = 100  # pictures whose label files are searched elsewhere
 TOLERANCE = 1.01  # of a coordinate in [0, 1], as in Ultralytics
 # [x, y, w, h] of the four numbers of a box.
@@ -97,7 +99,7 @@ class Reader:
         self.names, self.keypoints = classes.names, classes.keypoints
         self.options, self.tally = options, tally
         self._boxes = self._outside = 0
-        self._fits = dict.fromkeys(("xyxy", "xywh"), True)
+        self._fits, self._misfits = Counter(), Counter()  # of boxes, in conventions
 
     def read(self, file: Path, size: tuple[int, int]) -> list[Thing]:
         """The objects of a file whose picture has ``size`` (height, width).
@@ -151,6 +153,9 @@ class Reader:
         if self.keypoints and len(values) == 4 + self.keypoints + self.options.confidence:
             self.tally.add(POSES, where)
             return values[:4]
+        if self.options.confidence and len(values) == 6 and values[5] >= 1 and values[5] == int(values[5]):
+            self.tally.add(CONFIDENCES, where)  # and the number of a track; a polygon would have a confidence as well
+            return values[:4]
         if self.options.confidence and len(values) % 2 and len(values) >= 5:
             self.tally.add(CONFIDENCES, where)
             return values[:-1]
@@ -183,8 +188,14 @@ class Reader:
         picture = f"{size[1]}x{size[0]}"
         if self.options.pixels:
             return f"but its picture has {picture} pixels; correct them, or leave --pixels out"
-        if all(0 <= v <= size[1 - i % 2] for i, v in enumerate(values)):
+        pixels = all(0 <= v <= size[1 - i % 2] for i, v in enumerate(values))
+        if pixels and sum(v > 1 for v in values) * 2 > len(values):
             return f"which must lie in [0, 1]; as pixels they fit the picture of {picture}: --pixels reads them so"
+        if len(values) > 4 and all(0 <= v <= 1 for v in values[:4]):
+            return (
+                "of which only the first four lie in [0, 1]; kpt_shape in the data.yaml says how many key points follow a "
+                "box, and --ignore-confidence leaves out a confidence and a track id"
+            )
         return "which must lie in [0, 1]; correct them"
 
     def _compare(self, values: list[float], box: list[float], size: tuple[int, int]) -> None:
@@ -192,18 +203,24 @@ class Reader:
         x, y, w, h = box
         self._boxes += 1
         self._outside += max(-x, -y, x + w - size[1], y + h - size[0]) > 1
-        for key in self._fits:
+        for key in ("xyxy", "xywh"):
             x, y, w, h = CONVENTIONS[key](*values)
-            self._fits[key] &= min(x, y) >= 1 - TOLERANCE and min(w, h) > 0 and max(x + w, y + h) <= TOLERANCE
+            if w == 0 or h == 0:  # a mistake in any convention
+                continue
+            fits = min(x, y) >= 1 - TOLERANCE and min(w, h) > 0 and max(x + w, y + h) <= TOLERANCE
+            (self._fits if fits else self._misfits)[key] += 1
 
     def refuse_other_conventions(self) -> None:
-        """Raises DatasetError if many boxes stick out of their pictures, and none would in another convention."""
-        fitting = [key for key, fits in self._fits.items() if fits]
-        if self.options.boxes is None and self._boxes >= MANY and SUSPICIOUS * self._boxes < self._outside and fitting:
-            raise DatasetError(
-                f"{self._outside} of {self._boxes} boxes stick out of their pictures when read as cx cy w h, none as "
-                f"{' '.join(fitting[0])}; --boxes {fitting[0]} reads them so, --boxes cxcywh as they are"
-            )
+        """Raises DatasetError if many boxes stick out of their pictures, and hardly any would in another convention."""
+        if self.options.boxes is not None or self._boxes < MANY or self._outside <= SUSPICIOUS * self._boxes:
+            return
+        for key, fits in sorted(self._fits.items(), key=lambda item: self._misfits[item[0]]):
+            misfits = self._misfits[key]
+            if fits >= FITTING * (fits + misfits) and fits * 2 >= self._boxes and misfits <= MISFITS * self._outside:
+                raise DatasetError(
+                    f"{self._outside} of {self._boxes} boxes stick out of their pictures when read as cx cy w h, {misfits} "
+                    f"as {' '.join(key)}; --boxes {key} reads them so, --boxes cxcywh as they are"
+                )
 
 
 def convert_folders(labels: Path, images: Path, classes: Names, options: Options) -> Conversion:

@@ -14,9 +14,10 @@ from collections import Counter
 
 import numpy as np
 
+from ..errors import DatasetError
 from . import report as r
 from .columns import VERDICTS, Columns, clip_boxes
-from .conventions import declared, other_convention, to_xywh
+from .conventions import UNITS, declared, other_convention, to_xywh, too_many_to_clip
 from .images import ImageFolder
 from .normalise import (
     REFERENCES,
@@ -152,31 +153,94 @@ def _fault_of_annotation(entry, listed: set, dropped: set, known: set) -> str:
 def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     """A copy whose boxes are [x, y, width, height] in pixels and which says so in ``info``.
 
+    An area that was the box's follows the box. Polygons in the same unit become pixels if the boxes do, with their areas.
+
     Args:
         content: as :func:`.normalise.normalised` gives it.
         sizes: (I, 2) heights and widths of its images.
         convention: one of :data:`.conventions.CHOICES`.
+
+    Raises:
+        DatasetError: the size of an image is needed and not known.
     """
     info = content.get("info") if isinstance(content.get("info"), dict) else {}
     content = content | {"info": info | {"bbox_format": "xywh"}}
     columns = Columns.of(content, sizes)
     if convention == "xywh" or not columns.entries:
         return content
+    unit = UNITS.get(convention.partition("-")[2])
+    if unit:
+        _refuse_unknown_sizes(columns, convention)
     boxes = np.array([as_box(entry.get("bbox")) or [0.0] * 4 for entry in columns.entries], np.float64).reshape(-1, 4)
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = to_xywh(boxes, columns.sizes.astype(np.float64), convention)
     entries = [
-        entry | {"bbox": box} if formed else entry
-        for entry, box, formed in zip(columns.entries, boxes.tolist(), columns.formed, strict=True)
+        _with_converted(entry, box, [x / unit for x in size] if unit else None, unit or 1) if formed else entry
+        for entry, box, size, formed in zip(
+            columns.entries, boxes.tolist(), columns.sizes.tolist(), columns.formed, strict=True
+        )
     ]
     strangers = [entry for entry in content["annotations"] if not isinstance(entry, dict)]
     return content | {"annotations": entries + strangers}
 
 
-def _of_another_convention(columns: Columns) -> bool:
+def refuse_to_clip(content: dict, sizes: np.ndarray) -> None:
+    """Raises DatasetError if :func:`repaired` would clip so many boxes that their convention should be said first.
+
+    Args:
+        content: as :func:`.normalise.normalised` gives it.
+        sizes: (I, 2) heights and widths of its images.
+    """
+    columns = Columns.of(content, sizes)
+    if declared(content) or _of_another_convention(columns):
+        return
+    if found := too_many_to_clip(*_used(columns)):
+        raise DatasetError(
+            f"{found[0]} of {found[1]} boxes stick out of their images by more than 5 % of the side, so they may not be "
+            "[x, y, width, height] in pixels; --fix with --boxes xywh clips them, with --boxes CONVENTION converts them"
+        )
+
+
+def _refuse_unknown_sizes(columns: Columns, convention: str) -> None:
+    unknown = columns.formed & (columns.image >= 0) & ~np.isfinite(columns.sizes).all(1)
+    if unknown.any():
+        entry = columns.entries[int(np.flatnonzero(unknown)[0])]
+        raise DatasetError(
+            f"--boxes {convention} needs the sizes of the images, and that of image {entry['image_id']!r:.60} is not known; "
+            "leave out --no-images, and images that cannot be read with --drop-bad"
+        )
+
+
+def _with_converted(entry: dict, box: list[float], scales: list[float] | None, unit: int) -> dict:
+    """The annotation with another ``box``; ``scales`` = pixels of a step (down, right) of 1 / ``unit`` of the image."""
+    mask, old = entry.get("segmentation"), as_box(entry["bbox"])
+    area, changes = usable_area(entry.get("area")), {"bbox": box}
+    if scales is not None and _is_within(mask, unit):
+        height, width = scales
+        changes["segmentation"] = [[x * (height if i % 2 else width) for i, x in enumerate(ring)] for ring in mask]
+        if area is not None and area <= unit * unit:
+            changes["area"] = area * height * width
+    if area is not None and (not mask or np.isclose(area, old[2] * old[3], rtol=1e-6, atol=0)):
+        changes["area"] = box[2] * box[3]  # what is no area then is written anew by :func:`repaired`
+    return entry | changes
+
+
+def _is_within(mask, unit: int) -> bool:
+    """Whether a segmentation consists of polygons in 0..``unit``, up to rounding."""
+    if not isinstance(mask, list) or not mask or not all(isinstance(ring, list) for ring in mask):
+        return False
+    return all(type(x) in (int, float) and -0.01 <= x / unit <= 1.01 for ring in mask for x in ring)
+
+
+def _used(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """(A, 4) boxes as written, and (A, 2) sizes of their images, of annotations that training would look at."""
     rows = np.flatnonzero(columns.formed & ~columns.crowd & (columns.image >= 0))
     boxes = np.array([as_box(columns.entries[row]["bbox"]) for row in rows], np.float64).reshape(-1, 4)
-    return other_convention(boxes, columns.sizes[rows].astype(np.float64)) is not None
+    return boxes, columns.sizes[rows].astype(np.float64)
+
+
+def _of_another_convention(columns: Columns) -> bool:
+    return other_convention(*_used(columns)) is not None
 
 
 def _with_images(content: dict, folder: ImageFolder | None) -> tuple[dict, list[int], Counter]:

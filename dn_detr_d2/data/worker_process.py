@@ -69,7 +69,7 @@ def _tell_feeder_error(queue, error: Exception, sent) -> None:
     Python's own way is to print it and go on without the batch, for which the parent then waits for ever.
     """
     if isinstance(sent, tuple) and len(sent) == 2 and not isinstance(sent[1], ExceptionWrapper):
-        where = f"in {multiprocessing.current_process().name}, which could not send a batch to its parent"
+        where = f"in loader process {os.getpid()}, which could not send a batch to its parent"
         queue.put((sent[0], ExceptionWrapper((type(error), error, error.__traceback__), where)))
     else:
         traceback.print_exception(error)

@@ -306,7 +306,7 @@ def describe(error: BaseException, place: Place | None = None) -> str:
     return f"{rank}{type(error).__name__}: {told or _without_words(error)} (its traceback stands above)"
 
 
-FROM_LOADER = re.compile(r"Caught \w+ in [^\n]*[Pp]rocess[^\n]*\.\n")
+FROM_LOADER = re.compile(r"Caught \w+ in (?:DataLoader worker|loader) process[^\n]*\.\n")
 
 
 def sentence(error: BaseException) -> str:

@@ -167,3 +167,44 @@ def test_a_sentence_that_names_the_repair_is_true(run, tmp_path, change):
         load_coco_json(tmp_path / "set.json", tmp_path)
     assert run(content, "--fix", tmp_path / "out.json")[0] == 0
     assert sum(len(x["annotations"]) for x in load_coco_json(tmp_path / "out.json", tmp_path)) == 3
+
+
+def corners(count=12):
+    """A file whose boxes are corners, for images of 30 x 20 pixels."""
+    boxes = [[8 + i, 5 + i / 2, 18 + i, 13 + i / 2] for i in range(count)]
+    return valid_coco(annotations=[{"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": box, "area": box[2] * box[3]}
+                                   for i, box in enumerate(boxes)])  # fmt: skip
+
+
+def test_a_conversion_is_counted_and_its_areas_follow(run, tmp_path):
+    code, out, _ = run(corners(), "--fix", tmp_path / "out.json", "--boxes", "xyxy")
+    assert code == 0, out
+    assert "12 x box converted from xyxy" in out
+    assert "12 annotations changed" in out
+    fixed = json.loads((tmp_path / "out.json").read_text())
+    assert {(*x["bbox"][2:], x["area"]) for x in fixed["annotations"]} == {(10, 8, 80)}
+
+
+def test_normalised_boxes_without_sizes_are_not_converted_to_nothing(run, tmp_path):
+    content = corners()
+    for image in content["images"]:
+        del image["width"], image["height"]
+    for entry in content["annotations"]:
+        entry["bbox"] = [0.1, 0.2, 0.5, 0.25]
+    options = "--fix", tmp_path / "out.json", "--boxes", "xywh-normalised"
+    code, _, err = run(content, *options, "--no-images")
+    assert (code, err.count("\n"), (tmp_path / "out.json").exists()) == (2, 1, False)
+    assert "--no-images" in err
+    assert run(content, *options)[0] == 0
+    fixed = json.loads((tmp_path / "out.json").read_text())
+    assert {tuple(x["bbox"]) for x in fixed["annotations"]} == {(3, 4, 15, 5)}
+
+
+def test_many_boxes_that_stick_out_are_clipped_only_if_told(run, tmp_path):
+    content = corners()
+    for i, entry in enumerate(content["annotations"]):
+        entry["bbox"] = [25, 5, 9, 9] if i % 2 else [-5, 5, 9, 9]
+    code, _, err = run(content, "--fix", tmp_path / "out.json")
+    assert (code, err.count("\n"), (tmp_path / "out.json").exists()) == (2, 1, False)
+    assert "--boxes xywh" in err
+    assert run(content, "--fix", tmp_path / "out.json", "--boxes", "xywh")[0] == 0

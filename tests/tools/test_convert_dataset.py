@@ -298,6 +298,35 @@ def test_boxes_of_another_convention_are_noticed_and_read_if_told(folders, capsy
     assert yolo(folders, *lines, options=["--boxes", "cxcywh"])[0] == 0  # the other way out: as they are
 
 
+@pytest.mark.parametrize("bad", ["0 -0.03 0.2 0.4 0.5", "0 0.2 0.2 0.2 0.5", "0 0.9 0.9 0.2 0.1"])
+@pytest.mark.parametrize("count", [8, 20])
+def test_one_bad_line_does_not_hide_the_convention_of_the_others(folders, capsys, bad, count):
+    lines = [f"0 {0.3 + 0.01 * i:.2f} 0.4 {0.8 + 0.01 * i:.2f} 0.95" for i in range(count)]
+    lines += [bad] if count > 8 else []
+    assert yolo(folders, *lines) == (1, None)
+    assert "--boxes xyxy" in capsys.readouterr().err
+    code, content = yolo(folders, *lines, options=["--boxes", "xyxy"])
+    assert (code, content["annotations"][0]["bbox"]) == (0, pytest.approx([9, 8, 15, 11]))
+
+
+@pytest.mark.parametrize(
+    "line", ["0 .5 .5 .2 .2 .5 .5 2 .4 .4 1", "0 .5 .5 .2 .2 .9 7", "0 .5 .5 .2 .2 .5 .5 2 .4 .4 0"]
+)
+def test_boxes_with_more_numbers_are_not_called_pixels(folders, capsys, line):
+    assert yolo(folders, line, "1 0.3 0.3 0.1 0.1") == (1, None)
+    err = capsys.readouterr().err
+    assert "--pixels" not in err
+    assert "kpt_shape" in err
+    assert "--ignore-confidence" in err
+
+
+def test_a_confidence_and_the_number_of_a_track_are_left_out(folders, capsys):
+    code, content = yolo(folders, "0 .5 .5 1 1 .9 7", "0 .5 .5 .1 .2 .9 1", options=["--ignore-confidence"])
+    boxes = [pytest.approx(x) for x in ([0, 0, 30, 20], [13.5, 8, 3, 4])]
+    assert (code, [x["bbox"] for x in content["annotations"]]) == (0, boxes)
+    assert noted(capsys.readouterr().out)[convert_yolo.CONFIDENCES] == 2
+
+
 def test_key_points_are_left_out_where_data_yaml_tells_of_them(folders, capsys):
     (folders / "data.yaml").write_text("names: [cat]\nkpt_shape: [2, 3]")
     (folders / "labels" / "a.txt").write_text("0 0.5 0.5 1 1 0.1 0.1 2 0.2 0.2 1\n0 0.5 0.5 0.1 0.2")
