@@ -25,7 +25,7 @@ quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
 test: $(ENVIRONMENT)
-	@echo "== Running the tests (20 minutes on two cores)"
+	@echo "== Running the tests (23 minutes on two cores)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist worksteal
 
 lint: $(ENVIRONMENT)
