@@ -1,12 +1,13 @@
 import json
 
 import pytest
+from conftest import valid_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import load_coco_json, register_coco_json
-from dn_detr_d2.data.coco_custom import class_names
+from dn_detr_d2.data.coco_custom import class_names, load_with_categories
 
 
 def content(**changes):
@@ -132,3 +133,14 @@ def test_missing_files_are_named_with_the_way_out(write, tmp_path):
 def test_an_unknown_data_set_suggests_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'shapes_train'"):
         class_names("shape_train")
+
+
+def test_a_class_name_with_half_a_surrogate_pair_can_be_written(tmp_path):
+    """An emoji that was cut in two; TensorBoard and JSON in UTF-8 cannot hold it, and a training ended there."""
+    content = valid_coco(categories=[{"id": 1, "name": "cat \ud83d"}, {"id": 2, "name": "dog"}])
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / name)
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    _, categories = load_with_categories(tmp_path / "set.json", tmp_path)
+    assert list(categories.values()) == ["cat \\ud83d", "dog"]
+    assert all(name.encode() for name in categories.values())

@@ -229,7 +229,8 @@ def _told(content: dict) -> tuple[list, Counter]:
     used = {_plain(entry["category_id"]) for entry in kept}
     names = {}
     for place, category in enumerate(content["categories"]):
-        names.setdefault(str(category["name"]), []).append((_plain(category["id"]), place))
+        name = "".join(f"\\u{ord(x):x}" if "\ud800" <= x <= "\udfff" else x for x in str(category["name"]))
+        names.setdefault(name, []).append((_plain(category["id"]), place))
     classes = {}
     for name, given in names.items():
         chosen = {key for key, _ in given if key in used} or {given[-1][0]}
