@@ -404,7 +404,8 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
     lacking = {name: [x for x in classes if x not in set(most)] for name, classes in known.items()}
     for name, missing in lacking.items():
         if missing and name not in cfg.DATASETS.TRAIN:  # what only a test set lists, and has no objects of, is no class
-            lacking[name] = [x for x in missing if x in used_classes(name)]
+            used = used_classes(name)  # reads the set
+            lacking[name] = [x for x in missing if x in used]
     if lacking := {name: missing for name, missing in lacking.items() if missing}:
         largest = next(name for name in cfg.DATASETS.TRAIN if known.get(name) == most)
         others = "; ".join(f"{name} has {missing[:8]} besides" for name, missing in lacking.items())

@@ -24,9 +24,8 @@ from torch._utils import ExceptionWrapper
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 POLL = 1.0  # seconds between two looks whether the parent is still there
 GRACE = 1.0  # seconds that loader processes get to leave after SIGTERM
-BEFORE_MULTIPROCESSING = (
-    10  # priority of a finalizer: those from 0 on run before multiprocessing waits for its children
-)
+# Priority of a finalizer: those from 0 on run before multiprocessing waits for its children.
+BEFORE_MULTIPROCESSING = 10
 
 
 def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:

@@ -128,17 +128,21 @@ def test_a_summary_counts_what_the_mapper_will_do():
     assert list(found["problems"].values()) == [1, 1, 1, 1]
 
 
+def config_of(folder, name, content):
+    """The config of a training on an annotation file of the two pictures of :func:`conftest.valid_coco`."""
+    for picture in ("a.png", "b.png"):
+        Image.new("RGB", (30, 20)).save(folder / picture)
+    (folder / "set.json").write_text(json.dumps(content))
+    opts = ["DATASETS.COCO_JSON", [[name, str(folder / "set.json"), str(folder)]], "DATASETS.TRAIN", (name,)]
+    return setup_cfg(str(ROOT / "configs" / "quickstart.yaml"), [*opts, "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"])
+
+
 def test_boxes_of_which_none_can_be_trained_on_are_refused(tmp_path):
     """As tools/check_dataset.py says; a training on nothing would run to its end."""
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (30, 20)).save(tmp_path / name)
     content = valid_coco()
     for annotation, box in zip(content["annotations"], ([1, 2, 0, 0], [50, 50, 5, 5], [1, 1, 4, -1]), strict=True):
         annotation["bbox"] = box
-    (tmp_path / "set.json").write_text(json.dumps(content))
-    name = f"degenerate_{tmp_path.name}"
-    opts = ["DATASETS.COCO_JSON", [[name, str(tmp_path / "set.json"), str(tmp_path)]], "DATASETS.TRAIN", (name,)]
-    cfg = setup_cfg(str(ROOT / "configs" / "quickstart.yaml"), [*opts, "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"])
+    cfg = config_of(tmp_path, f"degenerate_{tmp_path.name}", content)
     with pytest.raises(DatasetError, match=r"no box .* can be trained on"):
         build_train_loader(cfg)
 
@@ -161,14 +165,9 @@ def test_records_get_the_numbers_that_the_model_gives_to_their_classes():
 
 
 def test_crowds_alone_are_refused_as_that(tmp_path):
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (30, 20)).save(tmp_path / name)
     content = valid_coco()
     for annotation in content["annotations"]:
         annotation["iscrowd"] = 1
-    (tmp_path / "set.json").write_text(json.dumps(content))
-    name = f"crowds_{tmp_path.name}"
-    opts = ["DATASETS.COCO_JSON", [[name, str(tmp_path / "set.json"), str(tmp_path)]], "DATASETS.TRAIN", (name,)]
-    cfg = setup_cfg(str(ROOT / "configs" / "quickstart.yaml"), [*opts, "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"])
+    cfg = config_of(tmp_path, f"crowds_{tmp_path.name}", content)
     with pytest.raises(DatasetError, match=r"all 3 annotations .* are crowds"):
         build_train_loader(cfg)
