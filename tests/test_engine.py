@@ -465,7 +465,6 @@ def twenty_steps(cfgs, folder):
                 torch.save(weights, f"{folder}/{name}_{comm.get_world_size()}.pth")
 
 
-@pytest.mark.slow
 def test_after_twenty_steps_of_adamw_two_processes_have_the_weights_of_one(toy_cfg, tmp_path):
     """In float64: AdamW divides by the root of a mean square, which blows up float32's rounding to whole steps.
 
@@ -507,7 +506,6 @@ def three_steps(cfg, folder):
     torch.save(model.module.state_dict(), f"{folder}/{comm.get_rank()}.pth")
 
 
-@pytest.mark.slow
 def test_one_decoder_layer_trains_in_two_processes(toy_cfg, tmp_path):
     cfg = toy_cfg("dn_detr", "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1)
     on_ranks(three_steps, cfg, str(tmp_path))

@@ -53,7 +53,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_one_two_and_three_processes_write_the_same_predictions(folder):
     """Seven images can be shared evenly by neither; of two images one of three processes gets none."""
     model = Trainer.build_model(make_cfg(folder, 7))

@@ -12,13 +12,16 @@ from ordeals.cases import run_cases
 from dn_detr_d2.data import coco_custom, images, normalise
 
 
-@pytest.mark.slow
-def test_the_quick_ordeals_end_well():
-    """Kills, signals, failing writes, flipped bits, mutated files, crowded images, in less than three minutes."""
-    line = [sys.executable, "tools/torture.py", "--quick"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
+@pytest.mark.parametrize(("line", "ordeals"), [
+    (["kill", "ask", "narrow", "flips", "--times", "2"], 4),
+    pytest.param(["--quick"], 8, marks=pytest.mark.long),
+])  # fmt: skip
+def test_the_quick_ordeals_end_well(line, ordeals):
+    """Kills, signals, failing writes, flipped bits; with --quick, more of them, and mutated files and crowded images."""
+    line = [sys.executable, "tools/torture.py", *line]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("\n|") == 1 + 8
+    assert done.stdout.count("\n|") == 1 + ordeals
 
 
 def test_a_reader_that_is_silent_is_found(tmp_path, monkeypatch):

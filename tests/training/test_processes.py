@@ -148,7 +148,6 @@ Path(f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{place.rank}").touch()
 """
 
 
-@pytest.mark.slow
 def test_torchrun_starts_again_over_gloo_with_the_variable(tmp_path):
     (tmp_path / "dies_once.py").write_text(DIES_ONCE)
     line = [
@@ -203,7 +202,7 @@ def torchrun(line, screen, *options):
         return subprocess.Popen(whole, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_and_two_torchruns_of_two_nodes_train_what_our_launcher_trains(tmp_path):
     own = [sys.executable, *command(tmp_path / "own", "--num-gpus", "2", "--dist-url", "auto")]
     done = subprocess.run(own, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

@@ -32,7 +32,6 @@ def until(path, process, seconds=200):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "processes", "workers"), [
     (signal.SIGTERM, 1, 2), (signal.SIGUSR1, 2, 0),
 ])  # fmt: skip
