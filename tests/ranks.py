@@ -8,6 +8,7 @@ before it has touched. A rank that raises or dies fails the test with its traceb
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import sys
 import tempfile
 from datetime import timedelta
@@ -33,6 +34,34 @@ def fork_server() -> multiprocessing.context.BaseContext:
         finally:
             os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return multiprocessing.get_context("forkserver")
+
+
+def fork_what_is_spawned(patch) -> None:
+    """The package's launcher takes its processes from the server, as long as the monkeypatch holds."""
+    given, server = torch.multiprocessing.get_context, fork_server()
+    patch.setattr(
+        torch.multiprocessing, "get_context", lambda method=None: server if method == "spawn" else given(method)
+    )
+
+
+class _Forked(multiprocessing.context.ForkProcess):
+    """A fork that receives signals as a new process does."""
+
+    def run(self):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        super().run()
+
+
+class _Forking(multiprocessing.context.ForkContext):
+    Process = _Forked
+
+
+def fork_directly() -> None:
+    """In a process that has computed nothing: the package's launcher forks its processes, which are its children."""
+    given = torch.multiprocessing.get_context
+    torch.multiprocessing.get_context = lambda method=None: _Forking() if method == "spawn" else given(method)
 
 
 def on_ranks(function, *args, ranks: int = 2) -> None:

@@ -5,20 +5,19 @@ import signal
 import subprocess
 import sys
 import time
-from textwrap import indent
 
 import pytest
 import torch
 from conftest import ROOT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from ranks import fork_directly, fork_server, fork_what_is_spawned
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.training import REQUEUE, ProcessError, TrainStep, assigned_place, launch
 from dn_detr_d2.training.processes import OWN_STORE, Place, _free_port
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -76,7 +75,8 @@ def alive(folder):
     ("hang", "image y.png cannot be read"),
     ("data", "rank 1 of 2: StopIteration: an iterator, such as the data loader's, has no more to give; raised in run_step"),
 ])  # fmt: skip
-def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, how, cause):
+def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, monkeypatch, how, cause):
+    fork_what_is_spawned(monkeypatch)
     with pytest.raises(ProcessError) as caught:
         launch(leave_as, 2, 1, 0, "auto", 60, (how, tmp_path))
     assert cause in str(caught.value)
@@ -85,6 +85,7 @@ def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(
 
 
 def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stack(tmp_path, capfd):
+    """With processes that are started as the program starts them."""
     with pytest.raises(ProcessError, match=r"rank 1 of 2: .*[Tt]imed out.*stood where its stack above says"):
         launch(leave_as, 2, 1, 0, "auto", 8, ("stuck", tmp_path))
     assert time.time() - (tmp_path / "met").stat().st_mtime < 8 + 10
@@ -95,42 +96,38 @@ def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stac
     assert "in _run" in stack
 
 
-MACHINE = """
-import sys
-from pathlib import Path
-from test_processes import leave_as
-from dn_detr_d2.training import ProcessError, launch
-try:
-    sys.exit(launch(leave_as, 1, 2, {rank}, "tcp://127.0.0.1:{port}", 60, ({how!r}, Path({folder!r}))))
-except ProcessError as error:
-    sys.exit(f"error: {{error}}")
-"""
+def machine(rank, port, how, folder):
+    """What the launcher of one of two machines does; its exit code and its last words are the program's."""
+    os.dup2(os.open(folder / f"machine_{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
+    fork_directly()
+    try:
+        sys.exit(launch(leave_as, 1, 2, rank, f"tcp://127.0.0.1:{port}", 60, (how, folder)))
+    except ProcessError as error:
+        sys.exit(f"error: {error}")
 
 
 @pytest.mark.parametrize(("how", "codes"), [("nothing", (0, 0)), ("stop", (REQUEUE, REQUEUE)), ("kill", (1, 1))])
 def test_launchers_of_two_machines_start_and_end_together(tmp_path, how, codes):
     """Both on this machine, one process each."""
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *TESTS)))}
-    machines = []
     port = _free_port()
-    for rank in range(2):
-        script = tmp_path / f"machine_{rank}.py"
-        body = MACHINE.format(rank=rank, how=how, folder=str(tmp_path), port=port)
-        script.write_text("if __name__ == '__main__':\n" + indent(body, "    "))
-        line = [sys.executable, str(script)]
-        machines.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
+    machines = [fork_server().Process(target=machine, args=(rank, port, how, tmp_path)) for rank in range(2)]
+    for each in machines:
+        each.start()
+    said = [tmp_path / f"machine_{rank}.txt" for rank in range(2)]
     while not (tmp_path / "met").exists():
-        assert any(machine.poll() is None for machine in machines), [m.communicate()[1] for m in machines]
+        assert any(each.is_alive() for each in machines), [path.read_text() for path in said]
         time.sleep(0.1)
     while alive(tmp_path) and time.time() - (tmp_path / "met").stat().st_mtime < 60:
         time.sleep(0.1)
     gone = time.time() - (tmp_path / "met").stat().st_mtime
-    said = [machine.communicate(timeout=200)[1] for machine in machines]
-    assert tuple(machine.returncode for machine in machines) == codes, said
+    for each in machines:
+        each.join(200)
+    last = [path.read_text().splitlines()[-1:] for path in said]
+    assert tuple(each.exitcode for each in machines) == codes, last
     if how == "kill":
         assert gone < 10
-        assert "was killed (SIGKILL)" in said[1].splitlines()[-1]
-        assert said[0].splitlines()[-1].startswith("error: rank 0 of 2: ")
+        assert "was killed (SIGKILL)" in last[1][0]
+        assert last[0][0].startswith("error: rank 0 of 2: ")
 
 
 DIES_ONCE = """
@@ -175,7 +172,8 @@ def test_restarts_over_gloo_without_the_variable_are_refused(monkeypatch):
     assert assigned_place(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == Place(0, 2, 0, 2)
 
 
-def test_processes_that_stop_on_request_are_no_failure(tmp_path):
+def test_processes_that_stop_on_request_are_no_failure(tmp_path, monkeypatch):
+    fork_what_is_spawned(monkeypatch)
     assert launch(leave_as, 2, 1, 0, "auto", 60, ("stop", tmp_path)) == REQUEUE
 
 

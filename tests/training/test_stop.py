@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from ranks import fork_what_is_spawned
 from toy_training import command, differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
@@ -91,7 +92,8 @@ def work_alone(folder):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_work_of_one_rank_alone_is_cut_off_for_all(tmp_path, processes):
+def test_work_of_one_rank_alone_is_cut_off_for_all(tmp_path, monkeypatch, processes):
+    fork_what_is_spawned(monkeypatch)
     start = time.monotonic()
     assert launch(work_alone, processes, 1, 0, "auto", 100, (tmp_path,)) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [str(rank) for rank in range(processes)]
