@@ -424,7 +424,7 @@ def test_two_gloo_processes_equal_one(toy_cfg, tmp_path):
 def normalise_locally(patch):
     """Each process divides by its own number of objects instead of the mean over all."""
     own = lambda counts, device: torch.tensor(counts, dtype=torch.float64, device=device).clamp(min=1)  # noqa: E731
-    patch.setattr("dn_detr_d2.modeling.meta_arch.mean_over_ranks", own)
+    patch.setattr("dn_detr_d2.losses.normalizers.mean_over_ranks", own)
 
 
 def do_not_reduce(patch):

@@ -25,7 +25,7 @@ def test_a_probe_is_the_matching_of_the_model_in_evaluation_mode(toy_model, syst
     assert [image.image_id for image in images] == ["5", "6", "7"]
     for image, [record] in zip(images[::-1], loader, strict=True):
         with torch.no_grad():
-            seen = model.observe([record])
+            seen = model.forward_outputs([record])
         count = len(record["instances"])
         queries = 27 if system in ("encoder_only", "anchor_detr") else 9  # three patterns
         assert image.matched.shape == (3, queries)

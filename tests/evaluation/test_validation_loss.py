@@ -43,8 +43,9 @@ def test_they_are_what_the_criterion_says_of_all_images_at_once(toy_model, syste
     found = validation_losses(model, loader)
     model.eval()
     with torch.no_grad():
-        expected = {name: x.item() for name, x in model.weighted_losses(model.observe(batch, model.denoising)).items()}
-        seen = model.observe(batch)
+        losses = model.losses(model.forward_outputs(batch, model.denoising))
+        expected = {name: loss.value.item() for name, loss in losses.items()}
+        seen = model.forward_outputs(batch)
         pairs = model.matcher(seen.matching, seen.targets)
         by_hand = model.criterion(seen.matching, seen.targets, pairs, torch.tensor(4.0))
     assert found.pop("total_loss") == pytest.approx(sum(expected.values()), rel=1e-4)
@@ -58,7 +59,7 @@ def test_a_mean_over_queries_is_averaged_over_the_images(toy_model):
     model = toy_model("detr").eval()
     _, loader = one_by_one(3, 0, 1)
     with torch.no_grad():
-        single = [model.weighted_losses(model.observe(batch)) for batch in loader]
+        single = [{k: x.value for k, x in model.losses(model.forward_outputs(batch)).items()} for batch in loader]
     found = validation_losses(model, loader)
     assert found["main/class"] == pytest.approx(sum(x["main/class"].item() for x in single) / 3, rel=1e-5)
     # a step divides by at least one object; the second image has none

@@ -142,7 +142,7 @@ def test_a_level_has_the_share_that_the_query_gives_it():
 def test_recording_changes_nothing_and_leaves_no_hook(recorded, system):
     model, image, seen, layers = recorded(system)
     with torch.no_grad():
-        plain = model.observe([image], annotated=False)
+        plain = model.forward_outputs([image], annotated=False)
     assert torch.equal(plain.predictions.boxes, seen.predictions.boxes)
     assert torch.equal(plain.predictions.logits, seen.predictions.logits)
     assert not any(module._forward_pre_hooks for module in model.decoder.modules())

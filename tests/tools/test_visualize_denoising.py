@@ -28,7 +28,7 @@ def observe(toy_model):
     def run(system, *overrides):
         model = toy_model(system, *overrides).eval()
         (record,) = make_batch(3, sizes=((64, 96),))
-        return observe_denoising(model, record, 0), to_rgb(record["image"], "RGB"), model.denoising.COPIES
+        return observe_denoising(model, record, 0), to_rgb(record["image"], "RGB"), model.denoising.generator.COPIES
 
     return run
 

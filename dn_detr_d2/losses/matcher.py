@@ -3,15 +3,18 @@
 Shapes: K prediction sets (decoder layers), N images, Q queries, M ground truths of the fullest image, P classes, T pairs.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
-from detectron2.config import configurable
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
+from ..boxes import GIOU_EPS
 from ..structures import Assignment, Predictions, Targets, upload
-from .losses import float32, focal_terms, pairwise_l1
+from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost
+from .functional import float32
 
 
 class HungarianMatcher:
@@ -21,17 +24,22 @@ class HungarianMatcher:
     query of one image and a target of another is ever computed. SciPy solves each block.
 
     Args:
-        class_cost, l1_cost, giou_cost: weights of the three costs, not all 0.
-        focal_alpha, focal_gamma: of the focal class cost.
-        giou_eps: of :func:`~dn_detr_d2.boxes.giou`.
+        costs: each with its weight, not all 0; None = those of :meth:`default_costs` with ``settings``.
+        settings: of :meth:`default_costs`.
 
     Raises:
         ValueError: negative weights, or all of them 0.
     """
 
-    @configurable
-    def __init__(
-        self,
+    def __init__(self, costs: Sequence[Cost] | None = None, **settings: float):
+        if costs is not None and settings:
+            raise ValueError(f"give either costs or {sorted(settings)}: a cost knows its weight")
+        self.costs = list(self.default_costs(**settings) if costs is None else costs)
+        if not any(cost.weight for cost in self.costs):
+            raise ValueError(f"the weights of {[cost.name for cost in self.costs]} must not all be 0")
+
+    @staticmethod
+    def default_costs(
         *,
         class_cost: float = 2.0,
         l1_cost: float = 5.0,
@@ -39,25 +47,13 @@ class HungarianMatcher:
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         giou_eps: float = GIOU_EPS,
-    ):
-        weights = (class_cost, l1_cost, giou_cost)
-        if min(weights) < 0 or not any(weights):
-            raise ValueError(f"matching costs must not be negative, nor all 0, got {weights} (class, L1, GIoU)")
-        self.class_cost, self.l1_cost, self.giou_cost = weights
-        self.focal_alpha, self.focal_gamma, self.giou_eps = focal_alpha, focal_gamma, giou_eps
-
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR.MATCHER`` and the focal constants of ``LOSS``."""
-        node = cfg.MODEL.DN_DETR
-        return {
-            "class_cost": node.MATCHER.CLASS_COST,
-            "l1_cost": node.MATCHER.L1_COST,
-            "giou_cost": node.MATCHER.GIOU_COST,
-            "focal_alpha": node.LOSS.FOCAL_ALPHA,
-            "focal_gamma": node.LOSS.FOCAL_GAMMA,
-            "giou_eps": node.LOSS.GIOU_EPS,
-        }
+    ) -> list[Cost]:
+        """Focal class cost, GIoU and L1 with the weights of the paper's models."""
+        return [
+            ClassFocalCost(class_cost, focal_alpha, focal_gamma),
+            BoxGIoUCost(giou_cost, giou_eps),
+            BoxL1Cost(l1_cost),
+        ]
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:
@@ -83,17 +79,9 @@ class HungarianMatcher:
         """(K, N, Q, M) float32 matching costs; columns of padded targets are meaningless."""
         with torch.autocast(predictions.logits.device.type, enabled=False):
             logits, boxes = float32(predictions.logits, predictions.boxes)
-            k, n, q, _ = logits.shape
-            index = targets.labels[None, :, None].expand(k, n, q, -1)
-            predicted, wanted = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets.boxes)
-            overlap = giou(predicted[..., :, None, :], wanted[:, None], self.giou_eps)
-            cost = self.class_cost * self._class_cost(logits, index) - self.giou_cost * overlap
-            return cost + self.l1_cost * pairwise_l1(boxes, targets.boxes)
-
-    def _class_cost(self, logits: Tensor, index: Tensor) -> Tensor:
-        """(K, N, Q, P) logits and (K, N, Q, M) labels -> (K, N, Q, M): what the focal loss would change by."""
-        negative, positive = focal_terms(logits.gather(-1, index), self.focal_alpha, self.focal_gamma)
-        return positive - negative
+            predictions = replace(predictions, logits=logits, boxes=boxes)
+            first, *others = (cost.weight * cost(predictions, targets) for cost in self.costs)
+            return sum(others, first)
 
     @staticmethod
     def _solve(cost: np.ndarray, layer: int, image: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,8 +94,10 @@ class HungarianMatcher:
 
 
 class SoftmaxMatcher(HungarianMatcher):
-    """DETR's class cost: minus the probability of the class, "no object" being one of them."""
+    """:class:`HungarianMatcher` with DETR's class cost: minus the probability of the class."""
 
-    def _class_cost(self, logits: Tensor, index: Tensor) -> Tensor:
-        """(K, N, Q, P + 1) logits and (K, N, Q, M) labels -> (K, N, Q, M)."""
-        return -logits.softmax(-1).gather(-1, index)
+    @staticmethod
+    def default_costs(**settings: float) -> list[Cost]:
+        """The costs of :class:`HungarianMatcher` with :class:`~dn_detr_d2.losses.costs.ClassSoftmaxCost` as the first."""
+        focal, *boxes = HungarianMatcher.default_costs(**settings)
+        return [ClassSoftmaxCost(focal.weight), *boxes]
