@@ -7,6 +7,7 @@ from .embedding import LabelEncoder, embed_boxes
 from .generator import ContrastiveDenoisingGenerator, DenoisingGenerator
 from .isolation import check_groups, check_isolation
 from .noised_targets import NoisedTargets
+from .outputs import to_predictions
 from .plugin import DenoisingQueries, QueryDenoising, pad_targets
 from .query_groups import QueryGroups
 
@@ -22,4 +23,5 @@ __all__ = [
     "check_isolation",
     "embed_boxes",
     "pad_targets",
+    "to_predictions",
 ]

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
-from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, name_layers, step_normalizers
+from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
 from ..structures import Pyramid, to_device
 from .batch import count_objects, group_by_size, make_targets
 from .build import build_parts
 from .neck import padding_mask
 from .outputs import ForwardOutputs
 from .postprocess import Postprocess
+from .training_losses import training_losses
 
 
 @META_ARCH_REGISTRY.register()
@@ -61,15 +62,8 @@ class DenoisingDETR(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Builds the parts; raises ConfigError where keys do not go together."""
-        return build_parts(cfg)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are sent."""
-        return self.pixel_mean.device
+    from_config = staticmethod(build_parts)
+    device = property(lambda self: self.pixel_mean.device, doc="Where the images are sent.")
 
     def forward(
         self, batched_inputs: list[dict], normalizers: StepNormalizers | None = None
@@ -102,11 +96,7 @@ class DenoisingDETR(nn.Module):
         return [found[i] for i in range(len(batched_inputs))]
 
     def step_normalizers(self, counts: list[int]) -> StepNormalizers:
-        """What the losses of a step are divided by; all processes call it together.
-
-        Args:
-            counts: objects of each image of this process in this step.
-        """
+        """What the losses of a step with ``counts`` objects in each image are divided by; all processes call it together."""
         if self.denoising is None:
             return step_normalizers(counts, 0, self.device)
         return self.denoising.normalizers(counts, self.device)
@@ -156,24 +146,6 @@ class DenoisingDETR(nn.Module):
         return self.neck(self.backbone(images.tensor), padding)
 
     def losses(self, outputs: ForwardOutputs, normalizers: StepNormalizers | None = None) -> dict[str, LossValue]:
-        """All loss terms of an annotated pass, as :meth:`forward` names them.
-
-        Args:
-            outputs: of :meth:`forward_outputs`.
-            normalizers: what matching losses are divided by; None = what these images alone give.
-        """
-        targets, proposals, dn = outputs.targets, outputs.queries.proposals, outputs.dn
-        pairs = normalizers.matching if normalizers is not None else float(max(sum(targets.counts), 1))
-        others = {}
-        if dn is not None:
-            others |= self._named(dn.terms(outputs.denoising), "denoising", "dn", "dn")
-        if proposals is not None:
-            wanted = self.query_source.proposal_targets(targets)
-            terms = self.criterion(proposals, wanted, self.matcher(proposals, wanted), pairs)
-            others |= self._named(terms, "proposal", "proposal", "proposal")
-        terms = self.criterion(outputs.matching, targets, self.matcher(outputs.matching, targets), pairs)
-        return self._named(terms, "matching", "main", "aux") | others
-
-    def _named(self, terms: dict[str, Tensor], kind: str, last: str, others: str) -> dict[str, LossValue]:
-        values = {term: [LossValue(x, kind, self.criterion.is_mean(term)) for x in terms[term]] for term in terms}
-        return name_layers(values, last, others)
+        """:func:`~dn_detr_d2.modeling.training_losses.training_losses` of a pass, as :meth:`forward` names them."""
+        proposal_targets = getattr(self.query_source, "proposal_targets", None)
+        return training_losses(outputs, self.matcher, self.criterion, proposal_targets, normalizers)
