@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measures matcher and criterion against a straightforward per-layer reference.
 
-    python tools/benchmark_criterion.py                        # the table of docs/performance.md, about 3 minutes
-    python tools/benchmark_criterion.py --cases 16x7 --rounds 9
+    python dev/benchmark_criterion.py                        # the table of docs/performance.md, about 3 minutes
+    python dev/benchmark_criterion.py --cases 16x7 --rounds 9
 
 The reference does what most DETR code does: one layer after another, costs between all images, one copy to the host a
 layer, one-hot class targets, and the diagonal of the full GIoU matrix. Both sides get the same predictions in the same

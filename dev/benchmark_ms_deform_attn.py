@@ -1,8 +1,8 @@
 """Times deformable attention against what PyTorch offers, and writes a CSV and a plot.
 
-    python tools/benchmark_ms_deform_attn.py --device cpu --quick
-    python tools/benchmark_ms_deform_attn.py --device cpu --curves
-    python tools/benchmark_ms_deform_attn.py --device cuda
+    python dev/benchmark_ms_deform_attn.py --device cpu --quick
+    python dev/benchmark_ms_deform_attn.py --device cpu --curves
+    python dev/benchmark_ms_deform_attn.py --device cuda
 
 All rivals of a row run in this process on the same inputs, on the CPU interleaved; a ratio is the median of the rounds'
 ratios, with its smallest and largest value. On a GPU the kernels are timed and not Python: a CUDA graph holds one call for
@@ -21,11 +21,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from benchmark import on_cuda
-from benchmark.cases import gather_corners, grid_sample_composite, make_case
-from benchmark.curves import measure_curves, write_curves
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
+from dev.benchmark import on_cuda
+from dev.benchmark.cases import gather_corners, grid_sample_composite, make_case
+from dev.benchmark.curves import measure_curves, write_curves
 from dn_detr_d2.layers import missing_kernel, ms_deform_attn, ms_deform_attn_fused
 from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Does denoising do what the papers say? Trains pairs that differ in nothing else, and reports.
 
-    python tools/convergence.py --quick                    # one seed, both pairs, under 15 minutes on two cores
-    python tools/convergence.py --seeds 1 2 3 --output docs/evidence/convergence
-    python tools/convergence.py --pairs deformable --ablations --seeds 1
-    python tools/convergence.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
-    python tools/convergence.py --bccd ../shared/data/bccd --pairs deformable
+    python dev/compare_runs.py --quick                    # one seed, both pairs, under 15 minutes on two cores
+    python dev/compare_runs.py --seeds 1 2 3 --output docs/evidence/convergence
+    python dev/compare_runs.py --pairs deformable --ablations --seeds 1
+    python dev/compare_runs.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
+    python dev/compare_runs.py --bccd ../shared/data/bccd --pairs deformable
 
-Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (tools/race/*.yaml), DN also with half the
+Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (dev/compare/*.yaml), DN also with half the
 iterations, on the embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images
 in the same order, and comparable times. Writes OUTPUT/<pair>.md and <pair>.png; the runs themselves, and what
 pycocotools prints, stay in --runs. Exit code 2: bad input.
@@ -26,17 +26,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from plotting.command import answer
-from plotting.curves import draw
-from plotting.runs import Group, read_run
-from race.report import HEADERS, ended, rows, verdicts
-from race.train import folders_of, race
-from race.variants import ABLATIONS, FOLDER, PAIRS, contestants
 from tabulate import tabulate
 
+from dev.compare.report import HEADERS, ended, rows, verdicts
+from dev.compare.train import folders_of, race
+from dev.compare.variants import ABLATIONS, FOLDER, PAIRS, contestants
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
+from dn_detr_d2.command_line import answer
 from dn_detr_d2.training import end_with_parent
+from dn_detr_d2.visualization.curves import draw
+from dn_detr_d2.visualization.runs import Group, read_run
 
 QUICK_ITERATIONS = 300
 INSTRUMENTS = ["TEST.INSTABILITY.NUM_IMAGES", 100]
@@ -180,7 +180,7 @@ def report(args: argparse.Namespace) -> list[str]:
 def command_line() -> str:
     """What was called."""
     called = sys.argv[1:] if Path(sys.argv[0]).name == Path(__file__).name else []
-    return shlex.join(["python", "tools/convergence.py", *called])
+    return shlex.join(["python", "dev/compare_runs.py", *called])
 
 
 def machine() -> str:

@@ -1,6 +1,6 @@
 """Counts what the CUDA kernels execute, from their machine code; needs nvcc and cuobjdump, but no GPU.
 
-    python tools/count_cuda_instructions.py --architecture 90
+    python dev/count_cuda_instructions.py --architecture 90
 
 Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K =
 16 points, the registers of a thread and the bytes that a thread spills. "fused" is the form that models call:

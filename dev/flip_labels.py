@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Plants wrong labels in a COCO-format file, and counts how many of them find_label_errors.py has found.
 
-    python tools/flip_labels.py annotations.json flipped.json --rate 0.1
-    python tools/flip_labels.py annotations.json flipped.json --found label_errors/label_errors.csv
+    python dev/flip_labels.py annotations.json flipped.json --rate 0.1
+    python dev/flip_labels.py annotations.json flipped.json --found label_errors/label_errors.csv
 
 The first writes flipped.json, in which so many annotations have another class, drawn uniformly. The second compares the two
 files with the ranking made from the second: precision and recall at several lengths of the list, and how often the suggested

@@ -1,8 +1,8 @@
 """Random calls of the deformable attention kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tools/fuzz_ms_deform_attn.py --cases 1000000
+    python dev/fuzz_ms_deform_attn.py --cases 1000000
 
-Builds tools/fuzz/ with the kernels of csrc/ (every instruction set of this processor, and the CUDA kernels on an emulator
+Builds dev/fuzz/ with the kernels of csrc/ (every instruction set of this processor, and the CUDA kernels on an emulator
 that runs them on the CPU), and compares each call with slow loops in float64. A case is made from its number: what a
 report names can be repeated with ``--first NUMBER --cases 1``. Exits with 1 on a mismatch or a sanitizer's report.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     *sorted(ROOT.glob("csrc/cpu/kernels_*.cpp")),
-    ROOT / "tools" / "fuzz" / "cuda_on_cpu.cpp",
-    ROOT / "tools" / "fuzz" / "main.cpp",
+    ROOT / "dev" / "fuzz" / "cuda_on_cpu.cpp",
+    ROOT / "dev" / "fuzz" / "main.cpp",
 ]
 SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-clobbered", "-Wno-unknown-pragmas", *SANITIZE]
@@ -40,7 +40,7 @@ def build(jobs: int = 2) -> Path:
         *ROOT.glob("csrc/*.h"),
         *ROOT.glob("csrc/cpu/*.h"),
         *ROOT.glob("csrc/cuda/*.cuh"),
-        *ROOT.glob("tools/fuzz/*.h"),
+        *ROOT.glob("dev/fuzz/*.h"),
     ]
     digest = hashlib.sha256(" ".join([compiler, *FLAGS]).encode())
     for path in sorted([*SOURCES, *headers]):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Maltreats a training and what it reads, and counts what does not end as promised in docs/reliability.md.
 
-    python tools/torture.py --quick
-    python tools/torture.py kill --times 200
-    python tools/torture.py kill --times 20 --processes 2 --workers 2
+    python dev/stress_test.py --quick
+    python dev/stress_test.py kill --times 200
+    python dev/stress_test.py kill --times 20 --processes 2 --workers 2
 
 Ordeals, each with its size at a release:
 
@@ -18,7 +18,7 @@ Ordeals, each with its size at a release:
     coco-size    118000   images of an annotation file of COCO's size, which must be checked within 60 s
     crowds       7        images of 0 to 3,000 boxes under a budget of denoising queries
 
-Prints a table; the exit code is 1 if anything went wrong. What counts as wrong stands in tools/ordeals/.
+Prints a table; the exit code is 1 if anything went wrong. What counts as wrong stands in dev/stress/.
 """
 
 import argparse
@@ -32,9 +32,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a fork keeps one thread
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ordeals import endurance, files, lives, mutations  # noqa: E402
-from ordeals.cases import run_cases  # noqa: E402
-from ordeals.results import Result, table  # noqa: E402
+from dev.stress import endurance, files, lives, mutations  # noqa: E402
+from dev.stress.cases import run_cases  # noqa: E402
+from dev.stress.results import Result, table  # noqa: E402
 
 HARMS = {"kill": lives.Kill, "ask": lives.Ask, "narrow": lives.NarrowFiles, "full-disk": lives.FullDisk}
 CASES = {"annotations": mutations.annotation_cases, "images": mutations.image_cases}

@@ -1,10 +1,10 @@
 """What came out of a race, as tables."""
 
 import numpy as np
-from plotting.curves import AP, reaching, spread
-from plotting.runs import Group, Run
 
 from dn_detr_d2 import UserError
+from dn_detr_d2.visualization.curves import AP, reaching, spread
+from dn_detr_d2.visualization.runs import Group, Run
 
 from .variants import DENOISED, HALF, MATCHING
 

@@ -70,7 +70,7 @@ def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: l
 
     Args:
         config: of the pair.
-        variants: see :mod:`race.variants`.
+        variants: see :mod:`dev.compare.variants`.
         seed: of all of them.
         output: a folder for each variant is made in it.
         opts: [key, value, ...] for all; ``SOLVER.MAX_ITER`` is that of a whole training.

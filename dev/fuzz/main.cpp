@@ -1,4 +1,4 @@
-// Random calls of the kernels, compared with slow loops in double; built with sanitizers by tools/fuzz_ms_deform_attn.py.
+// Random calls of the kernels, compared with slow loops in double; built with sanitizers by dev/fuzz_ms_deform_attn.py.
 //
 //   fuzz SEED FIRST COUNT CUDA_EVERY [PLANT]
 //

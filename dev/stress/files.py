@@ -14,7 +14,7 @@ from dn_detr_d2.training.folder import fault_of
 from .lives import in_peace
 from .results import Result
 
-CHECKER = Path(__file__).resolve().parent.parent / "check_dataset.py"
+CHECKER = Path(__file__).resolve().parents[2] / "tools" / "check_dataset.py"
 COCO_IMAGES, BOXES_PER_IMAGE, LONGEST = 118_000, 7.29, 60  # of train2017: 860 thousand boxes; seconds
 PLANTED = 1000  # one box in so many has no width
 

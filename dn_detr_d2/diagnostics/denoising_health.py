@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..modeling.meta_arch import Observation
 from ..modeling.postprocess import class_probability
 from ..randomness import reseed
-from .isolation import device_of, gather, untouched, unwrap
+from .model_state import device_of, gather, preserve_state, unwrap
 from .probe import require_objects
 
 
@@ -82,7 +82,7 @@ def measure_restoration(
     scales, generator = list(scales), denoising_of(model)
     noise, classes = generator.label_noise_prob, generator.num_classes
     sums = {scale: [] for scale in scales}
-    with untouched(model) as bare:
+    with preserve_state(model) as bare:
         for batch in loader:
             for scale in scales:
                 sums[scale] += [_count_restored(seen, classes) for seen in _observe(bare, batch, noise, scale, [seed])]
@@ -118,7 +118,7 @@ def judge_labels(
     if classes < 2:
         raise ConfigError("labels can only be judged where there are at least 2 classes, the model has 1")
     judged = []
-    with untouched(model) as bare:
+    with preserve_state(model) as bare:
         for batch in loader:
             seeds = range(seed, seed + repeats)
             passes = list(_observe(bare, batch, 1.0, box_noise_scale, seeds))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import LeakError
 from ..modeling.meta_arch import Observation
 from ..structures import ObjectQueries
-from .isolation import untouched
+from .model_state import preserve_state
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def check_denoising(
     Raises:
         LeakError: somebody noticed; the text says who and by how much.
     """
-    with untouched(model, seed) as bare:
+    with preserve_state(model, seed) as bare:
         if bare.denoising is None:
             logger.info("DEBUG.CHECK_DENOISING: the model trains without denoising, there is no mask to check")
             return

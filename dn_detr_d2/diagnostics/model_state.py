@@ -14,7 +14,7 @@ from ..randomness import own_randomness
 
 
 @contextmanager
-def untouched(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
+def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """The model itself, out of DistributedDataParallel, in evaluation mode, without gradients, under a seed of its own.
 
     Afterwards every module has the mode that it had, and the random streams of Python, NumPy and PyTorch go on from where

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import DatasetError
 from ..modeling.meta_arch import Observation
 from ..structures import Assignment
-from .isolation import gather, untouched
+from .model_state import gather, preserve_state
 
 
 @dataclass
@@ -52,7 +52,7 @@ def probe(model: nn.Module, loader: Iterable[list[dict]]) -> list[ProbedImage]:
         DatasetError: no image has a box that can be used.
     """
     images = []
-    with untouched(model) as bare:
+    with preserve_state(model) as bare:
         for batch in loader:
             seen = bare.observe(batch)
             assignment = bare.matcher(seen.matching, seen.targets)

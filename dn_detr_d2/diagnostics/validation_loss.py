@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..modeling.meta_arch import Observation
 from ..randomness import reseed
 from ..structures import Share
-from .isolation import gather, untouched
+from .model_state import gather, preserve_state
 from .probe import require_objects
 
 
@@ -35,7 +35,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         FloatingPointError: predictions are not finite.
     """
     rows = []
-    with untouched(model) as bare:
+    with preserve_state(model) as bare:
         one = bare.pixel_mean.new_ones(())
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)

@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from dn_detr_d2.modeling.meta_arch import Observation
-from dn_detr_d2.modeling.postprocess import class_probability
-
+from ..modeling.meta_arch import Observation
+from ..modeling.postprocess import class_probability
 from .images import draw_box, image_grid, legend, to_pixels
 from .recording import Layer, heat_map, on_image
 from .style import ON_IMAGE
@@ -31,7 +30,7 @@ def draw_attention(seen: Observation, layers: list[Layer], query: int, pixels: n
     """One query over all decoder layers.
 
     Args:
-        seen, layers: from :func:`plotting.recording.record`.
+        seen, layers: from :func:`~.recording.record`.
         query: which, from 0.
         pixels: (H, W, 3) RGB, the image.
         names: of the classes.

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dn_detr_d2 import UserError
-
+from ..errors import UserError
 from .runs import AXES, Group, Run
 from .style import colour, new_figure, save
 

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from dn_detr_d2.modeling.meta_arch import Observation
-
+from ..modeling.meta_arch import Observation
 from .images import FLIPPED, draw_box, image_grid, legend, to_pixels, write
 from .style import ON_IMAGE, PALETTE, colour, new_figure
 

@@ -11,9 +11,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from dn_detr_d2.boxes import cxcywh_to_xyxy, image_scale
-from dn_detr_d2.text_output import escaped
-
+from ..boxes import cxcywh_to_xyxy, image_scale
+from ..text_output import escaped
 from .style import new_figure
 
 FLIPPED = "#D55E00"

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dn_detr_d2 import CheckpointError, ConfigError, DatasetError
-from dn_detr_d2.data import DetrDatasetMapper, check_files, records_of
-from dn_detr_d2.data.loader import has_boxes
-from dn_detr_d2.data.mapper import AnnotatedDatasetMapper
-from dn_detr_d2.engine import Trainer, load_for_evaluation
+from ..data import DetrDatasetMapper, check_files, records_of
+from ..data.loader import has_boxes
+from ..data.mapper import AnnotatedDatasetMapper
+from ..engine import Trainer, load_for_evaluation
+from ..errors import CheckpointError, ConfigError, DatasetError
 
 
 def load_model(cfg, weights: str) -> nn.Module:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention
-from dn_detr_d2.layers import ConditionalCrossAttention, MultiLevelConditionalCrossAttention
-from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
-from dn_detr_d2.modeling.meta_arch import Observation
-from dn_detr_d2.structures import Memory
+from ..errors import ConfigError
+from ..layers import ConditionalCrossAttention, MultiLevelConditionalCrossAttention, MultiScaleDeformableAttention
+from ..layers.ms_deform_attn import locations_from_boxes, locations_from_points
+from ..modeling.meta_arch import Observation
+from ..structures import Memory
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from dn_detr_d2 import UserError
+from ..errors import UserError
 
 AXES = ("iterations", "seconds")
 

@@ -1,6 +1,5 @@
 """The operator's measuring tools: what they compare is the same thing, and what they count is in the machine code."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,21 +8,19 @@ import pytest
 import torch
 from conftest import ROOT
 
+from dev import benchmark_ms_deform_attn as benchmark
+from dev import count_cuda_instructions as counting
+from dev.benchmark import curves
+from dev.benchmark.cases import gather_corners, grid_sample_composite, make_case
+from dev.benchmark.on_cuda import count_sets, seconds_by_graph
 from dn_detr_d2.layers import missing_kernel, ms_deform_attn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.fixture
-def tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-
-
 @pytest.mark.parametrize("queries", [None, 7])
 @pytest.mark.parametrize("levels", [1, 4])
-def test_every_rival_computes_the_operator(tools, queries, levels):
-    from benchmark.cases import gather_corners, grid_sample_composite, make_case
-
+def test_every_rival_computes_the_operator(queries, levels):
     case = make_case(64, 80, queries=queries, n=2, h=2, d=4, k=3, levels=levels)
     arguments = (case["value"], case["shapes"], case["locations"], case["weights"])
     expected = ms_deform_attn(*arguments, "torch")
@@ -31,9 +28,7 @@ def test_every_rival_computes_the_operator(tools, queries, levels):
         torch.testing.assert_close(rival(*arguments), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_unit_costs_are_times_over_work(tools, monkeypatch):
-    from benchmark import curves
-
+def test_unit_costs_are_times_over_work(monkeypatch):
     monkeypatch.setattr(curves, "seconds_of", lambda case, backward: case["weights"].shape[1] ** 2)
     points = {str(q): {"height": 32, "width": 32, "queries": q} for q in (2, 4, 8)}
     rows = curves.measure_curve("queries", points, 5, {})
@@ -55,9 +50,7 @@ class Replay:
         return self.TIME * repeats * len(self.results)
 
 
-def test_a_round_on_the_gpu_is_long_enough_and_a_figure_is_that_of_one_call(tools):
-    from benchmark.on_cuda import seconds_by_graph
-
+def test_a_round_on_the_gpu_is_long_enough_and_a_figure_is_that_of_one_call():
     Replay.seen = []
     times = seconds_by_graph([(lambda: None, lambda made: made)] * 2, 3, Replay)
     assert Replay.seen[0].asked == [1, 2, 4, 8, 16, 16, 16, 16]  # 16 replays of half a millisecond are over five
@@ -65,15 +58,11 @@ def test_a_round_on_the_gpu_is_long_enough_and_a_figure_is_that_of_one_call(tool
 
 
 @pytest.mark.parametrize(("size", "cache", "sets"), [(10, 50, 11), (25, 50, 5), (201, 50, 1), (1, 50, 16)])
-def test_input_sets_are_more_than_the_cache_holds(tools, size, cache, sets):
-    from benchmark.on_cuda import count_sets
-
+def test_input_sets_are_more_than_the_cache_holds(size, cache, sets):
     assert count_sets(size, cache) == sets
 
 
-def test_forward_and_backward_are_timed_apart_on_inputs_of_their_own(tools, monkeypatch, capsys):
-    import benchmark_ms_deform_attn as benchmark
-
+def test_forward_and_backward_are_timed_apart_on_inputs_of_their_own(monkeypatch, capsys):
     Replay.seen = []
     properties = type("Properties", (), {"L2_cache_size": 100_000})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *a: properties)
@@ -106,21 +95,13 @@ def test_forward_and_backward_are_timed_apart_on_inputs_of_their_own(tools, monk
 def test_what_cannot_be_measured_is_refused(arguments, text):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, str(ROOT / "tools" / "benchmark_ms_deform_attn.py"), *arguments]
+    command = [sys.executable, str(ROOT / "dev" / "benchmark_ms_deform_attn.py"), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1
     assert text in ran.stderr
 
 
-@pytest.fixture
-def counting():
-    spec = importlib.util.spec_from_file_location("counting", ROOT / "tools" / "count_cuda_instructions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_instructions_are_counted_by_loops(counting):
+def test_instructions_are_counted_by_loops():
     """Ten instructions with the loop over points at 2..4: 16 points in batches of 8 run it twice, a warp has four slots."""
     lines = ["MOV", "MOV", "SHFL", "FFMA", "@P0 BRA 0x20", "FADD", "STG", "STG", "NOP", "EXIT", "BRA 0xa0"]
     listing = "\n".join(f"/*{16 * i:04x}*/   {text} ;" for i, text in enumerate(lines))
@@ -131,7 +112,7 @@ def test_instructions_are_counted_by_loops(counting):
 
 
 @pytest.mark.slow
-def test_kernels_stay_below_their_budget_of_instructions(counting):
+def test_kernels_stay_below_their_budget_of_instructions():
     if not shutil.which("nvcc") or not counting.find_cuobjdump():
         pytest.skip("needs nvcc and cuobjdump")
     rows = counting.count("90")
@@ -149,7 +130,7 @@ def test_kernels_stay_below_their_budget_of_instructions(counting):
         assert row["spills"] <= 64
 
 
-def test_registers_and_spills_are_read_from_what_ptxas_says(counting):
+def test_registers_and_spills_are_read_from_what_ptxas_says():
     report = """ptxas info    : Compiling entry function 'one' for 'sm_90'
 ptxas info    : Function properties for one
     16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
@@ -170,7 +151,7 @@ ptxas info    : Used 40 registers
 def test_the_kernels_to_compare_with_compile(tmp_path, architecture):
     if not shutil.which("nvcc"):
         pytest.skip("needs nvcc")
-    source = ROOT / "tools" / "benchmark" / "cuda_rivals.cu"
+    source = ROOT / "dev" / "benchmark" / "cuda_rivals.cu"
     command = [
         "nvcc",
         "-std=c++17",

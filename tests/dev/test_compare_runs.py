@@ -1,4 +1,4 @@
-"""tools/convergence.py: pairs differ in denoising alone, trainings side by side do not touch each other."""
+"""dev/compare_runs.py: pairs differ in denoising alone, trainings side by side do not touch each other."""
 
 import json
 import signal
@@ -13,16 +13,13 @@ import torch
 from conftest import ROOT, valid_coco
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "tools"))
-
-from convergence import main, options, parse_arguments, take_backbone
-from plotting.runs import Group, read_run
-from plotting.style import colour
-from race.report import crossing, ended, rows, verdicts
-from race.train import Contestant, configure, race
-from race.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
-
+from dev.compare.report import crossing, ended, rows, verdicts
+from dev.compare.train import Contestant, configure, race
+from dev.compare.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
+from dev.compare_runs import main, options, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
+from dn_detr_d2.visualization.runs import Group, read_run
+from dn_detr_d2.visualization.style import colour
 
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.DN_DETR.NUM_CLASSES", 3, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 4),
@@ -239,7 +236,7 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
     assert main([*line, "--output", str(tmp_path / "pages")]) == 0
     page = (tmp_path / "pages" / "deformable.md").read_text()
     assert page in capsys.readouterr().out
-    for part in ("# deformable: shapes_train, 600 iterations", "python tools/convergence.py", "seeds [4, 5]", "CPU cores",
+    for part in ("# deformable: shapes_train, 600 iterations", "python dev/compare_runs.py", "seeds [4, 5]", "CPU cores",
                  "| with denoising", "30.0 (30.0 to 30.0)", "- ends higher: yes", "![Curves](deformable.png)"):  # fmt: skip
         assert part in page
     pixels = np.asarray(Image.open(tmp_path / "pages" / "deformable.png").convert("L"))

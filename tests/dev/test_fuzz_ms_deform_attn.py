@@ -1,7 +1,8 @@
 """Twenty thousand random calls under sanitizers, and the proof that the fuzzer finds what it looks for."""
 
 import pytest
-from fuzz_ms_deform_attn import build, find_compiler, run
+
+from dev.fuzz_ms_deform_attn import build, find_compiler, run
 
 pytestmark = pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")
 

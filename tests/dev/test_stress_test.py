@@ -6,16 +6,16 @@ import sys
 
 import pytest
 from conftest import ROOT
-from ordeals import mutations
-from ordeals.cases import run_cases
 
+from dev.stress import mutations
+from dev.stress.cases import run_cases
 from dn_detr_d2.data import coco_custom, images, normalise
 
 
 @pytest.mark.slow
 def test_the_quick_ordeals_end_well():
     """Kills, signals, failing writes, flipped bits, mutated files, crowded images, in less than three minutes."""
-    line = [sys.executable, "tools/torture.py", "--quick"]
+    line = [sys.executable, "dev/stress_test.py", "--quick"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("\n|") == 1 + 8
@@ -50,7 +50,7 @@ def test_a_reader_of_annotations_that_is_silent_is_found(tmp_path, monkeypatch, 
 
 
 def test_a_case_that_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("ordeals.cases.LONGEST", 0.5)
+    monkeypatch.setattr("dev.stress.cases.LONGEST", 0.5)
 
     def make(home):
         def case(number):
@@ -79,6 +79,6 @@ def test_mutations_are_a_function_of_their_number():
 
 
 def test_an_unknown_ordeal_is_refused():
-    done = subprocess.run([sys.executable, "tools/torture.py", "drown"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "dev/stress_test.py", "drown"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no ordeal drown" in done.stderr

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from dn_detr_d2 import ConfigError, DatasetError, DenoisingGenerator, cxcywh_to_xyxy
 from dn_detr_d2.denoising import ContrastiveDenoisingGenerator
-from dn_detr_d2.evaluation import judge_labels, measure_restoration
+from dn_detr_d2.diagnostics import judge_labels, measure_restoration
 from dn_detr_d2.modeling.meta_arch import Observation
 from dn_detr_d2.structures import Predictions, Targets
 
@@ -83,7 +83,7 @@ def test_restored_boxes_are_compared_as_torchvision_does():
     [batch] = scenes(4)
     with torch.random.fork_rng():
         result = measure_restoration(oracle, [batch], [0.3])[0.3]
-        from dn_detr_d2.evaluation.denoising_health import _observe
+        from dn_detr_d2.diagnostics.denoising_health import _observe
 
         [seen] = _observe(oracle, batch, 0.5, 0.3, [0])
     pairs = seen.noised.assignment

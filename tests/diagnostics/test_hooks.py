@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dn_detr_d2 import CheckpointError, ConfigError, LeakError
 from dn_detr_d2.denoising import NoisedTargets
+from dn_detr_d2.diagnostics import build_instruments
+from dn_detr_d2.diagnostics.hooks import read_assignment, write_assignment
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.evaluation import build_instruments
-from dn_detr_d2.evaluation.hooks import read_assignment, write_assignment
 
 SMALL = [
     *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),

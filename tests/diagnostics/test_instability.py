@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dn_detr_d2 import DatasetError
-from dn_detr_d2.evaluation import (
+from dn_detr_d2.diagnostics import (
     ProbedImage,
     anchor_distances,
     anchor_metrics,

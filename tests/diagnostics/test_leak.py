@@ -8,8 +8,8 @@ from conftest import DENOISING_SYSTEMS, make_batch
 
 from dn_detr_d2 import LeakError
 from dn_detr_d2.denoising import NoisedTargets
-from dn_detr_d2.evaluation import check_denoising
-from dn_detr_d2.evaluation.leak import separating_sets
+from dn_detr_d2.diagnostics import check_denoising
+from dn_detr_d2.diagnostics.leak import separating_sets
 
 GROUPS = ["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3, "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 0]
 

@@ -1,6 +1,5 @@
 """The costs that tools/analyze_model.py prints, against the papers and against a count by hand."""
 
-import importlib.util
 import subprocess
 import sys
 
@@ -8,10 +7,7 @@ import pytest
 from conftest import ROOT
 
 from dn_detr_d2 import setup_cfg
-
-spec = importlib.util.spec_from_file_location("analyze_model", ROOT / "tools" / "analyze_model.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+from dn_detr_d2.diagnostics.model_analysis import analyze
 
 
 def cfg_of(config, *overrides):
@@ -27,7 +23,7 @@ PAPERS = [("dn_detr_R50_50ep", 43_694_977, 94), ("dn_detr_R101_50ep", 62_634_881
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "parameters", "gflops"), PAPERS)
 def test_parameters_and_gflops_of_the_papers(config, parameters, gflops):
-    total = tool.analyze(cfg_of(config), 800, 1333)["total"]
+    total = analyze(cfg_of(config), 800, 1333)["total"]
     assert total["parameters"] == parameters
     assert round(total["paper_gflops"]) == gflops
     assert total["gflops"] > total["paper_gflops"]
@@ -56,7 +52,7 @@ def test_parameters_of_the_published_models(config, overrides, parameters):
 def test_multiply_adds_by_hand():
     """The neck of DN-DETR at 64 x 96: a 1 x 1 convolution of 2048 to 256 channels on 2 x 3 cells."""
     small = ["MODEL.DN_DETR.ENCODER.NUM_LAYERS", 1, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1]
-    table = tool.analyze(cfg_of("dn_detr_R50_50ep", *small), 64, 96)
+    table = analyze(cfg_of("dn_detr_R50_50ep", *small), 64, 96)
     assert table["neck"]["gflops"] * 1e9 == pytest.approx(2048 * 256 * 6 + 6)  # and the padding mask, shrunk to 6 cells
     cells, c, ffn, heads = 6, 256, 2048, 8
     linear = cells * (4 * c * c + 2 * c * ffn) + cells * 2 * c * c  # attention and feed-forward; position scale
@@ -68,7 +64,7 @@ def test_multiply_adds_by_hand():
 
 def test_deformable_attention_is_counted():
     small = ["MODEL.DN_DETR.ENCODER.NUM_LAYERS", 1, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1]
-    table = tool.analyze(cfg_of("dn_dab_deformable", *small), 64, 96)
+    table = analyze(cfg_of("dn_dab_deformable", *small), 64, 96)
     cells = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
     sampled = cells * 8 * 16 * 32 * 5
     linear = cells * (2 * 256 * 256 + 256 * (256 + 128) + 2 * 256 * 2048)

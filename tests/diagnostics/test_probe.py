@@ -8,8 +8,8 @@ import torch
 from conftest import SYSTEMS, make_batch
 
 from dn_detr_d2 import DatasetError
-from dn_detr_d2.evaluation import probe
-from dn_detr_d2.evaluation.isolation import untouched
+from dn_detr_d2.diagnostics import probe
+from dn_detr_d2.diagnostics.model_state import preserve_state
 
 
 def numbered(*counts):
@@ -68,7 +68,7 @@ def test_modes_and_streams_come_back_after_an_error(toy_model):
     torch.manual_seed(3)
     expected = torch.rand(1).item()
     torch.manual_seed(3)
-    with pytest.raises(IndexError), untouched(model, seed=8):
+    with pytest.raises(IndexError), preserve_state(model, seed=8):
         torch.rand(5)[5]
     assert torch.rand(1).item() == expected
     assert model.training

@@ -13,9 +13,9 @@ from detectron2.utils import comm
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import build_probe_loader
+from dn_detr_d2.diagnostics import build_instruments
+from dn_detr_d2.diagnostics.validation_loss import validation_losses
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.evaluation import build_instruments
-from dn_detr_d2.evaluation.validation_loss import validation_losses
 
 QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]
 NOISELESS = [x for key in QUIET for x in (key, 0.0)] + ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]

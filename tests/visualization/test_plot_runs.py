@@ -4,12 +4,12 @@ import json
 
 import matplotlib.image
 import numpy as np
-import plot_runs
 import pytest
-from plot_runs import group_runs, read_run
-from plotting.curves import AP
 
 from dn_detr_d2 import UserError
+from dn_detr_d2.visualization import group_runs, read_run
+from dn_detr_d2.visualization.curves import AP
+from tools import plot_runs
 
 
 @pytest.fixture

@@ -6,18 +6,18 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-import visualize_attention
 from conftest import make_batch
 from PIL import Image
-from plotting.attention import best_queries, draw_attention, verdict
-from plotting.images import to_rgb
-from plotting.recording import attention_weights, heat_map, multi_level_maps, on_image, record, sampling
 
 from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention
 from dn_detr_d2.layers import MultiLevelConditionalCrossAttention
 from dn_detr_d2.layers.attention import attend
 from dn_detr_d2.modeling.postprocess import select_top
 from dn_detr_d2.structures import Memory
+from dn_detr_d2.visualization.attention import best_queries, draw_attention, verdict
+from dn_detr_d2.visualization.images import to_rgb
+from dn_detr_d2.visualization.recording import attention_weights, heat_map, multi_level_maps, on_image, record, sampling
+from tools import visualize_attention
 
 DEFORMABLE, DENSE = ("dab_deformable_detr", "dn_deformable_detr", "dino"), ("dab_detr", "dn_detr", "encoder_only")
 

@@ -6,16 +6,16 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-import visualize_denoising
 from conftest import DENOISING_SYSTEMS, ROOT, make_batch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from plotting.denoising import copies_of, draw_mask, draw_noise, draw_refinement, mean_iou
-from plotting.images import to_pixels, to_rgb
-from plotting.models import choose, observe_denoising
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import register_coco_json
+from dn_detr_d2.visualization.denoising import copies_of, draw_mask, draw_noise, draw_refinement, mean_iou
+from dn_detr_d2.visualization.images import to_pixels, to_rgb
+from dn_detr_d2.visualization.models import choose, observe_denoising
+from tools import visualize_denoising
 
 QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]
 NAMES = ["a", "b", "c", "d", "e"]

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from dn_detr_d2 import UserError
-from dn_detr_d2.text_output import escape_unwritable
+from .errors import UserError
+from .text_output import escape_unwritable
 
 
 def answer(work: Callable[[], list[str]]) -> int:
