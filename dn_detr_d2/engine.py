@@ -18,9 +18,10 @@ from . import data, solver
 from .checkpoint import EMA
 from .coco import raw_names
 from .data.interruption import Interrupted, agree, interruptible
+from .diagnostics import MeasuringHook, build_instruments
+from .diagnostics.model_state import device_of, unwrap
 from .errors import ConfigError
-from .evaluation import MeasuringHook, TolerantCOCOEvaluator, build_instruments
-from .evaluation.isolation import device_of, unwrap
+from .evaluation import TolerantCOCOEvaluator
 from .processor import slow_bfloat16
 from .randomness import own_randomness
 from .text_output import escape_unwritable

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_criterion import OperatorCount
 from conftest import make_batch
 from detectron2.engine import launch
 from detectron2.utils.events import EventStorage
 
+from dev.benchmark_criterion import OperatorCount
 from dn_detr_d2 import CheckpointError, ConfigError
 from dn_detr_d2.engine import (
     BestCheckpointer,

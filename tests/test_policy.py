@@ -9,7 +9,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "dn_detr_d2"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import from this package, besides itself (docs/architecture.md).
-GROUND = {"structures", "boxes", "errors", "coco", "randomness", "digest", "text_output", "processor"}
+GROUND = {"structures", "boxes", "errors", "coco", "randomness", "digest", "text_output", "processor", "command_line"}
 DOORS = {
     "structures": {"boxes", "errors"},
     "boxes": set(),
@@ -18,6 +18,7 @@ DOORS = {
     "digest": set(),
     "randomness": set(),
     "text_output": set(),
+    "command_line": {"errors", "text_output"},
     "processor": set(),
     "layers": GROUND | {"_C"},  # the compiled operators
     "denoising": GROUND,
@@ -29,9 +30,12 @@ DOORS = {
     "config_keys": set(),
     "config_ranges": GROUND,
     "config": GROUND | {"data", "config_file", "config_keys", "config_ranges"},
-    "evaluation": GROUND | {"data", "denoising", "modeling"},
+    "evaluation": GROUND | {"data"},
+    "export": GROUND,
+    "diagnostics": GROUND | {"data", "denoising", "modeling", "export"},
     "training": GROUND | {"data", "checkpoint"},
-    "engine": GROUND | {"data", "solver", "checkpoint", "evaluation", "training"},
+    "engine": GROUND | {"data", "solver", "checkpoint", "diagnostics", "evaluation", "training"},
+    "visualization": GROUND | {"data", "layers", "modeling", "engine"},
     "predictor": GROUND | {"data", "training"},
     "doctor": GROUND | {"layers", "checkpoint", "data", "config", "__version__"},
 }
@@ -41,7 +45,9 @@ DETECTRON2 = {
     "coco": {"data"},  # names of the classes
     "data": {"config", "data", "structures", "utils"},
     "solver": {"solver"},
-    "evaluation": {"data", "engine", "evaluation", "structures", "utils"},
+    "evaluation": {"data", "evaluation", "structures", "utils"},
+    "diagnostics": {"engine", "modeling", "structures", "utils"},
+    "visualization": {"data", "structures"},
     "config": {"config"},
     "training": {"checkpoint", "engine", "utils"},
     "engine": {"engine", "evaluation", "modeling", "utils"},
@@ -98,10 +104,11 @@ def imports_of_text(text, path):
 
 
 # Code that could run what a file says, or name a device; the one file that may import pickle refuses what a pickle names.
-CODE = sorted([*FILES, *(ROOT / "tools").rglob("*.py"), *ROOT.glob("*.py")])
+PROGRAMS = [path for folder in ("tools", "dev") for path in (ROOT / folder).rglob("*.py")]
+CODE = sorted([*FILES, *PROGRAMS, *ROOT.glob("*.py")])
 AUDITED = {
     PACKAGE / "checkpoint" / "files.py": {"import pickle"},
-    ROOT / "tools" / "benchmark" / "on_cuda.py": {"a device by name"},  # times CUDA kernels
+    ROOT / "dev" / "benchmark" / "on_cuda.py": {"a device by name"},  # times CUDA kernels
 }
 RUNS_CONTENT = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code"}
 CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}

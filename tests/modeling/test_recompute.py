@@ -66,7 +66,7 @@ def test_layers_run_twice_in_training_only(toy_model, system):
 @pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr"])
 def test_autograd_keeps_less(toy_cfg, system):
     """Of three layers each, on a small image, with the backbone; docs/performance.md has the figures of real models."""
-    from analyze_model import measure_memory
+    from dn_detr_d2.diagnostics.model_analysis import measure_memory
 
     layers = [x for node in NODES for x in (f"{node}.NUM_LAYERS", 3, f"{node}.FFN_DIM", 512)]
     whole, encoder, decoder, both = (

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from convert_checkpoint import run as convert_tool
 from toy_training import load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError, ConfigError
 from dn_detr_d2.engine import Trainer, evaluate, load_for_evaluation
 from dn_detr_d2.training import AverageHook, average_weights
+from tools.convert_checkpoint import run as convert_tool
 
 ON = ["MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.75]
 SHORT = ["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)]

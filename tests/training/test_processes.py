@@ -18,7 +18,7 @@ from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.training import REQUEUE, ProcessError, TrainStep, assigned_place, launch
 from dn_detr_d2.training.processes import OWN_STORE, Place, _free_port
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
+TESTS = (ROOT / "tests", ROOT / "tests" / "training")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
