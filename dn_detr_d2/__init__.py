@@ -20,8 +20,9 @@ with warnings.catch_warnings():
 
     from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
     from .checkpoint import allow_plain_types
-    from .config import add_dn_detr_config, setup_cfg
+    from .config import add_dn_detr_config
     from .denoising import DenoisingGenerator, NoisedTargets
+    from .engine.setup import setup_cfg
     from .errors import CheckpointError, ConfigError, DatasetError, LeakError, UserError
     from .layers import MultiScaleDeformableAttention, ms_deform_attn
     from .modeling import DenoisingDETR, HungarianMatcher, SetCriterion

@@ -27,7 +27,7 @@ from dn_detr_d2.data.images import ImageFolder
 from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.repair import converted, refuse_to_clip, repaired, rewritten, without_bad
 from dn_detr_d2.data.report import Report
-from dn_detr_d2.text_output import escape_unwritable
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

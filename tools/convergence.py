@@ -36,7 +36,7 @@ from tabulate import tabulate
 
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
-from dn_detr_d2.training import end_with_parent
+from dn_detr_d2.engine import end_with_parent
 
 QUICK_ITERATIONS = 300
 INSTRUMENTS = ["TEST.INSTABILITY.NUM_IMAGES", 100]

@@ -30,7 +30,7 @@ from dn_detr_d2 import ConfigError, UserError, setup_cfg
 from dn_detr_d2.data import build_probe_loader, check_files, read_image, records_of
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.evaluation import JudgedLabel, judge_labels
-from dn_detr_d2.text_output import escape_unwritable
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 COLUMNS = ("score", "image_id", "annotation", "file_name", "label", "suggested", "x0", "y0", "x1", "y1")
 SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read

@@ -9,11 +9,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import convert, pointed_checkpoint, read_checkpoint
-from ..checkpoint.durable import require_space, sum_file, write_summed
 from ..errors import CheckpointError
+from .checksums import require_space, sum_file, write_summed
+from .convert import convert
 from .download import fetch
-from .folder import find_resumable, must_fit, point_to, read_resumable, remove_old
+from .reader import read_checkpoint
+from .resume import find_resumable, must_fit, point_to, pointed_checkpoint, read_resumable, remove_old
 
 logger = logging.getLogger(__name__)
 

@@ -1,34 +1,34 @@
-"""Files that are whole or not there, and that are known to be unchanged when they are read.
+"""Checkpoints with their SHA-256, so that damage is noticed when they are read.
 
-A file is written aside (``.name.part``), synced, and renamed. The SHA-256 of a checkpoint stands beside it in
-``name.sha256``, in the format of ``sha256sum -c``; while a checkpoint is being replaced the sums of both versions stand
-there, so a stop at any moment leaves one that is recognised.
+The SHA-256 of a checkpoint stands beside it in ``name.sha256``, in the format of ``sha256sum -c``; while a checkpoint is
+being replaced the sums of both versions stand there, so a stop at any moment leaves one that is recognised.
 """
 
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from ..digest import sha256_of
 from ..errors import CheckpointError
+from ..utils.files import atomic_write, sha256_of
 
 MARGIN = 1 << 20  # bytes that a checkpoint needs besides its tensors, at most
 
 
-class _Summing:
-    """A file to write to that sums up what passes."""
+class _HashingFile:
+    """A file to write to that computes the SHA-256 of what passes."""
 
     def __init__(self, file):
-        self.file, self.sum = file, hashlib.sha256()
+        self.file, self.hash = file, hashlib.sha256()
 
     def write(self, data) -> int:
         """As a file's."""
-        self.sum.update(data)
+        self.hash.update(data)
         return self.file.write(data)
 
     def flush(self) -> None:
@@ -36,14 +36,14 @@ class _Summing:
         self.file.flush()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small record, such as the name of the newest checkpoint: whole, on the disk, or not at all.
+def write_record(path: Path, text: str) -> None:
+    """Writes a small text file, such as the name of the newest checkpoint: whole, on the disk, or not at all.
 
     Raises:
         CheckpointError: the disk is full or cannot be written to; what was there stays.
     """
-    _write_aside(path, lambda file: file.write(text.encode()), "record")
-    _rename(path, "record")
+    with _explained(path, "record"), atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def write_summed(path: Path, write: Callable) -> None:
@@ -56,10 +56,14 @@ def write_summed(path: Path, write: Callable) -> None:
     Raises:
         CheckpointError: the disk is full or cannot be written to; what was there stays, and no part is left behind.
     """
-    digest = _write_aside(path, write)
-    before = recorded_sums(path) if path.exists() else []
-    _write_sums(path, [digest, *before])
-    _rename(path)
+    with _explained(path, "checkpoint"), atomic_write(path) as file:
+        hashing = _HashingFile(file)
+        write(hashing)
+        file.flush()
+        os.fsync(file.fileno())  # a disk that is full is noticed before the sums change
+        digest = hashing.hash.hexdigest()
+        before = recorded_sums(path) if path.exists() else []
+        _write_sums(path, [digest, *before])
     if before:
         _write_sums(path, [digest])
 
@@ -121,39 +125,16 @@ def tensor_bytes(content) -> int:
 
 
 def _write_sums(path: Path, digests: Iterable[str]) -> None:
-    replace_text(sum_file(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
+    write_record(sum_file(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def _write_aside(path: Path, write: Callable, kind: str = "checkpoint") -> str:
-    """Writes the part and syncs it; returns its SHA-256."""
+@contextmanager
+def _explained(path: Path, kind: str) -> Iterator[None]:
+    """Writing of a file, whose failure is told in one sentence; PyTorch makes a RuntimeError of a write that failed."""
     try:
-        with _part(path).open("wb") as file:
-            summing = _Summing(file)
-            write(summing)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a write that failed
-        _part(path).unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(_explain(path, error, kind)) from None
-    return summing.sum.hexdigest()
-
-
-def _rename(path: Path, kind: str = "checkpoint") -> None:
-    """Puts the part in the place of the file, and syncs the folder."""
-    try:
-        _part(path).replace(path)
-    except OSError as error:
-        _part(path).unlink(missing_ok=True)
-        raise CheckpointError(_explain(path, error, kind)) from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _explain(path: Path, error: Exception, kind: str) -> str:

@@ -4,8 +4,8 @@ import re
 
 from detectron2.utils.file_io import PathManager
 
-from ..digest import sha256_of
 from ..errors import CheckpointError
+from ..utils.files import sha256_of
 
 _NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .durable import verify, write_summed
+from .checksums import verify, write_summed
 
 # Types without behaviour that the authors' files hold beside their tensors.
 PLAIN_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, collections.defaultdict, dict, set]
@@ -27,8 +27,6 @@ NUMPY_NAMES = {
     for name in ("_reconstruct", "scalar")
 } | {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")}
 EMA = "model_ema"  # key of the averaged weights, as torch's AveragedModel has them
-POINTER = "last_checkpoint"  # the file in which Detectron2 notes the name of the newest checkpoint of a folder
-LONGEST_NAME = 255
 
 
 @dataclass
@@ -78,7 +76,7 @@ def read_checkpoint(path: str | os.PathLike, *, averaged: bool = False) -> Check
         averaged: the moving average of the weights, which a training with ``MODEL_EMA.ENABLED`` keeps beside them.
 
     Raises:
-        CheckpointError: the file is not there, is damaged, differs from the sum beside it (see :mod:`.durable`), asks for
+        CheckpointError: the file is not there, is damaged, differs from the sum beside it (see :mod:`.checksums`), asks for
             something to be executed, or holds no tensors, or no averaged ones.
     """
     path = Path(path)
@@ -192,32 +190,6 @@ def _refuse_compressed(path: Path) -> None:
             f"checkpoint {str(path)!r} was refused: it has {path.stat().st_size} bytes and would unpack to {unpacked}; "
             "checkpoints are not compressed"
         )
-
-
-def pointed_checkpoint(folder: str | os.PathLike) -> str:
-    """Path of the checkpoint that ``last_checkpoint`` in a folder names; "" if there is no such file.
-
-    The name may lead nowhere but to a file of the same folder: a folder of somebody else's run is data, not a guide through
-    this machine.
-
-    Raises:
-        CheckpointError: it is a link, too long, not text, or names something outside the folder.
-    """
-    pointer = Path(folder) / POINTER
-    if not pointer.exists():
-        return ""
-    way_out = "write the name of a .pth file of this folder into it"
-    if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > LONGEST_NAME:
-        raise CheckpointError(f"{pointer} must be a short text file, and no link; {way_out}")
-    try:
-        name = pointer.read_text().strip()
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{pointer} is not text; {way_out}") from None
-    if not name or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
-        raise CheckpointError(f"{pointer} names {name!r}, which is not a file beside it; {way_out}")
-    if (Path(folder) / name).resolve().parent != Path(folder).resolve():
-        raise CheckpointError(f"{pointer} names {name!r}, which is a link out of its folder; {way_out}")
-    return str(Path(folder) / name)
 
 
 def _is_tensor(x) -> bool:

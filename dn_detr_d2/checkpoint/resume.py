@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import pointed_checkpoint
-from ..checkpoint.durable import replace_text, sum_file, verify
-from ..checkpoint.files import POINTER, load_plain, refuse_repeated
 from ..errors import CheckpointError, UserError
+from .checksums import sum_file, verify, write_record
+from .reader import load_plain, refuse_repeated
 
 logger = logging.getLogger(__name__)
+
+POINTER = "last_checkpoint"  # the file in which Detectron2 notes the name of the newest checkpoint of a folder
+MAX_NAME_LENGTH = 255
 
 
 def find_resumable(folder: Path) -> Path | None:
@@ -53,6 +56,32 @@ def find_resumable(folder: Path) -> Path | None:
         *(named or folder, fault, newest, whole[newest]),
     )
     return newest
+
+
+def pointed_checkpoint(folder: str | os.PathLike) -> str:
+    """Path of the checkpoint that ``last_checkpoint`` in a folder names; "" if there is no such file.
+
+    The name may lead nowhere but to a file of the same folder: a folder of somebody else's run is data, not a guide through
+    this machine.
+
+    Raises:
+        CheckpointError: it is a link, too long, not text, or names something outside the folder.
+    """
+    pointer = Path(folder) / POINTER
+    if not pointer.exists():
+        return ""
+    way_out = "write the name of a .pth file of this folder into it"
+    if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > MAX_NAME_LENGTH:
+        raise CheckpointError(f"{pointer} must be a short text file, and no link; {way_out}")
+    try:
+        name = pointer.read_text().strip()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{pointer} is not text; {way_out}") from None
+    if not name or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
+        raise CheckpointError(f"{pointer} names {name!r}, which is not a file beside it; {way_out}")
+    if (Path(folder) / name).resolve().parent != Path(folder).resolve():
+        raise CheckpointError(f"{pointer} names {name!r}, which is a link out of its folder; {way_out}")
+    return str(Path(folder) / name)
 
 
 def fault_of(path: Path) -> str | None:
@@ -172,7 +201,7 @@ def number(value) -> float:
 
 def point_to(folder: Path, name: str) -> None:
     """Names the checkpoint to resume from."""
-    replace_text(folder / POINTER, name)
+    write_record(folder / POINTER, name)
 
 
 def remove_old(folder: Path, keep: int) -> None:

@@ -6,7 +6,7 @@ Types are compared when files are merged, names when a part is looked up, and ho
 import math
 from collections.abc import Callable, Iterator
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 _ROOT = "MODEL.DN_DETR."
 _POSITIVE = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 BASE = "_BASE_"
 LARGEST = 256 * 1024  # bytes; the longest config.yaml of a training has 15 thousand

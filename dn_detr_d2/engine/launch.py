@@ -31,7 +31,8 @@ from detectron2.utils import comm
 
 from ..data.worker_process import end_loader_processes
 from ..errors import ConfigError, UserError
-from .signals import REQUEUE, SIGNALS
+from ..utils.files import atomic_write
+from .hooks.graceful_stop import REQUEUE, SIGNALS
 
 GRACE = 3.0  # seconds for the others to leave by themselves
 SHOW_STACK = getattr(signal, "SIGUSR2", None)  # a process of ours writes where it stands, and goes on; not on Windows
@@ -142,6 +143,43 @@ def launch(
         return watch.exit_code()
 
 
+def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wanted: bool = False) -> None:
+    """Refuses ``--num-gpus`` that this machine cannot serve.
+
+    Args:
+        cfg: the config.
+        num_processes: on this machine.
+        num_machines: of the whole run.
+        cpu_wanted: whether the user asked for MODEL.DEVICE cpu, rather than having no GPU.
+
+    Raises:
+        ConfigError: more GPUs than exist, several CPU processes where GPUs are visible, or an uneven batch.
+    """
+    gpus, on_gpu = torch.cuda.device_count(), str(cfg.MODEL.DEVICE).startswith("cuda")
+    if num_processes < 1:
+        raise ConfigError(f"--num-gpus must be at least 1, got {num_processes}")
+    if on_gpu and num_processes > gpus:
+        raise ConfigError(f"--num-gpus {num_processes}, but this machine has {gpus}; lower it or add MODEL.DEVICE cpu")
+    if not on_gpu and num_processes > 1 and gpus:
+        raise ConfigError(
+            f"--num-gpus {num_processes} with MODEL.DEVICE cpu starts CPU processes, which must not see a GPU; "
+            "set CUDA_VISIBLE_DEVICES=''"
+        )
+    if not on_gpu and num_processes > 1 and not cpu_wanted:
+        raise ConfigError(
+            f"--num-gpus {num_processes}, but this machine has no GPU; for {num_processes} CPU processes (gloo) add "
+            "MODEL.DEVICE cpu"
+        )
+    world, steps = num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
+    if steps > 1 and cfg.SOLVER.IMS_PER_BATCH % (world * steps):
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH}, which is all images of a step, is not divisible by "
+            f"{world} processes x SOLVER.ACCUMULATION_STEPS = {steps}"
+        )
+    if cfg.SOLVER.IMS_PER_BATCH % world:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes")
+
+
 class _Watch:
     """Waits for processes; ends all when one has failed or left, and hands on the request to stop."""
 
@@ -249,9 +287,8 @@ def _run(main: Callable, place: Place, timeout: float, folder: str, method: str,
     except (Exception, KeyboardInterrupt) as error:
         _ignore_signals()
         record = {"time": time.time(), "cause": describe(error, place)}
-        draft = Path(folder) / f"{place.rank}.part"
-        draft.write_text(json.dumps(record))
-        draft.rename(draft.with_suffix(".json"))
+        with atomic_write(Path(folder) / f"{place.rank}.json", "w") as file:
+            file.write(json.dumps(record))
         leave(1)
 
 

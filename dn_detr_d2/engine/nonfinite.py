@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..utils.files import atomic_write
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -164,11 +166,13 @@ def write_report(path: Path, batch: list[dict], random_state: dict[str, Tensor],
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = [{key: _plain(value) for key, value in image.items()} for image in batch]
-    torch.save({"batch": plain, "random_state": random_state}, path.with_suffix(".pth"))
+    with atomic_write(path.with_suffix(".pth")) as file:
+        torch.save({"batch": plain, "random_state": random_state}, file)
     versions = {"python_packages": {name: metadata.version(name) for name in ("torch", "detectron2")}}
     versions["cuda"] = torch.version.cuda
     text = json.dumps(_as_text({**content, "batch": path.with_suffix(".pth").name, "versions": versions}), indent=2)
-    path.with_suffix(".json").write_text(f"{text}\n")
+    with atomic_write(path.with_suffix(".json"), "w") as file:
+        file.write(f"{text}\n")
 
 
 def file_name(image: dict) -> str:

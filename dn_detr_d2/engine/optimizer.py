@@ -67,7 +67,7 @@ class ClippedAdamW(torch.optim.AdamW):
     """AdamW that first scales all gradients together so that their joint norm is at most ``max_norm``.
 
     The fused implementation is several times faster on a CPU. It lets a GradScaler leave gradients scaled, so with fp16
-    ``scaler.unscale_(optimizer)`` must come before ``scaler.step(optimizer)``, as in ``training.TrainStep``.
+    ``scaler.unscale_(optimizer)`` must come before ``scaler.step(optimizer)``, as in ``engine.TrainStep``.
 
     Args:
         parameters: as for ``torch.optim.AdamW``.

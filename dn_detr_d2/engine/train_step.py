@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..randomness import set_torch_state, torch_state
+from ..utils.rng import set_torch_state, torch_state
 from .nonfinite import file_name, search, write_report
 
 logger = logging.getLogger(__name__)

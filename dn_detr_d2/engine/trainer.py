@@ -14,38 +14,25 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from . import data, solver
-from .checkpoint import EMA
-from .coco import raw_names
-from .data.interruption import Interrupted, agree, interruptible
-from .errors import ConfigError
-from .evaluation import MeasuringHook, TolerantCOCOEvaluator, build_instruments
-from .evaluation.isolation import device_of, unwrap
-from .processor import slow_bfloat16
-from .randomness import own_randomness
-from .text_output import escape_unwritable
-from .training import (
-    AverageHook,
-    BestCheckpointer,
-    Checkpointer,
-    CheckpointHook,
-    EarlyEnd,
-    EarlyStopping,
-    EvaluationRecord,
-    LeaveHook,
-    MetricPrinter,
-    RepeatEvaluation,
-    ShortHistory,
-    StopHook,
-    StopRequest,
-    TrainStep,
-    average_weights,
-    leave_training,
-    load_weights,
-    must_fit,
-    progress,
-    take_up,
-)
+from .. import data
+from ..checkpoint import EMA
+from ..checkpoint.checkpointer import Checkpointer, load_weights
+from ..checkpoint.resume import must_fit
+from ..coco import raw_names
+from ..data.interruption import Interrupted, agree, interruptible
+from ..evaluation import MeasuringHook, TolerantCOCOEvaluator, build_instruments
+from ..utils.distributed import device_of, unwrap
+from ..utils.processor import slow_bfloat16
+from ..utils.rng import own_randomness
+from ..utils.text_output import escape_unwritable
+from . import optimizer
+from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
+from .hooks.early_stopping import EarlyEnd, EarlyStopping
+from .hooks.ema import AverageHook, average_weights
+from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_training
+from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
+from .train_step import TrainStep
+from .training_state import progress, take_up
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +202,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """See :func:`dn_detr_d2.solver.build_optimizer`."""
-        return solver.build_optimizer(cfg, model)
+        """See :func:`dn_detr_d2.engine.optimizer.build_optimizer`."""
+        return optimizer.build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -253,7 +240,7 @@ def load_for_evaluation(cfg) -> nn.Module:
     """The model of the config with all of MODEL.WEIGHTS, or of their moving average.
 
     Raises:
-        CheckpointError: see :func:`~dn_detr_d2.training.checkpointer.load_weights`.
+        CheckpointError: see :func:`~dn_detr_d2.checkpoint.checkpointer.load_weights`.
     """
     model = Trainer.build_model(cfg).eval()
     load_weights(model, cfg)
@@ -264,40 +251,3 @@ def evaluate(cfg) -> dict:
     """Evaluates MODEL.WEIGHTS on DATASETS.TEST; returns Detectron2's results."""
     escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
     return Trainer.test(cfg, load_for_evaluation(cfg))
-
-
-def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wanted: bool = False) -> None:
-    """Refuses ``--num-gpus`` that this machine cannot serve.
-
-    Args:
-        cfg: the config.
-        num_processes: on this machine.
-        num_machines: of the whole run.
-        cpu_wanted: whether the user asked for MODEL.DEVICE cpu, rather than having no GPU.
-
-    Raises:
-        ConfigError: more GPUs than exist, several CPU processes where GPUs are visible, or an uneven batch.
-    """
-    gpus, on_gpu = torch.cuda.device_count(), str(cfg.MODEL.DEVICE).startswith("cuda")
-    if num_processes < 1:
-        raise ConfigError(f"--num-gpus must be at least 1, got {num_processes}")
-    if on_gpu and num_processes > gpus:
-        raise ConfigError(f"--num-gpus {num_processes}, but this machine has {gpus}; lower it or add MODEL.DEVICE cpu")
-    if not on_gpu and num_processes > 1 and gpus:
-        raise ConfigError(
-            f"--num-gpus {num_processes} with MODEL.DEVICE cpu starts CPU processes, which must not see a GPU; "
-            "set CUDA_VISIBLE_DEVICES=''"
-        )
-    if not on_gpu and num_processes > 1 and not cpu_wanted:
-        raise ConfigError(
-            f"--num-gpus {num_processes}, but this machine has no GPU; for {num_processes} CPU processes (gloo) add "
-            "MODEL.DEVICE cpu"
-        )
-    world, steps = num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
-    if steps > 1 and cfg.SOLVER.IMS_PER_BATCH % (world * steps):
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH}, which is all images of a step, is not divisible by "
-            f"{world} processes x SOLVER.ACCUMULATION_STEPS = {steps}"
-        )
-    if cfg.SOLVER.IMS_PER_BATCH % world:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes")

@@ -6,7 +6,7 @@ import torch
 from detectron2.utils import comm
 
 from ..data.stream import StreamLoader
-from ..randomness import mix, random_state, reseed, set_random_state
+from ..utils.rng import mix, random_state, reseed, set_random_state
 
 logger = logging.getLogger(__name__)
 

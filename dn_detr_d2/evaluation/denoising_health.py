@@ -19,8 +19,9 @@ from ..denoising import DenoisingGenerator
 from ..errors import ConfigError
 from ..modeling.meta_arch import Observation
 from ..modeling.postprocess import class_probability
-from ..randomness import reseed
-from .isolation import device_of, gather, untouched, unwrap
+from ..utils.distributed import device_of, unwrap
+from ..utils.rng import reseed
+from .isolation import gather, untouched
 from .probe import require_objects
 
 

@@ -8,8 +8,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..modeling.meta_arch import Observation
-from ..randomness import reseed
 from ..structures import Share
+from ..utils.rng import reseed
 from .isolation import gather, untouched
 from .probe import require_objects
 

@@ -10,9 +10,9 @@ import torch
 import torchvision
 
 from dn_detr_d2 import CheckpointError
+from dn_detr_d2.checkpoint.checkpointer import Checkpointer
+from dn_detr_d2.checkpoint.download import fetch
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.training import Checkpointer
-from dn_detr_d2.training.download import fetch
 
 
 class Quiet(SimpleHTTPRequestHandler):

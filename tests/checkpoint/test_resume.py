@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from dn_detr_d2 import CheckpointError, setup_cfg
-from dn_detr_d2.checkpoint import CheckpointFile, durable, read_checkpoint, write_checkpoint
-from dn_detr_d2.checkpoint.durable import require_space, sum_file, tensor_bytes, write_summed
-from dn_detr_d2.training import Checkpointer
-from dn_detr_d2.training.folder import find_resumable, point_to, remove_old
+from dn_detr_d2.checkpoint import CheckpointFile, checksums, read_checkpoint, write_checkpoint
+from dn_detr_d2.checkpoint.checkpointer import Checkpointer
+from dn_detr_d2.checkpoint.checksums import require_space, sum_file, tensor_bytes, write_summed
+from dn_detr_d2.checkpoint.resume import find_resumable, point_to, remove_old
 
 
 def state_of(iteration):
@@ -177,7 +177,7 @@ def test_a_checkpoint_without_what_a_resume_needs_is_passed_over_or_refused(fold
 def test_what_rank_0_has_chosen_is_looked_at_again_by_every_rank_that_reads_it(folder, monkeypatch):
     write(folder, "model_0000029", 29, drop("model", "x", torch.ones(1).expand(10**6, 10**6)))
     checkpointer = Checkpointer(Small(), str(folder), cfg=setup_cfg(splits=()))
-    monkeypatch.setattr("dn_detr_d2.training.checkpointer.find_resumable", lambda _: folder / "model_0000029.pth")
+    monkeypatch.setattr("dn_detr_d2.checkpoint.checkpointer.find_resumable", lambda _: folder / "model_0000029.pth")
     with pytest.raises(CheckpointError, match=r"model_0000029\.pth' was refused: it has \d+ bytes, but 'x' would take"):
         checkpointer.resume_or_load("", resume=True)
 
@@ -298,9 +298,9 @@ def test_a_record_that_cannot_be_written_is_called_a_record(tmp_path, monkeypatc
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable.os, "fsync", fail) if fault == "write" else monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(checksums.os, "fsync", fail) if fault == "write" else monkeypatch.setattr(Path, "replace", fail)
     (tmp_path / "best_metric.json").write_text("before")
     with pytest.raises(CheckpointError, match=r"^record .*best_metric\.json.* earlier checkpoints are as they were"):
-        durable.replace_text(tmp_path / "best_metric.json", "{}")
+        checksums.write_record(tmp_path / "best_metric.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["best_metric.json"]
     assert (tmp_path / "best_metric.json").read_text() == "before"

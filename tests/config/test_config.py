@@ -12,7 +12,7 @@ from detectron2.solver import build_lr_scheduler
 from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError, add_dn_detr_config, setup_cfg
-from dn_detr_d2.config_ranges import CHECKS, flatten
+from dn_detr_d2.config.ranges import CHECKS, flatten
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("Base"))
 HERE = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATASETS.COCO_JSON", []]

@@ -7,8 +7,8 @@ import pytest
 from detectron2.config import get_cfg
 
 from dn_detr_d2 import ConfigError, add_dn_detr_config, setup_cfg
-from dn_detr_d2.config_keys import names, nearest_key
-from dn_detr_d2.config_ranges import flatten
+from dn_detr_d2.config.ranges import flatten
+from dn_detr_d2.config.spelling import names, nearest_key
 
 COMPLETE = get_cfg()
 add_dn_detr_config(COMPLETE)
@@ -53,8 +53,8 @@ def distance(a, b):
 @pytest.fixture
 def quick_start(monkeypatch):
     """One config for all attempts; a key that is refused leaves it as it was."""
-    monkeypatch.setattr("dn_detr_d2.config.get_cfg", lambda: COMPLETE)
-    monkeypatch.setattr("dn_detr_d2.config.add_dn_detr_config", lambda cfg: None)
+    monkeypatch.setattr("dn_detr_d2.config.loading.get_cfg", lambda: COMPLETE)
+    monkeypatch.setattr("dn_detr_d2.config.loading.add_dn_detr_config", lambda cfg: None)
 
 
 def suggestion(*arguments):
@@ -82,7 +82,7 @@ def test_every_node_of_a_file_with_one_wrong_letter_is_refused_and_a_nearest_nam
             content = {"KEY": 1}
             for part in reversed(wrong.split(".")):
                 content = {part: content}
-            monkeypatch.setattr("dn_detr_d2.config.read_config_file", lambda path, content=content: content)
+            monkeypatch.setattr("dn_detr_d2.config.loading.read_config_file", lambda path, content=content: content)
             near = suggestion("x.yaml")
             assert near in KNOWN, wrong
             assert one_edit_apart(wrong, near), (wrong, near)

@@ -10,8 +10,7 @@ from detectron2.utils.events import EventStorage
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError
-from dn_detr_d2.engine import check_processes
-from dn_detr_d2.training import TrainStep
+from dn_detr_d2.engine import TrainStep, check_processes
 
 NOISE = ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE", "CORNER_NOISE_SCALE")
 QUIET = [x for key in NOISE for x in (f"MODEL.DN_DETR.DENOISING.{key}", 0.0)]

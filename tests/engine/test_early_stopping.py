@@ -13,7 +13,7 @@ from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.training.early_stopping import without_improvement
+from dn_detr_d2.engine.hooks.early_stopping import without_improvement
 
 SCORES = (1.0, 3.0, 2.0, 3.0, 2.5, 9.0, 9.5, 9.0)  # AP after 1, 2, ... iterations
 DATA = ["DATASETS.TEST", ("shapes_val",), "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 1]

@@ -11,8 +11,7 @@ from convert_checkpoint import run as convert_tool
 from toy_training import load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError, ConfigError
-from dn_detr_d2.engine import Trainer, evaluate, load_for_evaluation
-from dn_detr_d2.training import AverageHook, average_weights
+from dn_detr_d2.engine import AverageHook, Trainer, average_weights, evaluate, load_for_evaluation
 
 ON = ["MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.75]
 SHORT = ["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)]

@@ -10,7 +10,7 @@ from PIL import Image
 from dn_detr_d2 import DatasetError, setup_cfg
 from dn_detr_d2.data import build_test_loader
 from dn_detr_d2.engine import TolerantCOCOEvaluator, Trainer, evaluate
-from dn_detr_d2.training import launch
+from dn_detr_d2.engine.launch import launch
 
 SIZES = [(48, 64), (64, 48), (48, 64), (33, 57), (64, 64), (56, 40), (41, 60)]  # (height, width) of seven images
 

@@ -289,7 +289,7 @@ train(make_cfg({out!r}, "DATASETS.COCO_JSON", {sets!r}, "DATASETS.TRAIN", ("bad"
 
 def test_exit_of_a_script_that_uses_the_trainer_as_a_library(tmp_path, sets):
     """Without train_net.py around it, Python's own end of a process must not wait for loader processes."""
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training"), str(ROOT / "tools")]
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
     script = tmp_path / "script.py"
     script.write_text(LIBRARY.format(paths=paths, out=str(tmp_path / "out"), sets=sets))
     done = subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)

@@ -15,8 +15,8 @@ from detectron2.utils.events import EventStorage
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
-from dn_detr_d2.training import REQUEUE, ProcessError, TrainStep, assigned_place, launch
-from dn_detr_d2.training.processes import OWN_STORE, Place, _free_port
+from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, assigned_place
+from dn_detr_d2.engine.launch import OWN_STORE, Place, _free_port, launch
 
 TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -98,8 +98,9 @@ def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stac
 MACHINE = """
 import sys
 from pathlib import Path
-from test_processes import leave_as
-from dn_detr_d2.training import ProcessError, launch
+from test_launch import leave_as
+from dn_detr_d2.engine import ProcessError
+from dn_detr_d2.engine.launch import launch
 try:
     sys.exit(launch(leave_as, 1, 2, {rank}, "tcp://127.0.0.1:{port}", 60, ({how!r}, Path({folder!r}))))
 except ProcessError as error:
@@ -138,7 +139,7 @@ import os, signal
 from pathlib import Path
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from dn_detr_d2.training import assigned_place, join
+from dn_detr_d2.engine import assigned_place, join
 place = assigned_place(os.environ)
 join(place, 60)
 if place.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

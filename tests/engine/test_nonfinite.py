@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from toy_training import differing
 
-from dn_detr_d2.training import TrainStep
-from dn_detr_d2.training.nonfinite import tensors
+from dn_detr_d2.engine import TrainStep
+from dn_detr_d2.engine.nonfinite import tensors
 
 OUTPUTS = (
     *(f"backbone.{stage}" for stage in ("stem", "res2", "res3", "res4", "res5")),

@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from dn_detr_d2 import setup_cfg
-from dn_detr_d2.solver import ClippedAdamW, build_optimizer, parameter_groups
+from dn_detr_d2.engine.optimizer import ClippedAdamW, build_optimizer, parameter_groups
 
 
 def groups_by_name(cfg, model):

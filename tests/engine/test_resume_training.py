@@ -11,7 +11,7 @@ from detectron2.engine import launch
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
-from dn_detr_d2.training import BestCheckpointer, EarlyStopping, EvaluationRecord, RepeatEvaluation
+from dn_detr_d2.engine import BestCheckpointer, EarlyStopping, EvaluationRecord, RepeatEvaluation
 
 
 def stop_at(folder, name, target):

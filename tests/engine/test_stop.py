@@ -16,8 +16,8 @@ from toy_training import command, differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
 from dn_detr_d2.data.interruption import Interrupted, agree, interruptible, without_exchange
-from dn_detr_d2.engine import Trainer
-from dn_detr_d2.training import REQUEUE, MetricPrinter, StopRequest, launch
+from dn_detr_d2.engine import REQUEUE, MetricPrinter, StopRequest, Trainer
+from dn_detr_d2.engine.launch import launch
 
 LONG = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 16, "SOLVER.STEPS", (15,)]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

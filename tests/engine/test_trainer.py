@@ -444,7 +444,7 @@ def twenty_steps(cfgs, folder):
     from detectron2.modeling import build_model
     from detectron2.utils import comm
 
-    from dn_detr_d2.solver import build_optimizer
+    from dn_detr_d2.engine.optimizer import build_optimizer
 
     torch.set_num_threads(1)
     with in_float64():

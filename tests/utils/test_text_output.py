@@ -13,7 +13,7 @@ from conftest import ROOT
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from dn_detr_d2.text_output import escape_unwritable, escaped
+from dn_detr_d2.utils.text_output import escape_unwritable, escaped
 
 NAME = os.fsdecode(b"\xff.png")
 
@@ -108,7 +108,7 @@ def test_label_errors_of_it_are_tabled(folder, finished, tmp_path):
 
 
 def test_a_training_on_it_logs_and_ends(folder, tmp_path):
-    from training.toy_training import command
+    from toy_training import command
 
     listed = json.dumps([["odd_train", str(tmp_path / "set.json"), str(folder)]])
     options = ["DATASETS.COCO_JSON", listed, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_train',)"]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from dn_detr_d2 import UserError
-from dn_detr_d2.text_output import escape_unwritable
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def answer(work: Callable[[], list[str]]) -> int:

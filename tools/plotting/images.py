@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from dn_detr_d2.boxes import cxcywh_to_xyxy, image_scale
-from dn_detr_d2.text_output import escaped
+from dn_detr_d2.utils.text_output import escaped
 
 from .style import new_figure
 

@@ -12,10 +12,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from fvcore.common.history_buffer import HistoryBuffer
 
-from ..checkpoint.durable import replace_text
-from .checkpointer import BEST, Checkpointer
-from .folder import number, read_record
-from .signals import StopHook
+from ...checkpoint.checkpointer import BEST, Checkpointer
+from ...checkpoint.checksums import write_record
+from ...checkpoint.resume import number, read_record
+from .graceful_stop import StopHook
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if comm.is_main_process():
             self.best_metric, self.best_iter = value, iteration
             record = {"metric": self._val_metric, "value": value, "iteration": iteration}
-            replace_text(self._record, json.dumps(record))
+            write_record(self._record, json.dumps(record))
             logger.info("%s = %.3f after %d iterations is the best so far", self._val_metric, value, iteration)
 
 

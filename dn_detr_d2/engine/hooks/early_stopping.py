@@ -8,10 +8,10 @@ from pathlib import Path
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..checkpoint.durable import replace_text
-from ..errors import ConfigError
-from .checkpointer import Checkpointer
-from .folder import number, read_record
+from ...checkpoint.checkpointer import Checkpointer
+from ...checkpoint.checksums import write_record
+from ...checkpoint.resume import number, read_record
+from ...errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class EarlyStopping(HookBase):
             )
             self.checkpointer.save("model_final", iteration=self.trainer.iter)
         if comm.is_main_process():
-            replace_text(self._record, json.dumps({"metrics": self.metrics, "history": self.history}))
+            write_record(self._record, json.dumps({"metrics": self.metrics, "history": self.history}))
         if over:
             comm.synchronize()  # nobody leaves before the checkpoint is on the disk
             raise EarlyEnd

@@ -26,7 +26,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 class AverageHook(HookBase):
     """Takes the weights into the average after each step. To stand before the hooks that write checkpoints.
 
-    A step that has not changed the weights does not count, see :class:`~.step.TrainStep`.
+    A step that has not changed the weights does not count, see :class:`~dn_detr_d2.engine.TrainStep`.
 
     Args:
         averaged: of :func:`average_weights`.

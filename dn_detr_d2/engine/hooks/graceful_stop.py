@@ -11,9 +11,9 @@ import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..data.interruption import Interrupted
-from ..data.worker_process import STOP_SIGNALS as SIGNALS
-from ..data.worker_process import end_loader_processes
+from ...data.interruption import Interrupted
+from ...data.worker_process import STOP_SIGNALS as SIGNALS
+from ...data.worker_process import end_loader_processes
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ class StopHook(HookBase):
 class LeaveHook(HookBase):
     """Counterpart of :class:`StopHook` that ends the training. To stand after the checkpoint, before the evaluation.
 
-    An evaluation that would be due is done by the training that is resumed, see :class:`~.evaluated.EvaluationRecord`.
+    An evaluation that would be due is done by the training that is resumed, see
+    :class:`~.repeat_evaluation.EvaluationRecord`.
 
     Args:
         stop: says whether.

@@ -6,8 +6,8 @@ from pathlib import Path
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..checkpoint.durable import replace_text
-from .folder import number, read_record
+from ...checkpoint.checksums import write_record
+from ...checkpoint.resume import number, read_record
 
 
 class EvaluationRecord(HookBase):
@@ -39,7 +39,7 @@ class EvaluationRecord(HookBase):
 
     def _write(self, done: int) -> None:
         if comm.is_main_process():
-            replace_text(self.path, json.dumps({"iteration": done}))
+            write_record(self.path, json.dumps({"iteration": done}))
 
 
 class RepeatEvaluation(HookBase):
