@@ -27,6 +27,7 @@ from dn_detr_d2.data.images import ImageFolder
 from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.repair import converted, refuse_to_clip, repaired, rewritten, without_bad
 from dn_detr_d2.data.report import Report
+from dn_detr_d2.utils.files import atomic_write
 from dn_detr_d2.utils.text_output import escape_unwritable
 
 
@@ -107,15 +108,11 @@ def count_changed(before: dict, after: dict) -> int:
 
 def write(content: dict, path: str) -> None:
     """Writes a JSON file whole or not at all; raises DatasetError."""
-    part = Path(f"{path}.part")
     try:
-        part.write_text(json.dumps(content))
-        os.replace(part, path)
+        with atomic_write(path, "w") as file:
+            file.write(json.dumps(content))
     except OSError as error:
         raise DatasetError(f"--fix {path} cannot be written: {error.strerror}") from None
-    finally:
-        if part.is_file():  # the disk was full
-            part.unlink()
 
 
 def refuse_overwriting(args: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ cannot be used is named in a sentence of its own; then nothing is written (code 
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dn_detr_d2 import DatasetError, UserError
 from dn_detr_d2.data import convert_voc, convert_yolo
 from dn_detr_d2.data.convert import Conversion
 from dn_detr_d2.data.yolo_yaml import SPLITS, YAML, read_classes, read_names, read_split
+from dn_detr_d2.utils.files import atomic_write
 
 __all__ = ["read_names", "run"]
 OF_YOLO = {"--split": "split", "--boxes": "boxes", "--pixels": "pixels", "--ignore-confidence": "ignore_confidence"}
@@ -113,12 +113,8 @@ def refuse_empty(found: Conversion, allowed: bool) -> None:
 
 def write(content: dict, path: str) -> None:
     """Writes a JSON file whole or not at all; raises OSError."""
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(json.dumps(content))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # the disk was full
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content))
 
 
 def say(text: str, file=None) -> None:
