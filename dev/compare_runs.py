@@ -34,7 +34,7 @@ from dev.compare.variants import ABLATIONS, FOLDER, PAIRS, contestants
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import answer
-from dn_detr_d2.training import end_with_parent
+from dn_detr_d2.engine import end_with_parent
 from dn_detr_d2.visualization.curves import draw
 from dn_detr_d2.visualization.runs import Group, read_run
 

@@ -31,7 +31,7 @@ _HOME = {
     "check_isolation": "denoising",
     "cxcywh_to_xyxy": "boxes",
     "ms_deform_attn": "layers",
-    "setup_cfg": "config",
+    "setup_cfg": "engine.setup",
     "xyxy_to_cxcywh": "boxes",
 }
 __all__ = sorted(_HOME)

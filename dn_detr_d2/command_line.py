@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import UserError
-from .text_output import escape_unwritable
+from .utils.text_output import escape_unwritable
 
 
 def answer(work: Callable[[], list[str]]) -> int:

@@ -1,7 +1,8 @@
 """Inputs that somebody has got wrong, one a row: each ends in one sentence with the file, the record and the value.
 
-More rows of the same kind stand where their door is tested: tests/test_security.py (47 hostile files), test_config.py,
-test_train_net.py, test_checkpoint.py, data/test_check.py, data/test_coco_custom.py; docs/reliability.md counts them.
+More rows of the same kind stand where their door is tested: tests/test_security.py (47 hostile files),
+config/test_config.py, test_train_net.py, checkpoint/test_checkpoint.py, data/test_check.py, data/test_coco_custom.py;
+docs/reliability.md counts them.
 """
 
 import json

@@ -23,7 +23,7 @@ from dn_detr_d2.data.coco_custom import read_content
 from dn_detr_d2.data.conventions import CHOICES
 from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.report import Report
-from dn_detr_d2.text_output import escape_unwritable
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -29,7 +29,7 @@ from dn_detr_d2.data import build_probe_loader, check_files
 from dn_detr_d2.diagnostics import JudgedLabel, judge_labels
 from dn_detr_d2.diagnostics.label_errors import COLUMNS, as_rows, write_report
 from dn_detr_d2.engine import load_for_evaluation
-from dn_detr_d2.text_output import escape_unwritable
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,8 +19,9 @@ from ..denoising import QueryDenoising
 from ..errors import ConfigError
 from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
-from ..randomness import reseed
-from .model_state import device_of, gather, preserve_state, unwrap
+from ..utils.distributed import device_of, unwrap
+from ..utils.rng import reseed
+from .model_state import gather, preserve_state
 from .probe import require_objects
 
 

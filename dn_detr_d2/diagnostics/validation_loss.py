@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..losses import LossNormalizers, LossValue, StepNormalizers
 from ..modeling.batch import count_objects
 from ..modeling.outputs import ForwardOutputs
-from ..randomness import reseed
+from ..utils.rng import reseed
 from .model_state import gather, preserve_state
 from .probe import require_objects
 

@@ -283,7 +283,7 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys):
 HOST = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from dn_detr_d2.training import end_with_parent
+from dn_detr_d2.engine import end_with_parent
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), end_with_parent) as pool:
         print(pool.submit(os.getpid).result(), flush=True)

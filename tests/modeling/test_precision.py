@@ -8,9 +8,9 @@ from conftest import ROOT, TOY, make_batch
 from detectron2.modeling import build_model
 
 from dn_detr_d2 import setup_cfg
+from dn_detr_d2.engine.nonfinite import tensors
 from dn_detr_d2.losses import costs, terms
 from dn_detr_d2.modeling import heads
-from dn_detr_d2.training.nonfinite import tensors
 
 SYSTEMS = (
     *("dab_detr_R50_50ep", "dn_detr_R50_50ep", "dn_dab_deformable", "dn_deformable_detr_encoder_only_R50_12ep"),
