@@ -204,7 +204,7 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
         ValueError: only one of the two has a field.
     """
 
-    def join(x: Tensor, axis: int, name: str) -> Tensor:
+    def _join(x: Tensor, axis: int, name: str) -> Tensor:
         return torch.cat([getattr(denoising, name), x], axis)
 
     for one in (entry.name for entry in fields(matching) if "query_axis" in entry.metadata):
@@ -214,7 +214,7 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
                 f"the {lacking[0]} queries have no {one!r}, the others do; let forward() and embed() of the query source "
                 "give the same fields"
             )
-    return replace(replace_on_query_axis(matching, join), blocked=blocked)
+    return replace(replace_on_query_axis(matching, _join), blocked=blocked)
 
 
 def replace_on_query_axis(item, change: Callable[[Tensor, int, str], Tensor]):

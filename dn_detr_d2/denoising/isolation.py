@@ -60,12 +60,10 @@ def check_isolation(
             "targets, then prepend()"
         )
 
-    def decode_queries(queries: ObjectQueries) -> Predictions:
+    def _decode(queries: ObjectQueries) -> Predictions:
         return to_predictions(decode(queries.content, queries.boxes, queries.blocked))
 
-    return check_groups(
-        decode_queries, dn.joined, dn.noised.groups, strengths=strengths, tolerance=tolerance, seed=seed
-    )
+    return check_groups(_decode, dn.joined, dn.noised.groups, strengths=strengths, tolerance=tolerance, seed=seed)
 
 
 @torch.no_grad()
@@ -119,7 +117,7 @@ def largest_change(before: Predictions, after: Predictions) -> Tensor:
 def _perturb(queries: ObjectQueries, changed: Tensor, strength: float, generator: torch.Generator) -> ObjectQueries:
     """Other contents, positions and boxes where ``changed`` (D + Q,); boxes stay inside the image and none is degenerate."""
 
-    def draw(x: Tensor, axis: int, name: str) -> Tensor:
+    def _draw(x: Tensor, axis: int, name: str) -> Tensor:
         options = {"generator": generator, "device": x.device, "dtype": x.dtype}
         if name == "boxes":
             other = 0.1 + 0.8 * torch.rand(x.shape, **options)
@@ -127,7 +125,7 @@ def _perturb(queries: ObjectQueries, changed: Tensor, strength: float, generator
             other = x + strength * torch.randn(x.shape, **options)
         return torch.where(changed[None, :, None], other, x)
 
-    return replace_on_query_axis(queries, draw)
+    return replace_on_query_axis(queries, _draw)
 
 
 def _refuse_movement(moved: Tensor, group: Tensor, groups: QueryGroups, tolerance: float) -> None:

@@ -125,11 +125,11 @@ DECODERS = {
 
 
 def _register(name: str, norm: bool, rule: type[ReferenceUpdate]) -> None:
-    def build(cfg) -> Decoder:
+    def _build(cfg) -> Decoder:
         return Decoder(cfg, norm=norm, update=rule())
 
-    build.__name__ = build.__qualname__ = name
-    DECODER_REGISTRY.register(build)
+    _build.__name__ = _build.__qualname__ = name
+    DECODER_REGISTRY.register(_build)
 
 
 for _name, (_norm, _rule) in DECODERS.items():

@@ -25,10 +25,10 @@ def training_losses(
         normalizers: what matching losses are divided by; None = what these images alone give.
     """
 
-    def matched(predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
+    def _matched(predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
         return criterion(predictions, targets, matcher(predictions, targets), pairs)
 
-    def named(terms: dict[str, Tensor], kind: str, last: str, others: str) -> dict[str, LossValue]:
+    def _named(terms: dict[str, Tensor], kind: str, last: str, others: str) -> dict[str, LossValue]:
         values = {term: [LossValue(x, kind, criterion.is_mean(term)) for x in terms[term]] for term in terms}
         return name_layers(values, last, others)
 
@@ -36,7 +36,7 @@ def training_losses(
     pairs: LossNormalizers | float = max(sum(targets.counts), 1) if normalizers is None else normalizers.matching
     others = {}
     if outputs.dn is not None:
-        others |= named(outputs.dn.terms(outputs.denoising), "denoising", "dn", "dn")
+        others |= _named(outputs.dn.terms(outputs.denoising), "denoising", "dn", "dn")
     if proposals is not None:
-        others |= named(matched(proposals, proposal_targets(targets)), "proposal", "proposal", "proposal")
-    return named(matched(outputs.matching, targets), "matching", "main", "aux") | others
+        others |= _named(_matched(proposals, proposal_targets(targets)), "proposal", "proposal", "proposal")
+    return _named(_matched(outputs.matching, targets), "matching", "main", "aux") | others
