@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..modeling.meta_arch import Observation
 from ..structures import Share
-from ..utils.rng import reseed
+from ..utils.rng import seed_all
 from .isolation import gather, untouched
 from .probe import require_objects
 
@@ -39,7 +39,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         one = bare.pixel_mean.new_ones(())
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)
-            reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
+            seed_all(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
             seen = bare.observe(batch, bare.denoising)
             rows.append(_row(seen, bare.weighted_losses(seen, Share(seen.targets.whole, one, one))))
         means = bare.criterion.MEANS

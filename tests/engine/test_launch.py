@@ -15,10 +15,10 @@ from detectron2.utils.events import EventStorage
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
-from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, assigned_place
-from dn_detr_d2.engine.launch import OWN_STORE, Place, _free_port, launch
+from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, rank_info_from_env
+from dn_detr_d2.engine.launch import OWN_STORE, RankInfo, _free_port, launch
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "training", ROOT / "tools")
+TESTS = (ROOT / "tests", ROOT / "tests" / "engine", ROOT / "tools")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -71,10 +71,10 @@ def alive(folder):
 
 @pytest.mark.parametrize(("how", "cause"), [
     ("refusal", "image x.png cannot be read"),
-    ("mistake", "rank 1 of 2: KeyError: 'forgotten' (its traceback stands above)"),
+    ("mistake", "rank 1 of 2: KeyError: 'forgotten' (see its traceback above)"),
     ("kill", "was killed (SIGKILL)"),
     ("hang", "image y.png cannot be read"),
-    ("data", "rank 1 of 2: StopIteration: an iterator, such as the data loader's, has no more to give; raised in run_step"),
+    ("data", "rank 1 of 2: StopIteration: an iterator, such as the data loader's, is exhausted; raised in run_step"),
 ])  # fmt: skip
 def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, how, cause):
     with pytest.raises(ProcessError) as caught:
@@ -85,12 +85,12 @@ def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(
 
 
 def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stack(tmp_path, capfd):
-    with pytest.raises(ProcessError, match=r"rank 1 of 2: .*[Tt]imed out.*stood where its stack above says"):
+    with pytest.raises(ProcessError, match=r"rank 1 of 2: .*[Tt]imed out.*did not exit.*stack trace above"):
         launch(leave_as, 2, 1, 0, "auto", 8, ("stuck", tmp_path))
     assert time.time() - (tmp_path / "met").stat().st_mtime < 8 + 10
     assert alive(tmp_path) == []
     said = capfd.readouterr().err
-    stack = said[said.index("does not leave and is killed; it stands here:") :]
+    stack = said[said.index("did not exit and is killed; its stack trace:") :]
     assert "in leave_as" in stack
     assert "in _run" in stack
 
@@ -139,9 +139,9 @@ import os, signal
 from pathlib import Path
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from dn_detr_d2.engine import assigned_place, join
-place = assigned_place(os.environ)
-join(place, 60)
+from dn_detr_d2.engine import init_distributed, rank_info_from_env
+place = rank_info_from_env(os.environ)
+init_distributed(place, 60)
 if place.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     os.kill(os.getpid(), signal.SIGKILL)
 comm.synchronize()
@@ -172,9 +172,9 @@ def test_restarts_over_gloo_without_the_variable_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
     with pytest.raises(ConfigError, match=rf"--max-restarts over gloo may hang.*set {OWN_STORE}=1"):
-        assigned_place(environment)
-    assert assigned_place(environment | {OWN_STORE: "1"}) == Place(0, 2, 0, 2)
-    assert assigned_place(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == Place(0, 2, 0, 2)
+        rank_info_from_env(environment)
+    assert rank_info_from_env(environment | {OWN_STORE: "1"}) == RankInfo(0, 2, 0, 2)
+    assert rank_info_from_env(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == RankInfo(0, 2, 0, 2)
 
 
 def test_processes_that_stop_on_request_are_no_failure(tmp_path):
@@ -188,13 +188,13 @@ def test_processes_that_stop_on_request_are_no_failure(tmp_path):
 ])  # fmt: skip
 def test_places_that_cannot_be_are_refused(environment, message):
     with pytest.raises(ConfigError, match=message):
-        assigned_place(environment)
+        rank_info_from_env(environment)
 
 
 def test_a_place_is_read_from_the_environment():
-    assert assigned_place({"RANK": "0"}) is None
+    assert rank_info_from_env({"RANK": "0"}) is None
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert assigned_place(environment) == Place(3, 4, 1, 2)
+    assert rank_info_from_env(environment) == RankInfo(3, 4, 1, 2)
 
 
 def torchrun(line, screen, *options):
