@@ -56,7 +56,7 @@ class Checkpointer(DetectionCheckpointer):
         cfg: for the class names, ``MODEL.WEIGHTS_MATCHED`` and ``SOLVER.CHECKPOINTS_KEPT``.
         new_classes: whether classes, and other tensors as MODEL.WEIGHTS_MATCHED allows, may start at random.
         averaged: load the moving average of a file's weights in their place.
-        progress: gives what else a checkpoint of a training keeps; called on every rank.
+        training_state: returns what else a checkpoint of a training keeps; called on every rank.
 
     Attributes:
         found: the checkpoint that the training goes on from, None if it starts anew.
@@ -72,11 +72,11 @@ class Checkpointer(DetectionCheckpointer):
         cfg,
         new_classes: bool = False,
         averaged: bool = False,
-        progress: Callable[[], dict] = dict,
+        training_state: Callable[[], dict] = dict,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
-        self.progress = progress
+        self.training_state = training_state
         self.class_names, self.config = list(cfg.MODEL.DN_DETR.CLASS_NAMES), cfg.dump()
         self.kept = cfg.SOLVER.CHECKPOINTS_KEPT
         self.new_classes, self.least_matched = new_classes, cfg.MODEL.WEIGHTS_MATCHED
@@ -115,7 +115,7 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: the disk has no room, or cannot be written to; what was there stays.
         """
-        extra = {"class_names": self.class_names, "config": self.config, **self.progress(), **kwargs}
+        extra = {"class_names": self.class_names, "config": self.config, **self.training_state(), **kwargs}
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}

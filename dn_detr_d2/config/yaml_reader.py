@@ -11,8 +11,8 @@ import yaml
 from ..errors import ConfigError
 
 BASE = "_BASE_"
-LARGEST = 256 * 1024  # bytes; the longest config.yaml of a training has 15 thousand
-MOST_VALUES = 50_000  # once every alias is written out; a config.yaml has 500
+MAX_BYTES = 256 * 1024  # bytes; the longest config.yaml of a training has 15 thousand
+MAX_VALUES = 50_000  # once every alias is written out; a config.yaml has 500
 
 
 def read_config_file(config_file: str) -> dict:
@@ -45,8 +45,8 @@ def _parse(path: Path) -> dict:
         raise ConfigError(f"config file {path} is Python code, which is not executed; give a .yaml file")
     if not path.is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist (looked in {Path.cwd()})")
-    if path.stat().st_size > LARGEST:
-        raise ConfigError(f"config file {path} has {path.stat().st_size} bytes, a config has at most {LARGEST}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"config file {path} has {path.stat().st_size} bytes, a config has at most {MAX_BYTES}")
     try:
         text = path.read_text()
         _check_nodes(yaml.compose(text, yaml.SafeLoader), path)
@@ -79,8 +79,8 @@ def _check_nodes(root: yaml.Node | None, path: Path) -> None:
             sizes[id(node)] = 1 + sum(map(_count, parts))
         return sizes[id(node)]
 
-    if root is not None and _count(root) > MOST_VALUES:
-        raise ConfigError(f"config file {path} unfolds to more than {MOST_VALUES} values; write fewer aliases")
+    if root is not None and _count(root) > MAX_VALUES:
+        raise ConfigError(f"config file {path} unfolds to more than {MAX_VALUES} values; write fewer aliases")
 
 
 def _merge(new: dict, old: dict, path: Path) -> None:

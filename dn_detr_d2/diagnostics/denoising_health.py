@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
 from ..utils.distributed import device_of, unwrap
-from ..utils.rng import reseed
+from ..utils.rng import seed_all
 from .model_state import gather, preserve_state
 from .probe import require_objects
 
@@ -149,7 +149,7 @@ def _renoised_passes(
     denoising = bare.denoising.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
     names = ",".join(str(record["image_id"]) for record in batch)
     for seed in seeds:
-        reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), device_of(bare))
+        seed_all(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), device_of(bare))
         yield bare.forward_outputs(batch, denoising)
 
 

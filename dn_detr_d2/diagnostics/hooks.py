@@ -13,7 +13,7 @@ from ..data import build_annotated_batch
 from ..data.loader import load_annotated, probe_records
 from ..errors import CheckpointError, ConfigError
 from ..utils.files import atomic_write
-from ..utils.rng import own_randomness
+from ..utils.rng import isolated_rng
 from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
 from .leak import check_denoising
@@ -32,7 +32,7 @@ def build_instruments(cfg) -> list[HookBase]:
     """
     hooks, node = [], cfg.TEST.INSTABILITY
     if cfg.DEBUG.CHECK_DENOISING:
-        with own_randomness(0):  # Detectron2's resize draws even where there is one size
+        with isolated_rng(0):  # Detectron2's resize draws even where there is one size
             hooks.append(LeakCheckHook(build_annotated_batch(cfg, cfg.DATASETS.TRAIN[0], 2)))
     if node.NUM_IMAGES:
         if not cfg.DATASETS.TEST:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data.interruption import agree
 from ..utils.distributed import device_of, unwrap
-from ..utils.rng import own_randomness
+from ..utils.rng import isolated_rng
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     bare = unwrap(model)
     modes = [(module, module.training) for module in bare.modules()]
     try:
-        with own_randomness(seed, device_of(bare)), torch.no_grad():
+        with isolated_rng(seed, device_of(bare)), torch.no_grad():
             yield bare.eval()
     finally:
         for module, mode in modes:

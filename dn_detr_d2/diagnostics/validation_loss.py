@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..losses import LossNormalizers, LossValue, StepNormalizers
 from ..modeling.batch import count_objects
 from ..modeling.outputs import ForwardOutputs
-from ..utils.rng import reseed
+from ..utils.rng import seed_all
 from .model_state import gather, preserve_state
 from .probe import require_objects
 
@@ -40,7 +40,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         one = bare.pixel_mean.new_ones(())
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)
-            reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
+            seed_all(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
             pairs = LossNormalizers(one, count_objects(batch))
             normalizers = StepNormalizers(pairs, pairs)
             outputs = bare.forward_outputs(batch, bare.denoising, normalizers=normalizers)

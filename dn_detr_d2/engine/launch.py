@@ -1,7 +1,7 @@
-"""Processes that start together and end together: our own launcher, and the places that torchrun or SLURM assign.
+"""Starts the processes of a run and supervises them; takes ranks from torchrun or SLURM where those start them.
 
-When one process fails, the others have a few seconds to leave; then they show the Python stacks of their threads and are
-killed. What is told is the first cause, not the broken connections that follow from it.
+When one process fails, the others have a few seconds to exit; then they print the Python stacks of their threads and are
+killed. The error reported is the first cause, not the broken connections that follow from it.
 """
 
 import ctypes
@@ -34,8 +34,8 @@ from ..errors import ConfigError, UserError
 from ..utils.files import atomic_write
 from .hooks.graceful_stop import REQUEUE, SIGNALS
 
-GRACE = 3.0  # seconds for the others to leave by themselves
-SHOW_STACK = getattr(signal, "SIGUSR2", None)  # a process of ours writes where it stands, and goes on; not on Windows
+GRACE_PERIOD = 3.0  # seconds for the others to exit by themselves
+STACK_SIGNAL = getattr(signal, "SIGUSR2", None)  # makes a process print its stacks and go on; not on Windows
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -45,11 +45,11 @@ class ProcessError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process stands among all: on its machine (``local``) and in the whole run.
+class RankInfo:
+    """The rank of a process on its machine (``local``) and in the whole run.
 
     Attributes:
-        url: where they meet, as ``init_process_group`` takes it.
+        url: the rendezvous, as ``init_process_group`` takes it.
     """
 
     rank: int
@@ -59,11 +59,11 @@ class Place:
     url: str = "env://"
 
 
-def assigned_place(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun, or a SLURM script, has put into the environment; None if it has not.
+def rank_info_from_env(environment: Mapping[str, str]) -> RankInfo | None:
+    """The rank that torchrun, or a SLURM script, has put into the environment; None if neither has.
 
     Raises:
-        ConfigError: RANK, WORLD_SIZE and LOCAL_RANK are there but no numbers that fit, or a restart would hang.
+        ConfigError: RANK, WORLD_SIZE and LOCAL_RANK are set, but not to numbers that agree, or a restart would hang.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in environment for name in names):
@@ -81,29 +81,29 @@ def assigned_place(environment: Mapping[str, str]) -> Place | None:
             f"torchrun --max-restarts over gloo may hang, because restarted processes read the keys of their predecessors "
             f"(pytorch#135712); set {OWN_STORE}=1"
         )
-    return Place(rank, world, local_rank, local_world)
+    return RankInfo(rank, world, local_rank, local_world)
 
 
-def join(place: Place, timeout: float) -> None:
-    """Meets the other processes, over NCCL where there is a GPU, else over gloo; SIGUSR2 shows this one's stack from now on.
+def init_distributed(rank_info: RankInfo, timeout: float) -> None:
+    """Joins the process group (NCCL with a GPU, else gloo). From then on SIGUSR2 makes this process print its stacks.
 
     Args:
-        place: of this process.
-        timeout: seconds that a process waits for the others, here and later.
+        rank_info: of this process.
+        timeout: seconds that a process waits for the others, here and in collectives.
     """
-    if SHOW_STACK is not None:
-        faulthandler.register(SHOW_STACK, all_threads=True)
+    if STACK_SIGNAL is not None:
+        faulthandler.register(STACK_SIGNAL, all_threads=True)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(rank_info.local_rank)
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=place.url,
-        rank=place.rank,
-        world_size=place.world_size,
+        init_method=rank_info.url,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         timeout=timedelta(seconds=timeout),
     )
-    comm.create_local_process_group(place.local_world_size)
+    comm.create_local_process_group(rank_info.local_world_size)
     comm.synchronize()
 
 
@@ -114,11 +114,11 @@ def launch(
 
     Args:
         main: a function that can be pickled.
-        processes: on this machine.
-        machines, machine_rank: how many there are, and which is this.
-        url: where the processes meet, "auto" = a free port of this machine.
-        timeout: see :func:`join`.
-        args: of ``main``.
+        processes: number on this machine.
+        machines, machine_rank: number of machines, and the index of this one.
+        url: the rendezvous, "auto" = a free port of this machine.
+        timeout: see :func:`init_distributed`.
+        args: arguments of ``main``.
 
     Returns:
         int: 0, or 75 if the run was asked to stop and can be resumed.
@@ -133,14 +133,15 @@ def launch(
     url = f"tcp://127.0.0.1:{_free_port()}" if url == "auto" else url
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="dn_detr_d2-launch-") as folder:
-        watch = _Watch(Path(folder))
-        with watch:
+        supervisor = _Supervisor(Path(folder))
+        with supervisor:
             for local_rank in range(processes):
-                place = Place(machine_rank * processes + local_rank, world, local_rank, processes, url)
+                rank_info = RankInfo(machine_rank * processes + local_rank, world, local_rank, processes, url)
                 method = multiprocessing.get_start_method()
-                watch.start(context.Process(target=_run, args=(main, place, timeout, folder, method, args)))
-            watch.wait()
-        return watch.exit_code()
+                process = context.Process(target=_run, args=(main, rank_info, timeout, folder, method, args))
+                supervisor.start(process)
+            supervisor.wait()
+        return supervisor.exit_code()
 
 
 def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wanted: bool = False) -> None:
@@ -180,59 +181,60 @@ def check_processes(cfg, num_processes: int, num_machines: int = 1, *, cpu_wante
         raise ConfigError(f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes")
 
 
-class _Watch:
-    """Waits for processes; ends all when one has failed or left, and hands on the request to stop."""
+class _Supervisor:
+    """Waits for processes; ends all when one has failed or exited early, and forwards signals that ask for a stop."""
 
     def __init__(self, folder: Path):
-        self.started, self.folder, self.asked, self.killed, self.before = [], folder, None, set(), {}
+        self.started, self.folder, self.stop_signal, self.killed = [], folder, None, set()
+        self.previous_handlers = {}
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+        self.previous_handlers = {number: signal.signal(number, self._forward) for number in SIGNALS}
 
     def __exit__(self, kind, *_) -> None:
-        """Whatever goes wrong here, Ctrl-C included, leaves no process behind."""
+        """Leaves no process behind, whatever goes wrong here, Ctrl-C included."""
         try:
             if kind is not None:
-                self._end_all()
+                self._terminate_all()
         finally:
-            for number, handler in self.before.items():
+            for number, handler in self.previous_handlers.items():
                 signal.signal(number, handler)
 
     def start(self, process) -> None:
-        """Starts one of the processes; one that comes too late for a request to stop gets it too."""
+        """Starts one of the processes; a signal that came before is forwarded to it too."""
         self.started.append(process)
         process.start()
-        if self.asked:
-            os.kill(process.pid, self.asked)
+        if self.stop_signal:
+            os.kill(process.pid, self.stop_signal)
 
     def _alive(self) -> list:
         return [process for process in self.started if process.is_alive()]
 
-    def _hand_on(self, number: int, frame=None) -> None:
-        self.asked = number
+    def _forward(self, number: int, frame=None) -> None:
+        self.stop_signal = number
         for process in self._alive():
             os.kill(process.pid, number)
 
     def wait(self) -> None:
-        """Returns when all are gone. One that has failed or left gives the others ``GRACE`` seconds."""
+        """Returns when all have exited. When one has failed or exited early, the others have ``GRACE_PERIOD`` seconds."""
         deadline = None
         while alive := self._alive():
             wait([process.sentinel for process in alive], timeout=0.2)
             left = any(process.exitcode == REQUEUE for process in self.started)
             failed = any(p.exitcode not in (None, 0, REQUEUE) for p in self.started) or any(self.folder.iterdir())
-            if left and not self.asked:  # it was asked by itself
-                self._hand_on(SIGNALS[0])
+            if left and not self.stop_signal:  # the signal was sent to that process alone
+                self._forward(SIGNALS[0])
             if (failed or left) and deadline is None:
-                deadline = time.monotonic() + GRACE
+                deadline = time.monotonic() + GRACE_PERIOD
             if deadline is not None and time.monotonic() > deadline:
                 self._kill(process for process in alive if process not in self.killed)
                 deadline = time.monotonic() + 1
 
-    def _end_all(self) -> None:
-        """Ctrl-C, which a terminal sends to all: those that have not got it do so now, and nobody is waited for long."""
+    def _terminate_all(self) -> None:
+        """After Ctrl-C, which a terminal sends to all: sends it to those that did not get it, and waits for nobody long."""
         for process in self._alive():
             os.kill(process.pid, signal.SIGINT)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE_PERIOD
         for process in self.started:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -241,70 +243,72 @@ class _Watch:
     def _kill(self, processes: Iterable) -> None:
         for process in processes:
             self.killed.add(process)
-            if SHOW_STACK is not None:
+            if STACK_SIGNAL is not None:
                 print(
-                    f"process {process.pid} does not leave and is killed; it stands here:", file=sys.stderr, flush=True
+                    f"process {process.pid} did not exit and is killed; its stack trace:", file=sys.stderr, flush=True
                 )
-                os.kill(process.pid, SHOW_STACK)
+                os.kill(process.pid, STACK_SIGNAL)
             process.join(0.3)
             process.kill()
 
     def exit_code(self) -> int:
-        """0 or 75 of the whole; raises ProcessError."""
+        """0 or 75 for the whole run; raises ProcessError."""
         codes = [process.exitcode for process in self.started]
         stopped = {0, REQUEUE}
-        if self.asked:  # a process that has not begun to train dies of the signal, those that wait for it are killed
+        if self.stop_signal:  # a process that has not begun to train dies of it, those that wait for it are killed
             stopped |= {-number for number in SIGNALS} | {p.exitcode for p in self.killed}
-        if set(codes) <= stopped or REQUEUE in codes:  # one that left with 75 has left all its work on the disk
+        if set(codes) <= stopped or REQUEUE in codes:  # a process that exits with 75 has written its checkpoint
             return REQUEUE if any(codes) else 0
         raise ProcessError(self._first_cause(codes))
 
     def _first_cause(self, codes: list[int]) -> str:
-        """A process that was killed from outside, else the earliest record, else any exit code."""
+        """A process that was killed from outside, else the earliest recorded error, else any exit code."""
         for process, code in zip(self.started, codes, strict=True):
             if code == -signal.SIGKILL and process not in self.killed:
-                return f"process {process.pid} was killed (SIGKILL); if nobody did, look whether memory ran out (dmesg)"
+                return f"process {process.pid} was killed (SIGKILL); check whether memory ran out (dmesg)"
         records = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
         if records:
             cause = min(records, key=lambda record: record["time"])["cause"]
             stuck = [str(process.pid) for process in self.started if process in self.killed]
-            return cause + f"; meanwhile process {', '.join(stuck)} stood where its stack above says" * bool(stuck)
-        return f"the processes of this machine ended with the codes {codes} (-N = by signal N)"
+            if stuck:
+                cause += f"; process {', '.join(stuck)} did not exit and was killed, see its stack trace above"
+            return cause
+        return f"the processes of this machine exited with the codes {codes} (-N = killed by signal N)"
 
 
-def _run(main: Callable, place: Place, timeout: float, folder: str, method: str, args: tuple) -> None:
-    """What a process of the launcher does; writes down why it failed before it leaves.
+def _run(main: Callable, rank_info: RankInfo, timeout: float, folder: str, method: str, args: tuple) -> None:
+    """Target of a process of the launcher; records the error before it exits.
 
-    ``method``: how loader processes are to start. Python would hand down "spawn", and each would import everything again.
+    ``method``: how loader processes are started. They would inherit "spawn", and each would import everything again.
     """
     end_with_parent()
     multiprocessing.set_start_method(method, force=True)
     try:
-        join(place, timeout)
+        init_distributed(rank_info, timeout)
         main(*args)
     except SystemExit as leaving:
         leave(leaving.code)
     except (Exception, KeyboardInterrupt) as error:
         _ignore_signals()
-        record = {"time": time.time(), "cause": describe(error, place)}
-        with atomic_write(Path(folder) / f"{place.rank}.json", "w") as file:
+        record = {"time": time.time(), "cause": format_error(error, rank_info)}
+        with atomic_write(Path(folder) / f"{rank_info.rank}.json", "w") as file:
             file.write(json.dumps(record))
         leave(1)
 
 
 def leave(code: int) -> None:
-    """Ends this process at once and for certain; for one that has failed or was asked to stop.
+    """Exits this process immediately; for one that has failed or was asked to stop.
 
-    What Python does at the end of a process can wait for ever: for loader processes, for threads, for the other ranks.
-    Loader processes are ended, logs are closed, and nothing else is waited for.
+    Python's own exit can wait for ever: for loader processes, for threads, for other ranks. Here loader processes are ended,
+    logs are closed, and nothing else is waited for.
 
     Args:
-        code: of the process.
+        code: exit code.
     """
     _ignore_signals()
     end_loader_processes()
     with suppress(Exception):
-        multiprocessing.util._run_finalizers(0)  # names of semaphores go; those that wait have a lower priority
+        multiprocessing.util._run_finalizers(0)  # unlinks semaphores; finalizers that wait have a lower priority
     with suppress(Exception):
         logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -314,40 +318,41 @@ def leave(code: int) -> None:
 
 
 def _ignore_signals() -> None:
-    """From here on this process leaves, and a second signal changes neither how nor with which code."""
+    """This process is exiting: a second signal changes neither how nor with which code."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, *SIGNALS):
             signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:
-    """A launcher that is killed takes this process with it (Linux; elsewhere nothing happens)."""
+    """Makes the kernel kill this process when its parent dies (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def describe(error: BaseException, place: Place | None = None) -> str:
-    """An error as one line that is never empty; an unexpected one is printed with its traceback first.
+def format_error(error: BaseException, rank_info: RankInfo | None = None) -> str:
+    """An error as one line that is never empty; the traceback of an unexpected one is printed first.
 
     Args:
         error: as it was caught.
-        place: of this process among several, None = it is the only one.
+        rank_info: of this process, None = it is the only one.
     """
-    rank = f"rank {place.rank} of {place.world_size}: " if place is not None and place.world_size > 1 else ""
+    several = rank_info is not None and rank_info.world_size > 1
+    rank = f"rank {rank_info.rank} of {rank_info.world_size}: " if several else ""
     if isinstance(error, KeyboardInterrupt):
         return f"{rank}interrupted by Ctrl-C (SIGINT); a training goes on from its last checkpoint with --resume"
-    told = sentence(error)
-    if told and isinstance(error, UserError | FloatingPointError | ProcessError):
-        return told
+    message = error_message(error)
+    if message and isinstance(error, UserError | FloatingPointError | ProcessError):
+        return message
     traceback.print_exception(error)
-    return f"{rank}{type(error).__name__}: {told or _without_words(error)} (its traceback stands above)"
+    return f"{rank}{type(error).__name__}: {message or _origin(error)} (see its traceback above)"
 
 
 FROM_LOADER = re.compile(r"Caught \w+ in (?:DataLoader worker|loader) process[^\n]*\.\n")
 
 
-def sentence(error: BaseException) -> str:
-    """The words of an error in one line; of one that comes from a loader process without the traceback around them."""
+def error_message(error: BaseException) -> str:
+    """The message of an error in one line; of one from a loader process without the traceback around it."""
     text = str(error).strip()
     if FROM_LOADER.match(text):
         kinds = r"(?:[A-Za-z_]\w*\.)*" + re.escape(type(error).__name__)
@@ -356,14 +361,14 @@ def sentence(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _without_words(error: BaseException) -> str:
-    """What can be said of an error that says nothing: where it was raised."""
-    ended = "an iterator, such as the data loader's, has no more to give; " * isinstance(error, StopIteration)
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    return ended + "".join(f"raised in {x.name}, {Path(x.filename).name} line {x.lineno}" for x in place)
+def _origin(error: BaseException) -> str:
+    """Where an error without a message was raised."""
+    exhausted = "an iterator, such as the data loader's, is exhausted; " if isinstance(error, StopIteration) else ""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    return exhausted + "".join(f"raised in {x.name}, {Path(x.filename).name} line {x.lineno}" for x in frames)
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -24,7 +24,7 @@ from ..diagnostics import MeasuringHook, build_instruments
 from ..evaluation import TolerantCOCOEvaluator
 from ..utils.distributed import device_of, unwrap
 from ..utils.processor import slow_bfloat16
-from ..utils.rng import own_randomness
+from ..utils.rng import isolated_rng
 from ..utils.text_output import escape_unwritable
 from . import optimizer
 from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
@@ -33,7 +33,7 @@ from .hooks.ema import AverageHook, average_weights
 from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_training
 from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
 from .train_step import TrainStep
-from .training_state import progress, take_up
+from .training_state import capture_training_state, restore_training_state
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             cfg=cfg,
             new_classes=True,
-            progress=partial(progress, loader, self.device),
+            training_state=partial(capture_training_state, loader, self.device),
             trainer=weakref.proxy(self),
             **({EMA: self.averaged} if self.averaged else {}),
         )
@@ -87,7 +87,7 @@ class Trainer(DefaultTrainer):
         if self.checkpointer.resuming:
             self.start_iter = self.iter + 1
             with must_fit(self.checkpointer.found):
-                take_up(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
+                restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
 
     def build_hooks(self) -> list:
         """Detectron2's hooks with our checkpoints; after an evaluation the best one and the instruments."""
@@ -176,7 +176,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the random streams of the training stay where they are."""
-        with own_randomness(0, device_of(model)):
+        with isolated_rng(0, device_of(model)):
             results = super().test(cfg, model, evaluators)
         if cfg.DATASETS.TEST:
             agree()

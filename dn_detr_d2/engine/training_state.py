@@ -1,4 +1,4 @@
-"""How far a training has come, besides weights and optimizer: the random streams of every rank, the stream of images."""
+"""The state of a training besides weights and optimizer: RNG states of all ranks, the position in the stream of images."""
 
 import logging
 
@@ -6,13 +6,13 @@ import torch
 from detectron2.utils import comm
 
 from ..data.stream import StreamLoader
-from ..utils.rng import mix, random_state, reseed, set_random_state
+from ..utils.rng import derive_seed, random_state, seed_all, set_random_state
 
 logger = logging.getLogger(__name__)
 
 
-def progress(loader, device: torch.device) -> dict:
-    """What a checkpoint keeps of it; every rank calls, rank 0 gets all random states.
+def capture_training_state(loader, device: torch.device) -> dict:
+    """The part of this state that a checkpoint keeps; a collective, rank 0 gets the RNG states of all ranks.
 
     Args:
         loader: of the training.
@@ -22,26 +22,26 @@ def progress(loader, device: torch.device) -> dict:
     return {"random_states": comm.gather(random_state(device)), "stream_seed": seed}
 
 
-def take_up(saved: dict, loader, start_iter: int, device: torch.device, seed: int) -> None:
-    """Counterpart of :func:`progress`; whatever cannot go on as it was is said in a warning.
+def restore_training_state(saved: dict, loader, start_iter: int, device: torch.device, seed: int) -> None:
+    """Counterpart of :func:`capture_training_state`; warns of whatever cannot be restored.
 
     Args:
-        saved: of a checkpoint; of an older version it may be empty.
-        loader, device: as for :func:`progress`.
-        start_iter: the iteration that comes next.
+        saved: content of a checkpoint; keys may be missing in those of older versions.
+        loader, device: as for :func:`capture_training_state`.
+        start_iter: the next iteration.
         seed: ``SEED`` of the config.
     """
-    streamed = saved.get("stream_seed")
+    stream_seed = saved.get("stream_seed")
     if isinstance(loader, StreamLoader):
-        if streamed is None:
+        if stream_seed is None:
             logger.warning(
                 "the checkpoint does not say which order of images it had; a new order begins in the midst of it"
             )
-        elif seed >= 0 and seed != streamed:
+        elif seed >= 0 and seed != stream_seed:
             logger.warning(
-                "SEED = %d is not used: the training that is resumed goes on with its own, %d", seed, streamed
+                "SEED = %d is not used: the training that is resumed goes on with its own, %d", seed, stream_seed
             )
-        loader.seek(start_iter, streamed)
+        loader.seek(start_iter, stream_seed)
     states, rank = saved.get("random_states") or [], comm.get_rank()
     if len(states) == comm.get_world_size():
         set_random_state(states[rank], device)
@@ -49,6 +49,7 @@ def take_up(saved: dict, loader, start_iter: int, device: torch.device, seed: in
     logger.warning(
         "the checkpoint has the random states of %d processes, this training has %d: the images come in their order, but "
         "noise and dropout are drawn anew",
-        *(len(states), comm.get_world_size()),
+        len(states),
+        comm.get_world_size(),
     )
-    reseed(mix(streamed or 0, start_iter, rank, 2), device)
+    seed_all(derive_seed(stream_seed or 0, start_iter, rank, 2), device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def reseed(seed: int, device: torch.device | str = "cpu") -> None:
+def seed_all(seed: int, device: torch.device | str = "cpu") -> None:
     """Starts the streams of Python, NumPy and PyTorch (CPU and ``device``) anew; those of other GPUs go on."""
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
@@ -19,7 +19,7 @@ def reseed(seed: int, device: torch.device | str = "cpu") -> None:
             torch.cuda.manual_seed(seed)
 
 
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One seed in [0, 2^63) out of several numbers that are not negative, such as (seed, epoch)."""
     words = np.random.SeedSequence(numbers).generate_state(2, np.uint64)
     return int(words[0] >> np.uint64(1))
@@ -65,12 +65,12 @@ def set_torch_state(state: dict[str, Tensor], device: torch.device | str = "cpu"
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+def isolated_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Random streams of Python, NumPy and PyTorch (CPU and ``device``) that start at ``seed`` and end without a trace."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpu = torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None
     try:
-        reseed(seed, device)
+        seed_all(seed, device)
         yield
     finally:
         random.setstate(before[0])

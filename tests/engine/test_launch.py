@@ -17,10 +17,10 @@ from naming import naming
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
-from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, assigned_place
-from dn_detr_d2.engine.launch import OWN_STORE, Place, _free_port, launch
+from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, rank_info_from_env
+from dn_detr_d2.engine.launch import OWN_STORE, RankInfo, _free_port, launch
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "training")
+TESTS = (ROOT / "tests", ROOT / "tests" / "engine")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -141,9 +141,9 @@ import os, signal
 from pathlib import Path
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from dn_detr_d2.engine import assigned_place, join
-place = assigned_place(os.environ)
-join(place, 60)
+from dn_detr_d2.engine import init_distributed, rank_info_from_env
+place = rank_info_from_env(os.environ)
+init_distributed(place, 60)
 if place.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     os.kill(os.getpid(), signal.SIGKILL)
 comm.synchronize()
@@ -174,9 +174,9 @@ def test_restarts_over_gloo_without_the_variable_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
     with pytest.raises(ConfigError, match=naming("--max-restarts", f"{OWN_STORE}=1")):
-        assigned_place(environment)
-    assert assigned_place(environment | {OWN_STORE: "1"}) == Place(0, 2, 0, 2)
-    assert assigned_place(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == Place(0, 2, 0, 2)
+        rank_info_from_env(environment)
+    assert rank_info_from_env(environment | {OWN_STORE: "1"}) == RankInfo(0, 2, 0, 2)
+    assert rank_info_from_env(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == RankInfo(0, 2, 0, 2)
 
 
 def test_processes_that_stop_on_request_are_no_failure(tmp_path):
@@ -190,13 +190,13 @@ def test_processes_that_stop_on_request_are_no_failure(tmp_path):
 ])  # fmt: skip
 def test_places_that_cannot_be_are_refused(environment, named):
     with pytest.raises(ConfigError, match=naming(*named)):
-        assigned_place(environment)
+        rank_info_from_env(environment)
 
 
 def test_a_place_is_read_from_the_environment():
-    assert assigned_place({"RANK": "0"}) is None
+    assert rank_info_from_env({"RANK": "0"}) is None
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert assigned_place(environment) == Place(3, 4, 1, 2)
+    assert rank_info_from_env(environment) == RankInfo(3, 4, 1, 2)
 
 
 def torchrun(line, screen, *options):
