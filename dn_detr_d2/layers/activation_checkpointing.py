@@ -1,4 +1,4 @@
-"""Activation checkpointing: layers that are computed once more in the backward pass, instead of being kept until then."""
+"""Activation checkpointing: layers whose activations are recomputed in the backward pass instead of kept."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ class LayerStack(nn.Module):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
 
-    def run(self, step: Callable[..., Tensor], *args) -> Tensor:
+    def checkpointed(self, step: Callable[..., Tensor], *args) -> Tensor:
         """``step(*args)``; with activation checkpointing, in training, it will be repeated in the backward pass.
 
         The repetition has the same random numbers and the same autocast, so gradients are those without it.

@@ -86,7 +86,7 @@ class Decoder(LayerStack):
         content, references = queries.content, References(queries.boxes, queries.boxes)
         logits, boxes = [], []
         for i, layer in enumerate(self.layers):
-            content = self.run(self.step, layer, content, references.entering, queries, memory, i == 0)
+            content = self.checkpointed(self.step, layer, content, references.entering, queries, memory, i == 0)
             hidden = content if self.norm is None else self.norm(content)
             logits.append(self.heads.classify(hidden, i))
             boxes.append(self.heads.refine(hidden, references.refined, i))

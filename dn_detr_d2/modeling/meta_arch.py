@@ -62,8 +62,15 @@ class DenoisingDETR(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
 
-    from_config = staticmethod(build_parts)
-    device = property(lambda self: self.pixel_mean.device, doc="Where the images are sent.")
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """:func:`~dn_detr_d2.modeling.build.build_parts`."""
+        return build_parts(cfg)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are sent."""
+        return self.pixel_mean.device
 
     def forward(
         self, batched_inputs: list[dict], normalizers: StepNormalizers | None = None

@@ -127,7 +127,7 @@ class Steep(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def share(self, whole):
+    def step_normalizers(self, counts):
         return None
 
     def forward(self, batch, share):
