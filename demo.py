@@ -14,13 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+from dn_detr_d2 import setup_cfg  # before detectron2, whose import alone warns of torch.jit
 
 # isort: split
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Instances
 
-from dn_detr_d2 import ConfigError, DatasetError, UserError, setup_cfg
+from dn_detr_d2 import ConfigError, DatasetError, UserError
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.utils.text_output import escape_unwritable

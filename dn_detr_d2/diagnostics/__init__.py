@@ -1,5 +1,8 @@
 """What a model does on fixed images, see docs/diagnostics.md: as functions, and as hooks of a training."""
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 from .denoising_health import JudgedLabel, Restoration, judge_labels, measure_restoration
 from .hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_instruments
 from .instability import anchor_distances, anchor_metrics, average_top_k, churn, instability
