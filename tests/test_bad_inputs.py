@@ -1,7 +1,8 @@
 """Inputs that somebody has got wrong, one a row: each is refused with the file, the record and the value.
 
-More rows of the same kind stand where their door is tested: tests/test_security.py (47 hostile files), test_config.py,
-test_train_net.py, test_checkpoint.py, data/test_check.py, data/test_coco_custom.py; docs/reliability.md counts them.
+More rows of the same kind stand where their door is tested: tests/test_security.py (47 hostile files),
+config/test_config.py, test_train_net.py, checkpoint/test_checkpoint.py, data/test_check.py, data/test_coco_custom.py;
+docs/reliability.md counts them.
 """
 
 import json
@@ -134,7 +135,7 @@ def test_arrays_that_are_no_image(image, named):
 
 
 def test_a_header_that_disagrees_with_the_annotation_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
-    """Found by tools/torture.py images: a flipped bit in the size of a WebP or TIFF cost seconds."""
+    """Found by dev/stress_test.py images: a flipped bit in the size of a WebP or TIFF cost seconds."""
     Image.new("RGB", (30, 20)).save(tmp_path / "x.bmp")
     data = bytearray((tmp_path / "x.bmp").read_bytes())
     data[18:26] = struct.pack("<ii", 8000, 8000)

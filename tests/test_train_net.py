@@ -224,7 +224,7 @@ for name in ("sysconf", "fork", "setsid", "killpg", "getpgid"):
 import faulthandler
 del faulthandler.register
 import dn_detr_d2.doctor, dn_detr_d2.engine, dn_detr_d2.predictor, train_net
-from dn_detr_d2.training.signals import SIGNALS, StopRequest
+from dn_detr_d2.engine.hooks.graceful_stop import SIGNALS, StopRequest
 assert [signal.Signals(x).name for x in SIGNALS] == ["SIGTERM"]
 request = StopRequest()
 request.listen()

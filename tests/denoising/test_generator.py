@@ -117,7 +117,7 @@ def test_contrastive_groups_hold_near_copies_then_far_ones():
     assert noised.valid.tolist() == [[True, True, False] * 4, [True] * 12]
     pairs = [(q.tolist(), t.tolist()) for q, t in noised.assignment.per_image(2)]
     assert pairs == [([0, 1, 6, 7], [0, 1, 0, 1]), ([0, 1, 2, 6, 7, 8], [0, 1, 2, 0, 1, 2])]
-    assert noised.counted.all()  # far copies and padding must learn to be no object
+    assert noised.assignment.class_loss_mask.all()  # far copies and padding must learn to be no object
     torch.testing.assert_close(noised.boxes[1, 3:6], targets.boxes[1])
 
 
@@ -142,7 +142,7 @@ def test_a_hard_limit_holds_for_both_copies_together(counts, num_queries, limit)
 
 def test_a_contrastive_batch_without_objects_counts_for_nothing():
     noised = ContrastiveDenoisingGenerator(**CONTRASTIVE)(make_targets(0, 0))
-    assert not noised.counted.any()
+    assert not noised.assignment.class_loss_mask.any()
     assert len(noised.assignment) == 0
 
 

@@ -7,7 +7,6 @@ import logging
 import math
 from pathlib import Path
 
-import check_dataset
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,7 @@ from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.report import KINDS, STOPS, Report
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.evaluation import RecordsEvaluator, TolerantCOCOEvaluator
+from tools import check_dataset
 
 ODD = Path(__file__).resolve().parent.parent / "data" / "odd_files"
 SIZES = {"a.png": (48, 64), "b.png": (100, 40), "c é 图.png": (480, 640), "d.png": (1, 3)}  # (height, width)

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from naming import naming
 
 from dn_detr_d2 import CheckpointError, ConfigError
-from dn_detr_d2.modeling.meta_arch import mean_over_ranks, name_layers
+from dn_detr_d2.losses import mean_over_ranks, name_layers
 from dn_detr_d2.structures import Pyramid
 
 EMPTY = [(3, 1), (0, 2), (0, 0)]
@@ -72,7 +72,7 @@ def test_the_order_of_objects_does_not_change_the_matching_losses(toy_model):
 def test_denoising_without_ground_truth_is_refused(toy_model):
     model = toy_model("dn_detr")
     with pytest.raises(ValueError, match=naming("annotated", "denoising")):
-        model.observe(make_batch(1), model.denoising, annotated=False)
+        model.forward_outputs(make_batch(1), model.denoising, annotated=False)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -119,7 +119,7 @@ def test_transformer_does_not_see_padding(toy_model, system):
         small, large = (model.encoder(Pyramid(*map(list, zip(*x, strict=True)))) for x in (alone, padded))
         torch.testing.assert_close(large.tokens[:, torch.cat(inside)], small.tokens, atol=1e-5, rtol=1e-5)
         if dense:
-            results = [model.decoder(model._queries(memory)[0], memory) for memory in (small, large)]
+            results = [model.decoder(model.query_source(memory), memory) for memory in (small, large)]
             torch.testing.assert_close(results[0].logits, results[1].logits, atol=1e-4, rtol=0)
             torch.testing.assert_close(results[0].boxes, results[1].boxes, atol=1e-5, rtol=0)
 
@@ -293,7 +293,7 @@ def test_classes_must_be_known_when_the_model_is_built(toy_cfg):
 def test_patterns_multiply_the_queries(toy_model):
     model = toy_model("dn_detr", "MODEL.DN_DETR.QUERY_SOURCE.NUM_PATTERNS", 3).train()
     batch = make_batch(1)
-    queries = model.query_source(model.encoder(model._pyramid(model._preprocess(batch))))
+    queries = model.query_source(model.encoder(model.pyramid(model.preprocess(batch))))
     assert queries.boxes.shape == (1, 27, 4)
     assert torch.equal(queries.boxes[0, :9], queries.boxes[0, 9:18])
     unknown = model.query_source.label_encoder.unknown()

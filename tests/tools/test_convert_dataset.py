@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 
-import convert_dataset as tool
 import pytest
 from conftest import ROOT
 from naming import naming
 from PIL import Image
 
 from dn_detr_d2.data import convert, convert_voc, convert_yolo, label_files, load_coco_json
+from tools import convert_dataset as tool
 
 VOC = """<annotation><filename>a.png</filename><object><name>cat</name><difficult>1</difficult>
 <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>"""

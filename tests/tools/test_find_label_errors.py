@@ -4,13 +4,14 @@ import csv
 import json
 import re
 
-import find_label_errors
-import flip_labels
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from naming import naming
 from PIL import Image
+
+from dev import flip_labels
+from tools import find_label_errors
 
 SHAPES = ["MODEL.DN_DETR.NUM_CLASSES", 3, "INPUT.MIN_SIZE_TEST", 48, "DATALOADER.NUM_WORKERS", 0]
 

@@ -6,9 +6,10 @@ import sys
 import zipfile
 from importlib import metadata
 
-import install_detectron2 as installer
 import pytest
 from naming import naming
+
+from tools import install_detectron2 as installer
 
 # As in detectron2: the first form is that of the carrier, the second black's.
 MODEL_ZOO = """import os
