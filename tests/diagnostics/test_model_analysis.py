@@ -81,5 +81,5 @@ def test_command_line():
     assert "3 classes" in ran.stdout
     assert "MiB" in ran.stdout
     ran = subprocess.run([*command, config, "--size", "8", "8"], capture_output=True, text=True, timeout=200)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert ran.stderr.endswith("error: --size must be at least 32 32, got 8 8\n")
