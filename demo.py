@@ -24,7 +24,7 @@ from dn_detr_d2 import ConfigError, DatasetError, UserError, setup_cfg
 from dn_detr_d2.command_line import add_overrides, parse
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
-from dn_detr_d2.text_output import escape_unwritable
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read

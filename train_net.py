@@ -47,11 +47,20 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention, setup_cfg
 from dn_detr_d2.config import device_is_named
 from dn_detr_d2.data import check_files, check_records
-from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
+from dn_detr_d2.engine import (
+    Trainer,
+    assigned_place,
+    check_processes,
+    describe,
+    evaluate,
+    join,
+    leave,
+    load_for_evaluation,
+)
+from dn_detr_d2.engine.launch import launch
 from dn_detr_d2.layers import uses_kernel
 from dn_detr_d2.modeling.build import name_the_node
-from dn_detr_d2.text_output import escape_unwritable
-from dn_detr_d2.training import assigned_place, describe, join, launch, leave
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def main(args) -> dict | None:

@@ -63,7 +63,7 @@ def ours(case: Case) -> dict[str, Tensor]:
     denoising, matching = Predictions(case.logits, case.predicted).split(case.noised.num_queries)
     matcher, criterion = HungarianMatcher(), SetCriterion()
     divisor = case.normalizer * GROUPS
-    rebuilt = criterion(denoising, case.targets, case.noised.assignment, divisor, counted=case.noised.valid)
+    rebuilt = criterion(denoising, case.targets, case.noised.assignment, divisor)
     found = criterion(matching, case.targets, matcher(matching, case.targets), case.normalizer)
     return {f"main/{k}": v for k, v in found.items()} | {f"dn/{k}": v for k, v in rebuilt.items()}
 

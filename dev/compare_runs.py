@@ -35,7 +35,7 @@ from dev.compare.variants import ABLATIONS, FOLDER, PAIRS, variants_of
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import add_overrides, parse, run_command
-from dn_detr_d2.training import end_with_parent
+from dn_detr_d2.engine import end_with_parent
 from dn_detr_d2.visualization.curves import draw
 from dn_detr_d2.visualization.runs import Group, read_run
 

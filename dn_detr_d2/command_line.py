@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import ConfigError, UserError
-from .text_output import escape_unwritable
+from .utils.text_output import escape_unwritable
 
 BAD_INPUT = 2
 

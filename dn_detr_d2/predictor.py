@@ -3,9 +3,9 @@
 import numpy as np
 from detectron2.engine import DefaultPredictor
 
+from .checkpoint.checkpointer import load_weights
 from .data import ResizeShortestEdge
 from .errors import UserError
-from .training import load_weights
 
 
 class Predictor(DefaultPredictor):

@@ -66,7 +66,11 @@ def visualize(args: argparse.Namespace) -> list[str]:
     torch.manual_seed(args.seed)
     model = load_model(cfg, weights)
     seen = observe_denoising(model, record, args.seed)
-    pixels, names, copies = to_rgb(record["image"], cfg.INPUT.FORMAT), class_names(cfg), model.denoising.COPIES
+    pixels, names, copies = (
+        to_rgb(record["image"], cfg.INPUT.FORMAT),
+        class_names(cfg),
+        model.denoising.generator.COPIES,
+    )
     figures = {
         "noise": draw_noise(seen, pixels, names, copies, args.groups),
         "refinement": draw_refinement(seen, pixels, names, copies),

@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.randomness import random_state, set_random_state
+from dn_detr_d2.utils.rng import random_state, set_random_state
 
 from .variants import Variant
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dn_detr_d2 import CheckpointError
 from dn_detr_d2.checkpoint import read_checkpoint
-from dn_detr_d2.training.folder import fault_of
+from dn_detr_d2.checkpoint.resume import fault_of
 
 from .interrupted_runs import reference_run
 from .results import Result

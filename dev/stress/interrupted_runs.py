@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from dn_detr_d2.training import REQUEUE
-from dn_detr_d2.training.folder import find_resumable
+from dn_detr_d2.checkpoint.resume import find_resumable
+from dn_detr_d2.engine import REQUEUE
 
 from .results import Result
 from .toy import differing, load, log_of, start_run

@@ -16,8 +16,8 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from dn_detr_d2 import setup_cfg
-from dn_detr_d2.engine import Trainer
-from dn_detr_d2.training import StopRequest, launch
+from dn_detr_d2.engine import StopRequest, Trainer
+from dn_detr_d2.engine.launch import launch
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 TOY = {

@@ -1,13 +1,12 @@
 """Checks a COCO-format data set with its images, or repairs it first and checks the result; see docs/datasets.md."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import DatasetError
+from ..utils.files import atomic_write
 from .check import annotated_sizes, check_content
 from .check_images import STOPPING, check_images
 from .images import ImageFolder
@@ -104,10 +103,5 @@ def _count_changed(before: dict, after: dict) -> int:
 
 def write_json(content: dict, path: str) -> None:
     """Writes a JSON file completely or not at all; raises OSError."""
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(json.dumps(content))
-        os.replace(part, path)
-    finally:
-        if part.is_file():  # the disk was full
-            part.unlink()
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content))

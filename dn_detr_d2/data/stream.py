@@ -11,7 +11,7 @@ import torch
 from detectron2.data import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..randomness import mix, own_randomness
+from ..utils.rng import mix, own_randomness
 from .worker_process import end_at_exit, explained, init_worker, signals_wait
 
 

@@ -15,12 +15,13 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy, image_scale
-from ..denoising import DenoisingGenerator
+from ..denoising import QueryDenoising
 from ..errors import ConfigError
-from ..modeling.meta_arch import Observation
+from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
-from ..randomness import reseed
-from .model_state import device_of, gather, preserve_state, unwrap
+from ..utils.distributed import device_of, unwrap
+from ..utils.rng import reseed
+from .model_state import gather, preserve_state
 from .probe import require_objects
 
 
@@ -79,13 +80,15 @@ def measure_restoration(
         ConfigError: the model has no denoising.
         DatasetError: no image has a box that can be used.
     """
-    scales, generator = list(scales), denoising_of(model)
+    scales, generator = list(scales), denoising_of(model).generator
     noise, classes = generator.label_noise_prob, generator.num_classes
     sums = {scale: [] for scale in scales}
     with preserve_state(model) as bare:
         for batch in loader:
             for scale in scales:
-                sums[scale] += [_count_restored(seen, classes) for seen in _observe(bare, batch, noise, scale, [seed])]
+                sums[scale] += [
+                    _count_restored(outputs, classes) for outputs in _renoised_passes(bare, batch, noise, scale, [seed])
+                ]
     sums = gather([sums])
     if not comm.is_main_process():
         return {}
@@ -114,51 +117,51 @@ def judge_labels(
     Raises:
         ConfigError: the model has no denoising, or only one class.
     """
-    classes = denoising_of(model).num_classes
+    classes = denoising_of(model).generator.num_classes
     if classes < 2:
         raise ConfigError("labels can only be judged where there are at least 2 classes, the model has 1")
     judged = []
     with preserve_state(model) as bare:
         for batch in loader:
             seeds = range(seed, seed + repeats)
-            passes = list(_observe(bare, batch, 1.0, box_noise_scale, seeds))
-            probability = torch.stack([_mean_probability(seen, classes) for seen in passes]).mean(0)  # (N, M, P)
+            passes = list(_renoised_passes(bare, batch, 1.0, box_noise_scale, seeds))
+            probability = torch.stack([_mean_probability(outputs, classes) for outputs in passes]).mean(0)  # (N, M, P)
             for record, labels in zip(batch, probability, strict=True):
                 judged += _judge(record, labels.cpu())
     return sorted(gather(judged), key=lambda x: (-x.score, str(x.image_id), x.index))
 
 
-def denoising_of(model: nn.Module) -> DenoisingGenerator:
-    """The model's generator, through DistributedDataParallel; raises ConfigError if it has none."""
-    generator = unwrap(model).denoising
-    if generator is None:
+def denoising_of(model: nn.Module) -> QueryDenoising:
+    """The model's denoising, through DistributedDataParallel; raises ConfigError if it has none."""
+    denoising = unwrap(model).denoising
+    if denoising is None:
         raise ConfigError(
             "the model has no denoising (MODEL.DN_DETR.DENOISING.NAME is ''), so there are no denoising queries to look at; "
             "take a config with denoising"
         )
-    return generator
+    return denoising
 
 
-def _observe(
+def _renoised_passes(
     bare: nn.Module, batch: list[dict], label_noise_prob: float, box_noise_scale: float, seeds: Iterable[int]
-) -> Iterator[Observation]:
+) -> Iterator[ForwardOutputs]:
     """One pass a seed; the noise depends on seed and image only."""
-    generator = bare.denoising.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
+    denoising = bare.denoising.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
     names = ",".join(str(record["image_id"]) for record in batch)
     for seed in seeds:
         reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), device_of(bare))
-        yield bare.observe(batch, generator)
+        yield bare.forward_outputs(batch, denoising)
 
 
-def _count_restored(seen: Observation, num_classes: int) -> tuple[np.ndarray, np.ndarray, float, int]:
+def _count_restored(outputs: ForwardOutputs, num_classes: int) -> tuple[np.ndarray, np.ndarray, float, int]:
     """Sums over the near copies of one pass: (K,) right classes, (K,) IoU, IoU before the decoder, copies."""
-    pairs = seen.noised.assignment
+    pairs = outputs.noised.assignment
     query, target = pairs.query[0], pairs.target[0]
-    clean = seen.targets.boxes[pairs.image, target]
-    logits = seen.denoising.logits[:, pairs.image, query, :num_classes]  # without "no object" of softmax heads
-    right = logits.argmax(-1) == seen.targets.labels[pairs.image, target]
-    overlap = torch.stack([_iou(boxes, clean) for boxes in seen.denoising.boxes[:, pairs.image, query]])
-    start = _iou(seen.noised.boxes[pairs.image, query], clean)
+    clean = outputs.targets.boxes[pairs.image, target]
+    logits = outputs.denoising.logits[:, pairs.image, query, :num_classes]  # without "no object" of softmax heads
+    right = logits.argmax(-1) == outputs.targets.labels[pairs.image, target]
+    overlap = torch.stack([_iou(boxes, clean) for boxes in outputs.denoising.boxes[:, pairs.image, query]])
+    start = _iou(outputs.noised.boxes[pairs.image, query], clean)
     return right.sum(-1).cpu().numpy(), overlap.double().sum(-1).cpu().numpy(), start.double().sum().item(), len(pairs)
 
 
@@ -173,10 +176,10 @@ def _average(rows: list[tuple[np.ndarray, np.ndarray, float, int]]) -> Restorati
     return Restoration(right / count, overlap / count, start / count, count)
 
 
-def _mean_probability(seen: Observation, num_classes: int) -> Tensor:
+def _mean_probability(outputs: ForwardOutputs, num_classes: int) -> Tensor:
     """(N, M, P) class probabilities of the last layer, averaged over the near copies of each ground truth."""
-    pairs = seen.noised.assignment
-    (n, m), probability = seen.targets.labels.shape, class_probability(seen.denoising.logits[-1], num_classes)
+    pairs = outputs.noised.assignment
+    (n, m), probability = outputs.targets.labels.shape, class_probability(outputs.denoising.logits[-1], num_classes)
     row = pairs.image * m + pairs.target[0]
     total = probability.new_zeros(n * m, probability.shape[-1]).index_add(
         0, row, probability[pairs.image, pairs.query[0]]

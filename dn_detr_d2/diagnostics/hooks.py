@@ -12,7 +12,8 @@ from detectron2.utils import comm
 from ..data import build_annotated_batch
 from ..data.loader import load_annotated, probe_records
 from ..errors import CheckpointError, ConfigError
-from ..randomness import own_randomness
+from ..utils.files import atomic_write
+from ..utils.rng import own_randomness
 from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
 from .leak import check_denoising
@@ -220,13 +221,11 @@ def describe_health(health: dict[float, Restoration]) -> dict[str, float]:
 def write_assignment(path: Path, iteration: int, assignment: dict[str, np.ndarray]) -> None:
     """Writes {image id: (K, Q)} and the iterations done; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
     ids = sorted(assignment)
-    with draft.open("wb") as file:
+    with atomic_write(path) as file:
         np.savez_compressed(
             file, iteration=iteration, image_ids=np.array(ids), matched=np.stack([assignment[i] for i in ids])
         )
-    draft.replace(path)
 
 
 def read_assignment(path: Path) -> tuple[int, dict[str, np.ndarray]]:

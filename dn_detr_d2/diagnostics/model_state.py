@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data.interruption import agree
-from ..randomness import own_randomness
+from ..utils.distributed import device_of, unwrap
+from ..utils.rng import own_randomness
 
 
 @contextmanager
@@ -32,16 +31,6 @@ def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are, or its buffers; the CPU if it has neither."""
-    return next((x.device for x in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gather(items: list) -> list:

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import DatasetError
-from ..modeling.meta_arch import Observation
+from ..modeling.outputs import ForwardOutputs
 from ..structures import Assignment
 from .model_state import gather, preserve_state
 
@@ -54,10 +54,10 @@ def probe(model: nn.Module, loader: Iterable[list[dict]]) -> list[ProbedImage]:
     images = []
     with preserve_state(model) as bare:
         for batch in loader:
-            seen = bare.observe(batch)
-            assignment = bare.matcher(seen.matching, seen.targets)
-            matched = _matched(assignment, seen.matching.boxes.shape[:3])
-            images += [_probed(record, seen, i, matched[:, i]) for i, record in enumerate(batch)]
+            outputs = bare.forward_outputs(batch)
+            assignment = bare.matcher(outputs.matching, outputs.targets)
+            matched = _matched(assignment, outputs.matching.boxes.shape[:3])
+            images += [_probed(record, outputs, i, matched[:, i]) for i, record in enumerate(batch)]
     images = sorted(gather(images), key=lambda image: image.image_id)
     if comm.is_main_process():
         require_objects(sum(len(image.boxes) for image in images))
@@ -81,11 +81,11 @@ def _matched(assignment: Assignment, shape: tuple[int, int, int]) -> np.ndarray:
     return matched
 
 
-def _probed(record: dict, seen: Observation, i: int, matched: np.ndarray) -> ProbedImage:
-    queries, count = matched.shape[1], seen.targets.counts[i]
-    boxes = _to_numpy(seen.targets.boxes[i, :count])
+def _probed(record: dict, outputs: ForwardOutputs, i: int, matched: np.ndarray) -> ProbedImage:
+    queries, count = matched.shape[1], outputs.targets.counts[i]
+    boxes = _to_numpy(outputs.targets.boxes[i, :count])
     areas = boxes[:, 2] * boxes[:, 3] * record["height"] * record["width"]
-    anchors = _to_numpy(seen.queries.boxes[i, -queries:])
+    anchors = _to_numpy(outputs.queries.boxes[i, -queries:])
     return ProbedImage(str(record["image_id"]), matched, anchors, boxes, areas)
 
 

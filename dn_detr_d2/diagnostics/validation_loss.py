@@ -7,9 +7,10 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..modeling.meta_arch import Observation
-from ..randomness import reseed
-from ..structures import Share
+from ..losses import LossNormalizers, LossValue, StepNormalizers
+from ..modeling.batch import count_objects
+from ..modeling.outputs import ForwardOutputs
+from ..utils.rng import reseed
 from .model_state import gather, preserve_state
 from .probe import require_objects
 
@@ -18,8 +19,8 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
     """Every loss term over all images as over one large batch; in evaluation mode, so without dropout.
 
     Terms are summed over the images of all ranks and divided by the number of objects, denoising terms by the number of
-    noised ones; means over queries (the class loss of :class:`~dn_detr_d2.modeling.criterion.SoftmaxCriterion`) by the
-    number of images. So neither the order of the images nor the number of processes matters.
+    noised ones; means over queries (:class:`~dn_detr_d2.losses.ClassSoftmax`) by the number of images.
+    So neither the order of the images nor the number of processes matters.
 
     Args:
         model: a :class:`~dn_detr_d2.modeling.DenoisingDETR`, in any mode, with or without DistributedDataParallel; it keeps
@@ -40,25 +41,31 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)
             reseed(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
-            seen = bare.observe(batch, bare.denoising)
-            rows.append(_row(seen, bare.weighted_losses(seen, Share(seen.targets.whole, one, one))))
-        means = bare.criterion.MEANS
+            pairs = LossNormalizers(one, count_objects(batch))
+            normalizers = StepNormalizers(pairs, pairs)
+            outputs = bare.forward_outputs(batch, bare.denoising, normalizers=normalizers)
+            losses = bare.losses(outputs, normalizers)
+            divisors = {name: _divisor(loss) for name, loss in losses.items()}
+            rows.append(_row(outputs, {name: loss.value for name, loss in losses.items()}))
     rows = gather(rows)
     if not comm.is_main_process():
         return {}
     objects, copies, terms = zip(*rows, strict=True)
     require_objects(sum(objects))
-    losses = {}
-    for name in terms[0]:
-        group, term = name.split("/")
-        mean = term.split("_")[0] in means
-        divisor = len(rows) if mean else sum(copies if group == "dn" else objects)
-        losses[name] = sum(row[name] for row in terms) / max(divisor, 1)
-    return {**losses, "total_loss": sum(losses.values())}
+    totals = {"images": len(rows), "objects": sum(objects), "noised objects": sum(copies)}
+    means = {name: sum(row[name] for row in terms) / max(totals[divisors[name]], 1) for name in terms[0]}
+    return {**means, "total_loss": sum(means.values())}
 
 
-def _row(seen: Observation, losses: dict[str, Tensor]) -> tuple[int, int, dict[str, float]]:
+def _divisor(loss: LossValue) -> str:
+    """What the sum of a term over the images is divided by."""
+    if loss.is_mean:
+        return "images"
+    return "noised objects" if loss.kind == "denoising" else "objects"
+
+
+def _row(outputs: ForwardOutputs, losses: dict[str, Tensor]) -> tuple[int, int, dict[str, float]]:
     """Objects, noised objects, and the losses of one image, read in one transfer."""
-    copies = 0 if seen.noised is None else len(seen.noised.assignment)
+    copies = 0 if outputs.noised is None else len(outputs.noised.assignment)
     values = torch.stack(list(losses.values())).tolist()
-    return sum(seen.targets.counts), copies, dict(zip(losses, values, strict=True))
+    return sum(outputs.targets.counts), copies, dict(zip(losses, values, strict=True))

@@ -19,7 +19,7 @@ from ..layers import (
     axis_coordinates,
 )
 from ..structures import Memory, Pyramid
-from .build import ENCODER_REGISTRY, initialise_transformer
+from .registry import ENCODER_REGISTRY, initialise_transformer
 
 
 def transformer_arguments(cfg, role: str) -> dict:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..modeling.meta_arch import Observation
+from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
 from .images import draw_box, image_grid, legend, to_pixels
 from .recording import Layer, heat_map, on_image
@@ -14,23 +14,25 @@ REFERENCE, PREDICTED = "#FFFFFF", "#FF5AC8"
 MARGIN = 0.06  # of the image's sides, shown around it where points may lie
 
 
-def best_queries(seen: Observation, count: int, names: list[str]) -> list[int]:
+def best_queries(outputs: ForwardOutputs, count: int, names: list[str]) -> list[int]:
     """The queries of the best detections of the last layer, best first."""
-    scores = class_probability(seen.matching.logits[-1, 0], len(names)).amax(-1)
+    scores = class_probability(outputs.matching.logits[-1, 0], len(names)).amax(-1)
     return scores.topk(min(count, len(scores))).indices.tolist()
 
 
-def verdict(seen: Observation, query: int, layer: int, names: list[str]) -> str:
+def verdict(outputs: ForwardOutputs, query: int, layer: int, names: list[str]) -> str:
     """Best class of a query after a layer, and its score."""
-    scores = class_probability(seen.matching.logits[layer, 0, query], len(names))
+    scores = class_probability(outputs.matching.logits[layer, 0, query], len(names))
     return f"{names[int(scores.argmax())]} {scores.max():.2f}"
 
 
-def draw_attention(seen: Observation, layers: list[Layer], query: int, pixels: np.ndarray, names: list[str]) -> Figure:
+def draw_attention(
+    outputs: ForwardOutputs, layers: list[Layer], query: int, pixels: np.ndarray, names: list[str]
+) -> Figure:
     """One query over all decoder layers.
 
     Args:
-        seen, layers: from :func:`~.recording.record`.
+        outputs, layers: from :func:`~.recording.record`.
         query: which, from 0.
         pixels: (H, W, 3) RGB, the image.
         names: of the classes.
@@ -38,20 +40,20 @@ def draw_attention(seen: Observation, layers: list[Layer], query: int, pixels: n
     deformable = layers[0].sampling is not None
     figure, panels = image_grid(_greyed(pixels), len(layers))
     for i, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
-        (_draw_points if deformable else _draw_heat)(panel, layer, query, seen, pixels)
+        (_draw_points if deformable else _draw_heat)(panel, layer, query, outputs, pixels)
         point = deformable and layer.sampling.around_point
         reference = to_pixels(layer.boxes[query], pixels)
         if point:
             panel.plot(*((reference[:2] + reference[2:]) / 2).tolist(), "+", color=REFERENCE, markersize=12, mew=2)
         else:
             draw_box(panel, reference, REFERENCE)
-        draw_box(panel, to_pixels(seen.matching.boxes[i, 0, query], pixels), PREDICTED, "--")
-        panel.set_title(f"layer {i + 1}: {verdict(seen, query, i, names)}", fontsize=9)
-    legend(figure, _entries(seen, deformable), 3)
+        draw_box(panel, to_pixels(outputs.matching.boxes[i, 0, query], pixels), PREDICTED, "--")
+        panel.set_title(f"layer {i + 1}: {verdict(outputs, query, i, names)}", fontsize=9)
+    legend(figure, _entries(outputs, deformable), 3)
     return figure
 
 
-def _entries(seen: Observation, deformable: bool) -> list[tuple[str, str, str]]:
+def _entries(outputs: ForwardOutputs, deformable: bool) -> list[tuple[str, str, str]]:
     """What the legend says."""
     boxes = [
         ("reference (+: a point) that enters the layer", "#B0B0B0", "-"),
@@ -59,15 +61,15 @@ def _entries(seen: Observation, deformable: bool) -> list[tuple[str, str, str]]:
     ]
     if not deformable:
         return [*boxes, ("attention, bright = the layer's maximum", "#FCA50A", "s")]
-    shapes = seen.memory.shapes
+    shapes = outputs.memory.shapes
     levels = [(f"level {i + 1} ({h} x {w} cells)", ON_IMAGE[i % len(ON_IMAGE)], "o") for i, (h, w) in enumerate(shapes)]
     return [*boxes, ("larger point: more weight", "#808080", "o"), *levels]
 
 
-def _draw_points(panel, layer: Layer, query: int, seen: Observation, pixels: np.ndarray) -> None:
+def _draw_points(panel, layer: Layer, query: int, outputs: ForwardOutputs, pixels: np.ndarray) -> None:
     """All heads' points; colour by level, area and opacity by weight."""
     height, width = pixels.shape[:2]
-    points = on_image(layer.sampling.locations, seen.memory)[query] * torch.tensor([width, height])  # (H, L, K, 2)
+    points = on_image(layer.sampling.locations, outputs.memory)[query] * torch.tensor([width, height])  # (H, L, K, 2)
     weights = layer.sampling.weights[query]
     strength = (weights / weights.max()).flatten(1)
     for level in range(points.shape[1]):
@@ -78,11 +80,11 @@ def _draw_points(panel, layer: Layer, query: int, seen: Observation, pixels: np.
     panel.set(xlim=(-MARGIN * width, (1 + MARGIN) * width), ylim=((1 + MARGIN) * height, -MARGIN * height))
 
 
-def _draw_heat(panel, layer: Layer, query: int, seen: Observation, pixels: np.ndarray) -> None:
+def _draw_heat(panel, layer: Layer, query: int, outputs: ForwardOutputs, pixels: np.ndarray) -> None:
     """The map spans the padded level, of which the image is the valid part."""
     height, width = pixels.shape[:2]
-    heat = heat_map(layer.maps[query], seen.memory.shapes).numpy()
-    ratio = seen.memory.valid_ratios[0, 0].tolist()
+    heat = heat_map(layer.maps[query], outputs.memory.shapes).numpy()
+    ratio = outputs.memory.valid_ratios[0, 0].tolist()
     opacity = 0.3 + 0.5 * heat / heat.max()  # where nobody looks the image shines through
     panel.imshow(heat, extent=(0, width / ratio[0], height / ratio[1], 0), cmap="inferno", alpha=opacity, vmin=0,
                  interpolation="bilinear")  # fmt: skip

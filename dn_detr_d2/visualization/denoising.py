@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..modeling.meta_arch import Observation
+from ..modeling.outputs import ForwardOutputs
 from .images import FLIPPED, draw_box, image_grid, legend, to_pixels, write
 from .style import ON_IMAGE, PALETTE, colour, new_figure
 
@@ -41,15 +41,15 @@ class Copies:
         return ":" if self.kind == "far" else "--"
 
 
-def copies_of(seen: Observation, group: int, copies: int) -> list[Copies]:
+def copies_of(outputs: ForwardOutputs, group: int, copies: int) -> list[Copies]:
     """The copies in one group of the first image.
 
     Args:
-        seen: a pass with denoising.
+        outputs: a pass with denoising.
         group: 0 to G - 1.
         copies: of an object in a group, 1 or 2 (contrastive).
     """
-    noised = seen.noised
+    noised = outputs.noised
     width = noised.num_queries // noised.num_groups  # copies * slots of a copy
     slot, target = (x.cpu() for x in noised.assignment.per_image(1)[0])
     mine = (slot // width) == group
@@ -58,35 +58,35 @@ def copies_of(seen: Observation, group: int, copies: int) -> list[Copies]:
     return [Copies(kind, slot + i * (width // copies), target) for i, kind in enumerate(kinds)]
 
 
-def draw_noise(seen: Observation, pixels: np.ndarray, names: list[str], copies: int, groups: int) -> Figure:
+def draw_noise(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], copies: int, groups: int) -> Figure:
     """Noised boxes and labels over the clean boxes, one panel for each of at most ``groups`` groups.
 
     Args:
-        seen: a pass with denoising over one image.
+        outputs: a pass with denoising over one image.
         pixels: (H, W, 3) RGB, the image.
         names: of the classes.
         copies: of an object in a group.
         groups: at least 1.
     """
-    count = min(groups, seen.noised.num_groups)
-    clean, noisy = to_pixels(seen.targets.boxes[0], pixels), to_pixels(seen.noised.boxes[0], pixels)
+    count = min(groups, outputs.noised.num_groups)
+    clean, noisy = to_pixels(outputs.targets.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
     figure, panels = image_grid(pixels, count)
     for group, panel in enumerate(panels):
-        kinds = copies_of(seen, group, copies)
-        flipped = sum(_draw_copies(panel, seen, kind, clean, noisy, names) for kind in kinds)
+        kinds = copies_of(outputs, group, copies)
+        flipped = sum(_draw_copies(panel, outputs, kind, clean, noisy, names) for kind in kinds)
         total = sum(len(kind.slot) for kind in kinds)
         panel.set_title(
-            f"group {group + 1} of {seen.noised.num_groups}: {flipped} of {total} labels flipped", fontsize=9
+            f"group {group + 1} of {outputs.noised.num_groups}: {flipped} of {total} labels flipped", fontsize=9
         )
     entries = [("object (a colour each)", ON_IMAGE[0], "-")]
-    entries += [(f"{kind.kind} copy", ON_IMAGE[0], kind.style) for kind in copies_of(seen, 0, copies)]
+    entries += [(f"{kind.kind} copy", ON_IMAGE[0], kind.style) for kind in copies_of(outputs, 0, copies)]
     legend(figure, [*entries, ("bold on this colour: flipped label", FLIPPED, "s")])
     return figure
 
 
-def _draw_copies(panel, seen: Observation, kind: Copies, clean: Tensor, noisy: Tensor, names: list[str]) -> int:
+def _draw_copies(panel, outputs: ForwardOutputs, kind: Copies, clean: Tensor, noisy: Tensor, names: list[str]) -> int:
     """Draws one kind of copies with their objects; returns how many labels are flipped."""
-    labels, truths = seen.noised.labels[0].cpu(), seen.targets.labels[0].cpu()
+    labels, truths = outputs.noised.labels[0].cpu(), outputs.targets.labels[0].cpu()
     flips = labels[kind.slot] != truths[kind.target]
     for slot, target in zip(kind.slot.tolist(), kind.target.tolist(), strict=True):
         draw_box(panel, clean[target], colour(target, ON_IMAGE), "-", 1.2)
@@ -100,19 +100,21 @@ def _draw_copies(panel, seen: Observation, kind: Copies, clean: Tensor, noisy: T
     return int(flips.sum())
 
 
-def draw_refinement(seen: Observation, pixels: np.ndarray, names: list[str], copies: int, group: int = 0) -> Figure:
+def draw_refinement(
+    outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], copies: int, group: int = 0
+) -> Figure:
     """What one group starts from and what each decoder layer makes of it, with the mean IoU to the clean boxes.
 
     Labels that are wrong are written, noised ones first, then those that a layer predicts.
 
     Args:
-        seen, pixels, names, copies: as for :func:`draw_noise`.
+        outputs, pixels, names, copies: as for :func:`draw_noise`.
         group: which.
     """
-    restored, *far = copies_of(seen, group, copies)
-    clean = to_pixels(seen.targets.boxes[0], pixels)
-    truths = seen.targets.labels[0].cpu()[restored.target]
-    stages = refinement(seen, pixels, len(names))
+    restored, *far = copies_of(outputs, group, copies)
+    clean = to_pixels(outputs.targets.boxes[0], pixels)
+    truths = outputs.targets.labels[0].cpu()[restored.target]
+    stages = refinement(outputs, pixels, len(names))
     figure, panels = image_grid(pixels, len(stages))
     for i, (panel, (boxes, labels)) in enumerate(zip(panels, stages, strict=True)):
         for slot, target in zip(restored.slot.tolist(), restored.target.tolist(), strict=True):
@@ -132,13 +134,13 @@ def draw_refinement(seen: Observation, pixels: np.ndarray, names: list[str], cop
     return figure
 
 
-def refinement(seen: Observation, pixels: np.ndarray, classes: int) -> list[tuple[Tensor, Tensor]]:
+def refinement(outputs: ForwardOutputs, pixels: np.ndarray, classes: int) -> list[tuple[Tensor, Tensor]]:
     """(D, 4) boxes in pixels and (D,) labels of the denoising queries: as noised, then after each of the K layers.
 
     Of a model with a class for "no object" the likeliest of the ``classes`` others is the label.
     """
-    predictions = seen.denoising
-    start = (to_pixels(seen.noised.boxes[0], pixels), seen.noised.labels[0].cpu())
+    predictions = outputs.denoising
+    start = (to_pixels(outputs.noised.boxes[0], pixels), outputs.noised.labels[0].cpu())
     return [start] + [
         (to_pixels(boxes[0], pixels), logits[0, :, :classes].argmax(-1).cpu())
         for boxes, logits in zip(predictions.boxes, predictions.logits, strict=True)
@@ -150,11 +152,11 @@ def mean_iou(a: Tensor, b: Tensor) -> float:
     return float(matched_pairwise_iou(Boxes(a), Boxes(b)).mean()) if len(a) else float("nan")
 
 
-def draw_mask(seen: Observation, copies: int) -> Figure:
+def draw_mask(outputs: ForwardOutputs, copies: int) -> Figure:
     """The self-attention mask of the decoder, queries by keys, its groups and the matching part outlined and named."""
-    blocked = seen.queries.blocked
+    blocked = outputs.queries.blocked
     blocked = (blocked[0] if blocked.dim() == 3 else blocked).cpu()
-    total, denoising, groups = len(blocked), seen.noised.num_queries, seen.noised.num_groups
+    total, denoising, groups = len(blocked), outputs.noised.num_queries, outputs.noised.num_groups
     figure, (panel,) = new_figure(1, 1, (6.4, 6.4))
     panel.imshow(blocked.numpy(), cmap=ListedColormap([SEEN, BLOCKED]), vmin=0, vmax=1,
                  interpolation="nearest", extent=(0, total, total, 0))  # fmt: skip
@@ -170,7 +172,7 @@ def draw_mask(seen: Observation, copies: int) -> Figure:
     panel.tick_params(length=0)
     panel.set(xlabel=f"key: {denoising} denoising, {total - denoising} matching", ylabel="query")
     kind = "one group" if copies == 1 else "one group (near copies, then far ones)"
-    legend(figure, [("may be seen", SEEN, "s"), ("blocked", BLOCKED, "s"),
+    legend(figure, [("may be outputs", SEEN, "s"), ("blocked", BLOCKED, "s"),
                     (kind, PALETTE[0], "-"), ("matching queries", PALETTE[1], "-")], 2)  # fmt: skip
     return figure
 

@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
-from ..text_output import escaped
+from ..utils.text_output import escaped
 from .style import new_figure
 
 FLIPPED = "#D55E00"

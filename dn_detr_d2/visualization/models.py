@@ -72,6 +72,6 @@ def inference_image(cfg, path: str) -> dict:
 
 @torch.no_grad()
 def observe_denoising(model: nn.Module, record: dict, seed: int):
-    """One pass over an image with denoising queries; ``seed`` fixes the noise. Returns an Observation."""
+    """One pass over an image with denoising queries; ``seed`` fixes the noise. Returns an ForwardOutputs."""
     torch.manual_seed(seed)
-    return model.observe([record], denoising=model.denoising)
+    return model.forward_outputs([record], denoising=model.denoising)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..layers import ConditionalCrossAttention, MultiLevelConditionalCrossAttention, MultiScaleDeformableAttention
 from ..layers.ms_deform_attn import locations_from_boxes, locations_from_points
-from ..modeling.meta_arch import Observation
+from ..modeling.outputs import ForwardOutputs
 from ..structures import Memory
 
 
@@ -47,7 +47,7 @@ class Layer:
     maps: Tensor | None = None
 
 
-def record(model: nn.Module, image: dict) -> tuple[Observation, list[Layer]]:
+def record(model: nn.Module, image: dict) -> tuple[ForwardOutputs, list[Layer]]:
     """One pass over an image, and what each decoder layer looked at.
 
     Args:
@@ -64,7 +64,7 @@ def record(model: nn.Module, image: dict) -> tuple[Observation, list[Layer]]:
     ]
     try:
         with torch.no_grad():
-            seen = model.observe([image], annotated=False)
+            outputs = model.forward_outputs([image], annotated=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -72,7 +72,7 @@ def record(model: nn.Module, image: dict) -> tuple[Observation, list[Layer]]:
     for layer, (_, _, boxes, *_), arguments in zip(layers, whole, inner, strict=True):
         with torch.no_grad():
             found.append(Layer(boxes[0].cpu(), **_read(layer.cross_attn, arguments)))
-    return seen, found
+    return outputs, found
 
 
 def _read(module: nn.Module, arguments: tuple) -> dict:

@@ -5,13 +5,14 @@ import random
 import pytest
 import torch
 from conftest import DENOISING_SYSTEMS, make_batch
+from naming import naming
 from torch import nn
 from torchvision.ops import box_iou
 
 from dn_detr_d2 import ConfigError, DatasetError, DenoisingGenerator, cxcywh_to_xyxy
-from dn_detr_d2.denoising import ContrastiveDenoisingGenerator
+from dn_detr_d2.denoising import ContrastiveDenoisingGenerator, DenoisingQueries, QueryDenoising
 from dn_detr_d2.diagnostics import judge_labels, measure_restoration
-from dn_detr_d2.modeling.meta_arch import Observation
+from dn_detr_d2.modeling.outputs import ForwardOutputs
 from dn_detr_d2.structures import Predictions, Targets
 
 PLAIN = DenoisingGenerator(
@@ -31,22 +32,23 @@ CONTRASTIVE = ContrastiveDenoisingGenerator(
 class Oracle(nn.Module):
     """Knows ``truth`` of each record: says it in layer 1, repeats the noised label in layer 0; boxes stay as noised."""
 
-    def __init__(self, denoising=PLAIN):
+    def __init__(self, generator=PLAIN):
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(1))
-        self.denoising = denoising
+        self.denoising = QueryDenoising(generator, dim=8)
 
-    def observe(self, batch, generator):
+    def forward_outputs(self, batch, denoising):
         boxes, scale = [record["instances"].gt_boxes.tensor for record in batch], torch.tensor([96.0, 64, 96, 64])
         boxes = [(x / scale).view(-1, 2, 2) for x in boxes]
         boxes = [torch.cat([x.mean(1), x[:, 1] - x[:, 0]], 1) for x in boxes]
-        noised = generator(targets := Targets.pad([x["instances"].gt_classes for x in batch], boxes))
+        noised = denoising.generator(targets := Targets.pad([x["instances"].gt_classes for x in batch], boxes))
         truth = Targets.pad([x["truth"] for x in batch], boxes).labels
         labels = noised.labels.clone()
         pairs = noised.assignment
         labels[pairs.image, pairs.query[0]] = truth[pairs.image, pairs.target[0]]
         logits = torch.stack([self._say(noised.labels), self._say(labels)])
-        return Observation(None, targets, None, noised, Predictions(logits, noised.boxes.expand(2, -1, -1, -1)))
+        dn = DenoisingQueries(denoising, targets, noised)
+        return ForwardOutputs(None, targets, None, dn, Predictions(logits, noised.boxes.expand(2, -1, -1, -1)))
 
     @staticmethod
     def _say(labels):
@@ -83,9 +85,9 @@ def test_restored_boxes_are_compared_as_torchvision_does():
     [batch] = scenes(4)
     with torch.random.fork_rng():
         result = measure_restoration(oracle, [batch], [0.3])[0.3]
-        from dn_detr_d2.diagnostics.denoising_health import _observe
+        from dn_detr_d2.diagnostics.denoising_health import _renoised_passes
 
-        [seen] = _observe(oracle, batch, 0.5, 0.3, [0])
+        [seen] = _renoised_passes(oracle, batch, 0.5, 0.3, [0])
     pairs = seen.noised.assignment
     noised, clean = seen.noised.boxes[0, pairs.query[0]], seen.targets.boxes[0, pairs.target[0]]
     slow = [
@@ -174,15 +176,15 @@ def test_the_annotated_label_does_not_reach_the_model(toy_model):
 
 @pytest.mark.parametrize("measure", [lambda m, x: measure_restoration(m, x, [0.4]), judge_labels])
 def test_a_model_without_denoising_is_refused(toy_model, measure):
-    with pytest.raises(ConfigError, match=r"the model has no denoising \(MODEL\.DN_DETR\.DENOISING\.NAME is ''\)"):
+    with pytest.raises(ConfigError, match=naming("MODEL.DN_DETR.DENOISING.NAME", "''")):
         measure(toy_model("dab_detr"), scenes(1))
 
 
 def test_one_class_cannot_be_wrong(toy_model):
-    with pytest.raises(ConfigError, match="at least 2 classes, the model has 1"):
+    with pytest.raises(ConfigError, match=naming(2, 1)):
         judge_labels(toy_model("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", 1), scenes(1))
 
 
 def test_restoring_nothing_is_no_measurement():
-    with pytest.raises(DatasetError, match="usable box"):
+    with pytest.raises(DatasetError):
         measure_restoration(Oracle(), scenes(0), [0.4])

@@ -11,6 +11,7 @@ import torch
 from detectron2.engine import create_ddp_model, launch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from naming import naming
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dn_detr_d2 import CheckpointError, ConfigError, LeakError
@@ -117,7 +118,7 @@ def test_a_record_from_after_the_checkpoint_is_not_taken_up(cfg, monkeypatch, ca
     trainer.resume_or_load(resume=True)
     with caplog.at_level(logging.WARNING, "dn_detr_d2"):
         trainer.train()
-    assert "is of iteration 5, after the checkpoint of iteration 4" in caplog.text
+    assert naming("instability.npz", 5, 4).search(caplog.text)
     assert "anchors/atd" in trainer.storage.latest()
     assert "instability/layer_0" not in trainer.storage.latest()
 
@@ -127,7 +128,7 @@ def test_a_record_of_other_images_is_refused_before_the_first_step(cfg):
     write_assignment(record, 3, {"0": np.ones((2, 9), np.int16), "5": np.ones((2, 9), np.int16)})
     hook = build_instruments(cfg)[-1]
     hook.trainer = SimpleNamespace(start_iter=4)
-    with pytest.raises(ConfigError, match=r"instability\.npz is of 2 other images than the 6 that TEST\.INSTABILITY"):
+    with pytest.raises(ConfigError, match=naming("instability.npz", 2, 6, "TEST.INSTABILITY")):
         hook.before_train()
     hook.trainer.start_iter = 0  # a fresh training does not look at what lies there
     hook.before_train()
@@ -142,7 +143,7 @@ def test_a_damaged_record_is_named(tmp_path):
     assert assignment["b"].tolist() == [[1] * 4] * 2
     for content in (path.read_bytes()[:200], b"", b"no archive"):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"instability\.npz cannot be read .* delete it"):
+        with pytest.raises(CheckpointError, match=naming("instability.npz")):
             read_assignment(path)
 
 
@@ -157,28 +158,28 @@ def test_a_leaking_mask_is_not_trained(cfg, monkeypatch):
     monkeypatch.setattr(NoisedTargets, "attention_mask", leaking)
     trainer = Trainer(cfg)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    with pytest.raises(LeakError, match="the attention mask leaks"):
+    with pytest.raises(LeakError):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("system", "overrides", "message"),
+    ("system", "overrides", "named"),
     [
-        ("dn_detr", ["DATASETS.TEST", "()"], "first data set of DATASETS.TEST, which is empty"),
-        ("dab_detr", [], r"HEALTH_SCALES = \[0.4, 1\] measures denoising queries, but"),
-        ("dn_detr", ["TEST.INSTABILITY.ATD_K", 0], "TEST.INSTABILITY.ATD_K must be positive, got 0"),
-        ("dn_detr", ["TEST.INSTABILITY.PERIOD", -1], "PERIOD must be finite and not negative, got -1"),
+        ("dn_detr", ["DATASETS.TEST", "()"], ["DATASETS.TEST"]),
+        ("dab_detr", [], ["HEALTH_SCALES", "[0.4, 1]"]),
+        ("dn_detr", ["TEST.INSTABILITY.ATD_K", 0], ["TEST.INSTABILITY.ATD_K", 0]),
+        ("dn_detr", ["TEST.INSTABILITY.PERIOD", -1], ["TEST.INSTABILITY.PERIOD", -1]),
         (
             "dn_detr",
             ["TEST.INSTABILITY.HEALTH_SCALES", [0.2, -0.4]],
-            r"numbers that are not negative, got \[0.2, -0.4\]",
+            ["HEALTH_SCALES", "[0.2, -0.4]"],
         ),
-        ("dn_detr", ["TEST.INSTABILITY.HEALTH_SCALES", ["a"]], r"numbers that are not negative, got \['a'\]"),
+        ("dn_detr", ["TEST.INSTABILITY.HEALTH_SCALES", ["a"]], ["HEALTH_SCALES", "['a']"]),
     ],
 )
-def test_keys_that_cannot_work_are_refused(toy_cfg, system, overrides, message):
-    with pytest.raises(ConfigError, match=message):
+def test_keys_that_cannot_work_are_refused(toy_cfg, system, overrides, named):
+    with pytest.raises(ConfigError, match=naming(*named)):
         build_instruments(toy_cfg(system, *SMALL, *ON, *overrides))
 
 

@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 from conftest import DENOISING_SYSTEMS, make_batch
+from naming import naming
 
 from dn_detr_d2 import LeakError
 from dn_detr_d2.denoising import NoisedTargets
+from dn_detr_d2.denoising.isolation import separating_sets
 from dn_detr_d2.diagnostics import check_denoising
-from dn_detr_d2.diagnostics.leak import separating_sets
 
 GROUPS = ["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3, "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 0]
 
@@ -40,10 +41,10 @@ def test_the_mask_as_it_is_holds(toy_model, system, hidden):
 @pytest.mark.parametrize(
     ("query", "key", "who"),
     [
-        (lambda d: d + 4, lambda d: d - 1, r"1 of (9|27) matching queries"),
-        (lambda d: d + 8, lambda d: 0, r"1 of (9|27) matching queries"),
-        (lambda d: 0, lambda d: d - 1, "denoising queries of other groups"),
-        (lambda d: d - 1, lambda d: d // 3, "denoising queries of other groups"),
+        (lambda d: d + 4, lambda d: d - 1, r"\b1 of (9|27)\b"),
+        (lambda d: d + 8, lambda d: 0, r"\b1 of (9|27)\b"),
+        (lambda d: 0, lambda d: d - 1, "other groups"),
+        (lambda d: d - 1, lambda d: d // 3, "other groups"),
     ],
 )
 def test_one_flipped_entry_of_the_mask_is_found(toy_model, monkeypatch, system, query, key, who):
@@ -53,7 +54,7 @@ def test_one_flipped_entry_of_the_mask_is_found(toy_model, monkeypatch, system, 
     """
     model = toy_model(system, *GROUPS, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1)
     open_one_entry(monkeypatch, query, key)
-    with pytest.raises(LeakError, match=rf"the attention mask leaks: .* {who} change their output, by up to"):
+    with pytest.raises(LeakError, match=who):
         check_denoising(model, make_batch(3, 2))
 
 
@@ -75,7 +76,7 @@ def test_an_entry_is_found_among_many_queries(toy_model, monkeypatch):
     """One key among 300 matching and 20 denoising ones has little weight, and is found nevertheless."""
     model = toy_model("dn_detr", "MODEL.DN_DETR.NUM_QUERIES", 300, "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 5)
     open_one_entry(monkeypatch, lambda d: d + 123, lambda d: 7)
-    with pytest.raises(LeakError, match="of 300 matching queries"):
+    with pytest.raises(LeakError, match=naming(300)):
         check_denoising(model, make_batch(4))
 
 
@@ -91,7 +92,7 @@ def test_training_streams_do_not_notice_the_check(toy_model):
 def test_a_model_without_denoising_has_nothing_to_check(toy_model, caplog):
     with caplog.at_level(logging.INFO, "dn_detr_d2"):
         check_denoising(toy_model("dab_detr"), make_batch(1))
-    assert "there is no mask to check" in caplog.text
+    assert naming("DEBUG.CHECK_DENOISING").search(caplog.text)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 8, 9, 100])

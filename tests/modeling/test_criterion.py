@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from naming import naming
 from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 
 from dn_detr_d2 import HungarianMatcher, SetCriterion, cxcywh_to_xyxy
-from dn_detr_d2.modeling.losses import focal_terms, pairwise_l1
+from dn_detr_d2.losses import BoxL1Cost
+from dn_detr_d2.losses.functional import focal_terms
 from dn_detr_d2.structures import Assignment, Predictions, Targets
 
 
@@ -79,8 +83,8 @@ def test_queries_that_do_not_count_add_nothing():
     targets = Targets.pad([torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 4)])
     empty = torch.zeros(1, 0, dtype=torch.int64)
     nothing = Assignment(empty[0], empty, empty)
-    counted = torch.tensor([[True, False, False, True]])
-    some = SetCriterion()(predictions, targets, nothing, torch.tensor(1.0), counted)
+    masked = replace(nothing, class_loss_mask=torch.tensor([[True, False, False, True]]))
+    some = SetCriterion()(predictions, targets, masked, torch.tensor(1.0))
     left = Predictions(predictions.logits[:, :, [0, 3]], predictions.boxes[:, :, [0, 3]])
     torch.testing.assert_close(some["class"], SetCriterion()(left, targets, nothing, torch.tensor(1.0))["class"])
 
@@ -90,9 +94,10 @@ def test_focal_terms_are_finite_for_extreme_logits():
         assert terms.isfinite().all()
 
 
-def test_pairwise_l1_equals_cdist():
-    a, b = torch.rand(2, 5, 4), torch.rand(2, 3, 4)
-    torch.testing.assert_close(pairwise_l1(a, b), torch.cdist(a, b, p=1))
+def test_l1_cost_is_the_sum_of_differences_of_all_pairs():
+    a, b = torch.rand(3, 2, 5, 4), torch.rand(2, 3, 4)
+    found = BoxL1Cost()(Predictions(torch.zeros(3, 2, 5, 1), a), Targets.pad(list(torch.zeros(2, 3).long()), list(b)))
+    torch.testing.assert_close(found, (a[:, :, :, None] - b[:, None]).abs().sum(-1))
 
 
 def test_losses_are_float32_under_autocast():
@@ -104,5 +109,5 @@ def test_losses_are_float32_under_autocast():
 
 
 def test_negative_weights_are_refused():
-    with pytest.raises(ValueError, match="-1"):
+    with pytest.raises(ValueError, match=naming(-1)):
         SetCriterion(l1_weight=-1)

@@ -97,5 +97,5 @@ def test_a_prediction_that_is_not_finite_is_named(part):
 
 @pytest.mark.parametrize("costs", [(0, 0, 0), (-1, 5, 2)])
 def test_useless_costs_are_refused(costs):
-    with pytest.raises(ValueError, match=r"\(class, L1, GIoU\)"):
+    with pytest.raises(ValueError, match="-1" if min(costs) < 0 else "all be 0"):
         HungarianMatcher(class_cost=costs[0], l1_cost=costs[1], giou_cost=costs[2])

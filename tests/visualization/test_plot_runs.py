@@ -5,6 +5,7 @@ import json
 import matplotlib.image
 import numpy as np
 import pytest
+from naming import naming
 
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization import group_runs, read_run
@@ -148,48 +149,48 @@ def test_the_picture_has_a_row_for_each_quantity_and_both_colours(make_run, tmp_
 def test_a_half_written_last_line_is_left_out_with_a_warning(make_run, capsys):
     run = read_run(make_run("a", '{"iteration": 19, "loss_main": 2.0}\n{"iteration": 39, "loss_m'))
     assert run.curve("loss_main").tolist() == [[20, 2.0]]
-    assert "line 2 ends in the middle" in capsys.readouterr().err
+    assert naming("line 2").search(capsys.readouterr().err)
 
 
 GOOD = '{"iteration": 19, "time": 1}\n'
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    ("", "is empty"),
-    (GOOD + '{"iteration": 3\n' + GOOD, "line 2 is damaged"),
-    (GOOD + GOOD + '{"iteration": 3\n', "line 3 is damaged"),  # its end is there: nobody was killed
-    (GOOD + "[1]\n", "line 2 is damaged (it is not an object with an iteration)"),
-    ('{"time": 1}\n', "line 1 is damaged (it is not an object with an iteration)"),
-    ('{"iteration": 1, "time": "long"}\n', "line 1 is damaged (time is 'long', not a number)"),
-    ('{"iteration": 1', "is empty"),  # killed while it wrote the first line
-    (GOOD + "\0\0\0\n", "line 2 is damaged"),
+@pytest.mark.parametrize(("text", "named"), [
+    ("", ["empty"]),
+    (GOOD + '{"iteration": 3\n' + GOOD, ["line 2"]),
+    (GOOD + GOOD + '{"iteration": 3\n', ["line 3"]),  # its end is there: nobody was killed
+    (GOOD + "[1]\n", ["line 2"]),
+    ('{"time": 1}\n', ["line 1"]),
+    ('{"iteration": 1, "time": "long"}\n', ["line 1", "time", "'long'"]),
+    ('{"iteration": 1', ["empty"]),  # killed while it wrote the first line
+    (GOOD + "\0\0\0\n", ["line 2"]),
 ])  # fmt: skip
-def test_a_damaged_file_is_one_sentence_that_names_the_line(make_run, capsys, text, sentence):
+def test_a_damaged_file_is_one_sentence_that_names_the_line(make_run, capsys, text, named):
     folder = make_run("a", text)
     with pytest.raises(UserError):
         read_run(folder)
     assert plot_runs.main([str(folder)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {folder / 'metrics.json'}")
-    assert sentence in last
+    assert naming(*named).search(last)
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    ([], "no run is named"),
-    (["nowhere"], "nowhere holds no metrics.json"),
-    (["{run}", "--labels", "a", "b"], "--labels has 2 names for 1 groups"),
-    (["--group", "name"], "--group 'name' is not NAME=RUN,RUN"),
-    (["--group", "name=a,,b"], "--group 'name=a,,b' is not NAME=RUN,RUN"),
-    (["--group", "x={run}", "--group", "x={run}"], "two groups are called 'x'"),
-    (["{run}", "--output", "p.xyz"], "the picture p.xyz cannot be written"),
-    (["{run}", "--output", "{run}/metrics.json/p.png"], "p.png cannot be written"),
-    (["{other}"], "none of the runs"),
+@pytest.mark.parametrize(("arguments", "named"), [
+    ([], ["run"]),
+    (["nowhere"], ["nowhere", "metrics.json"]),
+    (["{run}", "--labels", "a", "b"], ["--labels", 2, 1]),
+    (["--group", "name"], ["--group", "'name'", "NAME=RUN,RUN"]),
+    (["--group", "name=a,,b"], ["--group", "'name=a,,b'", "NAME=RUN,RUN"]),
+    (["--group", "x={run}", "--group", "x={run}"], ["'x'"]),
+    (["{run}", "--output", "p.xyz"], ["p.xyz"]),
+    (["{run}", "--output", "{run}/metrics.json/p.png"], ["p.png"]),
+    (["{other}"], ["runs"]),
 ])  # fmt: skip
-def test_bad_commands_are_one_sentence(make_run, capsys, arguments, sentence):
+def test_bad_commands_are_one_sentence(make_run, capsys, arguments, named):
     names = {"run": make_run("run", lines_of([1])), "other": make_run("other", [{"iteration": 1, "lr": 1.0}])}
     assert plot_runs.main([a.format(**names) for a in arguments]) == 2
     error = capsys.readouterr().err
-    assert sentence in error
+    assert naming(*named).search(error)
     assert error.count("\n") == 1
 
 
@@ -197,4 +198,4 @@ def test_a_config_that_cannot_be_read_is_refused(make_run, capsys):
     folder = make_run("a", GOOD)
     (folder / "config.yaml").write_text("a: [1\n")
     assert plot_runs.main([str(folder)]) == 2
-    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert "config.yaml" in capsys.readouterr().err
