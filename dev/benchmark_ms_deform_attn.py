@@ -162,8 +162,11 @@ def make_rows(title: str, what: str, times: dict[str, list[float]], errors: dict
                 "error": errors[name],
             }
         )
-        print("{workload:36} {pass:17} {rival:16} {time}  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
-              "error {error:.1e}".format(**rows[-1], time=as_text(rows[-1]["ms"])), flush=True)  # fmt: skip
+        print(
+            "{workload:36} {pass:17} {rival:16} {time}  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
+            "error {error:.1e}".format(**rows[-1], time=as_text(rows[-1]["ms"])),
+            flush=True,
+        )
     return rows
 
 
@@ -197,8 +200,12 @@ def compare(title: str, rounds: int, variants: dict, rival_of: str) -> list[dict
                 "error": float("nan"),
             }
             rows.append(row)
-            print("{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})"
-                  .format(**row), flush=True)  # fmt: skip
+            print(
+                "{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})".format(
+                    **row
+                ),
+                flush=True,
+            )
     torch.ops.dn_detr_d2.cpu_capability("best")
     return rows
 

@@ -65,16 +65,12 @@ def visualize(args: argparse.Namespace) -> list[str]:
     record = training_image(cfg, args.image)
     torch.manual_seed(args.seed)
     model = load_model(cfg, weights)
-    seen = observe_denoising(model, record, args.seed)
-    pixels, names, copies = (
-        to_rgb(record["image"], cfg.INPUT.FORMAT),
-        class_names(cfg),
-        model.denoising.generator.COPIES,
-    )
+    outputs = observe_denoising(model, record, args.seed)
+    pixels, names = to_rgb(record["image"], cfg.INPUT.FORMAT), class_names(cfg)
     figures = {
-        "noise": draw_noise(seen, pixels, names, copies, args.groups),
-        "refinement": draw_refinement(seen, pixels, names, copies),
-        "attention_mask": draw_mask(seen, copies),
+        "noise": draw_noise(outputs, pixels, names, args.groups),
+        "refinement": draw_refinement(outputs, pixels, names),
+        "attention_mask": draw_mask(outputs),
     }
     written = []
     for name, figure in figures.items():

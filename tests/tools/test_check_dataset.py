@@ -27,8 +27,11 @@ def run(tmp_path, capsys):
 
 def broken():
     boxes = [[-9, 0, 19, 9], [1, 1, 0, 5], [1, 1, 5, 5], [1, 1, 5, 5]]
-    return valid_coco(annotations=[{"id": min(i, 2), "image_id": 1, "category_id": 1, "bbox": box, "area": 5}
-                                   for i, box in enumerate(boxes)])  # fmt: skip
+    return valid_coco(
+        annotations=[
+            {"id": min(i, 2), "image_id": 1, "category_id": 1, "bbox": box, "area": 5} for i, box in enumerate(boxes)
+        ]
+    )
 
 
 def test_a_set_without_a_fault_ends_with_0(run):
@@ -172,8 +175,12 @@ def test_a_sentence_that_names_the_repair_is_true(run, tmp_path, change):
 def corners(count=12):
     """A file whose boxes are corners, for images of 30 x 20 pixels."""
     boxes = [[8 + i, 5 + i / 2, 18 + i, 13 + i / 2] for i in range(count)]
-    return valid_coco(annotations=[{"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": box, "area": box[2] * box[3]}
-                                   for i, box in enumerate(boxes)])  # fmt: skip
+    return valid_coco(
+        annotations=[
+            {"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": box, "area": box[2] * box[3]}
+            for i, box in enumerate(boxes)
+        ]
+    )
 
 
 def test_a_conversion_is_counted_and_its_areas_follow(run, tmp_path):

@@ -94,13 +94,24 @@ def test_voc_corners_are_one_based_and_inclusive_unless_told(folders, options, b
     assert content["images"] == [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}]
 
 
-@pytest.mark.parametrize("text", [
-    "<annotation>", VOC.replace("<xmin>1</xmin>", ""), VOC.replace("xmin>1<", "xmin>one<"), VOC.replace("cat", ""),
-    VOC.replace("xmax>30", "xmax>0"), VOC.replace("xmax>30", "xmax>nan"), VOC.replace("<ymax>20</ymax>", "<ymax/>"),
-    VOC.replace("bndbox", "box"), "<html/>",
-    '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>' + VOC.replace("cat", "&e;"),
-    '<!DOCTYPE x [<!ENTITY e "ha"><!ENTITY f "&e;&e;">]>' + VOC.replace("cat", "&f;"), "", "\0",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<annotation>",
+        VOC.replace("<xmin>1</xmin>", ""),
+        VOC.replace("xmin>1<", "xmin>one<"),
+        VOC.replace("cat", ""),
+        VOC.replace("xmax>30", "xmax>0"),
+        VOC.replace("xmax>30", "xmax>nan"),
+        VOC.replace("<ymax>20</ymax>", "<ymax/>"),
+        VOC.replace("bndbox", "box"),
+        "<html/>",
+        '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>' + VOC.replace("cat", "&e;"),
+        '<!DOCTYPE x [<!ENTITY e "ha"><!ENTITY f "&e;&e;">]>' + VOC.replace("cat", "&f;"),
+        "",
+        "\0",
+    ],
+)
 def test_a_bad_voc_file_is_named(folders, capsys, text):
     (folders / "labels" / "a.xml").write_text(text)
     assert run(folders, "voc") == (2, None)
@@ -611,16 +622,25 @@ def test_a_path_that_does_not_exist_is_counted(splits, capsys):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        (NAMES + "train: images/gone", "images/gone"), (NAMES + "val: images/val", "'val'"), (NAMES + "train: 3", "3"),
-        (NAMES + "train: []", "[]"), (NAMES + "train: {a: b}", "a"), (NAMES + "train: [images/train, gone.txt]", "gone.txt"),
-        ("train: images/train", "names"), (NAMES + "path: [a]\ntrain: images/train", "path"),
-        ("names: {1: cat, 2: dog}\ntrain: images/train", "[1, 2]"), ("names: {a: cat}\ntrain: images/train", "'a'"),
-        ("names: {0.5: cat}\ntrain: images/train", "'0.5'"), ("names: {0: cat, 0: dog}\ntrain: images/train", "'0'"),
-        ("nc: 3\n" + NAMES + "train: images/train", "3"), ("nc: two\n" + NAMES + "train: images/train", "two"),
-        (NAMES + "train: pipe", "pipe"), ("nc: 2\nnames: nut\ntrain: images/train", "nut"),
+        (NAMES + "train: images/gone", "images/gone"),
+        (NAMES + "val: images/val", "'val'"),
+        (NAMES + "train: 3", "3"),
+        (NAMES + "train: []", "[]"),
+        (NAMES + "train: {a: b}", "a"),
+        (NAMES + "train: [images/train, gone.txt]", "gone.txt"),
+        ("train: images/train", "names"),
+        (NAMES + "path: [a]\ntrain: images/train", "path"),
+        ("names: {1: cat, 2: dog}\ntrain: images/train", "[1, 2]"),
+        ("names: {a: cat}\ntrain: images/train", "'a'"),
+        ("names: {0.5: cat}\ntrain: images/train", "'0.5'"),
+        ("names: {0: cat, 0: dog}\ntrain: images/train", "'0'"),
+        ("nc: 3\n" + NAMES + "train: images/train", "3"),
+        ("nc: two\n" + NAMES + "train: images/train", "two"),
+        (NAMES + "train: pipe", "pipe"),
+        ("nc: 2\nnames: nut\ntrain: images/train", "nut"),
         ("names: [[cat]]\ntrain: images/train", "cat"),
     ],
-)  # fmt: skip
+)
 def test_a_data_yaml_that_contradicts_itself_is_named(splits, capsys, text, value):
     os.mkfifo(splits / "pipe")  # opening it would wait for ever
     assert data_yaml(splits, text) == (2, None)
@@ -632,13 +652,18 @@ def test_a_data_yaml_that_contradicts_itself_is_named(splits, capsys, text, valu
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("names: nut", ["nut"]), ("nc: 1\nnames: nut", ["nut"]), ("nc: 2.0\nnames: [a, b]", ["a", "b"]),
-        ("names:\n  '0': nut\n  '1': bolt", ["nut", "bolt"]), ("names: {1: bolt, 0: nut}", ["nut", "bolt"]),
-        ("names: {0: unused, 1: nut, 2: bolt}", ["unused", "nut", "bolt"]), ("names: [no, 1.10]", ["no", "1.10"]),
-        ("names: ['traffic light ', 007]", ["traffic light", "007"]), ("x: &n [a]\nnames: *n", ["a"]),
+        ("names: nut", ["nut"]),
+        ("nc: 1\nnames: nut", ["nut"]),
+        ("nc: 2.0\nnames: [a, b]", ["a", "b"]),
+        ("names:\n  '0': nut\n  '1': bolt", ["nut", "bolt"]),
+        ("names: {1: bolt, 0: nut}", ["nut", "bolt"]),
+        ("names: {0: unused, 1: nut, 2: bolt}", ["unused", "nut", "bolt"]),
+        ("names: [no, 1.10]", ["no", "1.10"]),
+        ("names: ['traffic light ', 007]", ["traffic light", "007"]),
+        ("x: &n [a]\nnames: *n", ["a"]),
         ("\ufeffnames: [a]", ["a"]),
     ],
-)  # fmt: skip
+)
 def test_names_are_read_as_they_are_written(folders, text, names):
     (folders / "data.yaml").write_text(text, "utf-8")
     assert tool.read_names(folders / "data.yaml") == names
@@ -804,8 +829,16 @@ def test_the_size_of_a_picture_is_that_after_its_exif_orientation(folders, capsy
     assert (code, content["images"][0]["width"], content["images"][0]["height"]) == (0, 30, 20)
 
 
-@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>",
-    "<size><width>-1</width><height>20</height></size>", "<size><width>30</width></size>"])  # fmt: skip
+@pytest.mark.parametrize(
+    "size",
+    [
+        "",
+        "<size/>",
+        "<size><width>0</width><height>0</height></size>",
+        "<size><width>-1</width><height>20</height></size>",
+        "<size><width>30</width></size>",
+    ],
+)
 def test_a_size_that_says_nothing_is_unknown(folders, capsys, size):
     voc(folders, a=("a.png", size, None))
     code, content = run(folders, "voc")
@@ -981,11 +1014,14 @@ def test_hidden_xml_are_skipped_and_counted(folders, capsys):
 
 def test_sentences_about_xml_name_the_line(folders, capsys):
     for text, line in (
-        (VOC.replace("xmin>1<", "xmin>one<"), 1), ("<annotation>\n\n" + box(1, 1, "x", 3) + "</annotation>", 3),
-        ("<annotation>\n<object/>\n</annotation>", 2), ("<annotation>\n<b>\n</annotation>", 3),
-        ('<?xml version="1.0"?>\n<!DOCTYPE x>\n<annotation/>', 2), ("\n<html/>", 2),
+        (VOC.replace("xmin>1<", "xmin>one<"), 1),
+        ("<annotation>\n\n" + box(1, 1, "x", 3) + "</annotation>", 3),
+        ("<annotation>\n<object/>\n</annotation>", 2),
+        ("<annotation>\n<b>\n</annotation>", 3),
+        ('<?xml version="1.0"?>\n<!DOCTYPE x>\n<annotation/>', 2),
+        ("\n<html/>", 2),
         ('<?xml version="1.0" encoding="no-such"?><annotation/>', 1),
-    ):  # fmt: skip
+    ):
         (folders / "labels" / "a.xml").write_text(text)
         assert run(folders, "voc") == (2, None)
         [sentence] = capsys.readouterr().err.splitlines()
