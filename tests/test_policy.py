@@ -9,21 +9,26 @@ from conftest import ROOT
 PACKAGE = ROOT / "dn_detr_d2"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import from this package, besides itself (docs/architecture.md).
-GROUND = {"structures", "boxes", "errors", "coco", "utils"}
+GROUND = {"structures", "boxes", "errors", "coco", "utils", "command_line"}
 DOORS = {
     "structures": {"boxes", "errors"},
     "boxes": set(),
     "errors": set(),
     "coco": set(),
     "utils": set(),
+    "command_line": {"errors", "utils"},
     "layers": GROUND | {"_C"},  # the compiled operators
-    "denoising": GROUND,
+    "denoising": GROUND | {"losses"},
     "config": GROUND,
     "checkpoint": GROUND,
-    "modeling": GROUND | {"layers", "denoising", "checkpoint"},
+    "modeling": GROUND | {"layers", "losses", "denoising", "checkpoint"},
     "data": GROUND,
-    "evaluation": GROUND | {"data", "denoising", "modeling"},
-    "engine": GROUND | {"config", "data", "checkpoint", "evaluation"},
+    "losses": GROUND,
+    "evaluation": GROUND | {"data"},
+    "export": GROUND,
+    "diagnostics": GROUND | {"data", "denoising", "losses", "modeling", "export"},
+    "engine": GROUND | {"config", "data", "checkpoint", "diagnostics", "evaluation"},
+    "visualization": GROUND | {"data", "layers", "modeling", "engine"},
     "predictor": GROUND | {"data", "checkpoint"},
     "doctor": GROUND | {"layers", "checkpoint", "data", "engine", "__version__"},
 }
@@ -32,7 +37,9 @@ DETECTRON2 = {
     "modeling": {"config", "layers", "modeling", "structures", "utils"},
     "coco": {"data"},  # names of the classes
     "data": {"config", "data", "structures", "utils"},
-    "evaluation": {"data", "engine", "evaluation", "structures", "utils"},
+    "evaluation": {"data", "evaluation", "structures", "utils"},
+    "diagnostics": {"engine", "modeling", "structures", "utils"},
+    "visualization": {"data", "structures"},
     "config": {"config"},
     "checkpoint": {"checkpoint", "utils"},
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
@@ -89,10 +96,11 @@ def imports_of_text(text, path):
 
 
 # Code that could run what a file says, or name a device; the one file that may import pickle refuses what a pickle names.
-CODE = sorted([*FILES, *(ROOT / "tools").rglob("*.py"), *ROOT.glob("*.py")])
+PROGRAMS = [path for folder in ("tools", "dev") for path in (ROOT / folder).rglob("*.py")]
+CODE = sorted([*FILES, *PROGRAMS, *ROOT.glob("*.py")])
 AUDITED = {
     PACKAGE / "checkpoint" / "reader.py": {"import pickle"},
-    ROOT / "tools" / "benchmark" / "on_cuda.py": {"a device by name"},  # times CUDA kernels
+    ROOT / "dev" / "benchmark" / "on_cuda.py": {"a device by name"},  # times CUDA kernels
 }
 RUNS_CONTENT = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code"}
 CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}

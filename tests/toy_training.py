@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from conftest import ROOT, SYSTEMS, TOY
 from detectron2.utils.env import seed_all_rng
-from ordeals.toy import differing, load
 
+from dev.stress.toy import differing, load
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
 

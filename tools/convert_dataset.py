@@ -12,7 +12,6 @@ cannot be used is named in a sentence of its own; then nothing is written (code 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
 from dn_detr_d2.data import convert_voc, convert_yolo
-from dn_detr_d2.data.convert import Conversion
+from dn_detr_d2.data.check_set import write_json
+from dn_detr_d2.data.convert import Conversion, refuse_empty
 from dn_detr_d2.data.yolo_yaml import SPLITS, YAML, read_classes, read_names, read_split
-from dn_detr_d2.utils.files import atomic_write
 
 __all__ = ["read_names", "run"]
 OF_YOLO = {"--split": "split", "--boxes": "boxes", "--pixels": "pixels", "--ignore-confidence": "ignore_confidence"}
@@ -97,26 +96,6 @@ def convert(args: argparse.Namespace) -> Conversion:
     return convert_yolo.convert_folders(*inputs, read_classes(Path(args.names)), options)
 
 
-def refuse_empty(found: Conversion, allowed: bool) -> None:
-    """Raises DatasetError for a set without boxes or classes, with all that was noticed."""
-    content = found.content
-    if not content["annotations"] and not allowed:
-        raise DatasetError(
-            f"no box in {len(content['images'])} pictures{found.tally}{'; ' * bool(found.hint)}{found.hint}; --allow-empty "
-            "writes a set without boxes all the same"
-        )
-    if not content["images"]:
-        raise DatasetError("no picture is left; nothing can be trained or evaluated on that")
-    if not content["categories"]:
-        raise DatasetError("a set without boxes has no class names; give them with --names classes.txt")
-
-
-def write(content: dict, path: str) -> None:
-    """Writes a JSON file whole or not at all; raises OSError."""
-    with atomic_write(path, "w") as file:
-        file.write(json.dumps(content))
-
-
 def say(text: str, file=None) -> None:
     """Prints one line, also with file names that the terminal's encoding cannot show, or that hold control characters."""
     file = file or sys.stdout
@@ -134,7 +113,7 @@ def run(argv: list[str] | None = None) -> int:
         refused = found.faults and not args.drop_bad
         if not refused:
             refuse_empty(found, args.allow_empty)
-            write(found.content, args.paths[-1])
+            write_json(found.content, args.paths[-1])
     except (UserError, OSError) as error:
         say(f"error: {error}", sys.stderr)
         return 1

@@ -20,14 +20,13 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 
 # isort: split
 
-from plotting.attention import best_queries, draw_attention, verdict
-from plotting.command import answer
-from plotting.images import class_names, title_of, to_rgb
-from plotting.models import inference_image, load_model
-from plotting.recording import record
-from plotting.style import save
-
 from dn_detr_d2 import ConfigError, setup_cfg
+from dn_detr_d2.command_line import answer
+from dn_detr_d2.visualization.attention import best_queries, draw_attention, verdict
+from dn_detr_d2.visualization.images import class_names, title_of, to_rgb
+from dn_detr_d2.visualization.models import inference_image, load_model
+from dn_detr_d2.visualization.recording import record
+from dn_detr_d2.visualization.style import save
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

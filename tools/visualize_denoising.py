@@ -20,13 +20,13 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 # isort: split
 
 import torch
-from plotting.command import answer
-from plotting.denoising import draw_mask, draw_noise, draw_refinement
-from plotting.images import class_names, title_of, to_rgb
-from plotting.models import load_model, observe_denoising, training_image
-from plotting.style import save
 
 from dn_detr_d2 import ConfigError, setup_cfg
+from dn_detr_d2.command_line import answer
+from dn_detr_d2.visualization.denoising import draw_mask, draw_noise, draw_refinement
+from dn_detr_d2.visualization.images import class_names, title_of, to_rgb
+from dn_detr_d2.visualization.models import load_model, observe_denoising, training_image
+from dn_detr_d2.visualization.style import save
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +66,11 @@ def visualize(args: argparse.Namespace) -> list[str]:
     torch.manual_seed(args.seed)
     model = load_model(cfg, args.weights)
     seen = observe_denoising(model, record, args.seed)
-    pixels, names, copies = to_rgb(record["image"], cfg.INPUT.FORMAT), class_names(cfg), model.denoising.COPIES
+    pixels, names, copies = (
+        to_rgb(record["image"], cfg.INPUT.FORMAT),
+        class_names(cfg),
+        model.denoising.generator.COPIES,
+    )
     figures = {
         "noise": draw_noise(seen, pixels, names, copies, args.groups),
         "refinement": draw_refinement(seen, pixels, names, copies),

@@ -246,10 +246,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # At each evaluation and when the training is over, the losses on so many annotated images of each data set of
     # DATASETS.TEST, evenly spaced by image id; 0 = off, more than there are = all. Without dropout, with the same noise each
-    # time; logged as validation/total_loss and validation/<term> (docs/instruments.md).
+    # time; logged as validation/total_loss and validation/<term> (docs/diagnostics.md).
     cfg.TEST.VALIDATION_LOSS = 0
 
-    # Instruments, see docs/instruments.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
+    # Instruments, see docs/diagnostics.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
     # the training is over; the values go to TensorBoard and metrics.json. Weights and random streams stay as without them.
     cfg.TEST.INSTABILITY = CfgNode()
     # Images to look at, evenly spaced by image id; 0 = no instruments. DN Sec. 3.2 takes the 5000 of val2017.

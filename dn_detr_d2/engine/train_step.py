@@ -37,7 +37,7 @@ class TrainStep(SimpleTrainer):
         dump_folder: where reports go.
         may_skip: how many steps may be left out instead of raising the error, in the whole training.
         accumulation: parts that a batch passes in, one after the other; their gradients add up to the batch's. With more
-            than one, ``model`` has :meth:`~dn_detr_d2.modeling.meta_arch.DenoisingDETR.share`.
+            than one, ``model`` has :meth:`~dn_detr_d2.modeling.DenoisingDETR.step_normalizers`.
 
     Attributes:
         stepped: whether the last iteration has changed the weights.
@@ -97,7 +97,7 @@ class TrainStep(SimpleTrainer):
         self._record(everyone)
 
     def _parts(self, batch: list[dict]) -> list[tuple]:
-        """What the model gets for each part of the batch: images, and in accumulation their share of the step."""
+        """What the model gets for each part of the batch: images, and in accumulation the normalizers of the step."""
         if self.accumulation == 1:
             return [(batch,)]
         size, rest = divmod(len(batch), self.accumulation)
@@ -106,8 +106,8 @@ class TrainStep(SimpleTrainer):
                 f"the {len(batch)} images that a process gets of SOLVER.IMS_PER_BATCH are not divisible by "
                 f"SOLVER.ACCUMULATION_STEPS = {self.accumulation}"
             )
-        share = self._plain_model.share([len(image["instances"]) for image in batch])
-        return [(batch[i : i + size], share) for i in range(0, len(batch), size)]
+        normalizers = self._plain_model.step_normalizers([len(image["instances"]) for image in batch])
+        return [(batch[i : i + size], normalizers) for i in range(0, len(batch), size)]
 
     @property
     def _plain_model(self) -> nn.Module:

@@ -20,7 +20,8 @@ from ..checkpoint.checkpointer import Checkpointer, load_weights
 from ..checkpoint.resume import must_fit
 from ..coco import raw_names
 from ..data.interruption import Interrupted, agree, interruptible
-from ..evaluation import MeasuringHook, TolerantCOCOEvaluator, build_instruments
+from ..diagnostics import MeasuringHook, build_instruments
+from ..evaluation import TolerantCOCOEvaluator
 from ..utils.distributed import device_of, unwrap
 from ..utils.processor import slow_bfloat16
 from ..utils.rng import isolated_rng

@@ -13,6 +13,7 @@ from conftest import ROOT
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from golden.formula import load
+from naming import naming
 
 from dn_detr_d2 import CheckpointError, setup_cfg
 from dn_detr_d2.checkpoint import (
@@ -75,14 +76,14 @@ def test_baselines_and_backbones_are_recognised(names, expected):
 
 
 def test_a_file_of_another_system_is_refused_by_its_name(dn_detr):
-    with pytest.raises(CheckpointError, match=r"does not fit the model: it looks like Anchor DETR \(official\)"):
+    with pytest.raises(CheckpointError, match=naming("Anchor DETR (official)")):
         convert({"transformer.encoder_layers.0.norm1.weight": torch.ones(2)}, dn_detr[1].state_dict())
 
 
 def test_a_checkpoint_of_another_model_is_named_with_what_does_not_fit(official):
     _, model = model_of("dino_R50_4scale_12ep")
     with pytest.raises(
-        CheckpointError, match=r"looks like DN-DETR \(official\).*missing: .*left over: .*wrong shape: "
+        CheckpointError, match=naming("DN-DETR (official)", "missing: ", "left over: ", "wrong shape: ")
     ):
         convert(official, model.state_dict())
 
@@ -96,7 +97,7 @@ def test_every_tensor_is_used_or_named(official, dn_detr, damage):
         state["transformer.decoder.norm2.weight"] = torch.ones(256)
     else:
         state[key] = torch.ones(255)
-    with pytest.raises(CheckpointError, match=f"{damage}: decoder.norm"):
+    with pytest.raises(CheckpointError, match=naming(f"{damage}: decoder.norm")):
         convert(state, dn_detr[1].state_dict())
 
 
@@ -152,7 +153,7 @@ def test_a_hostile_file_is_refused_and_never_executed(tmp_path, monkeypatch, suf
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match=r"was refused: .* nothing in it was executed"):
+    with pytest.raises(CheckpointError, match=naming(f"hostile{suffix}", "system")):
         read_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
@@ -175,7 +176,7 @@ def test_a_truncated_file_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": {}}])
 def test_a_file_without_tensors_is_not_a_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="it holds no named tensors"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "tensors")):
         read_checkpoint(tmp_path / "x.pth")
 
 
@@ -206,7 +207,7 @@ def test_an_official_file_goes_straight_into_the_default_predictor(tmp_path, off
     cfg, model = model_of("dn_detr_R50_50ep", "MODEL.WEIGHTS", path, "INPUT.MIN_SIZE_TEST", 64)
     with caplog.at_level("INFO", logger="dn_detr_d2"):
         predictor = DefaultPredictor(cfg)
-    assert "one of DN-DETR (official); its names were converted" in caplog.text
+    assert naming("DN-DETR (official)").search(caplog.text)
     expected = convert(official, model.state_dict()).state
     assert all(torch.equal(x, expected[name]) for name, x in predictor.model.state_dict().items() if name in expected)
     assert len(predictor(np.zeros((64, 64, 3), np.uint8))["instances"])
@@ -258,10 +259,8 @@ def test_fine_tuning_carries_classes_over_by_name_and_evaluation_refuses(tmp_pat
     assert torch.equal(after[1], before[1])
     labels = model.query_source.label_encoder.embed.weight
     assert torch.equal(labels[[0, 2, 3]], official["label_enc.weight"][[90, 1, 91]])
-    assert "2 carried over, 1 new" in caplog.text
-    with pytest.raises(
-        CheckpointError, match=r"lacks 1 of the model's classes \(platelet\), which only a training"
-    ) as error:
+    assert any(naming("class", 2, 1).search(text) for text in caplog.messages)
+    with pytest.raises(CheckpointError, match=naming(1, "platelet")) as error:
         Checkpointer(model.eval(), cfg=cfg).load(str(tmp_path / "official.pth"))
     assert "\n" not in str(error.value)  # train_net.py shows one sentence
 
@@ -379,8 +378,7 @@ def test_the_tool_writes_what_the_model_loads(tmp_path, official, name):
     cfg, model = model_of("dn_detr_R50_50ep")
     Checkpointer(model.eval(), cfg=cfg).load(str(tmp_path / name))
     assert torch.equal(model.decoder.heads.class_heads[0].weight, official["class_embed.weight"])
-    assert "wrote" in ran.stdout
-    assert "DN-DETR (official)" in ran.stdout
+    assert naming(name, "DN-DETR (official)").search(ran.stdout)
 
 
 def test_the_tool_writes_nothing_when_it_refuses(tmp_path, official):
@@ -388,13 +386,14 @@ def test_the_tool_writes_nothing_when_it_refuses(tmp_path, official):
     config = ROOT / "configs" / "dino_R50_4scale_12ep.yaml"
     ran = run_tool(tmp_path / "official.pth", tmp_path / "out.pth", "--config-file", config)
     assert ran.returncode == 1
-    assert ran.stderr.startswith("error: the checkpoint does not fit the model: it looks like DN-DETR (official)")
+    assert ran.stderr.startswith("error: ")
+    assert naming("DN-DETR (official)").search(ran.stderr)
     assert ran.stderr.count("\n") == 1
     assert not (tmp_path / "out.pth").exists()
     config = config.with_name("dn_detr_R50_50ep.yaml")
     ran = run_tool(tmp_path / "official.pth", tmp_path / "out.pth", "--config-file", config, "--classes", 7)
     assert ran.returncode == 1
-    assert "lacks 7 of the 7 classes" in ran.stderr
+    assert naming("7 of the 7").search(ran.stderr)
 
 
 @pytest.mark.parametrize("state", ["R-50 for R-101", "a single tensor"])
@@ -406,15 +405,15 @@ def test_half_a_backbone_is_refused(tmp_path, state):
         weights = torchvision.models.resnet50().state_dict()
     torch.save(weights, tmp_path / "x.pth")
     cfg, model = model_of("dn_detr_R101_12ep")
-    with pytest.raises(CheckpointError, match=r"does not fit the model: .*missing: backbone\."):
+    with pytest.raises(CheckpointError, match=r"missing: backbone\."):
         Checkpointer(model.train(), cfg=cfg, new_classes=True).load(str(tmp_path / "x.pth"), checkpointables=[])
 
 
 def test_names_and_rows_must_agree(official):
     _, model = model_of("dn_detr_R50_50ep")
-    with pytest.raises(CheckpointError, match="the checkpoint has 91 classes, but 80 class names"):
+    with pytest.raises(CheckpointError, match=naming("checkpoint", 91, 80)):
         convert(official, model.state_dict(), coco_names())
-    with pytest.raises(CheckpointError, match="the model has 91 classes, but 2 class names"):
+    with pytest.raises(CheckpointError, match=naming("model", 91, 2)):
         convert(official, model.state_dict(), [], ["a", "b"])
 
 
@@ -434,7 +433,7 @@ def test_a_missing_first_head_is_named_as_missing():
 @pytest.mark.parametrize("names", [5, {"a": 1}, [1, 2]])
 def test_class_names_that_are_none_are_refused(tmp_path, names):
     torch.save({"model": {"a": torch.ones(1)}, "class_names": names}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="its class names are"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "class names")):
         read_checkpoint(tmp_path / "x.pth")
 
 
@@ -464,7 +463,7 @@ def test_a_damaged_checkpoint_to_resume_from_is_named(tmp_path):
     (tmp_path / "model_0.pth").write_bytes(b"garbage")
     (tmp_path / "last_checkpoint").write_text("model_0.pth")
     cfg, model = model_of("dn_detr_R50_12ep")
-    with pytest.raises(CheckpointError, match=r"to resume from, .*model_0\.pth, is damaged"):
+    with pytest.raises(CheckpointError, match=naming("model_0.pth")):
         Checkpointer(model.train(), str(tmp_path), cfg=cfg, new_classes=True).resume_or_load("", resume=True)
 
 

@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import torchvision
+from naming import naming
 
 from dn_detr_d2 import CheckpointError
 from dn_detr_d2.checkpoint.checkpointer import Checkpointer
@@ -50,7 +51,7 @@ def test_a_path_is_a_path(tmp_path):
 def test_a_url_without_a_sum_is_not_even_asked_for(site):
     folder, address, asked = site
     (folder / "weights.pth").write_bytes(b"abc")
-    with pytest.raises(CheckpointError, match=r"weights\.pth' would be downloaded, .*set MODEL\.WEIGHTS_SHA256"):
+    with pytest.raises(CheckpointError, match=naming("weights.pth", "MODEL.WEIGHTS_SHA256")):
         fetch(f"{address}/weights.pth")
     assert asked == []
 
@@ -65,7 +66,7 @@ def test_the_sum_of_the_name_or_of_the_config_is_compared(site, named):
     with open(path, "rb") as file:
         assert file.read() == b"abc"
     (folder / f"2{name}").write_bytes(b"xyz")
-    with pytest.raises(CheckpointError, match=rf"has the SHA-256 [0-9a-f]{{64}}, not {told}\.\.\.; it is not read"):
+    with pytest.raises(CheckpointError, match=rf"\b[0-9a-f]{{64}}\b.*\b{told}\b"):
         fetch(f"{address}/2{name}", "" if named else told)
 
 
@@ -73,7 +74,7 @@ def test_the_config_outweighs_the_name(site):
     folder, address, _ = site
     told = hashlib.sha256(b"abc").hexdigest()
     (folder / f"net-{told[:8]}.pth").write_bytes(b"abc")
-    with pytest.raises(CheckpointError, match=f"not {'0' * 64}"):
+    with pytest.raises(CheckpointError, match="0" * 64):
         fetch(f"{address}/net-{told[:8]}.pth", "0" * 64)
 
 
@@ -90,7 +91,7 @@ def test_a_training_starts_from_a_backbone_behind_a_url(site, toy_cfg):
     torch.manual_seed(1)
     assert torch.equal(model.backbone.stem.conv1.weight, torchvision.models.resnet18().conv1.weight)
     cfg.MODEL.WEIGHTS_SHA256 = "f" * 64
-    with pytest.raises(CheckpointError, match="it is not read"):
+    with pytest.raises(CheckpointError, match=naming("f" * 64)):
         Checkpointer(model, cfg=cfg, new_classes=True).load(cfg.MODEL.WEIGHTS, checkpointables=[])
 
 

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError, add_dn_detr_config, setup_cfg
@@ -79,70 +80,67 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("opts", "message"),
+    ("opts", "named"),
     [
-        (["MODEL.DN_DETR.NUM_QUERY", 3], r"MODEL\.DN_DETR\.NUM_QUERY.*did you mean MODEL\.DN_DETR\.NUM_QUERIES"),
-        (["MODEL.DN_DETR.NUM_QUERIES", "many"], "NUM_QUERIES"),
-        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH must be positive, got 0"),
-        (["SOLVER.BASE_LR", -1.0], "SOLVER.BASE_LR must be positive, got -1.0"),
-        (["SOLVER.OPTIMIZER", "SGD"], "SOLVER.OPTIMIZER must be one of .*'SGD'"),
-        (["SOLVER.AMP.DTYPE", "fp8"], "SOLVER.AMP.DTYPE must be one of .*'fp8'"),
-        (["INPUT.CROP.TYPE", "relative"], "INPUT.CROP.TYPE must be 'absolute_range'"),
-        (["DATASETS.COCO_JSON", [["a", "b"]]], r"DATASETS.COCO_JSON takes \[name, json, image folder\]"),
-        (["DATASETS.TRAIN", ("shapes_trian",)], "did you mean 'shapes_train'"),
-        (["DATASETS.TRAIN", ("shapes_train", "coco_2017_val")], "must have the same classes"),
+        (["MODEL.DN_DETR.NUM_QUERY", 3], ["MODEL.DN_DETR.NUM_QUERY", "MODEL.DN_DETR.NUM_QUERIES"]),
+        (["MODEL.DN_DETR.NUM_QUERIES", "many"], ["MODEL.DN_DETR.NUM_QUERIES", "int", "str"]),
+        (["SOLVER.IMS_PER_BATCH", 0], ["SOLVER.IMS_PER_BATCH", 0]),
+        (["SOLVER.BASE_LR", -1.0], ["SOLVER.BASE_LR", -1.0]),
+        (["SOLVER.OPTIMIZER", "SGD"], ["SOLVER.OPTIMIZER", "'SGD'", "'ADAMW'"]),
+        (["SOLVER.AMP.DTYPE", "fp8"], ["SOLVER.AMP.DTYPE", "'fp8'", "'bf16'"]),
+        (["INPUT.CROP.TYPE", "relative"], ["INPUT.CROP.TYPE", "'relative'", "'absolute_range'"]),
+        (["DATASETS.COCO_JSON", [["a", "b"]]], ["DATASETS.COCO_JSON", "['a', 'b']"]),
+        (["DATASETS.TRAIN", ("shapes_trian",)], ["'shapes_trian'", "'shapes_train'"]),
+        (["DATASETS.TRAIN", ("shapes_train", "coco_2017_val")], ["shapes_train", "coco_2017_val"]),
         (
             ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", 2],
-            "NUM_CLASSES = 2, but shapes_train has 3",
+            ["NUM_CLASSES", 2, "shapes_train", 3],
         ),
         (
             ["DATASETS.TRAIN", ("shapes_train",), "MODEL.DN_DETR.NUM_CLASSES", 91],
-            "NUM_CLASSES = 91, but shapes_train has 3",
+            ["NUM_CLASSES", 91, "shapes_train", 3],
         ),
-        (["MODEL.DN_DETR.NUM_CLASSES", "many"], "NUM_CLASSES must be a positive number or auto, got 'many'"),
-        (["DATASETS.COCO_JSON", [3]], "DATASETS.COCO_JSON takes"),
-        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE must be cpu, cuda or cuda:N, got 'gpu'"),
-        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD must be positive"),
-        (
-            ["SOLVER.BASE_LR.X", 1],
-            "SOLVER.BASE_LR.X is no key, because SOLVER.BASE_LR is a value and has none below it",
-        ),
-        (["SOLVER.WARMUP_FACTOR", -3.0], "SOLVER.WARMUP_FACTOR must be finite and not negative, got -3.0"),
-        (["SOLVER.GAMMA", -1.0], "SOLVER.GAMMA must be positive, got -1.0"),
-        (["SOLVER.NUM_DECAYS", 0], "SOLVER.NUM_DECAYS must be positive, got 0"),
-        (["SOLVER.STEPS", (-3,)], r"SOLVER.STEPS must be positive iterations in ascending order, got \(-3,\)"),
-        (["SOLVER.STEPS", (5, 3)], r"SOLVER.STEPS must be positive iterations in ascending order, got \(5, 3\)"),
-        (["SOLVER.STEPS", (5, 5)], "SOLVER.STEPS must be"),
-        (["SOLVER.STEPS", (0, 5)], "SOLVER.STEPS must be"),
-        (["SOLVER.STEPS", (1.5,)], "SOLVER.STEPS must be"),
-        (["SOLVER.STEPS", (3, 9), "SOLVER.MAX_ITER", 9], "SOLVER.STEPS must not hold SOLVER.MAX_ITER = 9"),
-        (["SOLVER.WARMUP_METHOD", "cubic"], "SOLVER.WARMUP_METHOD must be one of .*'linear'.*, got 'cubic'"),
-        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "LR_SCHEDULER_NAME must be one of .*'WarmupCosineLR'.*, got 'Cosine'"),
+        (["MODEL.DN_DETR.NUM_CLASSES", "many"], ["NUM_CLASSES", "'many'", "auto"]),
+        (["DATASETS.COCO_JSON", [3]], ["DATASETS.COCO_JSON", 3]),
+        (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "'gpu'", "cpu", "cuda"]),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], ["SOLVER.CHECKPOINT_PERIOD", 0]),
+        (["SOLVER.BASE_LR.X", 1], ["SOLVER.BASE_LR.X", "SOLVER.BASE_LR is"]),
+        (["SOLVER.WARMUP_FACTOR", -3.0], ["SOLVER.WARMUP_FACTOR", -3.0]),
+        (["SOLVER.GAMMA", -1.0], ["SOLVER.GAMMA", -1.0]),
+        (["SOLVER.NUM_DECAYS", 0], ["SOLVER.NUM_DECAYS", 0]),
+        (["SOLVER.STEPS", (-3,)], ["SOLVER.STEPS", "(-3,)"]),
+        (["SOLVER.STEPS", (5, 3)], ["SOLVER.STEPS", "(5, 3)"]),
+        (["SOLVER.STEPS", (5, 5)], ["SOLVER.STEPS", "(5, 5)"]),
+        (["SOLVER.STEPS", (0, 5)], ["SOLVER.STEPS", "(0, 5)"]),
+        (["SOLVER.STEPS", (1.5,)], ["SOLVER.STEPS", "(1.5,)"]),
+        (["SOLVER.STEPS", (3, 9), "SOLVER.MAX_ITER", 9], ["SOLVER.STEPS", "SOLVER.MAX_ITER", 9]),
+        (["SOLVER.WARMUP_METHOD", "cubic"], ["SOLVER.WARMUP_METHOD", "'cubic'", "'linear'"]),
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], ["SOLVER.LR_SCHEDULER_NAME", "'Cosine'", "'WarmupCosineLR'"]),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", 0.5],
-            "SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR = 0.0001, got 0.5",
+            ["SOLVER.BASE_LR_END", "SOLVER.BASE_LR", 0.0001, 0.5],
         ),
-        (["SOLVER.BASE_LR_END", -0.1], "SOLVER.BASE_LR_END must be finite and not negative, got -0.1"),
-        (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS must be finite and not negative, got -1"),
-        (["INPUT.MIN_SIZE_TRAIN", (0,)], r"INPUT.MIN_SIZE_TRAIN must be positive numbers of pixels, got \(0,\)"),
-        (["INPUT.MIN_SIZE_TRAIN", ()], r"INPUT.MIN_SIZE_TRAIN must be positive numbers of pixels, got \(\)"),
-        (["INPUT.MIN_SIZE_TRAIN", (800, -1)], "INPUT.MIN_SIZE_TRAIN must be positive numbers of pixels"),
-        (["INPUT.MAX_SIZE_TRAIN", 0], "INPUT.MAX_SIZE_TRAIN must be positive, got 0"),
-        (["INPUT.MAX_SIZE_TEST", -1], "INPUT.MAX_SIZE_TEST must be positive, got -1"),
-        (["INPUT.MIN_SIZE_TEST", -1], "INPUT.MIN_SIZE_TEST must be finite and not negative, got -1"),
-        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "any"], "MIN_SIZE_TRAIN_SAMPLING must be one of .*'range'.*, got 'any'"),
+        (["SOLVER.BASE_LR_END", -0.1], ["SOLVER.BASE_LR_END", -0.1]),
+        (["DATALOADER.NUM_WORKERS", -1], ["DATALOADER.NUM_WORKERS", -1]),
+        (["INPUT.MIN_SIZE_TRAIN", (0,)], ["INPUT.MIN_SIZE_TRAIN", "(0,)"]),
+        (["INPUT.MIN_SIZE_TRAIN", ()], ["INPUT.MIN_SIZE_TRAIN", "()"]),
+        (["INPUT.MIN_SIZE_TRAIN", (800, -1)], ["INPUT.MIN_SIZE_TRAIN", "(800, -1)"]),
+        (["INPUT.MAX_SIZE_TRAIN", 0], ["INPUT.MAX_SIZE_TRAIN", 0]),
+        (["INPUT.MAX_SIZE_TEST", -1], ["INPUT.MAX_SIZE_TEST", -1]),
+        (["INPUT.MIN_SIZE_TEST", -1], ["INPUT.MIN_SIZE_TEST", -1]),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "any"], ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "'any'", "'range'"]),
         *(
             (
                 ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", sizes],
-                r"INPUT.MIN_SIZE_TRAIN must be \(smallest, largest\) where .* is 'range', got",
+                ["INPUT.MIN_SIZE_TRAIN", "'range'", sizes],
             )
             for sizes in [(800,), (800, 640), (480, 640, 800)]
         ),
-        ([], "NUM_CLASSES is 'auto', but DATASETS names no data set"),
+        ([], ["NUM_CLASSES", "'auto'", "DATASETS"]),
     ],
 )
-def test_mistakes_are_one_sentence_with_the_key(opts, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_mistakes_are_one_sentence_with_the_key(opts, named):
+    with pytest.raises(ConfigError, match=naming(*named)) as caught:
         setup_cfg("", opts)
     assert "\n" not in str(caught.value)
 
@@ -180,13 +178,13 @@ def test_detectron2s_own_values_pass_the_door():
 
 
 def test_a_missing_config_file_is_named():
-    with pytest.raises(ConfigError, match=r"'nowhere\.yaml' does not exist"):
+    with pytest.raises(ConfigError, match=naming("'nowhere.yaml'")):
         setup_cfg("nowhere.yaml")
 
 
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
     (tmp_path / "x.yaml").write_text("MODEL:\n  DN_DETR:\n    HIDEN_DIM: 3\n")
-    with pytest.raises(ConfigError, match=r"HIDEN_DIM.*did you mean MODEL\.DN_DETR\.HIDDEN_DIM"):
+    with pytest.raises(ConfigError, match=naming("MODEL.DN_DETR.HIDEN_DIM", "MODEL.DN_DETR.HIDDEN_DIM")):
         setup_cfg(str(tmp_path / "x.yaml"))
 
 
@@ -200,7 +198,7 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, text):
 
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"MODEL\.DEVICE = 'cuda', but PyTorch sees no GPU; add MODEL.DEVICE cpu"):
+    with pytest.raises(ConfigError, match=naming("MODEL.DEVICE", "'cuda'", "MODEL.DEVICE cpu")):
         setup_cfg("", ["MODEL.DEVICE", "cuda", "MODEL.DN_DETR.NUM_CLASSES", 3])
 
 
@@ -300,7 +298,7 @@ def test_the_order_of_a_finished_training_is_kept(classes_of):
 
 def test_a_validation_set_with_classes_that_nobody_trains_names_both_files(classes_of):
     sets = {"a": ["cat", "dog"], "more": ["fox", "dog", "cat"]}
-    with pytest.raises(ConfigError, match=r"a_.* has 2 \['cat', 'dog'\], more_.* has \['fox'\]"):
+    with pytest.raises(ConfigError, match=r"a_.*\['cat', 'dog'\].*more_.*\['fox'\]"):
         classes_of(sets | {"more": ["fox", "dog", "cat"]}, ["a"], ["more"])  # its object is of the first class
     assert classes_of(sets | {"unused": ["dog", "cat", "fox"]}, ["a"], ["unused"]) == ["cat", "dog"]
     assert classes_of(sets | {"mended": ["cat", "dog", "fox"]}, ["mended"], ["more"]) == ["cat", "dog", "fox"]
@@ -315,6 +313,6 @@ def test_own_training_data_with_the_test_set_of_the_base_have_a_way_out_that_wor
     opts = ["DATASETS.COCO_JSON", [[name, str(tmp_path / "set.json"), str(tmp_path)]], "DATASETS.TRAIN", (name,)]
     opts += ["MODEL.DN_DETR.NUM_CLASSES", num_classes, "MODEL.DEVICE", "cpu"]
     config = str(ROOT / "configs" / "dn_detr_R50_12ep.yaml")
-    with pytest.raises(ConfigError, match=r"coco_2017_val.* is the base config's: set it .*\"\(\)\""):
+    with pytest.raises(ConfigError, match=naming("coco_2017_val", "DATASETS.TEST", '"()"')):
         setup_cfg(config, opts)
     assert setup_cfg(config, [*opts, "DATASETS.TEST", "()"]).MODEL.DN_DETR.CLASS_NAMES == ["cat", "dog"]

@@ -7,6 +7,7 @@ from detectron2.engine import create_ddp_model, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from naming import naming
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError
@@ -126,7 +127,7 @@ class Steep(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def share(self, whole):
+    def step_normalizers(self, counts):
         return None
 
     def forward(self, batch, share):
@@ -149,7 +150,7 @@ def test_a_bad_part_is_named_by_its_own_images(tmp_path):
     model = Steep()
     batch = [{"image": torch.zeros(3), "instances": (), "factor": f, "file_name": f"{f}.png"} for f in (1.0, torch.nan)]
     step = TrainStep(model, [batch], torch.optim.SGD(model.parameters(), 0.1), None, str(tmp_path), accumulation=2)
-    with EventStorage(), pytest.raises(FloatingPointError, match=r"loss term main/l1 .*; images: nan\.png; see"):
+    with EventStorage(), pytest.raises(FloatingPointError, match=naming("main/l1", "nan.png")):
         step.run_step()
     assert model.weight.item() == 1
 
@@ -158,8 +159,8 @@ def test_batches_that_cannot_be_divided_are_refused(toy_cfg, tmp_path, monkeypat
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     cfg = toy_cfg("dn_detr", "SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATION_STEPS", 4)
     check_processes(cfg, 1)
-    with pytest.raises(ConfigError, match=r"IMS_PER_BATCH = 4,.* 2 processes x SOLVER\.ACCUMULATION_STEPS = 4"):
+    with pytest.raises(ConfigError, match=naming("IMS_PER_BATCH", 4, 2, "SOLVER.ACCUMULATION_STEPS")):
         check_processes(cfg, 2, cpu_wanted=True)
     step = TrainStep(Steep(), [[{}] * 3], torch.optim.SGD([torch.zeros(1)], 0.1), None, str(tmp_path), accumulation=2)
-    with EventStorage(), pytest.raises(ConfigError, match=r"the 3 images .*ACCUMULATION_STEPS = 2"):
+    with EventStorage(), pytest.raises(ConfigError, match=naming(3, "ACCUMULATION_STEPS", 2)):
         step.run_step()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, SYSTEMS, TOY
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import DatasetError, setup_cfg
@@ -88,15 +89,15 @@ def test_images_evaluated_two_or_four_at_a_time_are_detected_as_one_by_one(folde
             assert [a["score"], *a["bbox"]] == pytest.approx([b["score"], *b["bbox"]], abs=1e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize(("seen", "message"), [
-    ([9], r"1 were not seen \[8\], 0 several"),
-    ([9, 8, 8], r"0 were not seen \[\], 1 several times or are not of the data set \[8\]"),
-    ([9, 8, 77], r"1 several times or are not of the data set \[77\]"),
+@pytest.mark.parametrize(("seen", "named"), [
+    ([9], [1, "[8]", 0]),
+    ([9, 8, 8], [0, "[]", 1, "[8]"]),
+    ([9, 8, 77], [1, "[77]"]),
 ])  # fmt: skip
-def test_a_loader_that_drops_or_doubles_an_image_is_found(folder, seen, message):
+def test_a_loader_that_drops_or_doubles_an_image_is_found(folder, seen, named):
     cfg = make_cfg(folder, 2)
     evaluator = TolerantCOCOEvaluator(cfg.DATASETS.TEST[0], tasks=("bbox",), output_dir=None)
     evaluator.reset()
     evaluator._predictions = [{"image_id": image, "instances": []} for image in seen]
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=naming(*named)):
         evaluator.evaluate()

@@ -1,6 +1,7 @@
 """Several processes: whatever ends one ends all, and the last line on the screen is the first cause."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import torch
 from conftest import ROOT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from naming import naming
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, rank_info_from_env
 from dn_detr_d2.engine.launch import OWN_STORE, RankInfo, _free_port, launch
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "engine", ROOT / "tools")
+TESTS = (ROOT / "tests", ROOT / "tests" / "engine")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -70,27 +72,27 @@ def alive(folder):
 
 
 @pytest.mark.parametrize(("how", "cause"), [
-    ("refusal", "image x.png cannot be read"),
-    ("mistake", "rank 1 of 2: KeyError: 'forgotten' (see its traceback above)"),
-    ("kill", "was killed (SIGKILL)"),
-    ("hang", "image y.png cannot be read"),
-    ("data", "rank 1 of 2: StopIteration: an iterator, such as the data loader's, is exhausted; raised in run_step"),
+    ("refusal", ["x.png"]),
+    ("mistake", ["rank 1", "KeyError", "'forgotten'"]),
+    ("kill", ["rank 1", "SIGKILL"]),
+    ("hang", ["y.png"]),
+    ("data", ["rank 1", "StopIteration", "run_step"]),
 ])  # fmt: skip
 def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, how, cause):
     with pytest.raises(ProcessError) as caught:
         launch(leave_as, 2, 1, 0, "auto", 60, (how, tmp_path))
-    assert cause in str(caught.value)
+    assert naming(*cause).search(str(caught.value))
     assert time.time() - (tmp_path / "met").stat().st_mtime < 10
     assert alive(tmp_path) == []
 
 
 def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stack(tmp_path, capfd):
-    with pytest.raises(ProcessError, match=r"rank 1 of 2: .*[Tt]imed out.*did not exit.*stack trace above"):
+    with pytest.raises(ProcessError, match=r"rank 1.*[Tt]imed out"):
         launch(leave_as, 2, 1, 0, "auto", 8, ("stuck", tmp_path))
     assert time.time() - (tmp_path / "met").stat().st_mtime < 8 + 10
     assert alive(tmp_path) == []
     said = capfd.readouterr().err
-    stack = said[said.index("did not exit and is killed; its stack trace:") :]
+    stack = said[said.index("most recent call first") :]
     assert "in leave_as" in stack
     assert "in _run" in stack
 
@@ -130,8 +132,8 @@ def test_launchers_of_two_machines_start_and_end_together(tmp_path, how, codes):
     assert tuple(machine.returncode for machine in machines) == codes, said
     if how == "kill":
         assert gone < 10
-        assert "was killed (SIGKILL)" in said[1].splitlines()[-1]
-        assert said[0].splitlines()[-1].startswith("error: rank 0 of 2: ")
+        assert "SIGKILL" in said[1].splitlines()[-1]
+        assert said[0].splitlines()[-1].startswith("error: rank 0")
 
 
 DIES_ONCE = """
@@ -171,7 +173,7 @@ def test_torchrun_starts_again_over_gloo_with_the_variable(tmp_path):
 def test_restarts_over_gloo_without_the_variable_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
-    with pytest.raises(ConfigError, match=rf"--max-restarts over gloo may hang.*set {OWN_STORE}=1"):
+    with pytest.raises(ConfigError, match=naming("--max-restarts", f"{OWN_STORE}=1")):
         rank_info_from_env(environment)
     assert rank_info_from_env(environment | {OWN_STORE: "1"}) == RankInfo(0, 2, 0, 2)
     assert rank_info_from_env(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == RankInfo(0, 2, 0, 2)
@@ -181,13 +183,13 @@ def test_processes_that_stop_on_request_are_no_failure(tmp_path):
     assert launch(leave_as, 2, 1, 0, "auto", 60, ("stop", tmp_path)) == REQUEUE
 
 
-@pytest.mark.parametrize(("environment", "message"), [
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "must be numbers"),
-    ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "do not fit together"),
-    ({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "do not fit together"),
+@pytest.mark.parametrize(("environment", "named"), [
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, ["LOCAL_RANK", "x"]),
+    ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["RANK", 2]),
+    ({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, ["LOCAL_WORLD_SIZE", 3, 2]),
 ])  # fmt: skip
-def test_places_that_cannot_be_are_refused(environment, message):
-    with pytest.raises(ConfigError, match=message):
+def test_places_that_cannot_be_are_refused(environment, named):
+    with pytest.raises(ConfigError, match=naming(*named)):
         rank_info_from_env(environment)
 
 
@@ -225,4 +227,4 @@ def test_torchrun_tells_the_first_cause(tmp_path):
     line = command(tmp_path / "out", overrides=["SOLVER.BASE_LR", -1.0])
     process = torchrun(line, tmp_path / "said.txt", "--standalone", "--nproc-per-node", "2")
     assert process.wait(200) == 1
-    assert "error: SOLVER.BASE_LR must be positive, got -1.0" in (tmp_path / "said.txt").read_text()
+    assert re.search(r"error: .*SOLVER\.BASE_LR.*-1\.0", (tmp_path / "said.txt").read_text())

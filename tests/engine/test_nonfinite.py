@@ -12,6 +12,7 @@ from detectron2.engine import create_ddp_model, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from naming import naming
 from toy_training import differing
 
 from dn_detr_d2.engine import TrainStep
@@ -140,8 +141,8 @@ def test_both_ranks_stop_and_name_the_first_cause(seen, number):
     tensor = dict(PLACES)[place]
     for rank in ranks:
         told = rank[number]
-        assert told["message"].startswith(f"iteration {number}, rank {victim}: {tensor} (")
-        assert "images: image_0.png, image_1.png" in told["message"]
+        assert told["message"].startswith(f"iteration {number}, rank {victim}: {tensor} ")
+        assert naming("image_0.png", "image_1.png").search(told["message"])
         assert told["seconds"] < 10
         assert (told["changed"], told["stepped"]) == ([], False)
     assert ranks[0][number]["message"] == ranks[1][number]["message"]
@@ -188,7 +189,7 @@ def test_ranks_skip_together_and_stop_at_the_limit(toy_cfg, tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     for told in (first, second):
         assert told["stepped"] == told["changed"] == [True, False] * 3
-        assert "2 steps have been skipped, as SOLVER.NONFINITE_LIMIT allows" in told["message"]
+        assert naming(2, "SOLVER.NONFINITE_LIMIT").search(told["message"])
         assert told["counted"] == 2
     assert differing(first["weights"], second["weights"]) == []
     assert len(list((tmp_path / "nan_report").glob("*.json"))) == 3
@@ -253,7 +254,7 @@ def test_an_overflow_that_no_scale_cures_is_an_error(tmp_path):
     with EventStorage():
         for _ in range(17):  # the scale goes from 2^16 to 2^-1
             step.run_step()
-        with pytest.raises(FloatingPointError, match="gradient of weight"):
+        with pytest.raises(FloatingPointError, match=naming("gradient of weight")):
             step.run_step()
     assert step.overflows == 17
 
@@ -267,7 +268,7 @@ def test_what_is_not_found_again_is_told_all_the_same(tmp_path):
             return {"main/l1": self.weight.sum() * (math.nan if self.calls == 1 else 1)}
 
     step, _ = toy_step(tmp_path, [1.0], model=Once())
-    with EventStorage(), pytest.raises(FloatingPointError, match="main/l1 is nan, but not when repeated; images"):
+    with EventStorage(), pytest.raises(FloatingPointError, match=naming("main/l1", "nan")):
         step.run_step()
     assert json.loads((tmp_path / "iteration_0_rank_0.json").read_text())["tensor"] is None
 

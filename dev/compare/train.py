@@ -1,0 +1,115 @@
+"""Trains several configs side by side in one process, step by step in turn, so that their times can be compared.
+
+Each has random streams of its own that start from the same seed: the order of the images and their augmentation are the
+same for all, whatever else they draw.
+"""
+
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from dn_detr_d2 import setup_cfg
+from dn_detr_d2.engine import Trainer
+from dn_detr_d2.utils.rng import random_state, set_random_state
+
+from .variants import Variant
+
+# Left of an earlier race in the same folder, which the writers would continue.
+LEFT = ("metrics.json", "instability.npz", "best_metric.json", "last_checkpoint", "step_seconds.txt")
+
+
+class Contestant:
+    """One training that can be advanced by a step.
+
+    Args:
+        cfg: complete; ``SEED`` starts its random streams.
+    """
+
+    def __init__(self, cfg):
+        folder = Path(cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in LEFT:
+            (folder / name).unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        seed_all_rng(cfg.SEED)
+        self.trainer, self.seconds = Trainer(cfg), []
+        with EventStorage(0) as self.trainer.storage:
+            self.trainer.iter = 0
+            self.trainer.resume_or_load(resume=False)
+            self.trainer.before_train()
+        self.streams = random_state(self.trainer.device)
+
+    @property
+    def done(self) -> bool:
+        """Whether all iterations have been made."""
+        return self.trainer.iter >= self.trainer.max_iter
+
+    def advance(self) -> None:
+        """One iteration with its hooks; only the step itself is timed. After the last one the training is closed."""
+        set_random_state(self.streams, self.trainer.device)
+        with self.trainer.storage:
+            self.trainer.before_step()
+            start = time.perf_counter()
+            self.trainer.run_step()
+            self.seconds.append(time.perf_counter() - start)
+            self.trainer.after_step()
+            self.trainer.iter += 1
+            if self.done:
+                self.trainer.after_train()
+                Path(self.trainer.cfg.OUTPUT_DIR, "step_seconds.txt").write_text("\n".join(map(str, self.seconds)))
+        self.streams = random_state(self.trainer.device)
+
+
+def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int) -> list[Path]:
+    """Trains all variants of one pair under one seed.
+
+    Args:
+        config: of the pair.
+        variants: see :mod:`dev.compare.variants`.
+        seed: of all of them.
+        output: a folder for each variant is made in it.
+        opts: [key, value, ...] for all; ``SOLVER.MAX_ITER`` is that of a whole training.
+        threads: of PyTorch.
+
+    Returns:
+        list: the folders.
+    """
+    torch.set_num_threads(threads)
+    configs = [configure(config, variant, seed, output, opts) for variant in variants]
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / f"{config.stem}_seed{seed}.log").open("w") as log, redirect_stdout(log):
+        run([Contestant(cfg) for cfg in configs], f"{config.stem}, seed {seed}")
+    return [Path(cfg.OUTPUT_DIR) for cfg in configs]
+
+
+def run(running: list[Contestant], name: str) -> None:
+    """Advances all in turn until all are done; says on stderr how far they are, at every tenth."""
+    total, whole = len(running), max(contestant.trainer.max_iter for contestant in running)
+    for i in range(whole):
+        if i % max(whole // 10, 1) == 0:
+            print(f"{name}: {i} of {whole} iterations, {total} trainings in turn", file=sys.stderr, flush=True)
+        for contestant in running:
+            contestant.advance()
+        running = [contestant for contestant in running if not contestant.done]
+
+
+def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, opts: list) -> list[Path]:
+    """Where :func:`race` puts, or has put, the trainings."""
+    return [Path(configure(config, variant, seed, output, opts).OUTPUT_DIR) for variant in variants]
+
+
+def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):
+    """The config of one variant: probes and evaluations at every tenth of the whole training."""
+    folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"
+    whole = setup_cfg(str(config), opts).SOLVER.MAX_ITER
+    period = max(whole // 10, 1)
+    made = [
+        *("SEED", seed, "OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", int(whole * variant.share)),
+        *("TEST.EVAL_PERIOD", period, "SOLVER.CHECKPOINT_PERIOD", whole),
+    ]
+    return setup_cfg(str(config), [*opts, *variant.overrides, *made])
