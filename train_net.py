@@ -33,7 +33,7 @@ if __name__ in ("__main__", "__mp_main__"):  # now, because the imports take sec
 import logging
 from pathlib import Path
 
-import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+from dn_detr_d2 import setup_cfg  # before detectron2, whose import alone warns of torch.jit
 
 # isort: split
 import torch
@@ -44,14 +44,23 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention, setup_cfg
+from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention
 from dn_detr_d2.config import device_is_named
 from dn_detr_d2.data import check_files, check_records
-from dn_detr_d2.engine import Trainer, check_processes, evaluate, load_for_evaluation
+from dn_detr_d2.engine import (
+    Trainer,
+    check_processes,
+    evaluate,
+    format_error,
+    init_distributed,
+    leave,
+    load_for_evaluation,
+    rank_info_from_env,
+)
+from dn_detr_d2.engine.launch import launch
 from dn_detr_d2.layers import uses_kernel
-from dn_detr_d2.modeling.build import name_the_node
-from dn_detr_d2.text_output import escape_unwritable
-from dn_detr_d2.training import assigned_place, describe, join, launch, leave
+from dn_detr_d2.modeling.registry import name_the_node
+from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def main(args) -> dict | None:
@@ -117,24 +126,24 @@ def check_model(cfg, load: bool) -> None:
 def run() -> int:
     """Command line; returns the exit code. Whatever goes wrong is one sentence in the last line of stderr."""
     escape_unwritable()
-    args, place = default_argument_parser(epilog=__doc__).parse_args(), None
+    args, rank_info = default_argument_parser(epilog=__doc__).parse_args(), None
     try:
-        if place := assigned_place(os.environ):
-            return run_as_assigned(place, args)
+        if rank_info := rank_info_from_env(os.environ):
+            return run_as_assigned(rank_info, args)
         timeout = check(args)
         machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
         return launch(main, *machines, timeout, (args,))
     except (Exception, KeyboardInterrupt) as error:
-        return fail(describe(error, place))
+        return fail(format_error(error, rank_info))
 
 
-def run_as_assigned(place, args) -> int:
+def run_as_assigned(rank_info, args) -> int:
     """One of the processes that torchrun or SLURM has started; an error also goes where torchrun looks for it."""
-    args.num_gpus, args.num_machines = place.local_world_size, place.world_size // place.local_world_size
+    args.num_gpus, args.num_machines = rank_info.local_world_size, rank_info.world_size // rank_info.local_world_size
     handler = get_error_handler()
     handler.initialize()
     try:
-        join(place, check(args))
+        init_distributed(rank_info, check(args))
         main(args)
     except Exception as error:
         handler.record_exception(error)

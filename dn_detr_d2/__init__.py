@@ -1,51 +1,68 @@
-"""DN-DETR for Detectron2: query denoising, the detectors it trains, and everything needed to use them.
+"""DN-DETR: query denoising for any detector with object queries, and for Detectron2 the detectors that it trains.
 
-Importing this package registers its models and the embedded data set with Detectron2.
+Where Detectron2 is installed, importing this package registers its models and the embedded data set with it. Without
+Detectron2, what needs torch alone can be used: denoising, losses, boxes, structures, deformable attention.
 """
 
+import importlib
+import importlib.util
 import warnings
 
-with warnings.catch_warnings():
-    # PyTorch's word on functions that fvcore and detectron2 compile when they are imported; no user can mend it.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script(_method)?` is deprecated", FutureWarning)
-    try:
-        import detectron2  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "detectron2":
-            raise
-        raise ModuleNotFoundError(
-            "dn_detr_d2 needs detectron2, which is not on PyPI; run: python tools/install_detectron2.py",
-            name="detectron2",
-        ) from None
-
-    from .boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-    from .checkpoint import allow_plain_types
-    from .config import add_dn_detr_config, setup_cfg
-    from .denoising import DenoisingGenerator, NoisedTargets
-    from .errors import CheckpointError, ConfigError, DatasetError, LeakError, UserError
-    from .layers import MultiScaleDeformableAttention, ms_deform_attn
-    from .modeling import DenoisingDETR, HungarianMatcher, SetCriterion
-
-# The authors' checkpoints hold an argparse namespace; Detectron2's own loader shall read them too, and nothing worse.
-allow_plain_types()
+from .utils.requirements import is_installed
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DatasetError",
-    "DenoisingDETR",
-    "DenoisingGenerator",
-    "HungarianMatcher",
-    "LeakError",
-    "MultiScaleDeformableAttention",
-    "NoisedTargets",
-    "SetCriterion",
-    "UserError",
-    "add_dn_detr_config",
-    "cxcywh_to_xyxy",
-    "ms_deform_attn",
-    "setup_cfg",
-    "xyxy_to_cxcywh",
-]
+# Public name -> the module it comes from, imported when the name is first asked for.
+_HOME = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "ContrastiveDenoisingGenerator": "denoising",
+    "DatasetError": "errors",
+    "DenoisingDETR": "modeling",
+    "DenoisingGenerator": "denoising",
+    "DenoisingQueries": "denoising",
+    "HungarianMatcher": "losses",
+    "LeakError": "errors",
+    "MultiScaleDeformableAttention": "layers",
+    "NoisedTargets": "denoising",
+    "QueryDenoising": "denoising",
+    "SetCriterion": "losses",
+    "SoftmaxCriterion": "losses",
+    "UserError": "errors",
+    "add_dn_detr_config": "config",
+    "check_isolation": "denoising",
+    "cxcywh_to_xyxy": "boxes",
+    "ms_deform_attn": "layers",
+    "setup_cfg": "engine.setup",
+    "xyxy_to_cxcywh": "boxes",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    """Public names, and modules of the package, on first use (PEP 562)."""
+    if name not in _HOME:
+        if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    """Registers models and the embedded data set with Detectron2."""
+    with warnings.catch_warnings():
+        # PyTorch's word on functions that fvcore and detectron2 compile when they are imported; no user can mend it.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script(_method)?` is deprecated", FutureWarning)
+        importlib.import_module(f"{__name__}.modeling")
+        importlib.import_module(f"{__name__}.data")
+    # The authors' checkpoints hold an argparse namespace; Detectron2's own loader shall read them too, and nothing worse.
+    importlib.import_module(f"{__name__}.checkpoint").allow_plain_types()
+
+
+if is_installed("detectron2"):
+    _register()

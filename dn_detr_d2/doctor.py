@@ -8,6 +8,9 @@ A line is "ok", a "note" (worth knowing, nothing to mend) or "BROKEN", then with
 1 if anything is broken, else 0. Nothing is downloaded or written.
 """
 
+from .utils import needs_detectron2  # noqa: F401
+
+# isort: split
 import argparse
 import os
 import platform
@@ -27,12 +30,12 @@ from detectron2.structures import Boxes, Instances
 
 from . import __version__
 from .checkpoint import identify, read_checkpoint
-from .config import setup_cfg
 from .data import cache_folder, check_records, class_names, dataset_path, register_coco_json
+from .engine.setup import setup_cfg
 from .errors import UserError
 from .layers import kernel_is_broken, missing_kernel, ms_deform_attn
-from .processor import slow_bfloat16
-from .text_output import escape_unwritable
+from .utils.processor import slow_bfloat16
+from .utils.text_output import escape_unwritable
 
 PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "scipy", "numpy", "pillow", "safetensors")
 NEEDED_GB = 1.0  # a checkpoint of a training with ResNet-50 takes 0.6 GB

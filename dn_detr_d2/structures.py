@@ -1,4 +1,4 @@
-"""The small dataclasses that pass between the rooms.
+"""The small dataclasses that pass between the parts of a detector; they need torch and numpy alone.
 
 Shapes: N images, M ground truths of the fullest image (at least 1), C channels, L feature levels, S = sum of h * w over
 the levels, Q queries, K prediction sets (decoder layers), T matched pairs, P classes.
@@ -6,7 +6,7 @@ In every mask True means blocked or padded, except ``Targets.valid``, which says
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -22,14 +22,14 @@ class Targets:
         boxes: (N, M, 4) cxcywh in [0, 1] of the unpadded image, float32, 0.5 where padded.
         valid: (N, M) bool, False where padded.
         counts: objects of each image, on the host.
-        whole: the same of all images of this process in this training step, where these are a part of them; else ``counts``.
+        masks: (N, M, h, w) bool, False where padded; None where no part of the model asks for them.
     """
 
     labels: Tensor
     boxes: Tensor
     valid: Tensor
     counts: list[int]
-    whole: list[int]
+    masks: Tensor | None = None
 
     @classmethod
     def pad(
@@ -37,38 +37,44 @@ class Targets:
         labels: list[Tensor],
         boxes: list[Tensor],
         device: torch.device | str = "cpu",
-        whole: list[int] | None = None,
+        *,
+        masks: list[Tensor] | None = None,
+        min_slots: int = 1,
     ) -> "Targets":
         """Joins one (n_i,) label and one (n_i, 4) box tensor per image; pads on their device, uploads once.
 
-        Padded to the fullest image of ``whole``, so that a part of a batch has the layout of all of it.
+        Args:
+            labels, boxes: of each image.
+            device: of the result.
+            masks: (n_i, h, w) bool of each image, all of one size.
+            min_slots: M is at least this, so that a part of a batch can have the layout of all of it.
+
+        Raises:
+            ValueError: labels, boxes and masks do not pair up.
         """
         counts = [len(image) for image in labels]
-        if counts != [len(image) for image in boxes]:
-            raise ValueError(f"labels and boxes must pair up, got {counts} labels and {[len(b) for b in boxes]} boxes")
-        whole = whole or counts
-        n, m = len(counts), max([*whole, 1])
-        padded_labels = torch.zeros(n, m, dtype=torch.int64)
-        padded_boxes = torch.full((n, m, 4), 0.5)
-        for i, count in enumerate(counts):
-            padded_labels[i, :count], padded_boxes[i, :count] = labels[i], boxes[i]
-        valid = torch.arange(m) < torch.tensor(counts, dtype=torch.int64).reshape(n, 1)
-        return cls(*(to_device(x, device) for x in (padded_labels, padded_boxes, valid)), counts, whole)
+        for name, others in (("boxes", boxes), ("masks", masks)):
+            if others is not None and counts != [len(image) for image in others]:
+                raise ValueError(
+                    f"labels and {name} must pair up, got {counts} labels and {[len(x) for x in others]} {name}"
+                )
+        slots = max([*counts, min_slots, 1])
+        valid = torch.arange(slots) < torch.tensor(counts, dtype=torch.int64).reshape(len(counts), 1)
+        return cls(
+            to_device(_pad(labels, slots, (), 0, torch.int64), device),
+            to_device(_pad(boxes, slots, (4,), 0.5, torch.get_default_dtype()), device),
+            to_device(valid, device),
+            counts,
+            None if masks is None else to_device(_pad(masks, slots, masks[0].shape[1:], False, torch.bool), device),
+        )
 
 
-@dataclass
-class Share:
-    """What one forward pass must know of the whole training step, where the gradients of several are added up.
-
-    Attributes:
-        whole: objects of each image of this process in this step, on the host.
-        objects: scalar, what matching losses are divided by: the mean number of objects over the processes, at least 1.
-        copies: the same of noised copies, for the denoising losses.
-    """
-
-    whole: list[int]
-    objects: Tensor
-    copies: Tensor
+def _pad(images: list[Tensor], slots: int, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    """(N, slots, *shape) of one (n_i, *shape) tensor an image, on the device of the first."""
+    padded = torch.full((len(images), slots, *shape), value, dtype=dtype, device=images[0].device if images else "cpu")
+    for row, image in zip(padded, images, strict=True):
+        row[: len(image)] = image
+    return padded
 
 
 @dataclass
@@ -82,15 +88,21 @@ class Assignment:
         image: (T,) int64 index into the batch, the same for all rows.
         query: (K or 1, T) int64 index on the query axis.
         target: (K or 1, T) int64 index on the target axis (M) of that image.
+        class_loss_mask: (N, Q) bool, queries that have a class loss, paired or not; None = all.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
+    class_loss_mask: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of pairs T."""
         return len(self.image)
+
+    def index(self, num_sets: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What picks the paired queries out of (K, N, Q, ...) as (K, T, ...): indices of set, image and query."""
+        return torch.arange(num_sets, device=self.image.device)[:, None], self.image, self.query
 
     def per_image(self, num_images: int, row: int = -1) -> list[tuple[Tensor, Tensor]]:
         """The pairs of one row as a list of (query indices, target indices), one entry an image; reads the device."""
@@ -139,6 +151,8 @@ class Memory:
 class ObjectQueries:
     """Queries as they enter the decoder; denoising queries first, matching queries last.
 
+    Fields with the metadata ``query_axis`` have one entry a query on that axis: they are joined along it.
+
     Attributes:
         content: (N, Q, C).
         boxes: (N, Q, 4) reference boxes, cxcywh in [0, 1]; 0.5 stands for "not known", its logit is 0.
@@ -149,43 +163,68 @@ class ObjectQueries:
             own (two-stage systems), or None.
     """
 
-    content: Tensor
-    boxes: Tensor
+    content: Tensor = field(metadata={"query_axis": 1})
+    boxes: Tensor = field(metadata={"query_axis": 1})
     blocked: Tensor | None = None
-    position: Tensor | None = None
+    position: Tensor | None = field(default=None, metadata={"query_axis": 1})
     proposals: "Predictions | None" = None
 
 
 @dataclass
 class Predictions:
-    """Outputs of all K decoder layers.
+    """Outputs of all K decoder layers; fields with the metadata ``query_axis`` are split along it.
 
     Attributes:
         logits: (K, N, Q, P) class logits.
         boxes: (K, N, Q, 4) cxcywh in [0, 1] of the unpadded image, float32.
+        masks: (K, N, Q, h, w) mask logits, or None.
     """
 
-    logits: Tensor
-    boxes: Tensor
+    logits: Tensor = field(metadata={"query_axis": 2})
+    boxes: Tensor = field(metadata={"query_axis": 2})
+    masks: Tensor | None = field(default=None, metadata={"query_axis": 2})
 
     def split(self, num_denoising: int) -> tuple["Predictions", "Predictions"]:
         """(denoising part, matching part) by position on the query axis."""
         d = num_denoising
-        return (
-            Predictions(self.logits[:, :, :d], self.boxes[:, :, :d]),
-            Predictions(self.logits[:, :, d:], self.boxes[:, :, d:]),
-        )
+        return slice_queries(self, slice(None, d)), slice_queries(self, slice(d, None))
 
 
-def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Tensor) -> ObjectQueries:
-    """Denoising queries first, matching queries last; ``blocked`` is the mask over both."""
-    return ObjectQueries(
-        torch.cat([denoising.content, matching.content], 1),
-        torch.cat([denoising.boxes, matching.boxes], 1),
-        blocked,
-        torch.cat([denoising.position, matching.position], 1) if matching.position is not None else None,
-        matching.proposals,
-    )
+def slice_queries(item, part: slice):
+    """The same dataclass with ``part`` of the query axis of each of its fields that has one."""
+    return replace_on_query_axis(item, lambda x, axis, _: x[(slice(None),) * axis + (part,)])
+
+
+def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Tensor | None) -> ObjectQueries:
+    """Denoising queries first, matching queries last; ``blocked`` is the mask over both.
+
+    Every field on the query axis is joined; all others are those of ``matching``.
+
+    Raises:
+        ValueError: only one of the two has a field.
+    """
+
+    def _join(x: Tensor, axis: int, name: str) -> Tensor:
+        return torch.cat([getattr(denoising, name), x], axis)
+
+    for one in (entry.name for entry in fields(matching) if "query_axis" in entry.metadata):
+        lacking = [kind for kind, x in (("denoising", denoising), ("matching", matching)) if getattr(x, one) is None]
+        if len(lacking) == 1:
+            raise ValueError(
+                f"the {lacking[0]} queries have no {one!r}, the others do; let forward() and embed() of the query source "
+                "give the same fields"
+            )
+    return replace(replace_on_query_axis(matching, _join), blocked=blocked)
+
+
+def replace_on_query_axis(item, change: Callable[[Tensor, int, str], Tensor]):
+    """The same dataclass with ``change(tensor, axis, field name)`` for every field on the query axis that is not None."""
+    changed = {}
+    for entry in fields(item):
+        value = getattr(item, entry.name)
+        if "query_axis" in entry.metadata and value is not None:
+            changed[entry.name] = change(value, entry.metadata["query_axis"], entry.name)
+    return replace(item, **changed)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 
 from dn_detr_d2.data import build_train_loader
-from dn_detr_d2.solver import build_optimizer
+from dn_detr_d2.engine.optimizer import build_optimizer
 
 ITERATIONS = (
     110  # with seeds 0, 1, 2 the last ten losses were 0.70, 0.66, 0.61 of the first ten (DN-DETR), the others lower

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from naming import naming
 
 from dn_detr_d2 import doctor
 from dn_detr_d2.layers import kernels
@@ -72,7 +73,7 @@ def test_a_kernel_that_computes_something_else_is_broken(monkeypatch):
         pytest.skip("no compiled operators here")
     operator, _ = doctor.self_tests()
     assert operator.state == "BROKEN"
-    assert "off PyTorch's operators" in operator.text
+    assert "PyTorch" in operator.text
 
 
 def test_a_model_that_is_not_finite_is_broken(monkeypatch):
@@ -86,7 +87,7 @@ def test_a_model_that_is_not_finite_is_broken(monkeypatch):
     monkeypatch.setattr(doctor, "build_model", poisoned)
     finding = doctor._attempt("training", lambda: doctor._train_one_step("cpu"))
     assert finding.state == "BROKEN"
-    assert "not finite" in finding.text
+    assert "finite" in finding.text
 
 
 def test_looking_does_not_move_the_random_stream():
@@ -104,7 +105,7 @@ def test_folders_that_do_not_exist_or_cannot_be_written(report, quick, monkeypat
     assert code == 1
     assert found["data sets"] == ("BROKEN", found["data sets"][1])
     assert str(tmp_path / "gone") in found["data sets"][1]
-    assert "cannot be written" in found["output folder"][1]
+    assert found["output folder"][0] == "BROKEN"
 
 
 def test_little_space_is_broken(monkeypatch, tmp_path):
@@ -133,13 +134,14 @@ def test_missing_data_and_weights_are_named_together(report, quick, tmp_path, mo
     assert "gone.json" in found["classes"][1]
     assert found["data set shapes_train"][0] == "ok"
     assert found["data set doctor_gone"][0] == "BROKEN"
-    assert found["weights"] == ("BROKEN", "checkpoint 'gone.pth' does not exist")
+    assert found["weights"][0] == "BROKEN"
+    assert "'gone.pth'" in found["weights"][1]
 
 
 def test_a_config_that_does_not_load_is_one_broken_line(report, quick):
     code, found = report("MODEL.DN_DETR.NUM_QUERYS", "3")
     assert code == 1
-    assert "did you mean MODEL.DN_DETR.NUM_QUERIES" in found["config"][1]
+    assert naming("MODEL.DN_DETR.NUM_QUERIES").search(found["config"][1])
     assert "weights" not in found
 
 

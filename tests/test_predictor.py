@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from naming import naming
 
 from dn_detr_d2 import CheckpointError
 from dn_detr_d2.engine import load_for_evaluation
@@ -32,7 +33,7 @@ def hostile_cfg(toy_cfg, tmp_path):
 @pytest.mark.parametrize("query", ["", "?matching_heuristics=True"])
 def test_a_hostile_pickle_is_refused_before_anybody_runs_it(hostile_cfg, predictor, query, tmp_path):
     hostile_cfg.MODEL.WEIGHTS += query
-    with pytest.raises(CheckpointError, match=r"nothing in it was executed \(the file asks for posix\.mkdir\)"):
+    with pytest.raises(CheckpointError, match=naming("posix.mkdir")):
         predictor(hostile_cfg)
     assert not (tmp_path / "canary").exists()
 
@@ -50,9 +51,9 @@ def test_it_predicts_what_detectron2s_predictor_predicts(toy_cfg, toy_model, tmp
 
 def test_weights_that_lack_a_tensor_are_refused(toy_cfg, toy_model, tmp_path):
     state = toy_model("dn_detr").state_dict()
-    state.pop("encoder.layers.0.linear1.weight", None) or state.popitem()
+    gone, _ = state.popitem()
     torch.save({"model": state}, tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match=naming("model.pth", gone)):
         Predictor(toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "model.pth")))
 
 

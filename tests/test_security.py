@@ -18,9 +18,9 @@ from PIL import Image
 
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.checkpoint import pointed_checkpoint, read_checkpoint
+from dn_detr_d2.checkpoint.resume import find_resumable
 from dn_detr_d2.data import load_coco_json, read_image
 from dn_detr_d2.data.images import image_size
-from dn_detr_d2.training.folder import find_resumable
 
 SECRET = "canary-5e1f"
 LONGEST = 5.0  # seconds of computing

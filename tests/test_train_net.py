@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
+from naming import naming
 from PIL import Image
 
 import train_net
@@ -56,30 +57,30 @@ def _forget_users_set():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["--config-file", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
-        (["MODEL.DN_DETR.DENOSING.NUM_GROUPS", "3"], "MODEL.DN_DETR.DENOSING"),
-        (["MODEL.DN_DETR.NUM_QUERY", "3"], "did you mean MODEL.DN_DETR.NUM_QUERIES"),
-        (["MODEL.WEIGHTS", "nothing.pth"], "MODEL.WEIGHTS = 'nothing.pth' does not exist"),
-        (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
-        (["--num-gpus", "0"], "--num-gpus must be at least 1"),
-        (["DATASETS.TRAIN", "('shape_train',)"], "did you mean 'shapes_train'"),
-        (["MODEL.DN_DETR.NUM_CLASSES", "2"], "NUM_CLASSES = 2, but shapes_train has 3 classes"),
-        (["DATASETS.TRAIN", "()", "MODEL.DN_DETR.NUM_CLASSES", "3"], "DATASETS.TRAIN is empty"),
-        (["MODEL.DN_DETR.DECODER.NAME", "X"], "DECODER.NAME = 'X' is not known; choose one of"),
-        (["MODEL.META_ARCHITECTURE", "X"], "the model cannot be built or loaded: \"No object named 'X'"),
-        (["DATASETS.TEST", "()", "DATASETS.TRAIN", "('coco_2017_train',)"], "'coco_2017_train' does not exist"),
+        (["--config-file", "nowhere.yaml"], ["'nowhere.yaml'"]),
+        (["MODEL.DN_DETR.DENOSING.NUM_GROUPS", "3"], ["MODEL.DN_DETR.DENOSING"]),
+        (["MODEL.DN_DETR.NUM_QUERY", "3"], ["MODEL.DN_DETR.NUM_QUERY", "MODEL.DN_DETR.NUM_QUERIES"]),
+        (["MODEL.WEIGHTS", "nothing.pth"], ["MODEL.WEIGHTS", "'nothing.pth'"]),
+        (["--eval-only"], ["--eval-only", "MODEL.WEIGHTS"]),
+        (["--num-gpus", "0"], ["--num-gpus", 1, 0]),
+        (["DATASETS.TRAIN", "('shape_train',)"], ["'shape_train'", "'shapes_train'"]),
+        (["MODEL.DN_DETR.NUM_CLASSES", "2"], ["NUM_CLASSES", 2, "shapes_train", 3]),
+        (["DATASETS.TRAIN", "()", "MODEL.DN_DETR.NUM_CLASSES", "3"], ["DATASETS.TRAIN"]),
+        (["MODEL.DN_DETR.DECODER.NAME", "X"], ["DECODER.NAME", "'X'"]),
+        (["MODEL.META_ARCHITECTURE", "X"], ["No object named 'X'"]),
+        (["DATASETS.TEST", "()", "DATASETS.TRAIN", "('coco_2017_train',)"], ["'coco_2017_train'"]),
         (
             ["DATASETS.COCO_JSON", "[['x','gone.json','.']]", "DATASETS.TRAIN", "('x',)"],
-            "annotation file of data set 'x' does not exist",
+            ["'x'", "gone.json"],
         ),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_written(run, arguments, message):
+def test_mistakes_are_refused_before_anything_is_written(run, arguments, named):
     code, said = run(*arguments)
     assert code == 1
-    assert message in said
+    assert naming(*named).search(said)
     assert said.startswith("error: ")
     assert said.count("\n") == 1
 
@@ -89,24 +90,24 @@ def test_a_test_set_that_detectron2_registers_is_read_before_anything_is_written
     register_coco_instances("test_users", {}, str(tmp_path / "set.json"), str(tmp_path))
     code, said = run("DATASETS.TEST", "('test_users',)")
     assert code == 1
-    assert "set.json is not valid JSON" in said
+    assert naming("set.json", "JSON").search(said)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"categories": []}, "has no categories"),
-        ({"images": []}, "has no images"),
+        ({"categories": []}, ["categories"]),
+        ({"images": []}, ["images"]),
         (
             {"annotations": [{"id": 4, "image_id": 1, "category_id": 9, "bbox": [1, 1, 2, 2]}]},
-            "annotation 4 has category_id 9",
+            ["annotation 4", "category_id", 9],
         ),
     ],
 )
-def test_a_broken_data_set_is_refused_before_anything_is_written(run, tmp_path, changes, message):
+def test_a_broken_data_set_is_refused_before_anything_is_written(run, tmp_path, changes, named):
     code, said = run(*users_set(tmp_path, **changes))
     assert (code, said.count("\n")) == (1, 1)
-    assert message in said
+    assert naming(*named).search(said)
 
 
 def test_a_truncated_image_ends_the_run_with_its_name(monkeypatch, capsys, tmp_path):
@@ -126,7 +127,7 @@ def test_a_truncated_image_ends_the_run_with_its_name(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(sys, "argv", [*command, "DATALOADER.NUM_WORKERS", "1"])
     assert train_net.run() == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "a.png cannot be read" in last
+    assert "a.png" in last
 
 
 def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy_model):
@@ -143,7 +144,7 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
     command = ["train_net.py", "--config-file", QUICK, "--eval-only", "MODEL.WEIGHTS", str(tmp_path / "eight.pth")]
     monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
     assert train_net.run() == 1
-    assert "lacks 3 of the model's classes (circle, rectangle, triangle)" in capsys.readouterr().err
+    assert naming(3, "circle, rectangle, triangle").search(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -154,8 +155,8 @@ def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, t
     monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
     assert train_net.run() == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: image ")
-    assert "a.png cannot be read" in said
+    assert said.startswith("error: ")
+    assert "a.png" in said
 
 
 def test_the_command_itself(tmp_path):
@@ -163,13 +164,15 @@ def test_the_command_itself(tmp_path):
     command = [sys.executable, "train_net.py", "--config-file", QUICK, "SOLVER.BASE_LR", "-1.0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "error: SOLVER.BASE_LR must be positive, got -1.0" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert naming("SOLVER.BASE_LR", -1.0).search(done.stderr.splitlines()[-1])
 
 
-def test_without_detectron2_the_import_says_what_to_run():
-    code = "import sys; sys.modules['detectron2'] = None\nimport dn_detr_d2"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "dn_detr_d2 needs detectron2" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("program", ["train_net.py", "demo.py"])
+def test_without_detectron2_the_program_says_what_to_run(program):
+    code = "import runpy, sys; sys.modules['detectron2'] = None\nrunpy.run_path(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert naming("dn_detr_d2", "detectron2").search(done.stderr.splitlines()[-1])
     assert "tools/install_detectron2.py" in done.stderr
 
 
@@ -197,7 +200,7 @@ def test_a_backend_that_the_device_lacks_is_refused_before_anything_starts(backe
     if not refused:
         assert train_net.check(args) > 0
         return
-    with pytest.raises(ConfigError, match=r"OP_BACKEND.*needs tensors on cuda, got cpu"):
+    with pytest.raises(ConfigError, match=naming("OP_BACKEND", "cuda", "cpu")):
         train_net.check(args)
 
 
@@ -222,7 +225,7 @@ for name in ("sysconf", "fork", "setsid", "killpg", "getpgid"):
 import faulthandler
 del faulthandler.register
 import dn_detr_d2.doctor, dn_detr_d2.engine, dn_detr_d2.predictor, train_net
-from dn_detr_d2.training.signals import SIGNALS, StopRequest
+from dn_detr_d2.engine.hooks.graceful_stop import SIGNALS, StopRequest
 assert [signal.Signals(x).name for x in SIGNALS] == ["SIGTERM"]
 request = StopRequest()
 request.listen()

@@ -10,24 +10,20 @@ With --fix the report and the code are about the repaired file. What is checked 
 """
 
 import argparse
-import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.data.check import annotated_sizes, check_content
-from dn_detr_d2.data.check_images import STOPPING, check_images, check_overlap
+from dn_detr_d2.command_line import run_command
+from dn_detr_d2.data.check_images import check_overlap
+from dn_detr_d2.data.check_set import CheckOptions, check_set, repair_set
 from dn_detr_d2.data.coco_custom import read_content
 from dn_detr_d2.data.conventions import CHOICES
-from dn_detr_d2.data.images import ImageFolder
 from dn_detr_d2.data.normalise import objects_of
-from dn_detr_d2.data.repair import converted, refuse_to_clip, repaired, rewritten, without_bad
 from dn_detr_d2.data.report import Report
-from dn_detr_d2.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,63 +55,21 @@ def read(json_file: str, folder: str) -> dict:
     return content
 
 
-def check(content: dict, folder: str, args: argparse.Namespace, fix: bool) -> Report:
-    """One data set; with ``fix`` the repaired file is written and reported on."""
-    if fix:
-        return check_repaired(content, folder, args)
-    report, images = Report(), objects_of(content, "images")
-    sizes = annotated_sizes(images) if args.no_images else check_images(images, folder, report)
-    check_content(content, report, sizes, args.num_queries, args.denoising_budget)
-    return report
-
-
-def check_repaired(content: dict, folder: str, args: argparse.Namespace) -> Report:
-    """Writes the repaired file and reports on it."""
-    report, unusable = Report(), {}
-    content, _, changes = rewritten(content, ImageFolder(folder))
-    images = objects_of(content, "images")
-    sizes = annotated_sizes(images) if args.no_images else check_images(images, folder, report, unusable)
-    if args.drop_bad:
-        content, lines, rows = without_bad(content, unusable)
-        sizes = sizes[rows]
-        for kind in STOPPING:
-            del report.counts[kind]
-        print(
-            "\n".join(
-                [*(f"left out: {line}" for line in lines), f"{len(lines)} images, categories and annotations left out"]
-            )
-        )
-    if args.boxes:
-        before, content = content, converted(content, sizes, args.boxes)
-        changes += Counter({f"box converted from {args.boxes}": count_changed(before, content)})
-    refuse_to_clip(content, sizes)
-    content, more = repaired(content, sizes)
-    write(content, args.fix)
-    changes += more
-    for kind, count in (+changes).items():
-        print(f"repaired: {count} x {kind}")
-    print(f"{sum(changes.values())} annotations changed or dropped; written: {args.fix}")
-    check_content(content, report, sizes, args.num_queries, args.denoising_budget)
-    return report
-
-
-def count_changed(before: dict, after: dict) -> int:
-    """Annotations with another box, of two contents with the same annotations in the same order."""
-    entries = zip(objects_of(before, "annotations"), objects_of(after, "annotations"), strict=True)
-    return sum(old.get("bbox") is not new.get("bbox") for old, new in entries)
-
-
-def write(content: dict, path: str) -> None:
-    """Writes a JSON file whole or not at all; raises DatasetError."""
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(json.dumps(content))
-        os.replace(part, path)
-    except OSError as error:
-        raise DatasetError(f"--fix {path} cannot be written: {error.strerror}") from None
-    finally:
-        if part.is_file():  # the disk was full
-            part.unlink()
+def check(args: argparse.Namespace) -> dict[str, Report]:
+    """Annotation file -> what is wrong with it; with ``--fix`` the first is repaired before."""
+    content = read(args.annotations, args.folder)
+    other = read(*args.val) if args.val else None
+    options = CheckOptions(args.num_queries, args.denoising_budget, not args.no_images)
+    if args.fix:
+        report = repair_set(content, args.folder, args.fix, options, drop_bad=args.drop_bad, boxes=args.boxes)
+    else:
+        report = check_set(content, args.folder, options)
+    reports = {args.annotations: report}
+    if other is not None:
+        reports[args.val[0]] = check_set(other, args.val[1], options)
+        images = objects_of(content, "images"), objects_of(other, "images")
+        check_overlap(images[0], args.folder, images[1], args.val[1], report, not args.no_images)
+    return reports
 
 
 def refuse_overwriting(args: argparse.Namespace) -> None:
@@ -131,27 +85,20 @@ def refuse_overwriting(args: argparse.Namespace) -> None:
         )
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code. What cannot be read is one sentence on stderr."""
+def report(args: argparse.Namespace) -> int:
+    """Prints what was found; 1 if there are problems."""
+    refuse_overwriting(args)
+    reports = check(args)
+    for name, found in reports.items():
+        print("\n".join([f"{name}:", *found.lines()]))
+    return int(any(found.problems() for found in reports.values()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    escape_unwritable()
-    try:
-        refuse_overwriting(args)
-        content = read(args.annotations, args.folder)
-        other = read(*args.val) if args.val else None
-        reports = {args.annotations: check(content, args.folder, args, bool(args.fix))}
-        if other is not None:
-            reports[args.val[0]] = check(other, args.val[1], args, False)
-            images = objects_of(content, "images"), objects_of(other, "images")
-            report = reports[args.annotations]
-            check_overlap(images[0], args.folder, images[1], args.val[1], report, not args.no_images)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, report in reports.items():
-        print("\n".join([f"{name}:", *report.lines()]))
-    return int(any(report.problems() for report in reports.values()))
+    return run_command(lambda: report(args))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -5,7 +5,7 @@
     python tools/plot_runs.py --group DN=output/a_seed1,output/a_seed2 --group matching=output/b
 
 Runs whose config.yaml is the same but for SEED and OUTPUT_DIR are one group; --group says otherwise. The first group is the
-baseline of the table. plotting/runs.py says what is read and how seconds are counted. Exit code 2: bad input.
+baseline of the table. What is read and how seconds are counted: dn_detr_d2/visualization/runs.py. Exit code 2: bad input.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plotting.command import answer
-from plotting.curves import HEADERS, draw, table
-from plotting.runs import Group, Run, group_runs, read_run
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError
+from dn_detr_d2.command_line import run_command
+from dn_detr_d2.visualization.curves import HEADERS, draw, table
+from dn_detr_d2.visualization.runs import Group, Run, group_runs, read_run
 
 __all__ = ["Group", "Run", "collect", "draw", "group_runs", "main", "read_run", "table"]
 
@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return answer(lambda: compare(args))
+    return run_command(lambda: print(*compare(args), sep="\n"))
 
 
 if __name__ == "__main__":

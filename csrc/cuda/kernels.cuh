@@ -1,4 +1,4 @@
-// The CUDA kernels. Included by ms_deform_attn_cuda.cu, and by the emulator of tools/fuzz/, which runs them on a CPU, so
+// The CUDA kernels. Included by ms_deform_attn_cuda.cu, and by the emulator of dev/fuzz/, which runs them on a CPU, so
 // nothing here includes PyTorch.
 //
 // A group of G neighbouring lanes of a warp works on one slot, that is one (image, query, head). Each lane carries V

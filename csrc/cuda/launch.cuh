@@ -1,5 +1,5 @@
 // How a call becomes a launch: which loads its channels and addresses allow. Included by ms_deform_attn_cuda.cu and by the
-// emulator of tools/fuzz/, so that the emulator tests these rules too.
+// emulator of dev/fuzz/, so that the emulator tests these rules too.
 #pragma once
 
 #include <cstdint>

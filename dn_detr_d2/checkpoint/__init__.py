@@ -2,16 +2,16 @@
 
 from .classes import count_classes
 from .convert import BODIES, Conversion, convert
-from .files import (
+from .names import Source, identify
+from .reader import (
     EMA,
     CheckpointFile,
     allow_plain_types,
     check_pickle,
-    pointed_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
-from .names import Source, identify
+from .resume import pointed_checkpoint
 
 __all__ = [
     "BODIES",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..digest import sha256_of
 from ..errors import DatasetError
+from ..utils.files import sha256_of
 from . import report as r
 from .check import annotated_sizes, name_of
 from .images import ImageFacts, ImageFolder, image_facts

@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import ConfigError, DatasetError
-from ..text_output import escaped
+from ..utils.text_output import escaped
 from . import report as r
 from .conventions import declared, other_convention
 from .images import OUTSIDE, ImageFolder, image_size

@@ -17,14 +17,14 @@ NORMALISED = "normalised to 0..1"
 UNITS = {"normalised": 1, "percent": 100, "thousandths": 1000}  # what the side of an image counts
 NAMES = ("xywh", *CONVENTIONS)
 CHOICES = (*NAMES, *(f"{name}-{unit}" for unit in UNITS for name in NAMES))  # of ``--boxes``
-SHORTEST_SIDE = 8  # pixels; in a smaller image a box proves nothing
-FEWEST, FEWEST_OUT = 4, 3  # boxes, and those of them that stick out, below which nothing is concluded
-FEWEST_UNORDERED, UNORDERED = 10, 24  # boxes where numbers are not ordered as corners are; no misfit below the second
+MIN_SIDE = 8  # pixels; in a smaller image a box proves nothing
+MIN_BOXES, MIN_OUTSIDE = 4, 3  # boxes, and those of them that stick out, below which nothing is concluded
+MIN_UNORDERED, UNORDERED = 10, 24  # boxes where numbers are not ordered as corners are; no misfit below the second
 REACH = 0.05  # by how much of the side of its image a box must stick out to count
 SHARE, LARGE_SHARE, MANY = 0.25, 0.02, 100  # of the boxes that must stick out; of MANY and more boxes the smaller share
 FITTING, MISFITS = 0.9, 0.25  # share of boxes that must fit another convention; misfits for each that sticks out
 SLACK = 4  # pixels, and at most REACH of the side, by which a box of another convention may lie outside
-FEWEST_CLIPPED, LARGEST_CLIPPED = 8, 0.25  # of so many boxes and more, the largest share that is clipped without asking
+MIN_CLIPPED, MAX_CLIPPED = 8, 0.25  # of so many boxes and more, the largest share that is clipped without asking
 
 
 def declared(content: dict) -> bool:
@@ -60,7 +60,7 @@ def other_convention(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
     if _is_normalised(boxes, sizes):
         return NORMALISED
     boxes, sizes = _voting(boxes, sizes)
-    if len(boxes) < FEWEST or not _stick_out(boxes, sizes):
+    if len(boxes) < MIN_BOXES or not _stick_out(boxes, sizes):
         return None
     out = int((_reach(boxes, sizes) > REACH).sum())
     found = [words for name, words in CONVENTIONS.items() if _agrees(boxes, sizes, name, out)]
@@ -77,7 +77,7 @@ def too_many_to_clip(boxes: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | 
     boxes, sizes = _voting(boxes, sizes)
     reach = np.maximum(_reach(boxes, sizes), (-boxes[:, :2] / sizes[:, ::-1]).max(1, initial=-np.inf))
     out = int((reach > REACH).sum())
-    return (out, len(boxes)) if len(boxes) >= FEWEST_CLIPPED and out > LARGEST_CLIPPED * len(boxes) else None
+    return (out, len(boxes)) if len(boxes) >= MIN_CLIPPED and out > MAX_CLIPPED * len(boxes) else None
 
 
 def only_first_pixels(boxes: np.ndarray, sizes: np.ndarray) -> bool:
@@ -93,7 +93,7 @@ def only_first_pixels(boxes: np.ndarray, sizes: np.ndarray) -> bool:
 def _voting(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The boxes that say something about their convention: finite, not degenerate, in images of a known and usable size."""
     chosen = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)  # positive in every convention
-    chosen &= np.isfinite(sizes).all(1) & (sizes.min(1, initial=np.inf) >= SHORTEST_SIDE)
+    chosen &= np.isfinite(sizes).all(1) & (sizes.min(1, initial=np.inf) >= MIN_SIDE)
     return boxes[chosen].astype(np.float64), sizes[chosen].astype(np.float64)
 
 
@@ -103,7 +103,7 @@ def _is_normalised(boxes: np.ndarray, sizes: np.ndarray) -> bool:
         single = boxes.astype(np.float32)  # the mapper's precision, in which a box may be degenerate
         positive = ((single[:, :2] + single[:, 2:]) > single[:, :2]).all(1)
     boxes, sizes = boxes[positive], sizes[positive]
-    inside = ((boxes >= 0) & (boxes <= 1)).all(1) & (sizes.min(1, initial=np.inf) >= SHORTEST_SIDE)
+    inside = ((boxes >= 0) & (boxes <= 1)).all(1) & (sizes.min(1, initial=np.inf) >= MIN_SIDE)
     fractional = (boxes[inside] != np.round(boxes[inside])).any()
     return bool(inside.sum() * 2 >= len(boxes) and fractional)
 
@@ -116,7 +116,7 @@ def _reach(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _stick_out(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether so many boxes stick out at the right or the bottom that they cannot be [x, y, width, height]."""
     out = int((_reach(boxes, sizes) > REACH).sum())
-    return out >= max(FEWEST_OUT, len(boxes) * (SHARE if len(boxes) < MANY else LARGE_SHARE))
+    return out >= max(MIN_OUTSIDE, len(boxes) * (SHARE if len(boxes) < MANY else LARGE_SHARE))
 
 
 def fits(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ def _agrees(boxes: np.ndarray, sizes: np.ndarray, name: str, out: int) -> bool:
     chosen = (boxes[:, 2:] != 0).all(1)  # a box of no size is a mistake in any convention
     boxes, sides, count = boxes[chosen], sizes[chosen][:, ::-1], int(chosen.sum())
     ordered = name in ("xyxy", "yxyx")
-    if count < (FEWEST if ordered else FEWEST_UNORDERED) or count * 2 < len(chosen):
+    if count < (MIN_BOXES if ordered else MIN_UNORDERED) or count * 2 < len(chosen):
         return False
     slack = np.clip(REACH * sides, 1, SLACK)
     fits = (boxes[:, 2:] > 0) & (boxes[:, :2] >= -slack) & (boxes[:, :2] + boxes[:, 2:] <= sides + slack)

@@ -145,3 +145,18 @@ def polygon_area(polygon: list[float]) -> float:
     points = list(zip(polygon[::2], polygon[1::2], strict=True))
     following = points[1:] + points[:1]
     return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, following, strict=True))) / 2
+
+
+def refuse_empty(found: Conversion, allowed: bool) -> None:
+    """Raises DatasetError for a set without boxes or classes, with all that was noticed."""
+    content = found.content
+    if not content["annotations"] and not allowed:
+        hint = f"; {found.hint}" if found.hint else ""
+        raise DatasetError(
+            f"no box in {len(content['images'])} pictures{found.tally}{hint}; --allow-empty "
+            "writes a set without boxes all the same"
+        )
+    if not content["images"]:
+        raise DatasetError("no picture is left; nothing can be trained or evaluated on that")
+    if not content["categories"]:
+        raise DatasetError("a set without boxes has no class names; give them with --names classes.txt")

@@ -24,7 +24,7 @@ from .label_files import SUFFIXES, Tally, best_folder, check_label_file, normal,
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 CONVENTIONS = {"xywh": "[x, y, width, height]", "cxcywh": "[cx, cy, width, height]"}  # under the names of the corners
-FEWEST_SWAPPED, SHARE_SWAPPED = 3, 0.25  # boxes in the wrong order, up to which they are slips
+MIN_SWAPPED, SHARE_SWAPPED = 3, 0.25  # boxes in the wrong order, up to which they are slips
 SHARE_FITTING = 0.95  # of the boxes that must lie in their pictures by another convention
 ENCODING = re.compile(rb"""^\s*<\?xml[^>]*\bencoding\s*=\s*["']([\w.-]+)""")
 LINE = " line"  # an attribute that no file can have: the line where an element begins
@@ -317,7 +317,7 @@ def _refuse_other_conventions(
         boxes += found
         sizes += [(picture, annotation.size)] * len(found)
     swapped = [corners for corners in boxes if _is_swapped(corners, first)]
-    if len(swapped) < FEWEST_SWAPPED or len(swapped) <= SHARE_SWAPPED * len(boxes):
+    if len(swapped) < MIN_SWAPPED or len(swapped) <= SHARE_SWAPPED * len(boxes):
         return
     known = {}
     for picture, said in set(sizes):

@@ -17,7 +17,7 @@ SUFFIXES = (
     *(".tif", ".tiff", ".webp"),
 )
 EXAMPLES = 5  # names listed of each kind
-LARGEST_SEARCH = 500  # folders looked into for files that are not where they were expected
+MAX_SEARCHED_FOLDERS = 500  # folders looked into for files that are not where they were expected
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 HIDDEN = "hidden files and folders, not read"
@@ -124,8 +124,8 @@ def check_label_file(path: Path, roots: list[str]) -> None:
 
 
 def best_folder(start: Path, score: Callable[[Path], int]) -> tuple[Path, int]:
-    """The folder at, below or beside ``start`` with the largest score, and the score; looks at ``LARGEST_SEARCH``."""
-    candidates = itertools.islice(_around(start), LARGEST_SEARCH)
+    """The folder at, below or beside ``start`` with the largest score, and the score; looks at ``MAX_SEARCHED_FOLDERS``."""
+    candidates = itertools.islice(_around(start), MAX_SEARCHED_FOLDERS)
     scored = [(score(folder), folder) for folder in candidates]
     most = max((n for n, _ in scored), default=0)
     return next(((folder, n) for n, folder in scored if n == most), (start, 0))

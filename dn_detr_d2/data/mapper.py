@@ -26,7 +26,7 @@ ROUNDING = 1.0
 
 
 # Before a crop the longer side may be so many times the shorter one; a strip of 2 x 3000 would become 600 x 900,000.
-MOST_STRETCHED = 16
+MAX_STRETCH = 16
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
@@ -138,7 +138,7 @@ class DetrDatasetMapper:
             flips = [T.RandomFlip(horizontal=not vertical, vertical=vertical)]
         if is_train and node.CROP.ENABLED:
             crops = [
-                ResizeShortestEdge(node.CROP.RESIZE, MOST_STRETCHED * max(node.CROP.RESIZE), "choice"),
+                ResizeShortestEdge(node.CROP.RESIZE, MAX_STRETCH * max(node.CROP.RESIZE), "choice"),
                 T.RandomCrop(node.CROP.TYPE, tuple(node.CROP.SIZE)),
             ]
         return {

@@ -15,9 +15,9 @@ from . import report as r
 from .images import MAX_PIXELS
 from .report import Report
 
-LARGEST = sys.float_info.max
+MAX_NUMBER = sys.float_info.max
 # COCOeval counts areas up to 1e5 ** 2; an annotation beyond is ignored as if it were a crowd.
-LARGEST_AREA = 1e10
+MAX_AREA = 1e10
 REFERENCES = {"image_id": "images", "category_id": "categories"}
 NUMBER = re.compile(r"\s*([+-]?\d{1,400})(\.0*)?\s*", re.ASCII)
 
@@ -81,12 +81,12 @@ def as_box(box) -> list[float] | None:
     try:
         return [float(x) for x in box]
     except OverflowError:
-        return [float(x) if not abs(x) > LARGEST else math.inf if x > 0 else -math.inf for x in box]
+        return [float(x) if not abs(x) > MAX_NUMBER else math.inf if x > 0 else -math.inf for x in box]
 
 
 def usable_area(value) -> float | None:
     """``value`` if it is an area that COCO's evaluation can use, otherwise None."""
-    return float(value) if type(value) in (int, float) and 0 <= value <= LARGEST_AREA else None
+    return float(value) if type(value) in (int, float) and 0 <= value <= MAX_AREA else None
 
 
 def objects_of(content: dict, name: str) -> list[dict]:

@@ -11,7 +11,7 @@ import torch
 from detectron2.data import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..randomness import mix, own_randomness
+from ..utils.rng import derive_seed, isolated_rng
 from .worker_process import end_at_exit, explained, init_worker, signals_wait
 
 
@@ -32,13 +32,13 @@ class TrainingStream(Dataset):
         """Which record stands at a position."""
         epoch, place = divmod(position, len(self.records))
         if self._shuffled[0] != epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
             self._shuffled = (epoch, torch.randperm(len(self.records), generator=generator))
         return int(self._shuffled[1][place])
 
     def __getitem__(self, position: int) -> dict:
         record = self.records[self.index(position)]
-        with own_randomness(mix(self.seed, position, 1)):
+        with isolated_rng(derive_seed(self.seed, position, 1)):
             return self.mapper(record)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ..digest import sha256_of
+from ..utils.files import atomic_write, sha256_of
 from .check import annotated_sizes
 from .columns import VERDICTS, judge_boxes
 from .report import STICKS_OUT
@@ -67,11 +67,10 @@ def _cached(name: str, records: list[dict]) -> dict:
 
 def _write(path: Path, found: dict) -> None:
     """Writes the summary whole or not at all; a cache that cannot be written costs time, not the training."""
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(found))
-        part.replace(path)
+        with atomic_write(path, "w", draft=path.with_suffix(f".{os.getpid()}.part")) as file:
+            file.write(json.dumps(found))
     except OSError as error:
         logger.warning("the summary of a data set cannot be kept in %s: %s", path.parent, error.strerror)
 

@@ -1,6 +1,27 @@
-"""Query denoising without a single parameter: draw noise, lay the copies out, say who may see whom."""
+"""Query denoising for any DETR-like model; needs torch, numpy and SciPy alone.
 
+:class:`QueryDenoising` is the whole of it as one module, :class:`DenoisingGenerator` the noise alone.
+"""
+
+from .embedding import LabelEncoder, embed_boxes
 from .generator import ContrastiveDenoisingGenerator, DenoisingGenerator
+from .isolation import check_groups, check_isolation
 from .noised_targets import NoisedTargets
+from .outputs import to_predictions
+from .plugin import DenoisingQueries, QueryDenoising, pad_targets
+from .query_groups import QueryGroups
 
-__all__ = ["ContrastiveDenoisingGenerator", "DenoisingGenerator", "NoisedTargets"]
+__all__ = [
+    "ContrastiveDenoisingGenerator",
+    "DenoisingGenerator",
+    "DenoisingQueries",
+    "LabelEncoder",
+    "NoisedTargets",
+    "QueryDenoising",
+    "QueryGroups",
+    "check_groups",
+    "check_isolation",
+    "embed_boxes",
+    "pad_targets",
+    "to_predictions",
+]

@@ -4,6 +4,7 @@ Shapes: N images, M ground truths of the fullest image, m = min(M, room in a gro
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..structures import Assignment, Targets, upload
 from .noise import flip_labels, jitter_corners, random_subset, shift_and_scale
 from .noised_targets import NoisedTargets
+from .query_groups import QueryGroups
 
 
 class DenoisingGenerator:
@@ -30,18 +32,22 @@ class DenoisingGenerator:
             subset of ``max_queries // G`` objects of each image that has more.
         mask_padding: hide padded slots from the real queries of their group (the official code does not).
 
+    The defaults are those of the paper's models.
+
     Raises:
         ValueError: a value outside its range.
     """
+
+    COPIES = 1  # of an object in a group
 
     def __init__(
         self,
         *,
         num_classes: int,
-        num_groups: int,
-        label_noise_prob: float,
-        center_noise_scale: float,
-        size_noise_scale: float,
+        num_groups: int = 5,
+        label_noise_prob: float = 0.2,
+        center_noise_scale: float = 0.4,
+        size_noise_scale: float = 0.4,
         max_queries: int = 0,
         mask_padding: bool = False,
     ):
@@ -73,8 +79,14 @@ class DenoisingGenerator:
             "mask_padding": node.MASK_PADDING,
         }
 
-    def __call__(self, targets: Targets) -> NoisedTargets:
-        """Draws fresh noise for a batch; ``targets`` stay as they were."""
+    def __call__(self, targets: Targets, step_counts: list[int] | None = None) -> NoisedTargets:
+        """Draws fresh noise for a batch; ``targets`` stay as they were.
+
+        Args:
+            targets: padded ground truth.
+            step_counts: objects of each image of this process in the whole training step, where ``targets`` are a part of
+                it (gradient accumulation); None = ``targets`` are all of it.
+        """
         groups, room = self.layout(targets.labels.shape[1])
         chosen = _choose(targets, groups, room)  # (N, G, m) index on the target axis
         chosen = chosen[:, :, None].expand(-1, -1, self.COPIES, -1)  # (N, G, copies, m)
@@ -84,17 +96,15 @@ class DenoisingGenerator:
         labels = flip_labels(labels, self.label_noise_prob, self.num_classes)
         labels = torch.where(valid, labels, self.num_classes)
         boxes = torch.where(valid[..., None], self.noise_boxes(boxes), 0.5)
+        has_class_loss = self.has_class_loss(valid, targets.counts if step_counts is None else step_counts)
         return NoisedTargets(
             labels.flatten(1),
             boxes.flatten(1, 3),
             valid.flatten(1),
-            groups,
-            _assign(chosen, targets.counts),
-            self.count(valid, targets.whole).flatten(1),
+            QueryGroups.isolated(groups, self.COPIES, room, labels.device),
+            replace(_assign(chosen, targets.counts), class_loss_mask=has_class_loss.flatten(1)),
             self.mask_padding,
         )
-
-    COPIES = 1  # of an object in a group
 
     @classmethod
     def least_queries(cls, num_groups: int) -> tuple[int, str]:
@@ -138,7 +148,7 @@ class DenoisingGenerator:
         """(N, G, copies, m, 4) clean boxes -> noised ones."""
         return shift_and_scale(boxes, self.center_noise_scale, self.size_noise_scale)
 
-    def count(self, valid: Tensor, counts: list[int]) -> Tensor:
+    def has_class_loss(self, valid: Tensor, step_counts: list[int]) -> Tensor:
         """(N, G, copies, m) bool: slots with a class loss; here those that restore an object."""
         return valid
 
@@ -157,14 +167,24 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
         corner_noise_scale: reach of the near copies, in half sizes.
         keep_order: whether far copies are kept from crossing their corners.
 
+    The defaults are those of the published DINO models.
+
     Raises:
         ValueError: a value outside its range.
     """
 
     COPIES = 2
 
-    def __init__(self, *, num_queries: int, corner_noise_scale: float, keep_order: bool, **others):
-        super().__init__(center_noise_scale=0.0, size_noise_scale=0.0, **others)
+    def __init__(
+        self,
+        *,
+        num_queries: int = 100,
+        corner_noise_scale: float = 1.0,
+        keep_order: bool = False,
+        label_noise_prob: float = 0.25,
+        **others,
+    ):
+        super().__init__(center_noise_scale=0.0, size_noise_scale=0.0, label_noise_prob=label_noise_prob, **others)
         if num_queries < 0 or corner_noise_scale < 0:
             raise ValueError(
                 f"num_queries and corner_noise_scale must not be negative, got {num_queries} and {corner_noise_scale}"
@@ -210,9 +230,9 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
             2,
         )
 
-    def count(self, valid: Tensor, counts: list[int]) -> Tensor:
-        """All slots, also padded ones, unless the batch has no object at all: then there is nothing to contrast."""
-        return torch.full_like(valid, any(counts))
+    def has_class_loss(self, valid: Tensor, step_counts: list[int]) -> Tensor:
+        """All slots, also padded ones, unless the step has no object at all: then there is nothing to contrast."""
+        return torch.full_like(valid, any(step_counts))
 
 
 def _choose(targets: Targets, groups: int, room: int) -> Tensor:

@@ -22,6 +22,7 @@ from ..data.interruption import agree, without_exchange
 from ..data.normalise import is_id, sort_key, usable_area
 from ..data.registered import records_of
 from ..errors import DatasetError
+from ..utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ class RecordsEvaluator(COCOEvaluator):
             written = [x | {"category_id": self._category_ids[x["category_id"]]} for x in results]
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             logger.info("Saving results to %s", path)
-            with open(path, "w") as file:
+            with atomic_write(path, "w") as file:
                 json.dump(written, file, default=_plain)
         if not self._do_evaluation:
             logger.warning("%s has no annotations: predictions are written, AP cannot be computed", self._name)

@@ -1,22 +1,12 @@
 """The detector: roles, matcher, criterion, and the meta-architecture that joins them. Importing registers them."""
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
+from ..denoising import LabelEncoder
+from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
 from .backbone import build_dc5_resnet_backbone, build_swin_backbone, build_vitdet_backbone
-from .build import (
-    DECODER_LAYER_REGISTRY,
-    DECODER_REGISTRY,
-    DENOISING_REGISTRY,
-    ENCODER_REGISTRY,
-    QUERY_SOURCE_REGISTRY,
-)
-from .criterion import SetCriterion, SoftmaxCriterion
-from .decoder import (
-    LookForwardOnceDecoder,
-    LookForwardTwiceDecoder,
-    NormalisedStaticDecoder,
-    PlainLookForwardTwiceDecoder,
-    RefiningDecoder,
-    StaticDecoder,
-)
+from .decoder import Decoder
 from .decoder_layer import (
     ConditionalDecoderLayer,
     DeformableDecoderLayer,
@@ -30,11 +20,10 @@ from .decoder_layer import (
 )
 from .encoder import DeformableEncoder, DenseEncoder, PlainEncoder, RowColumnEncoder
 from .heads import DetectionHeads
-from .matcher import HungarianMatcher, SoftmaxMatcher
 from .meta_arch import DenoisingDETR
 from .neck import Neck
+from .outputs import ForwardOutputs
 from .query_source import (
-    LabelEncoder,
     LearnedAnchors,
     LearnedPoints,
     LearnedPositions,
@@ -42,6 +31,14 @@ from .query_source import (
     ObjectnessAnchors,
     TopKAnchors,
     TwoStageQueries,
+)
+from .reference_update import Detached, LookForwardTwice, ReferenceUpdate, Static
+from .registry import (
+    DECODER_LAYER_REGISTRY,
+    DECODER_REGISTRY,
+    DENOISING_REGISTRY,
+    ENCODER_REGISTRY,
+    QUERY_SOURCE_REGISTRY,
 )
 
 __all__ = [
@@ -51,37 +48,37 @@ __all__ = [
     "ENCODER_REGISTRY",
     "QUERY_SOURCE_REGISTRY",
     "ConditionalDecoderLayer",
+    "Decoder",
     "DeformableDecoderLayer",
     "DeformableEncoder",
     "DenoisingDETR",
     "DenseEncoder",
+    "Detached",
     "DetectionHeads",
     "DinoDecoderLayer",
     "FirstPointDecoderLayer",
+    "ForwardOutputs",
     "HungarianMatcher",
     "LabelEncoder",
     "LearnedAnchors",
     "LearnedPoints",
     "LearnedPositions",
     "LearnedQueries",
-    "LookForwardOnceDecoder",
-    "LookForwardTwiceDecoder",
+    "LookForwardTwice",
     "MultiLevelConditionalDecoderLayer",
     "Neck",
-    "NormalisedStaticDecoder",
     "ObjectnessAnchors",
     "PlainDecoderLayer",
     "PlainEncoder",
-    "PlainLookForwardTwiceDecoder",
     "PointDecoderLayer",
     "QueryDecoderLayer",
-    "RefiningDecoder",
+    "ReferenceUpdate",
     "RowColumnDecoderLayer",
     "RowColumnEncoder",
     "SetCriterion",
     "SoftmaxCriterion",
     "SoftmaxMatcher",
-    "StaticDecoder",
+    "Static",
     "TopKAnchors",
     "TwoStageQueries",
     "build_dc5_resnet_backbone",

@@ -1,48 +1,61 @@
-"""Registries of the five roles and the functions that build one of each from a config.
+"""Builds the parts of a detector from a config."""
 
-A new detector is a new class registered here and named in a YAML file, never a new flag.
-"""
-
-from contextlib import contextmanager
-
-from detectron2.utils.registry import Registry
+import torch
+from detectron2.modeling import build_backbone
 from torch import nn
 
-from ..denoising import ContrastiveDenoisingGenerator, DenoisingGenerator
+from ..checkpoint import check_pickle
+from ..denoising import QueryDenoising
 from ..errors import ConfigError
-from ..layers import MultiScaleDeformableAttention
-
-QUERY_SOURCE_REGISTRY = Registry("QUERY_SOURCE")
-QUERY_SOURCE_REGISTRY.__doc__ = "Where queries come from: ``Class(cfg)``, forward(memory) and embed(noised)."
-ENCODER_REGISTRY = Registry("ENCODER")
-ENCODER_REGISTRY.__doc__ = "Pyramid -> Memory: ``Class(cfg)``."
-DECODER_REGISTRY = Registry("DECODER")
-DECODER_REGISTRY.__doc__ = "(ObjectQueries, Memory) -> Predictions: ``Class(cfg)``."
-DECODER_LAYER_REGISTRY = Registry("DECODER_LAYER")
-DECODER_LAYER_REGISTRY.__doc__ = "One decoder layer, used by the decoders."
-DENOISING_REGISTRY = Registry("DENOISING")
-DENOISING_REGISTRY.__doc__ = "Targets -> NoisedTargets, without parameters."
-DENOISING_REGISTRY.register(DenoisingGenerator)
-DENOISING_REGISTRY.register(ContrastiveDenoisingGenerator)
+from ..layers import MultiScaleDeformableAttention, uses_kernel
+from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
+from .neck import Neck
+from .postprocess import Postprocess, select_best, select_top
+from .registry import (
+    DECODER_REGISTRY,
+    DENOISING_REGISTRY,
+    ENCODER_REGISTRY,
+    QUERY_SOURCE_REGISTRY,
+    lookup,
+    name_the_node,
+)
 
 
-def lookup(registry: Registry, name: str, key: str):
-    """The class registered as ``name``; raises ConfigError naming the key and the choices."""
-    if name not in registry:
-        choices = ", ".join(sorted(known for known, _ in registry))
-        raise ConfigError(f"{key} = {name!r} is not known; choose one of: {choices}")
-    return registry.get(name)
+def build_parts(cfg) -> dict:
+    """The constructor arguments of :class:`~dn_detr_d2.modeling.DenoisingDETR`.
 
-
-@contextmanager
-def name_the_node(node: str):
-    """Turns complaints of parts that know no config into ConfigErrors that name the config node."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, AssertionError) as error:
-        raise ConfigError(f"{node}: {error.args[0] if error.args else repr(error)}") from None
+    Raises:
+        ConfigError: keys that do not go together, or a value outside its range.
+    """
+    root = cfg.MODEL.DN_DETR
+    check_pickle(cfg.MODEL.WEIGHTS)  # the last moment before DefaultPredictor unpickles it
+    if not isinstance(root.NUM_CLASSES, int) or root.NUM_CLASSES < 1:
+        raise ConfigError(
+            f"MODEL.DN_DETR.NUM_CLASSES = {root.NUM_CLASSES} must be a positive number here; 'auto' is resolved from "
+            "DATASETS.TRAIN by dn_detr_d2.setup_cfg() and in the config.yaml that training writes"
+        )
+    with name_the_node("MODEL.BACKBONE / MODEL.RESNETS"):
+        backbone = build_backbone(cfg)
+    matcher, criterion = build_matcher(cfg), build_criterion(cfg)
+    neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
+    choose_backend(cfg, encoder, decoder)
+    query_source = build_query_source(cfg)
+    return {
+        "backbone": backbone,
+        "neck": neck,
+        "encoder": encoder,
+        "query_source": query_source,
+        "decoder": decoder,
+        "denoising": build_denoising(cfg, query_source, criterion),
+        "matcher": matcher,
+        "criterion": criterion,
+        "postprocess": Postprocess(
+            select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, cfg.TEST.DETECTIONS_PER_IMAGE
+        ),
+        "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+    }
 
 
 def build_query_source(cfg) -> nn.Module:
@@ -63,26 +76,76 @@ def build_decoder(cfg) -> nn.Module:
     return lookup(DECODER_REGISTRY, name, "MODEL.DN_DETR.DECODER.NAME")(cfg)
 
 
-def build_denoising(cfg) -> DenoisingGenerator | None:
-    """The generator named by ``MODEL.DN_DETR.DENOISING.NAME``; None when that is empty.
+def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> QueryDenoising | None:
+    """Denoising with the generator named by ``MODEL.DN_DETR.DENOISING.NAME``; None when that is empty.
+
+    Args:
+        cfg: the config.
+        query_source: its ``embed`` makes the queries.
+        criterion: of the losses.
 
     Raises:
         ConfigError: a value outside its range.
     """
-    name = cfg.MODEL.DN_DETR.DENOISING.NAME
-    if not name:
+    node = cfg.MODEL.DN_DETR.DENOISING
+    if node.NORMALIZER not in ("global", "local"):
+        raise ConfigError(f"MODEL.DN_DETR.DENOISING.NORMALIZER must be 'global' or 'local', got {node.NORMALIZER!r}")
+    if not node.NAME:
         return None
-    generator = lookup(DENOISING_REGISTRY, name, "MODEL.DN_DETR.DENOISING.NAME")
+    generator = lookup(DENOISING_REGISTRY, node.NAME, "MODEL.DN_DETR.DENOISING.NAME")
     with name_the_node("MODEL.DN_DETR.DENOISING"):
-        return generator(**generator.from_config(cfg))
+        return QueryDenoising(
+            generator(**generator.from_config(cfg)),
+            embed=query_source.embed,
+            criterion=criterion,
+            loss_weight=node.LOSS_WEIGHT,
+            attention_mask=node.ATTENTION_MASK,
+            local_normalizer=node.NORMALIZER == "local",
+        )
 
 
-def initialise_transformer(module: nn.Module) -> nn.Module:
-    """Xavier-uniform on every matrix, as all DETRs do; deformable attention keeps its own start. Returns ``module``."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
-    for child in module.modules():
-        if isinstance(child, MultiScaleDeformableAttention):
-            child.reset_parameters()
-    return module
+def build_matcher(cfg) -> HungarianMatcher:
+    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``."""
+    root = cfg.MODEL.DN_DETR
+    node, loss = root.MATCHER, root.LOSS
+    with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
+        return (SoftmaxMatcher if loss.CLASS_LOSS == "softmax" else HungarianMatcher)(
+            class_cost=node.CLASS_COST,
+            l1_cost=node.L1_COST,
+            giou_cost=node.GIOU_COST,
+            focal_alpha=loss.FOCAL_ALPHA,
+            focal_gamma=loss.FOCAL_GAMMA,
+            giou_eps=loss.GIOU_EPS,
+        )
+
+
+def build_criterion(cfg) -> SetCriterion:
+    """The criterion of ``MODEL.DN_DETR.LOSS``."""
+    node = cfg.MODEL.DN_DETR.LOSS
+    settings = {
+        "class_weight": node.CLASS_WEIGHT,
+        "l1_weight": node.L1_WEIGHT,
+        "giou_weight": node.GIOU_WEIGHT,
+        "focal_alpha": node.FOCAL_ALPHA,
+        "focal_gamma": node.FOCAL_GAMMA,
+        "giou_eps": node.GIOU_EPS,
+    }
+    with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
+        if node.CLASS_LOSS == "softmax":
+            return SoftmaxCriterion(no_object_weight=node.NO_OBJECT_WEIGHT, **settings)
+        return SetCriterion(**settings)
+
+
+def choose_backend(cfg, *parts: nn.Module) -> None:
+    """Sets what computes the deformable attention of ``parts``, by ``MODEL.DN_DETR.OP_BACKEND``; the log says which it is.
+
+    Raises:
+        ConfigError: that backend does not work on ``MODEL.DEVICE``.
+    """
+    backend = cfg.MODEL.DN_DETR.OP_BACKEND
+    modules = [x for part in parts for x in part.modules() if isinstance(x, MultiScaleDeformableAttention)]
+    with name_the_node("MODEL.DN_DETR.OP_BACKEND"):
+        if modules:
+            uses_kernel(backend, torch.device(cfg.MODEL.DEVICE).type)
+    for module in modules:
+        module.backend = backend

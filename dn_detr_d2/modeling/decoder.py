@@ -3,23 +3,23 @@
 Shapes: K layers, N images, Q queries, C channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..layers import LayerStack
 from ..structures import Memory, ObjectQueries, Predictions
-from .build import DECODER_LAYER_REGISTRY, DECODER_REGISTRY, initialise_transformer, lookup
-from .decoder_layer import QueryPosition
+from .decoder_layer import LayerInputs, QueryPosition
 from .encoder import transformer_arguments
 from .heads import DetectionHeads
+from .reference_update import Detached, LookForwardTwice, References, ReferenceUpdate, Static
+from .registry import DECODER_LAYER_REGISTRY, DECODER_REGISTRY, initialise_transformer, lookup
 
 
-@DECODER_REGISTRY.register()
-class RefiningDecoder(LayerStack):
-    """A query's position is its box, and every layer corrects the box (Deformable DETR, DAB-Deformable-DETR).
-
-    The gradient stops between layers: each corrects what the one before said, and is not to blame for it.
+class Decoder(LayerStack):
+    """Layers of queries, prediction heads, an optional norm before the heads, and a rule for the reference boxes.
 
     Args:
         dim: C.
@@ -27,6 +27,9 @@ class RefiningDecoder(LayerStack):
         layer: class of the layers, with its ``Position``.
         layer_arguments: for the layers, all but ``index``.
         heads: of all layers.
+        norm: whether a final norm, shared by all layers, stands before the heads; references are corrected from the content
+            before it.
+        update: how references pass from layer to layer.
         activation_checkpointing: of the layers and their positions, not of the heads; see
             :class:`~dn_detr_d2.layers.LayerStack`.
     """
@@ -40,6 +43,8 @@ class RefiningDecoder(LayerStack):
         layer: type,
         layer_arguments: dict,
         heads: DetectionHeads,
+        norm: bool,
+        update: ReferenceUpdate,
         activation_checkpointing: bool = False,
     ):
         super().__init__(activation_checkpointing)
@@ -50,6 +55,8 @@ class RefiningDecoder(LayerStack):
                 getattr(self.position, part).requires_grad_(False)
         initialise_transformer(self)
         self.heads = heads  # joins after the Xavier pass; its start has a meaning
+        self.norm = nn.LayerNorm(dim) if norm else None
+        self.update = update
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -76,97 +83,54 @@ class RefiningDecoder(LayerStack):
 
     def forward(self, queries: ObjectQueries, memory: Memory) -> Predictions:
         """Predictions of all layers, boxes relative to the reference that entered the layer."""
-        content, reference = queries.content, queries.boxes
-        seen, logits, boxes = reference, [], []  # `seen` is the reference as the layer sees it
+        content, references = queries.content, References(queries.boxes, queries.boxes)
+        logits, boxes = [], []
         for i, layer in enumerate(self.layers):
-            content = self.run(self.step, layer, content, seen, queries, memory, i == 0)
-            hidden = self.normalise(content)
+            content = self.checkpointed(self.step, layer, content, references.entering, queries, memory, i == 0)
+            hidden = content if self.norm is None else self.norm(content)
             logits.append(self.heads.classify(hidden, i))
-            boxes.append(self.heads.refine(hidden, reference, i))
+            boxes.append(self.heads.refine(hidden, references.refined, i))
             if i + 1 < len(self.layers):
-                reference = self.next_reference(content, seen, boxes[-1], i)
-                seen = self.enter_layer(reference)
+                references = self.update(references, self._correction(content, references, boxes[-1], i))
         return Predictions(torch.stack(logits), torch.stack(boxes))
 
     def step(
-        self, layer: nn.Module, content: Tensor, seen: Tensor, queries: ObjectQueries, memory: Memory, first: bool
+        self, layer: nn.Module, content: Tensor, boxes: Tensor, queries: ObjectQueries, memory: Memory, first: bool
     ) -> Tensor:
         """(N, Q, C) -> (N, Q, C): one layer with the positions that it needs."""
         if queries.position is None:
-            position = self.position(content, seen, memory, first=first)
+            position = self.position(content, boxes, memory, first=first)
         else:
             position = QueryPosition(queries.position)
-        return layer(content, position, seen, memory, queries.blocked)
+        return layer(content, LayerInputs(position, boxes, memory, queries.blocked))
 
-    def normalise(self, content: Tensor) -> Tensor:
-        """What the heads get; here the content as it is."""
-        return content
-
-    def enter_layer(self, reference: Tensor) -> Tensor:
-        """The reference as the next layer sees it."""
-        return reference.detach()
-
-    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
-        """(N, Q, 4) reference of the next layer: the predicted boxes, without gradient."""
-        return predicted.detach()
+    def _correction(
+        self, content: Tensor, references: References, predicted: Tensor, layer: int
+    ) -> Callable[[], Tensor]:
+        """Gives the entering references corrected from the content before the norm; often that is what was predicted."""
+        if self.norm is None and references.refined is references.entering:
+            return lambda: predicted
+        return lambda: self.heads.refine(content, references.entering, layer)
 
 
-@DECODER_REGISTRY.register()
-class PlainLookForwardTwiceDecoder(RefiningDecoder):
-    """Looks forward twice without a final norm (the DINO-like model in the DN-DETR repository)."""
-
-    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
-        """The predicted boxes, with a gradient towards this layer's correction but not to the layers before."""
-        return self.heads.refine(content, seen, layer)
-
-
-@DECODER_REGISTRY.register()
-class StaticDecoder(RefiningDecoder):
-    """Every layer predicts from the references of the start (plain Deformable DETR)."""
-
-    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
-        """The same again, with its gradient."""
-        return seen
-
-    def enter_layer(self, reference: Tensor) -> Tensor:
-        """As it is: the loss of every layer reaches it."""
-        return reference
+# Registered name -> (final norm, rule). The names are those of MODEL.DN_DETR.DECODER.NAME.
+DECODERS = {
+    "RefiningDecoder": (False, Detached),  # Deformable DETR with box refinement, DAB-Deformable-DETR
+    "StaticDecoder": (False, Static),  # plain Deformable DETR, Anchor DETR
+    "NormalisedStaticDecoder": (True, Static),  # DETR
+    "LookForwardOnceDecoder": (True, Detached),  # DINO's ablation without looking forward twice
+    "LookForwardTwiceDecoder": (True, LookForwardTwice),  # DAB-DETR, DN-DETR, DINO
+    "PlainLookForwardTwiceDecoder": (False, LookForwardTwice),  # the DINO-like model in the DN-DETR repository
+}
 
 
-@DECODER_REGISTRY.register()
-class LookForwardOnceDecoder(RefiningDecoder):
-    """A final norm stands before the heads, while the next reference is refined from the content before that norm.
+def _register(name: str, norm: bool, rule: type[ReferenceUpdate]) -> None:
+    def _build(cfg) -> Decoder:
+        return Decoder(cfg, norm=norm, update=rule())
 
-    The gradient stops between layers: DINO's ablation without looking forward twice.
-    """
-
-    @configurable
-    def __init__(self, *, dim: int, **arguments):
-        super().__init__(dim=dim, **arguments)
-        self.norm = nn.LayerNorm(dim)
-
-    def normalise(self, content: Tensor) -> Tensor:
-        """One norm shared by all layers."""
-        return self.norm(content)
-
-    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
-        """Refined from the content before the norm, without gradient."""
-        return self.heads.refine(content, seen, layer).detach()
+    _build.__name__ = _build.__qualname__ = name
+    DECODER_REGISTRY.register(_build)
 
 
-@DECODER_REGISTRY.register()
-class NormalisedStaticDecoder(LookForwardOnceDecoder):
-    """A final norm, and every layer predicts from the references of the start (DETR)."""
-
-    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
-        """The same again."""
-        return seen
-
-
-@DECODER_REGISTRY.register()
-class LookForwardTwiceDecoder(LookForwardOnceDecoder):
-    """The loss of layer i + 1 also reaches the box of layer i (DINO Sec. 3.5; DAB-DETR and DN-DETR do it unnamed)."""
-
-    def next_reference(self, content: Tensor, seen: Tensor, predicted: Tensor, layer: int) -> Tensor:
-        """Refined from the content before the norm; keeps its gradient towards this layer's box."""
-        return self.heads.refine(content, seen, layer)
+for _name, (_norm, _rule) in DECODERS.items():
+    _register(_name, _norm, _rule)

@@ -22,7 +22,7 @@ from ..layers import (
     encode_boxes,
 )
 from ..structures import Memory
-from .build import DECODER_LAYER_REGISTRY
+from .registry import DECODER_LAYER_REGISTRY
 
 
 @dataclass
@@ -36,6 +36,23 @@ class QueryPosition:
 
     embedding: Tensor
     sine: Tensor | None = None
+
+
+@dataclass
+class LayerInputs:
+    """What a decoder layer is given beside the contents.
+
+    Attributes:
+        position: where the queries look from.
+        boxes: (N, Q, 4) reference boxes, cxcywh in [0, 1].
+        memory: what they look at.
+        blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
+    """
+
+    position: QueryPosition
+    boxes: Tensor
+    memory: Memory
+    blocked: Tensor | None
 
 
 def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
@@ -130,11 +147,10 @@ class ConditionalDecoderLayer(nn.Module):
         self.cross_attn = ConditionalCrossAttention(dim, num_heads, dropout, add_query_position=index == 0)
         self.ffn = FeedForward(dim, ffn_dim, dropout, activation="prelu")
 
-    def forward(
-        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
-    ) -> Tensor:
-        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
-        content = self.self_attn(content, position.embedding, blocked)
+    def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, Q, C) -> (N, Q, C)."""
+        position, memory = inputs.position, inputs.memory
+        content = self.self_attn(content, position.embedding, inputs.blocked)
         content = self.cross_attn(
             content, position.embedding, position.sine, memory.tokens, memory.positions, memory.padding
         )
@@ -163,12 +179,11 @@ class MultiLevelConditionalDecoderLayer(nn.Module):
         self.cross_attn = MultiLevelConditionalCrossAttention(dim, num_heads, num_levels, dropout, index == 0)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
-    def forward(
-        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
-    ) -> Tensor:
-        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
+    def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, Q, C) -> (N, Q, C)."""
+        position, memory = inputs.position, inputs.memory
         asked = self.self_attn.query(content, position.embedding)  # before the content changes, as in the official code
-        content = self.self_attn(content, position.embedding, blocked)
+        content = self.self_attn(content, position.embedding, inputs.blocked)
         image = (memory.tokens, memory.positions, memory.padding, memory.shapes)
         return self.ffn(self.cross_attn(content, position.embedding, position.sine, *image, asked))
 
@@ -205,12 +220,11 @@ class DeformableDecoderLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
-    def forward(
-        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
-    ) -> Tensor:
-        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C)."""
-        content = self.self_attn(content, position.embedding, blocked)
-        reference = self.reference(boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None])
+    def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, Q, C) -> (N, Q, C)."""
+        position, memory = inputs.position, inputs.memory
+        content = self.self_attn(content, position.embedding, inputs.blocked)
+        reference = self.reference(inputs.boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None])
         attended = self.cross_attn(
             content + position.embedding, reference, memory.tokens, memory.padding, memory.shapes
         )
@@ -273,11 +287,10 @@ class PlainDecoderLayer(nn.Module):
         self.cross_attn = CrossAttention(dim, num_heads, dropout)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
-    def forward(
-        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
-    ) -> Tensor:
-        """content (N, Q, C), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C); DETR has no boxes to look around."""
-        content = self.self_attn(content, position.embedding, blocked)
+    def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, Q, C) -> (N, Q, C); DETR has no boxes to look around."""
+        position, memory = inputs.position, inputs.memory
+        content = self.self_attn(content, position.embedding, inputs.blocked)
         image = (memory.tokens, memory.positions, memory.padding)
         return self.ffn(self.cross_attn(content, position.embedding, *image))
 
@@ -310,13 +323,12 @@ class RowColumnDecoderLayer(nn.Module):
         self.cross_attn = RowColumnAttention(dim, num_heads, dropout)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
-    def forward(
-        self, content: Tensor, position: QueryPosition, boxes: Tensor, memory: Memory, blocked: Tensor | None
-    ) -> Tensor:
-        """content (N, Q, C), boxes (N, Q, 4), blocked (Q, Q) or (N, Q, Q) -> (N, Q, C); needs RowColumnEncoder's memory."""
+    def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, Q, C) -> (N, Q, C); needs RowColumnEncoder's memory."""
+        boxes, memory = inputs.boxes, inputs.memory
         padding = memory.padding.unflatten(1, memory.shapes[0])
         encode = memory.axis_encoding
-        content = self.self_attn(content, position.embedding, blocked)
+        content = self.self_attn(content, inputs.position.embedding, inputs.blocked)
         grid = (memory.tokens.unflatten(1, memory.shapes[0]), *(encode(x) for x in axis_coordinates(padding)), padding)
         return self.ffn(self.cross_attn(content, encode(boxes[..., 0]), encode(boxes[..., 1]), *grid))
 

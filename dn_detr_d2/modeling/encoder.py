@@ -19,7 +19,7 @@ from ..layers import (
     axis_coordinates,
 )
 from ..structures import Memory, Pyramid
-from .build import ENCODER_REGISTRY, initialise_transformer
+from .registry import ENCODER_REGISTRY, initialise_transformer
 
 
 def transformer_arguments(cfg, role: str) -> dict:
@@ -131,7 +131,7 @@ class PlainEncoder(LayerStack):
         memory = flatten_pyramid(pyramid)
         tokens = memory.tokens
         for layer in self.layers:
-            tokens = self.run(self.step, layer, tokens, memory)
+            tokens = self.checkpointed(self.step, layer, tokens, memory)
         memory.tokens = tokens
         return memory
 
@@ -226,7 +226,7 @@ class DeformableEncoder(LayerStack):
         reference = cell_centres(memory)
         tokens = memory.tokens
         for layer in self.layers:
-            tokens = self.run(layer, tokens, reference, memory)
+            tokens = self.checkpointed(layer, tokens, reference, memory)
         memory.tokens = tokens
         return memory
 
@@ -288,6 +288,6 @@ class RowColumnEncoder(LayerStack):
         grid_x, grid_y = (self.axis_encoding(x) for x in axis_coordinates(padding))
         grid = pyramid.maps[0].permute(0, 2, 3, 1)
         for layer in self.layers:
-            grid = self.run(layer, grid, grid_x, grid_y, padding)
+            grid = self.checkpointed(layer, grid, grid_x, grid_y, padding)
         memory.tokens, memory.axis_encoding = grid.flatten(1, 2), self.axis_encoding
         return memory

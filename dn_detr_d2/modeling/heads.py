@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..boxes import LOGIT_EPS, logit
 from ..layers import MLP
-from .losses import float32
+from ..losses.functional import float32
 
 # Start with a foreground probability of 0.01 (focal loss, RetinaNet Sec. 3.3).
 PRIOR_PROB = 0.01

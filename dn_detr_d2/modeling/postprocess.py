@@ -1,9 +1,14 @@
 """From predictions to Instances in pixels."""
 
+from collections.abc import Callable
+
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
+from ..structures import Predictions
 
 
 def class_probability(logits: Tensor, num_classes: int) -> Tensor:
@@ -64,3 +69,40 @@ def select_best(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_
         scores=scores,
         pred_classes=classes[index],
     )
+
+
+class Postprocess:
+    """From the predictions of a batch to Detectron2's output dicts.
+
+    Args:
+        select: from logits, boxes, image size and ``top_k`` to detections: :func:`select_top` or :func:`select_best`.
+        top_k: detections per image.
+    """
+
+    def __init__(self, select: Callable[..., Instances], top_k: int):
+        self.select, self.top_k = select, top_k
+
+    def __call__(self, predictions: Predictions, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
+        """Detections of the last layer, in pixels of the wanted output size.
+
+        Args:
+            predictions: of K layers.
+            batched_inputs: the images, and the ``height`` and ``width`` of the output where they are given.
+
+        Raises:
+            FloatingPointError: predictions are not finite.
+        """
+        logits, boxes = predictions.logits[-1], predictions.boxes[-1]
+        if not torch.stack([logits.isfinite().all(), boxes.isfinite().all()]).all():  # one wait for the device
+            raise FloatingPointError(
+                "the model predicts NaN or Inf: its weights or its input are not finite "
+                f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
+            )
+        results = []
+        for image_logits, image_boxes, x in zip(logits, boxes, batched_inputs, strict=True):
+            size = tuple(x["image"].shape[-2:])
+            found = self.select(image_logits, image_boxes, size, self.top_k)
+            results.append(
+                {"instances": detector_postprocess(found, x.get("height", size[0]), x.get("width", size[1]))}
+            )
+        return results

@@ -11,37 +11,13 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..boxes import logit
-from ..denoising import NoisedTargets
+from ..denoising import LabelEncoder, NoisedTargets, embed_boxes
 from ..errors import ConfigError
 from ..layers import sine_encoding
 from ..structures import Memory, ObjectQueries, Predictions, Targets
-from .build import QUERY_SOURCE_REGISTRY
 from .encoder import cell_points
 from .heads import DetectionHeads
-
-
-class LabelEncoder(nn.Module):
-    """Label embedding with indicator (DN-DETR Sec. 4.3): [embedding of the label ‖ 1 if the query denoises, else 0].
-
-    Args:
-        num_classes: P; row P of the table is "unknown", the content of DN-DETR's matching queries.
-        dim: C; the table has C - 1 columns beside the indicator.
-        indicator: DINO has none; then the table has C columns.
-    """
-
-    def __init__(self, num_classes: int, dim: int, indicator: bool = True):
-        super().__init__()
-        self.embed = nn.Embedding(num_classes + 1, dim - indicator)
-        self.indicator = int(indicator)
-
-    def forward(self, noised: NoisedTargets) -> Tensor:
-        """(N, D, C) content of the denoising queries; zeros where padded."""
-        return F.pad(self.embed(noised.labels), (0, self.indicator), value=1.0) * noised.valid[..., None]
-
-    def unknown(self) -> Tensor:
-        """(C,) content of a query that has no label."""
-        return F.pad(self.embed.weight[-1], (0, self.indicator))
+from .registry import QUERY_SOURCE_REGISTRY
 
 
 def refuse_denoising(root, name: str) -> None:
@@ -51,11 +27,6 @@ def refuse_denoising(root, name: str) -> None:
             f"MODEL.DN_DETR.QUERY_SOURCE.NAME = {name!r} needs DENOISING.NAME '', QUERY_SOURCE.NUM_PATTERNS 0 and "
             f"NUM_QUERIES above 0, got {root.DENOISING.NAME!r}, {root.QUERY_SOURCE.NUM_PATTERNS} and {root.NUM_QUERIES}"
         )
-
-
-def embed_boxes(label_encoder: LabelEncoder, noised: NoisedTargets) -> ObjectQueries:
-    """Labels become contents. Boxes pass through the clamped logit as anchors do, so none has a side of 0."""
-    return ObjectQueries(label_encoder(noised), logit(noised.boxes).sigmoid())
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -72,6 +43,8 @@ class LearnedAnchors(nn.Module):
         denoising: whether ``embed`` will be called; then contents end in an indicator.
     """
 
+    CONTENTS = ("zero", "unknown", "learned")
+
     @configurable
     def __init__(
         self, *, num_queries: int, dim: int, num_classes: int, content: str, num_patterns: int, denoising: bool
@@ -83,8 +56,6 @@ class LearnedAnchors(nn.Module):
         self.label_encoder = LabelEncoder(num_classes, dim) if denoising or content == "unknown" else None
         self.content = nn.Embedding(num_queries, dim - denoising) if content == "learned" else None
         self.num_queries = num_queries * max(num_patterns, 1)
-
-    CONTENTS = ("zero", "unknown", "learned")
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -289,25 +260,25 @@ class TopKAnchors(nn.Module):
         boxes, usable = self._propose(memory)
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
-        best = self.rank(logits).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        best = self.score_cells(logits).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
         refined = self.refine(*chosen)
-        proposals = self.judged(take(logits, best), refined, logits, hidden, boxes, usable)
-        return ObjectQueries(*self.place(chosen[0].detach(), refined.detach()), proposals=proposals)
+        proposals = self.proposal_outputs(take(logits, best), refined, logits, hidden, boxes, usable)
+        return ObjectQueries(*self.make_queries(chosen[0].detach(), refined.detach()), proposals=proposals)
 
     def refine(self, hidden: Tensor, boxes: Tensor, usable: Tensor) -> Tensor:
         """Corrected boxes; 1 throughout where a cell may not be used."""
         return self.heads.refine(hidden, boxes, 0).masked_fill(~usable, 1.0)
 
-    def judged(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
+    def proposal_outputs(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
         """The proposals that have a loss: here those that were chosen, (1, N, Q, P) and (1, N, Q, 4)."""
         return Predictions(logits[None], boxes[None])
 
-    def rank(self, logits: Tensor) -> Tensor:
+    def score_cells(self, logits: Tensor) -> Tensor:
         """(N, S, P) class logits -> (N, S) how much a cell looks like an object."""
         return logits.amax(-1)
 
-    def place(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+    def make_queries(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
         """(content, boxes) of queries at the chosen cells, (N, Q, C) and (N, Q, 4) without gradient."""
         if self.content is None:
             return hidden, boxes
@@ -347,14 +318,14 @@ class ObjectnessAnchors(TopKAnchors):
         super().__init__(dim=dim, num_classes=num_classes, denoising=False, **arguments)
         self.label_encoder = LabelEncoder(num_classes, dim) if denoising else None
 
-    def judged(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
+    def proposal_outputs(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
         """In training all cells, whether chosen or not: (1, N, S, P) and (1, N, S, 4)."""
         every_logit, hidden, proposed, usable = cells
         if not self.training:
-            return super().judged(logits, boxes)
+            return super().proposal_outputs(logits, boxes)
         return Predictions(every_logit[None], self.refine(hidden, proposed, usable[..., None])[None])
 
-    def rank(self, logits: Tensor) -> Tensor:
+    def score_cells(self, logits: Tensor) -> Tensor:
         """The logit of the class that stands for all."""
         return logits[..., 0]
 
@@ -388,7 +359,7 @@ class TwoStageQueries(ObjectnessAnchors):
         refuse_denoising(root, "TwoStageQueries")
         return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_classes": root.NUM_CLASSES}
 
-    def place(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+    def make_queries(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
         """(content, boxes, no mask, position). Boxes are encoded in the order x, y, w, h here, unlike anywhere else."""
         width = self.transform.in_features // 4
         sine = sine_encoding(boxes * (2 * math.pi), width).flatten(-2)

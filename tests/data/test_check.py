@@ -12,6 +12,7 @@ from conftest import valid_coco
 from detectron2.structures import BoxMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import DatasetError
@@ -104,7 +105,7 @@ def test_all_problems_are_listed_not_only_the_first():
     report = checked(content)
     assert report.problems() == {r.SAME_ANNOTATION_ID: 11, r.NOT_POSITIVE: 12, r.NOTHING: 1}
     assert len(report.first[r.NOT_POSITIVE]) == r.SHOWN
-    assert any("12 x box has no positive width" in line and "and 7 more" in line for line in report.lines())
+    assert any(naming(f"12 x {r.NOT_POSITIVE}", 7).search(line) for line in report.lines())
 
 
 def test_crowded_images_are_compared_with_the_queries():
@@ -232,7 +233,7 @@ def make_file(path, fault):
 def test_an_image_that_the_training_refuses_is_reported_as_that(tmp_path, fault):
     path = tmp_path / "a.jpg"
     make_file(path, fault)
-    with pytest.raises(DatasetError, match=r"a\.jpg") as caught:
+    with pytest.raises(DatasetError, match=naming("a.jpg")) as caught:
         read_image(str(path), "RGB")
     assert caught.value.kind == fault
     report = Report()
@@ -291,11 +292,11 @@ def test_names_that_leave_the_folder_are_refused(tmp_path):
     (tmp_path / "whole").symlink_to(inside)
     names = ("../secret.png", str(outside), "sub/../../secret.png", "file_link.png", "folder_link/secret.png")
     for name in names:
-        with pytest.raises(DatasetError, match=r"(secret|link)\.png.*outside") as caught:
+        with pytest.raises(DatasetError, match=r"(secret|link)\.png") as caught:
             ImageFolder(inside).find(name)
         assert caught.value.kind == r.OUTSIDE
         (tmp_path / "s.json").write_text(json.dumps(valid_coco(images=[{"id": 1, "file_name": name}])))
-        with pytest.raises(DatasetError, match=r"s\.json, image 1: .*outside the image folder"):
+        with pytest.raises(DatasetError, match=naming("s.json", "image 1", repr(name))):
             load_coco_json(tmp_path / "s.json", inside)
     for name in ("sub/a.png", "good_link.png"):
         assert ImageFolder(tmp_path / "whole").find(name) == str(tmp_path / "whole" / name)
@@ -351,7 +352,7 @@ def test_back_slashes_are_named_with_the_way_out(tmp_path):
     (tmp_path / "sub").mkdir()
     save(tmp_path / "sub" / "a.png")
     (tmp_path / "s.json").write_text(json.dumps(valid_coco(images=[{"id": 1, "file_name": "sub\\a.png"}])))
-    with pytest.raises(DatasetError, match=r"back slash.*--fix"):
+    with pytest.raises(DatasetError, match=naming("s.json", "sub\\a.png", "--fix")):
         load_coco_json(tmp_path / "s.json", tmp_path)
     save(tmp_path / "sub\\a.png")  # a name that a file may have
     assert ImageFolder(tmp_path).with_slashes("sub\\a.png") is None
@@ -386,7 +387,7 @@ def test_of_two_categories_with_one_name_the_unused_one_is_left_out(tmp_path):
     assert checked(content).counts[r.TWIN] == 1
     content["annotations"][0]["category_id"] = 0
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match="names appear more than once"):
+    with pytest.raises(DatasetError, match=naming("names", "dog")):
         load_coco_json(tmp_path / "s.json", tmp_path)
     assert checked(content).counts[r.SAME_NAME] == 1
 
@@ -395,7 +396,7 @@ def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path):
     (tmp_path / "s.json").write_text('{"a": [1, NaN], "a": [1, NaN], "b": 0, "b": false}')
     assert list(read_content(tmp_path / "s.json")) == ["a", "b"]
     (tmp_path / "s.json").write_text('{"a": 1, "a": 2}')
-    with pytest.raises(DatasetError, match="'a' stands twice"):
+    with pytest.raises(DatasetError, match=naming("'a'")):
         read_content(tmp_path / "s.json")
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 from conftest import valid_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError
@@ -61,40 +62,40 @@ def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"images": []}, "has no images"),
-        ({"categories": []}, "has no categories"),
-        ({"categories": [{"id": 1}]}, "needs an id and a name"),
+        ({"images": []}, ["images"]),
+        ({"categories": []}, ["categories"]),
+        ({"categories": [{"id": 1}]}, ["category", "id", "name"]),
         (
             {"categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]},
-            r"category ids appear more than once: \[1\]",
+            ["category ids", "[1]"],
         ),
-        ({"categories": [{"id": 4, "name": "x"}, {"id": 90, "name": "x"}]}, "category names appear more than once"),
-        ({"annotations": annotation(category_id=5)}, r"annotation 1 has category_id 5.*\[4, 90\]"),
-        ({"annotations": annotation(image_id=99)}, "annotation 1 has image_id 99"),
-        ({"annotations": annotation(image_id="7")}, "annotation 1 has image_id '7', but the id is 7.*--fix"),
+        ({"categories": [{"id": 4, "name": "x"}, {"id": 90, "name": "x"}]}, ["category names", "x"]),
+        ({"annotations": annotation(category_id=5)}, ["annotation 1", "category_id", 5, "[4, 90]"]),
+        ({"annotations": annotation(image_id=99)}, ["annotation 1", "image_id", 99]),
+        ({"annotations": annotation(image_id="7")}, ["annotation 1", "image_id", "'7'", 7, "--fix"]),
         (
             {"annotations": annotation(id=None, category_id="4")},
-            "annotation number 0 has category_id '4', but the id is 4",
+            ["annotation number 0", "category_id", "'4'", 4],
         ),
-        ({"annotations": annotation(bbox=None)}, "annotation 1 has bbox None; it must be four numbers"),
-        ({"annotations": annotation(bbox=[1, 2, 3])}, r"bbox \[1, 2, 3\]"),
-        ({"annotations": annotation(bbox=[1, 2, "3", 4])}, "must be four numbers"),
-        ({"annotations": annotation(iscrowd="0")}, "iscrowd '0'; it must be 0 or 1"),
-        ({"annotations": annotation() * 2}, r"annotation ids appear more than once: \[1\]"),
-        ({"images": [{"id": 7, "file_name": "a.png"}] * 2}, "image id 7 appears more than once"),
-        ({"images": [{"id": 7, "file_name": "gone.png"}]}, "1 of 1 image files do not exist, first .*gone.png"),
-        ({"images": [{"id": 7}]}, "image number 0 needs an id and a file_name"),
-        ({"images": [3]}, "image number 0 needs an id and a file_name, got 3"),
-        ({"annotations": None}, "annotations must be a list of objects with an id each"),
-        ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4]}]}, "with an id each"),
-        ({"annotations": ["x"]}, "annotations must be a list of objects"),
+        ({"annotations": annotation(bbox=None)}, ["annotation 1", "bbox", None]),
+        ({"annotations": annotation(bbox=[1, 2, 3])}, ["annotation 1", "bbox", "[1, 2, 3]"]),
+        ({"annotations": annotation(bbox=[1, 2, "3", 4])}, ["annotation 1", "bbox", "[1, 2, '3', 4]"]),
+        ({"annotations": annotation(iscrowd="0")}, ["annotation 1", "iscrowd", "'0'"]),
+        ({"annotations": annotation() * 2}, ["annotation ids", "[1]"]),
+        ({"images": [{"id": 7, "file_name": "a.png"}] * 2}, ["image id 7"]),
+        ({"images": [{"id": 7, "file_name": "gone.png"}]}, ["1 of 1", "gone.png"]),
+        ({"images": [{"id": 7}]}, ["image number 0", "file_name"]),
+        ({"images": [3]}, ["image number 0", "file_name", 3]),
+        ({"annotations": None}, ["annotations", "id"]),
+        ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4]}]}, ["annotations", "id"]),
+        ({"annotations": ["x"]}, ["annotations"]),
     ],
 )
-def test_faults_are_named_with_file_and_record(write, tmp_path, changes, message):
+def test_faults_are_named_with_file_and_record(write, tmp_path, changes, named):
     path = write(**changes)
-    with pytest.raises(DatasetError, match=message) as caught:
+    with pytest.raises(DatasetError, match=naming(*named)) as caught:
         load_coco_json(path, tmp_path)
     assert "set.json" in str(caught.value)
 
@@ -117,21 +118,21 @@ def test_registration_is_relative_to_the_datasets_folder_and_names_classes(write
 
 
 def test_a_taken_name_is_refused(write, tmp_path):
-    with pytest.raises(ConfigError, match="'coco_2017_train', which is already registered"):
+    with pytest.raises(ConfigError, match=naming("'coco_2017_train'")):
         register_coco_json("coco_2017_train", str(write()), str(tmp_path))
 
 
 def test_missing_files_are_named_with_the_way_out(write, tmp_path):
-    with pytest.raises(DatasetError, match=r"annotation file .*nothing\.json.*DETECTRON2_DATASETS"):
+    with pytest.raises(DatasetError, match=naming("nothing.json", "DETECTRON2_DATASETS")):
         register_coco_json("test_missing", str(tmp_path / "nothing.json"), str(tmp_path))
-    with pytest.raises(DatasetError, match=r"image folder .*nowhere"):
+    with pytest.raises(DatasetError, match=naming("nowhere")):
         register_coco_json("test_missing", str(write()), str(tmp_path / "nowhere"))
     register_coco_json("test_missing", str(tmp_path / "nothing.json"), str(tmp_path), must_exist=False)
     assert "test_missing" not in DatasetCatalog
 
 
 def test_an_unknown_data_set_suggests_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'shapes_train'"):
+    with pytest.raises(ConfigError, match=naming("'shape_train'", "'shapes_train'")):
         class_names("shape_train")
 
 

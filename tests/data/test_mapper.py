@@ -8,6 +8,7 @@ import torch
 from detectron2.structures import BoxMode
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import DatasetError
@@ -117,26 +118,26 @@ def test_a_test_size_of_0_leaves_the_image_as_it_is(toy_cfg, record):
 @pytest.mark.parametrize("label", [5, -1])
 def test_a_label_out_of_range_names_file_id_and_number_of_classes(toy_cfg, record, label):
     record["annotations"][0]["category_id"] = label
-    with pytest.raises(DatasetError, match=rf"half\.png, annotation 5 has class index {label}.*NUM_CLASSES = 5"):
+    with pytest.raises(DatasetError, match=naming("half.png", "annotation 5", label, "NUM_CLASSES", 5)):
         mapper(toy_cfg)(record)
 
 
 def test_an_unreadable_image_is_named(toy_cfg, record):
     with open(record["file_name"], "r+b") as file:
         file.truncate(60)
-    with pytest.raises(DatasetError, match=r"half\.png cannot be read"):
+    with pytest.raises(DatasetError, match=naming("half.png")):
         mapper(toy_cfg)(record)
 
 
 def test_a_missing_image_is_named(toy_cfg, record):
     record["file_name"] += ".gone"
-    with pytest.raises(DatasetError, match=r"gone"):
+    with pytest.raises(DatasetError, match=naming("gone")):
         mapper(toy_cfg)(record)
 
 
 def test_a_wrong_size_is_named(toy_cfg, record):
     record["width"] = 61
-    with pytest.raises(DatasetError, match=r"half\.png is 60x40 .*says 61x40"):
+    with pytest.raises(DatasetError, match=naming("half.png", "60x40", "61x40")):
         mapper(toy_cfg)(record)
 
 
@@ -151,12 +152,12 @@ def test_the_record_stays_as_it_was(toy_cfg, record):
     [
         ((1, 2, 11, 12), (1, 2, 11, 12), None),
         ((-0.5, 0, 60.4, 40), (0, 0, 60, 40), None),
-        ((-9, 5, 30, 50), (0, 5, 30, 40), "sticks out of its 60x40 image"),
-        ((5, 5, 5, 9), None, "no positive width and height"),
-        ((9, 5, 5, 9), None, "no positive width and height"),
-        ((61, 5, 70, 9), None, "lies outside its 60x40 image"),
-        ((float("nan"), 0, 1, 1), None, "is not finite"),
-        ((0, 0, float("inf"), 1), None, "is not finite"),
+        ((-9, 5, 30, 50), (0, 5, 30, 40), "sticks out"),
+        ((5, 5, 5, 9), None, "positive"),
+        ((9, 5, 5, 9), None, "positive"),
+        ((61, 5, 70, 9), None, "outside"),
+        ((float("nan"), 0, 1, 1), None, "finite"),
+        ((0, 0, float("inf"), 1), None, "finite"),
     ],
 )
 def test_boxes_are_kept_clipped_or_dropped_with_a_named_warning(caplog, box, kept, reason):
@@ -168,7 +169,7 @@ def test_boxes_are_kept_clipped_or_dropped_with_a_named_warning(caplog, box, kep
     else:
         assert reason in caplog.text
         assert "x.png, annotation 9" in caplog.text
-        assert "1 so far" in caplog.text
+        assert naming(1).search(caplog.messages[0])
 
 
 def test_repeated_faults_are_counted_not_repeated(caplog):

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin, register_coco_instances
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.structures import Boxes, Instances
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import DatasetError, doctor, setup_cfg
@@ -96,20 +97,18 @@ OUTSIDE = [{"id": i, "file_name": "../../secret.png", "width": 80, "height": 60}
 
 @pytest.mark.parametrize("read", DOORS.values(), ids=DOORS)
 def test_an_image_outside_the_folder_is_refused(coco, read):
-    with pytest.raises(
-        DatasetError, match=r"instances_val2017\.json.*'../../secret\.png' lies outside the image folder"
-    ):
+    with pytest.raises(DatasetError, match=naming("instances_val2017.json", "'../../secret.png'")):
         read(coco(images=OUTSIDE))
 
 
 @pytest.mark.parametrize("read", DOORS.values(), ids=DOORS)
 def test_a_file_that_is_cut_off_is_named(coco, read):
-    with pytest.raises(DatasetError, match=r"instances_val2017\.json is not valid JSON"):
+    with pytest.raises(DatasetError, match=naming("instances_val2017.json", "JSON")):
         read(coco(text=json.dumps(content())[:500]))
 
 
 def test_a_missing_file_is_named_with_the_way_out(coco):
-    with pytest.raises(DatasetError, match=r"instances_val2017\.json .*DETECTRON2_DATASETS"):
+    with pytest.raises(DatasetError, match=naming("instances_val2017.json", "DETECTRON2_DATASETS")):
         records_of("coco_2017_val")
 
 
@@ -132,7 +131,9 @@ def test_records_and_metadata_are_those_of_detectron2(coco):
 def test_other_categories_than_those_of_the_set_are_refused(coco):
     renamed = [*CATEGORIES[:-1], {"id": 90, "name": "brush"}]
     known = copy.deepcopy(MetadataCatalog.get(coco(categories=renamed)).as_dict())
-    with pytest.raises(DatasetError, match=r"instances_val2017.*\(90, 'brush'\), \(90, 'toothbrush'\).*COCO_JSON"):
+    with pytest.raises(
+        DatasetError, match=naming("instances_val2017", "(90, 'brush')", "(90, 'toothbrush')", "COCO_JSON")
+    ):
         records_of("coco_2017_val")
     assert MetadataCatalog.get("coco_2017_val").as_dict() == known
 
@@ -165,7 +166,7 @@ def test_a_published_test_set_has_no_annotations(coco):
 def test_ids_may_be_doubled_in_the_minival_of_2014_alone(coco):
     doubled = content()["annotations"] * 2
     assert len(records_of(coco("coco_2014_minival", annotations=doubled))[0]["annotations"]) == 6
-    with pytest.raises(DatasetError, match="annotation ids appear more than once"):
+    with pytest.raises(DatasetError, match=naming("annotation ids")):
         records_of(coco("coco_2014_val", annotations=doubled))
 
 
@@ -188,5 +189,5 @@ def test_a_function_of_the_user_is_asked_itself(coco):
 
 def test_a_set_without_images_is_refused(coco):
     DatasetCatalog.register("test_nothing", list)
-    with pytest.raises(DatasetError, match="'test_nothing' has no images"):
+    with pytest.raises(DatasetError, match=naming("'test_nothing'")):
         build_test_loader(config(coco()), "test_nothing")

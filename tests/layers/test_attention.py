@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from naming import naming
 from torch import nn
 
 from dn_detr_d2.layers import (
@@ -126,7 +127,7 @@ def test_worked_sampling_locations():
 
 @pytest.mark.parametrize("layer", [SelfAttention, ConditionalSelfAttention, ConditionalCrossAttention])
 def test_heads_must_divide_the_channels(layer):
-    with pytest.raises(ValueError, match="10 channels and 4 heads"):
+    with pytest.raises(ValueError, match=naming(10, 4)):
         layer(10, 4)
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from naming import naming
 
 from dn_detr_d2.layers import MLP, FeedForward
 
@@ -28,5 +29,5 @@ def test_feed_forward_is_post_norm_with_residual():
 
 
 def test_unknown_activation_names_the_choices():
-    with pytest.raises(ValueError, match=r"'prelu', 'relu'.*'gelu'"):
+    with pytest.raises(ValueError, match=naming("'prelu', 'relu'", "'gelu'")):
         FeedForward(4, 8, activation="gelu")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from naming import naming
 from op_cases import make_fused_inputs, make_inputs
 
 from dn_detr_d2.layers import (
@@ -145,7 +146,7 @@ def test_instruction_sets_agree():
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
-    with pytest.raises(RuntimeError, match="cpu_capability must be"):
+    with pytest.raises(RuntimeError, match=naming("cpu_capability", "avx1024")):
         use("avx1024")
 
 
@@ -203,7 +204,7 @@ def test_second_derivatives_are_refused_with_the_way_out():
     value, shapes, loc, weights = make_inputs()
     value.requires_grad_()
     (grad,) = torch.autograd.grad(ms_deform_attn(value, shapes, loc, weights).sum() ** 2, value, create_graph=True)
-    with pytest.raises(NotImplementedError, match="OP_BACKEND torch"):
+    with pytest.raises(NotImplementedError, match=naming("OP_BACKEND torch")):
         grad.sum().backward()
 
 
@@ -233,12 +234,12 @@ def test_backward_keeps_the_inputs_and_nothing_else():
 
 def test_a_backend_that_is_not_there_is_refused():
     value, shapes, loc, weights = make_inputs()
-    with pytest.raises(ValueError, match="backend must be one of"):
+    with pytest.raises(ValueError, match=naming("backend", "'gpu'")):
         ms_deform_attn(value, shapes, loc, weights, "gpu")
-    with pytest.raises(ValueError, match="backend 'cuda' needs tensors on cuda, got cpu"):
+    with pytest.raises(ValueError, match=naming("backend", "'cuda'", "cpu")):
         ms_deform_attn(value, shapes, loc, weights, "cuda")
     if missing_kernel("cuda"):
-        with pytest.raises(ValueError, match="backend 'cuda' is not available"):
+        with pytest.raises(ValueError, match=naming("backend", "'cuda'")):
             kernels.uses_kernel("cuda", "cuda")
 
 
@@ -284,7 +285,7 @@ def test_without_the_library_the_package_works_and_says_why(tmp_path, files, rea
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "result [1.0, 1.0]" in ran.stdout
     assert ran.stderr.count(reason) == 2, ran.stderr  # the warning, and the refusal of backend="cpu"
-    assert "ValueError: backend 'cpu' is not available" in ran.stderr
+    assert naming("ValueError", "backend 'cpu'").search(ran.stderr)
 
 
 @pytest.mark.parametrize(("capability", "built", "runs"), [

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from naming import naming
 
 from dn_detr_d2.layers import SinePositionEncoding, encode_boxes, sine_encoding
 
@@ -47,7 +48,7 @@ def test_padding_does_not_change_the_encoding_inside_the_image():
 
 @pytest.mark.parametrize("dim", [0, 3, -4])
 def test_odd_widths_are_refused(dim):
-    with pytest.raises(ValueError, match=str(dim)):
+    with pytest.raises(ValueError, match=naming(dim)):
         sine_encoding(torch.zeros(1), dim)
-    with pytest.raises(ValueError, match=str(dim)):
+    with pytest.raises(ValueError, match=naming(dim)):
         SinePositionEncoding(dim)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from dn_detr_d2.modeling.build import DECODER_LAYER_REGISTRY
 from dn_detr_d2.modeling.encoder import cell_centres, flatten_pyramid, valid_ratio
 from dn_detr_d2.modeling.neck import padding_mask, shrink_mask
+from dn_detr_d2.modeling.registry import DECODER_LAYER_REGISTRY
 from dn_detr_d2.structures import Pyramid
 
 

@@ -104,16 +104,16 @@ def test_evaluation_outputs(case):
     model, batch, _, arrays, _ = case
     model.eval()
     with torch.no_grad():
-        predictions = model.observe(batch, annotated=False).predictions
+        predictions = model.forward_outputs(batch, annotated=False).predictions
     close(predictions.logits[-1], arrays["eval_logits"], atol=2e-4)
     close(predictions.boxes[-1], arrays["eval_boxes"], atol=1e-5)
 
 
 def test_detections_in_the_pixels_of_the_original_image(case):
     """Post-processing alone, from the recorded outputs: near-ties between queries would hide a wrong order."""
-    model, batch, meta, arrays, _ = case
+    model, batch, _, arrays, _ = case
     recorded = [torch.from_numpy(arrays[name])[None] for name in ("eval_logits", "eval_boxes")]
-    results = model._detections(Predictions(*recorded), [tuple(size) for size in meta["image_sizes"]], batch)
+    results = model.postprocess(Predictions(*recorded), batch)
     for i, (result, (height, width)) in enumerate(zip(results, OUTPUT_SIZES, strict=True)):
         result = result["instances"]
         expected = torch.from_numpy(arrays[f"post{i}_boxes"])  # the authors clip nothing, Detectron2 clips to the image
@@ -127,7 +127,7 @@ def test_training_outputs_of_both_parts(case):
     model, batch, _, arrays, _ = case
     model.train()
     with torch.no_grad():
-        seen = model.observe(batch, model.denoising)
+        seen = model.forward_outputs(batch, model.denoising)
     queries, denoising, matching = seen.queries, seen.denoising, seen.matching
     recorded = slice(None) if arrays["dn_logits"].ndim == 4 else -1  # of DINO the last layer only
     close(denoising.logits[recorded], arrays["dn_logits"], atol=2e-4)

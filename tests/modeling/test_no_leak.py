@@ -1,10 +1,13 @@
 """What the mask promises, checked on whole models: denoising queries change nothing that they must not change."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import DENOISING_SYSTEMS, make_batch
 
 from dn_detr_d2.denoising import NoisedTargets
+from dn_detr_d2.modeling.batch import make_targets
 from dn_detr_d2.structures import join_queries
 
 pytestmark = pytest.mark.parametrize("system", DENOISING_SYSTEMS)
@@ -16,9 +19,9 @@ def parts(toy_model, system):
     groups = ["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3, "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 0]
     model = toy_model(system, *groups).train()
     batch = make_batch(3, 2)
-    images = model._preprocess(batch)
-    memory = model.encoder(model._pyramid(images))
-    noised = model.denoising(model._targets([x["instances"] for x in batch]))
+    images = model.preprocess(batch)
+    memory = model.encoder(model.pyramid(images))
+    noised = model.denoising.generator(make_targets([x["instances"] for x in batch], model.device))
     matching = model.query_source(memory)
 
     @torch.no_grad()
@@ -34,7 +37,7 @@ def replace(noised, slots):
     labels, boxes = noised.labels.clone(), noised.boxes.clone()
     labels[:, slots] = (labels[:, slots] + 1) % 5
     boxes[:, slots] = 1 - boxes[:, slots]
-    return NoisedTargets(labels, boxes, noised.valid, noised.num_groups, noised.assignment, noised.counted)
+    return dataclasses.replace(noised, labels=labels, boxes=boxes)
 
 
 def test_matching_queries_do_not_see_denoising_queries(parts):

@@ -8,8 +8,9 @@ from conftest import ROOT, TOY, make_batch
 from detectron2.modeling import build_model
 
 from dn_detr_d2 import setup_cfg
-from dn_detr_d2.modeling import criterion, heads, losses, matcher
-from dn_detr_d2.training.nonfinite import tensors
+from dn_detr_d2.engine.nonfinite import tensors
+from dn_detr_d2.losses import costs, terms
+from dn_detr_d2.modeling import heads
 
 SYSTEMS = (
     *("dab_detr_R50_50ep", "dn_detr_R50_50ep", "dn_dab_deformable", "dn_deformable_detr_encoder_only_R50_12ep"),
@@ -17,9 +18,9 @@ SYSTEMS = (
     *("deformable_detr_R50_50ep", "deformable_detr_refine_R50_50ep", "deformable_detr_two_stage_R50_50ep"),
 )
 SPIED = (
-    *((matcher, name) for name in ("giou", "pairwise_l1", "focal_terms")),
-    *((criterion, name) for name in ("box_terms", "focal_negative", "focal_terms")),
-    *((losses, "giou"), (heads, "logit"), (import_module("dn_detr_d2.layers.ms_deform_attn"), "ms_deform_attn_torch")),
+    *((costs, name) for name in ("giou", "logits_of_labels", "focal_terms")),
+    *((terms, name) for name in ("giou", "focal_negative", "focal_terms")),
+    *((heads, "logit"), (import_module("dn_detr_d2.layers.ms_deform_attn"), "ms_deform_attn_torch")),
 )
 
 
@@ -48,16 +49,16 @@ def test_costs_losses_boxes_and_locations_are_float32_under_autocast(dtypes, sys
     halves = []
     model.backbone.register_forward_hook(lambda m, x, output: halves.extend(tensors(output)))
     with torch.autocast("cpu", dtype):
-        seen = model.observe(make_batch(2, 1), model.denoising)
-        terms = model.weighted_losses(seen)
+        seen = model.forward_outputs(make_batch(2, 1), model.denoising)
+        losses = model.losses(seen)
     assert {x.dtype for x in halves} == {dtype}  # autocast was at work
     assert {key: found for key, found in dtypes.items() if found != {torch.float32}} == {}
-    assert {"matcher.giou", "criterion.box_terms", "heads.logit"} <= dtypes.keys()
+    assert {"costs.giou", "terms.giou", "heads.logit"} <= dtypes.keys()
     assert ("ms_deform_attn.ms_deform_attn_torch" in dtypes) == any(
         "sampling" in n for n, _ in model.named_parameters()
     )
     assert seen.queries.boxes.dtype == seen.predictions.boxes.dtype == seen.memory.valid_ratios.dtype == torch.float32
-    assert {term.dtype for term in terms.values()} == {torch.float32}
+    assert {loss.value.dtype for loss in losses.values()} == {torch.float32}
 
 
 def test_a_box_is_refined_as_exactly_under_autocast_as_without():

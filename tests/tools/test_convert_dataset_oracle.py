@@ -9,7 +9,6 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 
-import convert_dataset as tool
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from PIL import Image
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.check import annotated_sizes, check_content
 from dn_detr_d2.data.report import Report
+from tools import convert_dataset as tool
 
 CLASSES = ["cat", "traffic light", "dog"]
 STEP = 64  # coordinates are multiples of 1 / STEP, exact in float32 and in decimal
@@ -40,7 +40,7 @@ def convert(folder, kind, *options):
     """The records of a converted set, and its content; the content must be without a problem."""
     out = folder / "out.json"
     folders = [str(folder / name) for name in ("labels", "images")]
-    assert tool.run([kind, *folders, str(out), "--allow-empty", "--names", str(folder / "classes.txt"), *options]) == 0
+    assert tool.main([kind, *folders, str(out), "--allow-empty", "--names", str(folder / "classes.txt"), *options]) == 0
     content, report = json.loads(out.read_text()), Report()
     check_content(content, report, annotated_sizes(content["images"]))
     if content["annotations"]:

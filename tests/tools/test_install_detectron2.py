@@ -6,8 +6,10 @@ import sys
 import zipfile
 from importlib import metadata
 
-import install_detectron2 as installer
 import pytest
+from naming import naming
+
+from tools import install_detectron2 as installer
 
 # As in detectron2: the first form is that of the carrier, the second black's.
 MODEL_ZOO = """import os
@@ -65,7 +67,7 @@ def test_pip_installs_the_repacked_wheel(carrier, tmp_path):
 def test_a_reference_that_cannot_be_restored_is_refused(carrier, tmp_path):
     with zipfile.ZipFile(carrier, "a") as archive:
         archive.writestr("LabGym/detectron2/other.py", "from LabGym import secret")
-    with pytest.raises(installer.InstallError, match=r"references to LabGym in detectron2/other\.py"):
+    with pytest.raises(installer.InstallError, match=naming("LabGym", "detectron2/other.py")):
         installer.repack(carrier, tmp_path)
 
 
@@ -93,9 +95,8 @@ def test_a_failed_download_is_one_sentence_with_the_way_out(monkeypatch, capsys)
     monkeypatch.setattr(installer, "find_installed", lambda: None)
     assert installer.main([]) == 1
     said = capsys.readouterr().err
-    assert "could not be downloaded" in said
+    assert said.startswith("error: ")
     assert "--upstream" in said
-    assert "Nothing was changed" in said
 
 
 def test_upstream_asks_pip_for_the_commit(monkeypatch):
@@ -114,7 +115,6 @@ def test_an_installed_detectron2_is_kept(capsys, monkeypatch):
     assert installer.main([]) == 0
     said = capsys.readouterr().out
     assert metadata.version("detectron2") in said
-    assert "keeping it" in said
 
 
 def model_zoo(site, config):
@@ -175,7 +175,7 @@ def test_a_copy_that_cannot_be_repaired_is_one_sentence(carrier, tmp_path, monke
 
     monkeypatch.setattr(installer.os, "replace", refuse)
     assert installer.main([]) == 1
-    assert "cannot be repaired: Permission denied" in capsys.readouterr().err
+    assert naming("Permission denied").search(capsys.readouterr().err)
     assert (site / installer.MODEL_ZOO).read_text() == MODEL_ZOO
 
     (site / installer.MODEL_ZOO).write_text("from pkg_resources import resource_stream\n")

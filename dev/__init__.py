@@ -1,0 +1,1 @@
+"""Programs for developers: benchmarks, fuzzing, stress tests, comparisons of trainings."""

@@ -1,0 +1,59 @@
+"""What is compared with what: the pairs, the ablations, and their overrides.
+
+A variant is a name and [key, value, ...] over the pair's file; nothing else differs within a pair.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+DENOISING = "MODEL.DN_DETR.DENOISING."
+MATCHING, DENOISED, HALF = "matching alone", "with denoising", "with denoising, half the iterations"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        name: for folders and tables.
+        overrides: [key, value, ...] over the pair's config.
+        share: of the iterations, in (0, 1]; the learning rate's schedule is shortened with them.
+    """
+
+    name: str
+    overrides: list = field(default_factory=list)
+    share: float = 1.0
+
+
+def _ablation(name: str, **keys) -> Variant:
+    return Variant(name, [part for key, value in keys.items() for part in (DENOISING + key, value)])
+
+
+# DAB-DETR and DAB-Deformable-DETR are their DN forms without denoising; the dense one has no content either.
+ALONE = {
+    "dense": Variant(MATCHING, [DENOISING + "NAME", "", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "zero"]),
+    "deformable": Variant(MATCHING, [DENOISING + "NAME", ""]),
+}
+STANDARD = (Variant(DENOISED), Variant(HALF, share=0.5))
+# DN-DETR Tables 5 and 6: groups, label noise, box noise, attention mask; then the sizes of the noise.
+ABLATIONS = (
+    _ablation("1 group", NUM_GROUPS=1),
+    _ablation("no label noise", LABEL_NOISE_PROB=0.0),
+    _ablation("no box noise", CENTER_NOISE_SCALE=0.0, SIZE_NOISE_SCALE=0.0),
+    _ablation("no attention mask", ATTENTION_MASK=False),
+    _ablation("gamma 0.5", LABEL_NOISE_PROB=0.5),
+    _ablation("lambda 0.8", CENTER_NOISE_SCALE=0.8, SIZE_NOISE_SCALE=0.8),
+)
+PAIRS = tuple(ALONE)
+
+
+def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
+    """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest.
+
+    Args:
+        pair: of PAIRS.
+        ablations: names of those that take the place of the half schedule.
+    """
+    chosen = tuple(variant for variant in ABLATIONS if variant.name in ablations)
+    return [ALONE[pair], *STANDARD[:1], *(chosen or STANDARD[1:])]

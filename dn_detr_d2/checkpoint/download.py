@@ -1,0 +1,45 @@
+"""Weights behind a URL: fetched only where their SHA-256 is known beforehand, and compared with it."""
+
+import re
+
+from detectron2.utils.file_io import PathManager
+
+from ..errors import CheckpointError
+from ..utils.files import sha256_of
+
+_NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
+
+
+def fetch(weights: str, expected: str = "") -> str:
+    """The path of a file on this machine, downloaded if ``weights`` is a URL.
+
+    Args:
+        weights: a path, which is returned as it is, or a URL of any kind that Detectron2 knows.
+        expected: the first 8 or more hexadecimal digits of the SHA-256; "" = those in the file's name, as PyTorch's have.
+
+    Raises:
+        CheckpointError: no sum is known, the file cannot be had, or it has another sum.
+    """
+    if "://" not in weights:
+        return weights
+    named = _NAMED.search(weights)
+    wanted = (expected or (named[1] if named else "")).lower()
+    if not wanted:
+        raise CheckpointError(
+            f"MODEL.WEIGHTS {weights!r} would be downloaded, and nothing says which file it must be; set "
+            "MODEL.WEIGHTS_SHA256 to its SHA-256, or download it yourself, look at it, and name its path"
+        )
+    try:
+        path = PathManager.get_local_path(weights)
+        found = sha256_of(path)
+    except Exception as error:  # of the network, or of whatever handles this kind of URL
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"MODEL.WEIGHTS {weights!r} cannot be downloaded: {reason}; download it yourself and name its path"
+        ) from None
+    if not found.startswith(wanted):
+        raise CheckpointError(
+            f"what was downloaded from {weights} has the SHA-256 {found}, not {wanted}...; it is not read. Delete {path} to "
+            "download it again, or correct MODEL.WEIGHTS_SHA256"
+        )
+    return path

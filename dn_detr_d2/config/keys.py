@@ -1,0 +1,268 @@
+"""Every configuration key that this project adds to Detectron2.
+
+Each key says what it does, its unit, the paper's symbol where there is one, and where its default comes from. "DN" is
+DN-DETR (CVPR 2022) and its released code, "DAB" is DAB-DETR, "DD" is Deformable DETR.
+"""
+
+import torch
+from detectron2.config import CfgNode
+
+
+def add_dn_detr_config(cfg: CfgNode) -> None:
+    """Adds this project's keys to a Detectron2 config, in place (Detectron2's convention for projects)."""
+    # The one meta-architecture of this project.
+    cfg.MODEL.META_ARCHITECTURE = "DenoisingDETR"
+    # Where the model runs. Detectron2's default is "cuda"; ours is what this machine has.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    # Per-channel mean and standard deviation in 0..255, RGB: torchvision's statistics, which all DETRs use.
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    # Channel order of the model's input; fits the statistics above.
+    cfg.INPUT.FORMAT = "RGB"
+
+    cfg.MODEL.DN_DETR = CfgNode()
+    node = cfg.MODEL.DN_DETR
+    # Number of classes P. null (or "auto", which setup_cfg() takes for null) means the classes of DATASETS.TRAIN. With COCO
+    # also 91: its raw ids, as the official models count.
+    node.NUM_CLASSES = None
+    # Names of the classes in order of their ids. Filled in by training and kept in config.yaml, so that pictures have
+    # names where the data set is not at hand.
+    node.CLASS_NAMES = []
+    # Anchors per image; the number of queries is this times max(QUERY_SOURCE.NUM_PATTERNS, 1). 300 in DAB and DN.
+    node.NUM_QUERIES = 300
+    # Channels C of the transformer. 256 in all published models.
+    node.HIDDEN_DIM = 256
+    # Backbone maps that enter the neck, high resolution first. DN: ["res5"]; deformable: ["res3", "res4", "res5"].
+    node.IN_FEATURES = ["res5"]
+    # Levels L of the pyramid; levels beyond IN_FEATURES are made by stride-2 convolutions. DN: 1; DD: 4.
+    node.NUM_FEATURE_LEVELS = 1
+
+    # What computes deformable attention: "auto" = the compiled kernel of the device where there is one, else PyTorch's
+    # operators, and says which; "cuda", "cpu" = that kernel or an error; "torch" = PyTorch's operators (the reference).
+    node.OP_BACKEND = "auto"
+
+    node.NECK = CfgNode()
+    # Norm after each projection: "" (DETR, DAB, DN) or "GN" with 32 groups (DD).
+    node.NECK.NORM = ""
+    # Temperature T of the sine encoding of image cells. 20 in DAB and DN, 10000 in DD.
+    node.NECK.POSITION_TEMPERATURE = 20.0
+    # Added to the 1-based cell count before it is normalised. 0 in DAB and DN, -0.5 (cell centre) in DD.
+    node.NECK.POSITION_OFFSET = 0.0
+
+    node.QUERY_SOURCE = CfgNode()
+    # Class that makes the queries: LearnedAnchors, TopKAnchors (DINO: the best cells of the encoder), ObjectnessAnchors (the
+    # DINO-like model of DN's repository), LearnedQueries or TwoStageQueries (Deformable DETR without and with two stages),
+    # LearnedPositions (DETR), LearnedPoints (Anchor DETR).
+    node.QUERY_SOURCE.NAME = "LearnedAnchors"
+    # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
+    # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
+    node.QUERY_SOURCE.CONTENT = "unknown"
+    # Content patterns that share each anchor; 0 = none. 3 in the "3pat" models.
+    node.QUERY_SOURCE.NUM_PATTERNS = 0
+
+    node.ENCODER = CfgNode()
+    # DenseEncoder (DAB, DN), DeformableEncoder (DD), PlainEncoder (DETR) or RowColumnEncoder (Anchor DETR).
+    node.ENCODER.NAME = "DenseEncoder"
+    # Layers, attention heads, width of the feed-forward blocks: 6, 8, 2048 in DAB and DN.
+    node.ENCODER.NUM_LAYERS = 6
+    node.ENCODER.NUM_HEADS = 8
+    node.ENCODER.FFN_DIM = 2048
+    # Dropout probability. 0 in DAB and DN, 0.1 in DETR and DD.
+    node.ENCODER.DROPOUT = 0.0
+    # Sampling points K per head and level of deformable attention. 4 in DD; dense attention ignores it.
+    node.ENCODER.NUM_POINTS = 4
+    # Keep only the inputs of each layer for the backward pass and compute the layer once more there: less memory, one more
+    # forward pass of the layers, the same gradients (docs/performance.md).
+    node.ENCODER.ACTIVATION_CHECKPOINTING = False
+
+    node.DECODER = CfgNode()
+    # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
+    # (DINO's ablation: final norm, no such gradient), PlainLookForwardTwiceDecoder (no norm), RefiningDecoder (deformable),
+    # StaticDecoder (plain DD, Anchor DETR) or NormalisedStaticDecoder (DETR).
+    node.DECODER.NAME = "LookForwardTwiceDecoder"
+    # ConditionalDecoderLayer (DAB, DN), MultiLevelConditionalDecoderLayer (DN-Deformable with a deformable encoder only),
+    # DeformableDecoderLayer (DAB- and DN-Deformable), DinoDecoderLayer, or of DD PointDecoderLayer (plain),
+    # FirstPointDecoderLayer (box refinement), QueryDecoderLayer (two stages); PlainDecoderLayer (DETR),
+    # RowColumnDecoderLayer (Anchor DETR).
+    node.DECODER.LAYER = "ConditionalDecoderLayer"
+    # As for the encoder.
+    node.DECODER.NUM_LAYERS = 6
+    node.DECODER.NUM_HEADS = 8
+    node.DECODER.FFN_DIM = 2048
+    node.DECODER.DROPOUT = 0.0
+    node.DECODER.NUM_POINTS = 4
+    node.DECODER.ACTIVATION_CHECKPOINTING = False
+    # One class and box head for all layers (DAB, DN) or one each (deformable).
+    node.DECODER.SHARE_HEADS = True
+    # Start of the width and height logits of the first box head. 0 in DAB and DN, -2 in DD: begin with small boxes.
+    node.DECODER.FIRST_SIZE_BIAS = 0.0
+
+    # Clamp of the logit of a reference box before it is corrected. 1e-3 in DAB, DN and DINO, 1e-5 in DD.
+    node.DECODER.LOGIT_EPS = 1e-3
+
+    node.DENOISING = CfgNode()
+    # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO), or "" to train by
+    # matching alone (DAB).
+    node.DENOISING.NAME = "DenoisingGenerator"
+    # Groups of noised copies ("scalar" in the official code). 5 in DN.
+    node.DENOISING.NUM_GROUPS = 5
+    # Chance that a label is redrawn, gamma in DN Sec. 4.1; 0.2 in the official code, which does not halve it.
+    node.DENOISING.LABEL_NOISE_PROB = 0.2
+    # Largest centre shift in half widths and heights, lambda1 in DN Sec. 4.1; 0.4 in the official code.
+    node.DENOISING.CENTER_NOISE_SCALE = 0.4
+    # Largest change of width and height in widths and heights, lambda2 in DN Sec. 4.1; 0.4 in the official code.
+    node.DENOISING.SIZE_NOISE_SCALE = 0.4
+    # Contrastive only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100 in DINO.
+    node.DENOISING.NUM_QUERIES = 100
+    # Contrastive only: reach of the near copies' corners in half sizes, the far ones move one to two times as far. 1.0 in
+    # all published DINO runs (their config files say 0.4, their scripts override it).
+    node.DENOISING.CORNER_NOISE_SCALE = 1.0
+    # Contrastive only: swap corners that have crossed. Off in the official code, where at scale 1 seven in sixteen far
+    # copies have a width or height that is not positive.
+    node.DENOISING.KEEP_CORNER_ORDER = False
+    # Hard limit on denoising queries; 0 = none. Above it each group gets a fresh random subset of an image's objects.
+    # The official code has none: its memory grows with the fullest image.
+    node.DENOISING.MAX_QUERIES = 0
+    # Hide padded slots from the real queries of their group. Off in the official code, which lets them be seen.
+    node.DENOISING.MASK_PADDING = False
+    # Hide noised ground truth from matching queries and from other groups. False is there for the paper's ablation (24.0 AP
+    # instead of 43.4): the model learns to copy what it shall predict.
+    node.DENOISING.ATTENTION_MASK = True
+    # Factor of all denoising losses. 1 in DN.
+    node.DENOISING.LOSS_WEIGHT = 1.0
+    # What denoising losses are divided by: noised objects averaged over ranks ("global"), or of this rank ("local",
+    # the official code). The same with one process.
+    node.DENOISING.NORMALIZER = "global"
+
+    node.MATCHER = CfgNode()
+    # Weights of the matching costs: focal class cost, L1 of cxcywh in [0, 1], GIoU. 2, 5, 2 in DAB and DN.
+    node.MATCHER.CLASS_COST = 2.0
+    node.MATCHER.L1_COST = 5.0
+    node.MATCHER.GIOU_COST = 2.0
+
+    node.LOSS = CfgNode()
+    # Weights of the losses, the same for every decoder layer: 1, 5, 2 in DAB and DN.
+    node.LOSS.CLASS_WEIGHT = 1.0
+    node.LOSS.L1_WEIGHT = 5.0
+    node.LOSS.GIOU_WEIGHT = 2.0
+    # "focal" = sigmoid focal loss, one probability a class (DAB, DN, DINO, DD); "softmax" = cross-entropy with one class
+    # more for "no object" (DETR), which counts NO_OBJECT_WEIGHT. 0.1 in DETR.
+    node.LOSS.CLASS_LOSS = "focal"
+    node.LOSS.NO_OBJECT_WEIGHT = 0.1
+    # Focal loss: weight alpha of positives and exponent gamma. 0.25 and 2 everywhere.
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+    # Added to union and enclosing area in the GIoU of losses and matching costs; the whole image has area 1. 1e-6 in DAB, DN
+    # and DINO, where it halves the GIoU of a box of side 0.001 with itself; nothing in DETR and DD, where points give NaN.
+    node.LOSS.GIOU_EPS = 1e-18
+
+    # Share of the model's tensors that MODEL.WEIGHTS must hold for a training to start; below 1 the others start at random,
+    # and the log names them. A backbone alone is compared with the backbone. Evaluation needs all.
+    cfg.MODEL.WEIGHTS_MATCHED = 1.0
+    # First 8 or more hexadecimal digits of the SHA-256 that a MODEL.WEIGHTS with "://" must have; "" = those in the file's
+    # name, as PyTorch publishes it. Without either nothing is downloaded.
+    cfg.MODEL.WEIGHTS_SHA256 = ""
+    # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
+    # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
+    cfg.MODEL.SWIN = CfgNode({"SIZE": "T", "DROP_PATH_RATE": 0.2})
+    # Backbone "build_vitdet_backbone" (maps p2 to p5; needs timm): "B" or "L", and the same chance. 0.1 in ViTDet-B.
+    cfg.MODEL.VIT = CfgNode({"SIZE": "B", "DROP_PATH_RATE": 0.1})
+
+    # Exponential moving average of the weights (EMA), with d2go's keys: after each step of the optimizer the average becomes
+    # DECAY * average + (1 - DECAY) * weights; buffers are copied. It is kept in each checkpoint ("model_ema"), evaluated
+    # beside the weights under "ema/", and has its own best checkpoint, model_best_ema.pth. Costs one more set of weights.
+    cfg.MODEL_EMA = CfgNode()
+    cfg.MODEL_EMA.ENABLED = False
+    # In [0, 1). The average looks back about 1 / (1 - DECAY) steps. 0.9997 in DINO's code, where it is off by default.
+    cfg.MODEL_EMA.DECAY = 0.9997
+    # Evaluation, demo.py and the predictor read the average of MODEL.WEIGHTS, a checkpoint of a training with EMA.
+    cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = False
+
+    # COCO-format data sets to register: [[name, annotation json, image folder], ...], paths relative to the environment
+    # variable DETECTRON2_DATASETS (default ./datasets) unless absolute.
+    cfg.DATASETS.COCO_JSON = []
+    # Crop branch of the training augmentation (DETR): with probability 0.5 the image is resized so that its shorter side
+    # is one of RESIZE, then cropped to a width and a height drawn from SIZE (pixels), before the usual resize.
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.TYPE = "absolute_range"
+    cfg.INPUT.CROP.SIZE = [384, 600]
+    cfg.INPUT.CROP.RESIZE = [400, 500, 600]
+    # Images without boxes are trained on, as the official code does; Detectron2's default drops them.
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    # Batches of like aspect ratio would change the order of the data; the official code has none.
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+
+    # Only "ADAMW" is known.
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    # Learning rate of the transformer, per iteration of IMS_PER_BATCH images. 1e-4 in DN.
+    cfg.SOLVER.BASE_LR = 1e-4
+    # What the learning rates of the backbone, and of the sampling offsets of deformable attention together with the layer
+    # that gives the reference points of Deformable DETR, are multiplied with.
+    # DN: 0.1 and 1; DD: 0.1 for both.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0
+    # Weight decay, also of norms and biases as in the official code. 1e-4 in DN.
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 1e-4
+    # Iterations of linear warm-up; the official recipes have none.
+    cfg.SOLVER.WARMUP_ITERS = 0
+    # "full_model" clips the norm of all gradients together at CLIP_VALUE; 0.1 in DN. Detectron2's "value" and "norm" work
+    # on each parameter by itself.
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
+    # Precision under SOLVER.AMP.ENABLED: "fp16" (with loss scaling) or "bf16".
+    cfg.SOLVER.AMP.DTYPE = "bf16"
+    # What a loss or gradient that is not a finite number does: "raise" = the training stops on all ranks before a weight
+    # changes, "skip" = the step is left out on all ranks. Both tell the tensor and write nan_report/ (docs/reliability.md).
+    cfg.SOLVER.NONFINITE = "raise"
+    # How many steps a whole training may skip, resumed parts included, before it stops nevertheless. Steps whose fp16
+    # gradient is too large for the loss scale are counted apart; they are no fault.
+    cfg.SOLVER.NONFINITE_LIMIT = 10
+    # Parts that each process passes its images of a step in, one after the other, to need less memory; 1 = all at once.
+    # IMS_PER_BATCH stays the images of a whole step: the gradient, the order of images and the schedule are the same.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # How many periodic checkpoints stay in OUTPUT_DIR, files of earlier runs included; 0 = all. model_best.pth,
+    # model_final.pth and the one to resume from are never deleted.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # End the training after PATIENCE evaluations in a row whose AP (of the first test set; with EMA, the larger of both) is
+    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never.
+    cfg.SOLVER.EARLY_STOPPING = CfgNode()
+    cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
+    cfg.SOLVER.EARLY_STOPPING.MIN_DELTA = 0.0
+    # Seconds that a process waits for the others before it gives up. PyTorch's own default is 600 for NCCL, 1800 for gloo.
+    cfg.DIST_TIMEOUT = 600
+
+    # Detections per image; 300 in DAB and DN.
+    cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    # Detections of an image and class that AP counts. 0 = COCO's 100; where an image has more than 100 objects of one class,
+    # as many as it has, or DETECTIONS_PER_IMAGE if that is more, and a warning says so.
+    cfg.TEST.MAX_DETECTIONS_EVALUATED = 0
+    # Images that a process evaluates at a time; detections do not depend on it unless PAD_TO_LARGEST is True.
+    cfg.TEST.IMS_PER_BATCH = 1
+    # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
+    # deformable family see the padding. False = only images of one size pass the model together.
+    cfg.TEST.PAD_TO_LARGEST = False
+
+    # At each evaluation and when the training is over, the losses on so many annotated images of each data set of
+    # DATASETS.TEST, evenly spaced by image id; 0 = off, more than there are = all. Without dropout, with the same noise each
+    # time; logged as validation/total_loss and validation/<term> (docs/diagnostics.md).
+    cfg.TEST.VALIDATION_LOSS = 0
+
+    # Diagnostics, see docs/diagnostics.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
+    # the training is over; the values go to TensorBoard and metrics.json. Weights and random streams stay as without them.
+    cfg.TEST.INSTABILITY = CfgNode()
+    # Images to look at, evenly spaced by image id; 0 = no diagnostics. DN Sec. 3.2 takes the 5000 of val2017.
+    cfg.TEST.INSTABILITY.NUM_IMAGES = 0
+    # Look also every so many iterations; 0 = at evaluations only. For equal steps take a divisor of TEST.EVAL_PERIOD.
+    cfg.TEST.INSTABILITY.PERIOD = 0
+    # k of ATD(k), the mean of the k largest distances between an anchor and its object (DINO Sec. 4). 100 in DINO.
+    cfg.TEST.INSTABILITY.ATD_K = 100
+    # Box noise (lambda1 = lambda2 of DN, the reach of near copies in DINO) at which the restoring of noised objects is
+    # measured; [] = not at all. One pass over the images for each. [0.2, 0.4, 0.8] shows the training's 0.4 and both sides.
+    cfg.TEST.INSTABILITY.HEALTH_SCALES = []
+
+    cfg.DEBUG = CfgNode()
+    # Before the first step perturb the denoising queries of two training images, and refuse to train if a matching query or
+    # another group notices. Costs some decoder passes, about 6 log2(groups).
+    cfg.DEBUG.CHECK_DENOISING = False

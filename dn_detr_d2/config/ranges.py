@@ -1,0 +1,130 @@
+"""Which values a config key may have, where the part that reads it would not notice that one makes no sense.
+
+Types are compared when files are merged, names when a part is looked up, and how keys go together where the model is built.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+from ..errors import ConfigError
+
+_ROOT = "MODEL.DN_DETR."
+_POSITIVE = (
+    *(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "CHECKPOINT_PERIOD")),
+    *("SOLVER.ACCUMULATION_STEPS", "SOLVER.NUM_DECAYS"),
+    *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "SOLVER.GAMMA", "INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"),
+    *("TEST.DETECTIONS_PER_IMAGE", "TEST.IMS_PER_BATCH"),
+    *(f"{_ROOT}NECK.POSITION_TEMPERATURE", f"{_ROOT}LOSS.GIOU_EPS"),
+    *("TEST.INSTABILITY.ATD_K", "DIST_TIMEOUT"),
+)
+_NOT_NEGATIVE = (
+    *(f"SOLVER.{key}" for key in ("BACKBONE_MULTIPLIER", "SAMPLING_MULTIPLIER", "WARMUP_ITERS")),
+    *("SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.CHECKPOINTS_KEPT"),
+    *("SOLVER.EARLY_STOPPING.PATIENCE", "SOLVER.EARLY_STOPPING.MIN_DELTA", "SOLVER.NONFINITE_LIMIT"),
+    *("TEST.INSTABILITY.NUM_IMAGES", "TEST.INSTABILITY.PERIOD", "TEST.VALIDATION_LOSS"),
+    *(f"{_ROOT}DENOISING.{key}" for key in ("NUM_QUERIES", "MAX_QUERIES", "CORNER_NOISE_SCALE", "LOSS_WEIGHT")),
+    *(f"{_ROOT}LOSS.FOCAL_GAMMA", "SOLVER.WARMUP_FACTOR", "SOLVER.BASE_LR_END"),
+    *("DATALOADER.NUM_WORKERS", "INPUT.MIN_SIZE_TEST"),  # 0 = in this process; the image as it is
+)
+_FINITE = (
+    *(f"{_ROOT}{key}" for key in ("NECK.POSITION_OFFSET", "DECODER.FIRST_SIZE_BIAS")),
+    *(f"{_ROOT}DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")),
+    *(f"{_ROOT}MATCHER.{key}_COST" for key in ("CLASS", "L1", "GIOU")),
+    *(f"{_ROOT}LOSS.{key}" for key in ("CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "NO_OBJECT_WEIGHT")),
+)
+
+
+def _number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _strings(x) -> bool:
+    return isinstance(x, list | tuple) and all(isinstance(name, str) for name in x)
+
+
+def _sizes(x) -> bool:
+    return isinstance(x, list | tuple) and len(x) > 0 and all(type(size) is int and size > 0 for size in x)
+
+
+def _steps(x) -> bool:
+    """Whether ``x`` holds positive integers, each larger than the one before; it may hold none."""
+    whole = isinstance(x, list | tuple) and all(type(step) is int for step in x)
+    return whole and all(before < step for before, step in zip((0, *x), x, strict=False))
+
+
+def _three(x) -> bool:
+    return isinstance(x, list | tuple) and len(x) == 3 and all(_number(c) and math.isfinite(c) for c in x)
+
+
+# (keys, what a value must be, the test); "not a number" fails every comparison and with it every test.
+CHECKS: tuple[tuple[tuple[str, ...], str, Callable], ...] = (
+    (_POSITIVE, "be positive", lambda x: 0 < x < math.inf),
+    (_NOT_NEGATIVE, "be finite and not negative", lambda x: 0 <= x < math.inf),
+    (_FINITE, "be finite", math.isfinite),
+    ((f"{_ROOT}LOSS.FOCAL_ALPHA", "MODEL.WEIGHTS_MATCHED"), "lie in [0, 1]", lambda x: 0 <= x <= 1),
+    ((f"{_ROOT}DECODER.LOGIT_EPS",), "lie between 0 and 0.5", lambda x: 0 < x < 0.5),
+    (
+        ("MODEL.SWIN.DROP_PATH_RATE", "MODEL.VIT.DROP_PATH_RATE", "MODEL_EMA.DECAY"),
+        "lie in [0, 1)",
+        lambda x: 0 <= x < 1,
+    ),
+    (("TEST.MAX_DETECTIONS_EVALUATED",), "be 0 or more than 10", lambda x: x == 0 or 10 < x < math.inf),
+    (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
+    (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
+    (("INPUT.CROP.RESIZE", "INPUT.MIN_SIZE_TRAIN"), "be positive numbers of pixels", _sizes),
+    (("SOLVER.STEPS",), "be positive iterations in ascending order", _steps),
+    (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
+    ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES"), "be a list of names", _strings),
+)
+
+
+def flatten(cfg: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(full key, value) of every leaf of a config."""
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_ranges(cfg: dict) -> None:
+    """Refuses values that no key can have, then those that a key of ours cannot have; raises ConfigError."""
+    values = dict(flatten(cfg))
+    for key, value in values.items():
+        _check_numbers(key, value)
+    for keys, must, test in CHECKS:
+        for key in keys:
+            switched_off = key.startswith("INPUT.CROP.") and not values["INPUT.CROP.ENABLED"]
+            if not switched_off and (values[key] is None or not test(values[key])):
+                raise ConfigError(f"{key} must {must}, got {values[key]!r}")
+    _check_schedule(values)
+    sizes = values["INPUT.MIN_SIZE_TRAIN"]
+    if values["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        raise ConfigError(
+            f"INPUT.MIN_SIZE_TRAIN must be (smallest, largest) where INPUT.MIN_SIZE_TRAIN_SAMPLING is 'range', got {sizes!r}"
+        )
+
+
+def _check_schedule(values: dict) -> None:
+    """Refuses what the scheduler of ``SOLVER.LR_SCHEDULER_NAME`` would end the training for."""
+    name, steps, end = (values[f"SOLVER.{key}"] for key in ("LR_SCHEDULER_NAME", "STEPS", "MAX_ITER"))
+    if name == "WarmupMultiStepLR" and end in steps:
+        raise ConfigError(
+            f"SOLVER.STEPS must not hold SOLVER.MAX_ITER = {end}, where the training is over, got {steps!r}; take it out"
+        )
+    last, first = values["SOLVER.BASE_LR_END"], values["SOLVER.BASE_LR"]
+    if name == "WarmupCosineLR" and last > first:
+        raise ConfigError(f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR = {first}, got {last}")
+
+
+def _check_numbers(key: str, value) -> None:
+    """Refuses what is not a number, and integers that no tensor can count."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_numbers(key, part)
+    elif value is None and key.startswith(_ROOT) and key != f"{_ROOT}NUM_CLASSES":
+        raise ConfigError(f"{key} must have a value, got null; leave the line out for the default")
+    elif isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{key} must be a number, got {value!r}")
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{key} is out of range, got an integer of {value.bit_length()} bits; write a smaller one")

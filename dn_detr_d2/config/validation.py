@@ -1,0 +1,51 @@
+"""Refuses configs whose values would fail later with a less telling message."""
+
+import torch
+from detectron2.config import CfgNode
+
+from ..errors import ConfigError
+from .ranges import check_ranges
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
+    check_ranges(cfg)
+    _check_diagnostics(cfg.TEST.INSTABILITY)
+    num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
+    choices = {
+        "SOLVER.OPTIMIZER": ("ADAMW",),
+        "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
+        "SOLVER.NONFINITE": ("raise", "skip"),
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
+        "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+        "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+        "INPUT.FORMAT": ("RGB", "BGR"),
+        "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
+        "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
+    }
+    for key, known in choices.items():
+        if _get(cfg, key) not in known:
+            raise ConfigError(f"{key} must be one of {known}, got {_get(cfg, key)!r}")
+    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute_range":
+        raise ConfigError(f"INPUT.CROP.TYPE must be 'absolute_range' for DETR's crop, got {cfg.INPUT.CROP.TYPE!r}")
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise ConfigError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
+
+
+def _check_diagnostics(node: CfgNode) -> None:
+    scales = node.HEALTH_SCALES
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < float("inf") for x in scales):
+        raise ConfigError(f"TEST.INSTABILITY.HEALTH_SCALES takes numbers that are not negative, got {list(scales)}")
+
+
+def _get(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg

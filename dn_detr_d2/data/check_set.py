@@ -1,0 +1,107 @@
+"""Checks a COCO-format data set with its images, or repairs it first and checks the result; see docs/datasets.md."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import DatasetError
+from ..utils.files import atomic_write
+from .check import annotated_sizes, check_content
+from .check_images import STOPPING, check_images
+from .images import ImageFolder
+from .normalise import objects_of
+from .repair import converted, refuse_to_clip, repaired, rewritten, without_bad
+from .report import Report
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a data set is compared with.
+
+    Attributes:
+        num_queries: MODEL.DN_DETR.NUM_QUERIES, 0 = not compared.
+        denoising_budget: DENOISING.MAX_QUERIES // DENOISING.NUM_GROUPS, 0 = not compared.
+        read_images: whether the image files are read; else the sizes are those of the annotation file.
+    """
+
+    num_queries: int = 0
+    denoising_budget: int = 0
+    read_images: bool = True
+
+
+def check_set(content: dict, folder: str, options: CheckOptions) -> Report:
+    """The problems of one data set.
+
+    Args:
+        content: of an annotation file in COCO format.
+        folder: what ``file_name`` is relative to.
+        options: what it is compared with.
+    """
+    report, images = Report(), objects_of(content, "images")
+    sizes = check_images(images, folder, report) if options.read_images else annotated_sizes(images)
+    check_content(content, report, sizes, options.num_queries, options.denoising_budget)
+    return report
+
+
+def repair_set(
+    content: dict,
+    folder: str,
+    target: str,
+    options: CheckOptions,
+    *,
+    drop_bad: bool = False,
+    boxes: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Writes a repaired copy and returns its problems.
+
+    Args:
+        content, folder, options: as for :func:`check_set`; ``content`` stays as it is.
+        target: the JSON file to write.
+        drop_bad: leave out images, categories and annotations that cannot be used.
+        boxes: convention that the boxes are written in, of ``conventions.CHOICES``; None = found out.
+        say: takes a line about each change.
+
+    Raises:
+        DatasetError: it needs a decision of the user, or the file cannot be written.
+    """
+    report, unusable = Report(), {}
+    content, _, changes = rewritten(content, ImageFolder(folder))
+    images = objects_of(content, "images")
+    sizes = check_images(images, folder, report, unusable) if options.read_images else annotated_sizes(images)
+    if drop_bad:
+        content, lines, rows = without_bad(content, unusable)
+        sizes = sizes[rows]
+        for kind in STOPPING:
+            del report.counts[kind]
+        for line in lines:
+            say(f"left out: {line}")
+        say(f"{len(lines)} images, categories and annotations left out")
+    if boxes:
+        before, content = content, converted(content, sizes, boxes)
+        changes += Counter({f"box converted from {boxes}": _count_changed(before, content)})
+    refuse_to_clip(content, sizes)
+    content, more = repaired(content, sizes)
+    try:
+        write_json(content, target)
+    except OSError as error:
+        raise DatasetError(f"--fix {target} cannot be written: {error.strerror}") from None
+    changes += more
+    for kind, count in (+changes).items():
+        say(f"repaired: {count} x {kind}")
+    say(f"{sum(changes.values())} annotations changed or dropped; written: {target}")
+    check_content(content, report, sizes, options.num_queries, options.denoising_budget)
+    return report
+
+
+def _count_changed(before: dict, after: dict) -> int:
+    """Annotations with another box, of two contents with the same annotations in the same order."""
+    entries = zip(objects_of(before, "annotations"), objects_of(after, "annotations"), strict=True)
+    return sum(old.get("bbox") is not new.get("bbox") for old, new in entries)
+
+
+def write_json(content: dict, path: str) -> None:
+    """Writes a JSON file completely or not at all; raises OSError."""
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content))

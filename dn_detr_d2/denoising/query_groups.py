@@ -1,0 +1,60 @@
+"""Which denoising query belongs to which group, and which group may see which: the attention mask comes from a table.
+
+Shapes: G groups, D denoising queries, Q matching queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class QueryGroups:
+    """The places on the query axis and what they may see of each other.
+
+    Groups are laid out one after the other; within a group come the first copies of all objects, then the second ones.
+
+    Attributes:
+        group: (D,) int64 in [0, G).
+        copy: (D,) int64, which copy of its object inside the group; 0 is the one that restores it.
+        visible: (G + 1, G + 1) bool table [group of the query, group of the key]; the last row and column stand for the
+            matching queries.
+        num_copies: copies of an object in a group.
+    """
+
+    group: Tensor
+    copy: Tensor
+    visible: Tensor
+    num_copies: int = 1
+
+    @classmethod
+    def isolated(
+        cls, num_groups: int, copies: int, room: int, device: torch.device | str | None = None
+    ) -> "QueryGroups":
+        """The layout of DN-DETR (Eq. 8-9): *a denoising key is visible to its own group only*, a matching key to all.
+
+        Args:
+            num_groups: G.
+            copies: of an object in a group.
+            room: objects that a group has room for; D = G * copies * room.
+            device: of the tensors.
+        """
+        visible = torch.eye(num_groups + 1, dtype=torch.bool, device=device)
+        visible[:, -1] = True
+        slot = torch.arange(num_groups * copies * room, device=device)
+        return cls(slot // (copies * room), slot // room % copies, visible, copies)
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.visible) - 1
+
+    def of_all(self, num_matching: int) -> Tensor:
+        """(D + Q,) group of each query on the axis, G for matching queries."""
+        return torch.cat([self.group, self.group.new_full((num_matching,), self.num_groups)])
+
+    def attention_mask(self, num_matching: int) -> Tensor:
+        """(D + Q, D + Q) bool self-attention mask [query, key], True = blocked."""
+        group = self.of_all(num_matching)
+        return ~self.visible[group[:, None], group]

@@ -1,0 +1,31 @@
+"""What a model does on fixed images, see docs/diagnostics.md: as functions, and as hooks of a training."""
+
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
+from .denoising_health import JudgedLabel, Restoration, judge_labels, measure_restoration
+from .diagnostic_hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_diagnostics
+from .instability import anchor_distances, anchor_metrics, average_top_k, churn, instability
+from .leak import check_denoising
+from .model_state import preserve_state
+from .probe import ProbedImage, probe
+
+__all__ = [
+    "InstabilityHook",
+    "JudgedLabel",
+    "LeakCheckHook",
+    "MeasuringHook",
+    "ProbedImage",
+    "Restoration",
+    "anchor_distances",
+    "anchor_metrics",
+    "average_top_k",
+    "build_diagnostics",
+    "check_denoising",
+    "churn",
+    "instability",
+    "judge_labels",
+    "measure_restoration",
+    "preserve_state",
+    "probe",
+]

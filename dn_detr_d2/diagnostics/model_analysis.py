@@ -1,0 +1,92 @@
+"""What a model costs: parameters, multiply-adds, activations and memory, by part, for one image.
+
+GFLOPs are 10^9 multiply-adds: of convolutions, linear layers, products of attention, deformable attention and norms.
+*Paper* GFLOPs leave linear layers and deformable attention out and add 7 operations for each attention weight, which gives
+the figures of the DAB-DETR and DN-DETR papers (docs/parity.md).
+"""
+
+import logging
+import math
+import warnings
+from collections import Counter
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+
+from ..export import PARTS, OneImage
+
+
+def attention_flops(inputs, outputs) -> Counter:
+    """Multiply-adds of ``scaled_dot_product_attention``: Q K^T and the weighted sum of the values; the softmax apart."""
+    (*batch, queries, width), (*_, keys, values) = get_shape(inputs[0]), get_shape(inputs[2])
+    weights = math.prod(batch) * queries * keys
+    return Counter({"attention": weights * (width + values), "softmax": 7 * weights})
+
+
+def deformable_flops(inputs, outputs) -> Counter:
+    """Multiply-adds of deformable attention: four corners and one weight for every sampling point and channel."""
+    n, _, h, d = get_shape(inputs[0])
+    offsets = next(get_shape(x) for x in inputs if x.isCompleteTensor() and len(get_shape(x)) == 6)
+    return Counter({"deformable attention": n * offsets[1] * h * math.prod(offsets[3:5]) * d * 5})
+
+
+def linear_flops(inputs, outputs) -> Counter:
+    """Multiply-adds of a linear layer."""
+    return Counter({"linear": math.prod(get_shape(inputs[0])) * get_shape(inputs[1])[0]})
+
+
+HANDLES = {
+    "aten::scaled_dot_product_attention": attention_flops,
+    "aten::linear": linear_flops,
+    "dn_detr_d2::ms_deform_attn": deformable_flops,
+    "dn_detr_d2::ms_deform_attn_fused": deformable_flops,
+}
+NOT_IN_PAPERS = ("linear", "deformable attention")
+
+
+def analyze(cfg, height: int, width: int) -> dict:
+    """Part -> {"parameters", "trainable", "gflops", "paper_gflops", "mactivations"}, and the same for "total"."""
+    model = build_model(cfg).eval()
+    image = torch.zeros(1, 3, height, width)
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flops = FlopCountAnalysis(OneImage(model), image).set_op_handle(**HANDLES)
+        activations = ActivationCountAnalysis(OneImage(model), image)
+        for analysis in (flops, activations):
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        per_part, per_operator = flops.by_module(), flops.by_module_and_operator()
+        outputs = activations.by_module()
+    result = {}
+    for name in (*PARTS, ""):
+        module = model.get_submodule(name)
+        parameters = list(module.parameters())
+        result[name or "total"] = {
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "gflops": (per_part[name] - per_operator[name]["softmax"]) / 1e9,
+            "paper_gflops": (per_part[name] - sum(per_operator[name][kind] for kind in NOT_IN_PAPERS)) / 1e9,
+            "mactivations": outputs[name] / 1e6,
+        }
+    return result
+
+
+def measure_memory(cfg, height: int, width: int) -> int:
+    """Bytes that autograd keeps between forward and backward of one training image with seven objects."""
+    model = build_model(cfg).train()
+    boxes = Boxes(torch.tensor([[10.0, 10.0, width / 2, height / 2]]).repeat(7, 1))
+    instances = Instances((height, width), gt_boxes=boxes, gt_classes=torch.zeros(7, dtype=torch.int64))
+    kept = {}
+
+    def _keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(_keep, lambda x: x):
+        losses = model([{"image": torch.zeros(3, height, width, dtype=torch.uint8), "instances": instances}])
+    del losses
+    return sum(size for address, size in kept.items() if address not in weights)

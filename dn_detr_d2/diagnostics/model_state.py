@@ -1,0 +1,43 @@
+"""Looking at a model in training without leaving a trace: mode, gradients and random streams stay as they were."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from detectron2.utils import comm
+from torch import nn
+
+from ..data.interruption import agree
+from ..utils.distributed import device_of, unwrap
+from ..utils.rng import isolated_rng
+
+
+@contextmanager
+def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
+    """The model itself, out of DistributedDataParallel, in evaluation mode, without gradients, under a seed of its own.
+
+    Afterwards every module has the mode that it had, and the random streams of Python, NumPy and PyTorch go on from where
+    they stood: a training with diagnostics gives the same weights as one without, to the bit.
+
+    Args:
+        model: with or without the wrapper.
+        seed: of the three streams inside.
+    """
+    bare = unwrap(model)
+    modes = [(module, module.training) for module in bare.modules()]
+    try:
+        with isolated_rng(seed, device_of(bare)), torch.no_grad():
+            yield bare.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def gather(items: list) -> list:
+    """What all ranks have, joined in the order of the ranks, on rank 0; [] elsewhere.
+
+    Raises:
+        Interrupted: on all ranks, because the training is asked to stop.
+    """
+    agree()
+    return [item for part in comm.gather(items) for item in part]

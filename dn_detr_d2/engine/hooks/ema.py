@@ -1,0 +1,50 @@
+"""An exponential moving average of the weights (EMA), kept beside them: smoother, and in late training often better."""
+
+import logging
+
+from detectron2.engine import HookBase
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+logger = logging.getLogger(__name__)
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a model for the average of its weights, in evaluation mode, without gradients.
+
+    The first step gives it the weights of the model, each further one ``decay * average + (1 - decay) * weights``. Buffers
+    are copied, not averaged: running statistics are averages already, and a table of indices has no mean.
+
+    Args:
+        model: without DistributedDataParallel.
+        decay: in [0, 1).
+    """
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return averaged.eval().requires_grad_(False)
+
+
+class AverageHook(HookBase):
+    """Takes the weights into the average after each step. To stand before the hooks that write checkpoints.
+
+    A step that has not changed the weights does not count, see :class:`~dn_detr_d2.engine.TrainStep`.
+
+    Args:
+        averaged: of :func:`average_weights`.
+        model: the one that is trained, without DistributedDataParallel.
+    """
+
+    def __init__(self, averaged: AveragedModel, model: nn.Module):
+        self.averaged, self.model = averaged, model
+
+    def before_train(self) -> None:
+        """Says when a training that is resumed has no average to go on with."""
+        if self.trainer.start_iter > 0 and self.averaged.n_averaged == 0:
+            logger.warning(
+                "the checkpoint has no averaged weights; the average begins anew after iteration %d",
+                self.trainer.start_iter,
+            )
+
+    def after_step(self) -> None:
+        """One more step of the average."""
+        if self.trainer._trainer.stepped:
+            self.averaged.update_parameters(self.model)

@@ -1,0 +1,112 @@
+"""A complete config: read, checked, its data sets registered, its classes those of the data sets."""
+
+from detectron2.config import CfgNode
+
+from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
+from ..config import load_config
+from ..data.coco_custom import register_coco_json
+from ..data.registered import known_classes, used_classes
+from ..errors import ConfigError
+
+
+def setup_cfg(
+    config_file: str = "", opts: list | None = None, *, splits: tuple[str, ...] = ("TRAIN", "TEST")
+) -> CfgNode:
+    """A complete config from a YAML file and overrides, checked; data sets of ``DATASETS.COCO_JSON`` registered.
+
+    Args:
+        config_file: path of a YAML file, a name of the model zoo, or "" for the defaults.
+        opts: [key, value, key, value, ...] that override the file.
+        splits: which of ``DATASETS`` must be at hand: those are read, give ``NUM_CLASSES: auto`` its number, and are
+            compared with it. ("TEST",) for evaluation; () for inference with the config.yaml of a finished training.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a value that cannot work, or class counts that contradict.
+        DatasetError: an annotation file that cannot be used.
+    """
+    cfg = load_config(config_file, opts)
+    used = [name for split in splits for name in cfg.DATASETS[split]]
+    for entry in cfg.DATASETS.COCO_JSON:
+        if not isinstance(entry, list | tuple) or len(entry) != 3 or not entry[0]:
+            raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {entry!r}")
+        register_coco_json(*entry, must_exist=entry[0] in used)
+    if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
+        raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
+    if used:
+        resolve_classes(cfg, used)
+    return cfg
+
+
+def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
+    """Fills in NUM_CLASSES and CLASS_NAMES from ``datasets`` and compares them with what the config says.
+
+    Classes are the same if their names are: data sets may list them in any order, and may lack some of them. The order of
+    the model is that of CLASS_NAMES if the config of a training gives it, else that of the first data set with all names.
+
+    Raises:
+        ConfigError: no order of the model holds the classes of all data sets, or NUM_CLASSES is not their number, or nothing
+            says it.
+    """
+    node = cfg.MODEL.DN_DETR
+    known = {name: classes for name in datasets if (classes := known_classes(name))}
+    if node.NUM_CLASSES is None and not known:
+        raise ConfigError(
+            f"MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of {datasets} names its classes; set the number"
+        )
+    classes = _order_of_classes(cfg, known) if known else None
+    if node.NUM_CLASSES is None:
+        node.NUM_CLASSES = len(classes)
+    elif node.NUM_CLASSES == NUM_RAW_CLASSES and classes == list(coco_names()):
+        classes = list(raw_names())  # as the official models count
+    elif classes is not None and len(classes) != node.NUM_CLASSES:
+        raise ConfigError(
+            f"MODEL.DN_DETR.NUM_CLASSES = {node.NUM_CLASSES}, but {next(iter(known))} has {len(classes)} classes "
+            f"{classes[:8]}; set it to {len(classes)} or to auto"
+        )
+    if classes is not None:
+        node.CLASS_NAMES = list(classes)
+
+
+def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
+    """The classes of the model in their order.
+
+    Args:
+        cfg: the config.
+        known: data set -> its classes in its order; those of DATASETS.TRAIN come first.
+    """
+    node = cfg.MODEL.DN_DETR
+    found = list(dict.fromkeys(name for classes in known.values() for name in classes))
+    given = list(node.CLASS_NAMES)
+    as_many = len(given) == node.NUM_CLASSES and given != list(raw_names())
+    if set(given) == set(found) or (as_many and set(given) >= set(found)):
+        return given
+    trained = [known[name] for name in cfg.DATASETS.TRAIN if name in known]
+    if not trained:  # an evaluation: the names decide which rows of a checkpoint are meant
+        return found
+    most = max(trained, key=len)
+    lacking = {name: [x for x in classes if x not in set(most)] for name, classes in known.items()}
+    for name, missing in lacking.items():
+        if missing and name not in cfg.DATASETS.TRAIN:  # what only a test set lists, and has no objects of, is no class
+            used = used_classes(name)  # reads the set
+            lacking[name] = [x for x in missing if x in used]
+    if lacking := {name: missing for name, missing in lacking.items() if missing}:
+        largest = next(name for name in cfg.DATASETS.TRAIN if known.get(name) == most)
+        others = "; ".join(f"{name} has {missing[:8]} besides" for name, missing in lacking.items())
+        raise ConfigError(
+            "DATASETS.TRAIN and DATASETS.TEST must have the same classes, or one of DATASETS.TRAIN those of all others: "
+            f"{largest} has {len(most)} {most[:8]}, {others}; write these names into the categories of {largest} too (a "
+            f"category may be without objects), or take them out of the other file{_inherited(cfg)}"
+        )
+    return list(most)
+
+
+def _inherited(cfg: CfgNode) -> str:
+    """A way out for own data in DATASETS.TRAIN with the test set of the base config."""
+    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
+    theirs = [name for name in cfg.DATASETS.TEST if name not in own]
+    if not own & {*cfg.DATASETS.TRAIN} or not theirs:
+        return ""
+    return (
+        f'; DATASETS.TEST {theirs} is the base config\'s: set it to a data set of yours, or to "()" to train without '
+        "evaluation"
+    )

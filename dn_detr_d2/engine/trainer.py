@@ -1,0 +1,254 @@
+"""Training and evaluation on Detectron2's engine: the trainer and the hooks that differ."""
+
+import logging
+import math
+import sys
+import weakref
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+from .. import data
+from ..checkpoint import EMA
+from ..checkpoint.checkpointer import Checkpointer, load_weights
+from ..checkpoint.resume import must_fit
+from ..coco import raw_names
+from ..data.interruption import Interrupted, agree, interruptible
+from ..diagnostics import MeasuringHook, build_diagnostics
+from ..evaluation import TolerantCOCOEvaluator
+from ..utils.distributed import device_of, unwrap
+from ..utils.processor import slow_bfloat16
+from ..utils.rng import isolated_rng
+from ..utils.text_output import escape_unwritable
+from . import optimizer
+from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
+from .hooks.early_stopping import EarlyEnd, EarlyStopping
+from .hooks.ema import AverageHook, average_weights
+from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_training
+from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
+from .train_step import TrainStep
+from .training_state import capture_training_state, restore_training_state
+
+logger = logging.getLogger(__name__)
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that look at the model and may be cut off
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer for DETRs; runs on GPUs over NCCL and in CPU processes over gloo.
+
+    Args:
+        cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`.
+        stop_request: one that listens already; otherwise signals count from :meth:`train` on.
+    """
+
+    def __init__(self, cfg, stop_request: StopRequest | None = None):
+        escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
+        TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
+        self.stop_request = stop_request or StopRequest()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+        self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+        if amp_dtype is torch.bfloat16 and next(model.parameters()).is_cpu and (reason := slow_bfloat16()):
+            logger.warning("%s; SOLVER.AMP.ENABLED False trains faster here", reason)
+        reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
+        may_skip = cfg.SOLVER.NONFINITE_LIMIT if cfg.SOLVER.NONFINITE == "skip" else 0
+        options = {"may_skip": may_skip, "accumulation": cfg.SOLVER.ACCUMULATION_STEPS}
+        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, reports, **options)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.device = next(model.parameters()).device
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            cfg=cfg,
+            new_classes=True,
+            training_state=partial(capture_training_state, loader, self.device),
+            trainer=weakref.proxy(self),
+            **({EMA: self.averaged} if self.averaged else {}),
+        )
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; a training that is resumed goes on with its images and its random numbers."""
+        saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resuming:
+            self.start_iter = self.iter + 1
+            with must_fit(self.checkpointer.found):
+                restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
+
+    def build_hooks(self) -> list:
+        """Detectron2's hooks with our checkpoints; after an evaluation the best one and the diagnostics."""
+        cfg = self.cfg
+        found = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
+        period, metrics = cfg.TEST.EVAL_PERIOD, best_metrics(cfg)
+        averages = [AverageHook(self.averaged, unwrap(self.model))] if self.averaged else []
+        added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
+        added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_diagnostics(cfg)
+        evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+        record = EvaluationRecord(cfg.OUTPUT_DIR, period)
+        evaluating = [found[evaluation], *added, record]
+        found[evaluation + 1 : evaluation + 1] = evaluating[1:]
+        for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
+            # Or a probe would replace the one before.
+            writer._period = math.gcd(writer._period, cfg.TEST.INSTABILITY.PERIOD)
+        stop = StopHook(self.stop_request)
+        checkpoints = self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop)
+        found[evaluation:evaluation] = [checkpoints, LeaveHook(stop)]
+        node = cfg.SOLVER.EARLY_STOPPING
+        ends = (
+            [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
+        )
+        return [stop, ShortHistory(), *averages, *found, *ends, RepeatEvaluation(record, [*evaluating, *ends])]
+
+    def build_writers(self) -> list:
+        """Detectron2's, with our printer in the place of its own, which is the first."""
+        return [MetricPrinter(self.max_iter), *super().build_writers()[1:]]
+
+    def train(self):
+        """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75), early stopping without."""
+        self.stop_request.listen()
+        try:
+            with interruptible(self.stop_request.anywhere, self.stop_request.raising):
+                return super().train()
+        except EarlyEnd:
+            return getattr(self, "_last_eval_results", None)
+        except Interrupted:
+            self._leave_interrupted()
+        finally:
+            self.stop_request.release()
+
+    def _leave_interrupted(self) -> None:
+        """Leaves with the checkpoint of the last step, which an evaluation that was cut off may not have written yet."""
+        last = min(self.iter, self.max_iter - 1)
+        if self._checkpoints.saved != last and self.iter == last:
+            self.checkpointer.save(f"model_{last:07d}", iteration=last)
+        leave_training(self.stop_request.received or "another process was asked to stop", last + 1)
+
+    def after_step(self) -> None:
+        """As Detectron2's; a request to stop cuts an evaluation off."""
+        for hook in self._hooks:
+            with self._until_asked(hook):
+                hook.after_step()
+
+    def _until_asked(self, hook):
+        """Where a signal may raise: in hooks that measure, not in those that write files or change the model."""
+        return self.stop_request.interruptible() if isinstance(hook, MEASURING) else nullcontext()
+
+    def after_train(self) -> None:
+        """As Detectron2's; after an error or a stop only the writers finish: other ranks may have left.
+
+        After early stopping too: everything has just been evaluated and written.
+        """
+        self.storage.iter = self.iter
+        cut_off = sys.exc_info()[0]
+        for hook in self._hooks:
+            try:
+                with self._until_asked(hook):
+                    if cut_off is None:
+                        hook.after_train()
+                    elif isinstance(hook, hooks.PeriodicWriter):
+                        self._finish(hook)
+            except Interrupted as error:
+                cut_off = error
+        if isinstance(cut_off, Interrupted):
+            raise cut_off
+
+    @staticmethod
+    def _finish(writer: hooks.PeriodicWriter) -> None:
+        try:
+            writer.after_train()
+        except OSError as error:  # a full disk, say, must not hide why the training ends
+            logger.warning("the last metrics were not written: %s", error)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None) -> dict:
+        """As Detectron2's; the random streams of the training stay where they are."""
+        with isolated_rng(0, device_of(model)):
+            results = super().test(cfg, model, evaluators)
+        if cfg.DATASETS.TEST:
+            agree()
+        return results
+
+    def test_averaged(self) -> dict:
+        """Evaluates the averaged weights; results are named ``ema/...`` and go to OUTPUT_DIR/ema/inference."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "ema")
+        return {"ema": self.test(cfg, self.averaged.module)}
+
+    @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        """The model of the config, in training mode, with its size in the log."""
+        from detectron2.modeling import build_model
+
+        model = build_model(cfg)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        logger.debug("Model:\n%s", model)
+        logger.info("Model: %.2f M parameters, %.2f M trainable, on %s", total / 1e6, trainable / 1e6, cfg.MODEL.DEVICE)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """See :func:`dn_detr_d2.engine.optimizer.build_optimizer`."""
+        return optimizer.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """See :func:`dn_detr_d2.data.build_train_loader`."""
+        return data.build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """See :func:`dn_detr_d2.data.build_test_loader`."""
+        return data.build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
+        """COCO's AP, on the records that the test loader reads; results go to OUTPUT_DIR/inference."""
+        return TolerantCOCOEvaluator(
+            dataset_name,
+            output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"),
+            raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
+            model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            max_detections=cfg.TEST.MAX_DETECTIONS_EVALUATED,
+        )
+
+
+def best_metrics(cfg) -> list[str]:
+    """Names under which d2's EvalHook logs AP, of the weights and of their average; of several test sets, the first."""
+    if not cfg.DATASETS.TEST:
+        return []
+    name = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+    return [name, f"ema/{name}"] if cfg.MODEL_EMA.ENABLED else [name]
+
+
+def load_for_evaluation(cfg) -> nn.Module:
+    """The model of the config with all of MODEL.WEIGHTS, or of their moving average.
+
+    Raises:
+        CheckpointError: see :func:`~dn_detr_d2.checkpoint.checkpointer.load_weights`.
+    """
+    model = Trainer.build_model(cfg).eval()
+    load_weights(model, cfg)
+    return model
+
+
+def evaluate(cfg) -> dict:
+    """Evaluates MODEL.WEIGHTS on DATASETS.TEST; returns Detectron2's results."""
+    escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
+    return Trainer.test(cfg, load_for_evaluation(cfg))

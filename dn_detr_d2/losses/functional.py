@@ -1,0 +1,32 @@
+"""What losses and costs are computed with: plain functions of tensors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Sigmoid focal loss (Lin et al., ICCV 2017) of every logit, once as a negative and once as a positive.
+
+    Args:
+        logits: any shape.
+        alpha: weight of positives, 1 - alpha of negatives.
+        gamma: focusing exponent.
+
+    Returns:
+        tuple: (loss if the target is 0, loss if the target is 1), each in the shape of ``logits``.
+    """
+    prob, softplus = logits.sigmoid(), F.softplus(logits)
+    negative = (1 - alpha) * prob**gamma * softplus
+    positive = alpha * (1 - prob) ** gamma * (softplus - logits)  # -log(p) = softplus(-x) = softplus(x) - x
+    return negative, positive
+
+
+def focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The first half of :func:`focal_terms` alone."""
+    return (1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)
+
+
+def float32(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float32 (float64 stays): costs and losses are not computed in half precision."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]

@@ -1,0 +1,103 @@
+"""Bipartite matching of queries and ground truths.
+
+Shapes: K prediction sets (decoder layers), N images, Q queries, M ground truths of the fullest image, P classes, T pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ..boxes import GIOU_EPS
+from ..structures import Assignment, Predictions, Targets, upload
+from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost
+from .functional import float32
+
+
+class HungarianMatcher:
+    """Finds for every image and prediction set the one-to-one pairing of least cost (DETR Eq. 1).
+
+    The costs of all sets and images are one batched computation and reach the host in one transfer; no cost between a
+    query of one image and a target of another is ever computed. SciPy solves each block.
+
+    Args:
+        costs: each with its weight, not all 0; None = those of :meth:`default_costs` with ``settings``.
+        settings: of :meth:`default_costs`.
+
+    Raises:
+        ValueError: negative weights, or all of them 0.
+    """
+
+    def __init__(self, costs: Sequence[Cost] | None = None, **settings: float):
+        if costs is not None and settings:
+            raise ValueError(f"give either costs or {sorted(settings)}: a cost knows its weight")
+        self.costs = list(self.default_costs(**settings) if costs is None else costs)
+        if not any(cost.weight for cost in self.costs):
+            raise ValueError(f"the weights of {[cost.name for cost in self.costs]} must not all be 0")
+
+    @staticmethod
+    def default_costs(
+        *,
+        class_cost: float = 2.0,
+        l1_cost: float = 5.0,
+        giou_cost: float = 2.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        giou_eps: float = GIOU_EPS,
+    ) -> list[Cost]:
+        """Focal class cost, GIoU and L1 with the weights of the paper's models."""
+        return [
+            ClassFocalCost(class_cost, focal_alpha, focal_gamma),
+            BoxGIoUCost(giou_cost, giou_eps),
+            BoxL1Cost(l1_cost),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:
+        """Pairs min(Q, objects) queries of each image with its objects, for each prediction set on its own.
+
+        Raises:
+            FloatingPointError: a cost of a real object is not finite; the text names layer and image.
+        """
+        cost = self.cost(predictions, targets).cpu().numpy()  # the one device-to-host copy of a training step
+        rows, columns, image = [], [], []
+        for i, count in enumerate(targets.counts):
+            blocks = [self._solve(cost[k, i, :, :count], k, i) for k in range(len(cost))]
+            rows.append(np.stack([block[0] for block in blocks]))
+            columns.append(np.stack([block[1] for block in blocks]))
+            image.append(np.full(rows[-1].shape[1], i))
+        rows, columns = np.concatenate(rows, 1), np.concatenate(columns, 1)
+        packed = upload(np.concatenate([np.concatenate(image)[None], rows, columns]), targets.labels)
+        k = len(rows)
+        return Assignment(packed[0], packed[1 : 1 + k], packed[1 + k :])
+
+    @torch.no_grad()
+    def cost(self, predictions: Predictions, targets: Targets) -> Tensor:
+        """(K, N, Q, M) float32 matching costs; columns of padded targets are meaningless."""
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            logits, boxes = float32(predictions.logits, predictions.boxes)
+            predictions = replace(predictions, logits=logits, boxes=boxes)
+            first, *others = (cost.weight * cost(predictions, targets) for cost in self.costs)
+            return sum(others, first)
+
+    @staticmethod
+    def _solve(cost: np.ndarray, layer: int, image: int) -> tuple[np.ndarray, np.ndarray]:
+        if not np.isfinite(cost).all():
+            raise FloatingPointError(
+                f"the matching cost of decoder layer {layer}, image {image} of the batch is not finite: its predicted "
+                "logits or boxes hold NaN or Inf"
+            )
+        return linear_sum_assignment(cost)
+
+
+class SoftmaxMatcher(HungarianMatcher):
+    """:class:`HungarianMatcher` with DETR's class cost: minus the probability of the class."""
+
+    @staticmethod
+    def default_costs(**settings: float) -> list[Cost]:
+        """The costs of :class:`HungarianMatcher` with :class:`~dn_detr_d2.losses.costs.ClassSoftmaxCost` as the first."""
+        focal, *boxes = HungarianMatcher.default_costs(**settings)
+        return [ClassSoftmaxCost(focal.weight), *boxes]

@@ -1,0 +1,56 @@
+"""Registries of the roles, and what all parts need when they are built.
+
+A new detector is a new class registered here and named in a YAML file, never a new flag.
+"""
+
+from contextlib import contextmanager
+
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ..denoising import ContrastiveDenoisingGenerator, DenoisingGenerator
+from ..errors import ConfigError
+from ..layers import MultiScaleDeformableAttention
+
+QUERY_SOURCE_REGISTRY = Registry("QUERY_SOURCE")
+QUERY_SOURCE_REGISTRY.__doc__ = "Where queries come from: ``Class(cfg)``, forward(memory) and embed(noised)."
+ENCODER_REGISTRY = Registry("ENCODER")
+ENCODER_REGISTRY.__doc__ = "Pyramid -> Memory: ``Class(cfg)``."
+DECODER_REGISTRY = Registry("DECODER")
+DECODER_REGISTRY.__doc__ = "(ObjectQueries, Memory) -> Predictions: ``Class(cfg)``."
+DECODER_LAYER_REGISTRY = Registry("DECODER_LAYER")
+DECODER_LAYER_REGISTRY.__doc__ = "One decoder layer, used by the decoders."
+DENOISING_REGISTRY = Registry("DENOISING")
+DENOISING_REGISTRY.__doc__ = "Targets -> NoisedTargets, without parameters."
+DENOISING_REGISTRY.register(DenoisingGenerator)
+DENOISING_REGISTRY.register(ContrastiveDenoisingGenerator)
+
+
+def lookup(registry: Registry, name: str, key: str):
+    """The class registered as ``name``; raises ConfigError naming the key and the choices."""
+    if name not in registry:
+        choices = ", ".join(sorted(known for known, _ in registry))
+        raise ConfigError(f"{key} = {name!r} is not known; choose one of: {choices}")
+    return registry.get(name)
+
+
+@contextmanager
+def name_the_node(node: str):
+    """Turns complaints of parts that know no config into ConfigErrors that name the config node."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"{node}: {error.args[0] if error.args else repr(error)}") from None
+
+
+def initialise_transformer(module: nn.Module) -> nn.Module:
+    """Xavier-uniform on every matrix, as all DETRs do; deformable attention keeps its own start. Returns ``module``."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for child in module.modules():
+        if isinstance(child, MultiScaleDeformableAttention):
+            child.reset_parameters()
+    return module

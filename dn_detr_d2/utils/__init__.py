@@ -1,0 +1,1 @@
+"""Helpers without knowledge of detection: files, random streams, processes, text on terminals."""

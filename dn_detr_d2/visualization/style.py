@@ -1,0 +1,38 @@
+"""Colours that people with colour-blindness tell apart, and a figure that needs no screen."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..errors import UserError
+
+# Okabe and Ito's palette with grey for yellow, which vanishes on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+# The same idea on photographs: light colours, each drawn on a dark outline.
+ON_IMAGE = ("#56B4E9", "#E69F00", "#35C99B", "#F0E442", "#FF7F50", "#B39DDB", "#FFFFFF")
+
+
+def colour(index: int, palette: tuple[str, ...] = PALETTE) -> str:
+    """Colour number ``index``, from the start again after the last."""
+    return palette[index % len(palette)]
+
+
+def new_figure(rows: int, columns: int, panel: tuple[float, float]) -> tuple[Figure, list]:
+    """A figure and its panels, row by row.
+
+    Args:
+        rows, columns: of the grid.
+        panel: width and height of one panel in inches.
+    """
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
+    """Writes a picture, makes its folder if need be, and returns the path; raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise UserError(f"the picture {path} cannot be written: {error}") from None
+    return path

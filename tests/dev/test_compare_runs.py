@@ -1,0 +1,337 @@
+"""dev/compare_runs.py: pairs differ in denoising alone, trainings side by side do not touch each other."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, valid_coco
+from naming import naming
+from PIL import Image
+
+from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
+from dev.compare.train import InterleavedRun, configure, train_interleaved
+from dev.compare.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, variants_of
+from dev.compare_runs import main, options, parse_arguments, take_backbone
+from dn_detr_d2 import UserError
+from dn_detr_d2.visualization.runs import Group, read_run
+from dn_detr_d2.visualization.style import colour
+
+OVERRIDES = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.DN_DETR.NUM_CLASSES": 3,
+    "DATASETS.TEST": "()",
+    "SOLVER.MAX_ITER": 4,
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "MODEL.DN_DETR.HIDDEN_DIM": 64,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "MODEL.DN_DETR.DECODER.NUM_LAYERS": 2,
+}
+SMALL = list(chain(*OVERRIDES.items()))
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        yield from leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", str(value))]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_differs_in_denoising_and_in_nothing_else(pair, tmp_path):
+    made = [configure(FOLDER / f"{pair}.yaml", v, 1, tmp_path, SMALL) for v in (ALONE[pair], Variant(DENOISED))]
+    first, second = (dict(leaves(cfg)) for cfg in made)
+    differing = {key for key in first if first[key] != second[key]} - {"OUTPUT_DIR"}
+    assert differing <= {"MODEL.DN_DETR.DENOISING.NAME", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT"}
+    assert first["MODEL.DN_DETR.DENOISING.NAME"] == ""
+
+
+@pytest.mark.parametrize("variant", ABLATIONS, ids=lambda v: v.name)
+def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
+    full, changed = (
+        dict(leaves(configure(FOLDER / "deformable.yaml", v, 1, tmp_path, SMALL))) for v in (Variant(DENOISED), variant)
+    )
+    differing = {key for key in full if full[key] != changed[key]} - {"OUTPUT_DIR"}
+    assert differing
+    assert all(key.startswith("MODEL.DN_DETR.DENOISING.") for key in differing)
+
+
+def test_every_training_of_an_ablation_has_a_colour_of_its_own():
+    count = len(variants_of("deformable", parse_arguments(["--ablations"]).ablations))
+    assert count == 2 + len(ABLATIONS)
+    assert len({colour(i) for i in range(count)}) == count
+
+
+def test_ablations_are_none_or_those_that_are_named_or_all():
+    named = {
+        tuple(line): [variant.name for variant in variants_of("deformable", parse_arguments(line).ablations)]
+        for line in ([], ["--ablations", "no attention mask"], ["--ablations", "--seeds", "1"])
+    }
+    whole = [variant.name for variant in ABLATIONS]
+    assert list(named.values()) == [
+        [MATCHING, DENOISED, HALF],
+        [MATCHING, DENOISED, "no attention mask"],
+        [MATCHING, DENOISED, *whole],
+    ]
+
+
+def test_half_the_iterations_are_a_shorter_schedule(tmp_path):
+    half = next(v for v in variants_of("dense") if v.name == HALF)
+    cfg = configure(FOLDER / "dense.yaml", half, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 40])
+    assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (20, 4)
+
+
+def record(run, seen):
+    run.trainer.model.register_forward_pre_hook(
+        lambda _, inputs: seen.append([(x["file_name"], x["image"].sum().item()) for x in inputs[0]])
+    )
+
+
+def test_all_see_the_same_images_in_the_same_order_with_the_same_augmentation(tmp_path):
+    """Though denoising draws numbers of its own between them."""
+    seen, running = {}, []
+    for variant in variants_of("deformable")[:2]:
+        run = InterleavedRun(configure(FOLDER / "deformable.yaml", variant, 7, tmp_path, SMALL))
+        record(run, seen.setdefault(variant.name, []))
+        running.append(run)
+    for _ in range(3):
+        for run in running:
+            run.advance()
+    assert seen[MATCHING] == seen[DENOISED]
+    assert len({str(batch) for batch in seen[MATCHING]}) == 3
+
+
+def test_a_training_side_by_side_is_the_training_alone(tmp_path):
+    variants = variants_of("dense")[:2]
+    train_interleaved(FOLDER / "dense.yaml", variants, 3, tmp_path / "both", SMALL, threads=2)
+    alone = train_interleaved(FOLDER / "dense.yaml", variants[1:], 3, tmp_path / "alone", SMALL, threads=2)[0]
+    first, second = (
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (tmp_path / "both" / alone.name, alone)
+    )
+    assert all(torch.equal(first[name], x) for name, x in second.items())
+    assert len((alone / "step_seconds.txt").read_text().split()) == 4
+
+
+def test_the_backbone_of_a_checkpoint_is_where_all_start(tmp_path):
+    """Nothing else of the file is taken."""
+    cfg = configure(FOLDER / "deformable.yaml", Variant(DENOISED), 4, tmp_path / "first", SMALL)
+    trained = InterleavedRun(cfg).trainer.model.state_dict()
+    torch.save(
+        {"model": {name: x + 1 if x.is_floating_point() else x for name, x in trained.items()}}, tmp_path / "whole.pth"
+    )
+    opts = [*SMALL, "MODEL.WEIGHTS", str(take_backbone(str(tmp_path / "whole.pth"), tmp_path))]
+    for variant in variants_of("dense")[:2]:
+        state = InterleavedRun(configure(FOLDER / "dense.yaml", variant, 1, tmp_path, opts)).trainer.model.state_dict()
+        for name, x in state.items():
+            if name.startswith("backbone.") and x.is_floating_point():
+                assert torch.equal(x, trained[name] + 1)
+            elif name in trained and x.is_floating_point():
+                assert not torch.equal(x, trained[name] + 1)
+
+
+def make_run(folder, ap, unstable, distance, seconds, max_iter=100):
+    """ap: one value each evaluation, at equal steps."""
+    folder.mkdir(parents=True)
+    step = max_iter // len(ap)
+    lines = [
+        {
+            "iteration": step * (i + 1) - 1,
+            "bbox/AP": x,
+            "instability/layer_0": 99.0,
+            "instability/layer_1": u,
+            "time": 1.0,
+            "anchors/distance": distance,
+            "loss_main": 1.0,
+        }
+        for i, (x, u) in enumerate(zip(ap, unstable, strict=True))
+    ]
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text(f"SOLVER: {{MAX_ITER: {max_iter}}}\nSEED: 1\n")
+    (folder / "step_seconds.txt").write_text("\n".join(map(str, [9.0] * 10 + seconds)))
+    return read_run(folder)
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """The baseline ends at 30 on average; denoising is there at 40 % and at 60 %, with half the iterations once of twice."""
+    alone = [
+        make_run(tmp_path / "a1", [0, 0, 10, 20, 32], [4, 3, 2, 2, 1], 0.5, [1.0, 2, 3]),
+        make_run(tmp_path / "a2", [0, 5, 10, 20, 28], [4, 4, 4, 4, 4], 0.7, [2.0]),
+    ]
+    denoised = [
+        make_run(tmp_path / "b1", [10, 30, 31, 40, 41], [2, 2, 2, 1, 1], 0.4, [2.1]),
+        make_run(tmp_path / "b2", [10, 20, 30, 40, 43], [2, 2, 2, 2, 2], 0.4, [2.2]),
+    ]
+    half = [
+        make_run(tmp_path / "c1", [10, 31], [2, 2], 0.4, [2], 40),
+        make_run(tmp_path / "c2", [10, 27], [2, 2], 0.4, [2], 40),
+    ]
+    return [Group(MATCHING, alone), Group(DENOISED, denoised), Group(HALF, half)]
+
+
+def test_the_table_holds_what_was_worked_out_by_hand(groups):
+    alone, denoised, half = table_rows(groups)
+    assert alone == [
+        "matching alone",
+        "2",
+        "30.0 (28.0 to 32.0)",
+        "100%, 1 of 2 runs",
+        "3.20 (2.40 to 4.00)",
+        "0.600 (0.500 to 0.700)",
+        "1.00 (1.00 to 1.00)",
+    ]
+    assert denoised[2:6] == ["42.0 (41.0 to 43.0)", "50% (40% to 60%)", "1.80 (1.60 to 2.00)", "0.400 (0.400 to 0.400)"]
+    assert denoised[6] == "1.08 (1.05 to 1.10)"
+    assert half[3] == "40%, 1 of 2 runs"
+
+
+def test_a_training_that_was_cut_off_is_not_reported(groups):
+    (groups[1].runs[0].folder / "step_seconds.txt").unlink()
+    with pytest.raises(UserError, match=naming("b1")):
+        require_complete(groups)
+
+
+def test_trainings_of_other_lengths_are_not_mixed(groups, tmp_path):
+    other = make_run(tmp_path / "b3", [10, 20], [2, 2], 0.4, [2.0], 50)
+    groups[1].runs[1] = other
+    with pytest.raises(UserError, match=naming("b3", 50, "a1", 100)):
+        require_complete(groups)
+
+
+def test_the_claims_say_yes_and_no(groups):
+    """The mean of denoising is 10, 25, 30.5, 40, 42 after 20, 40, ... iterations: it crosses 30 at 40 + 20 x 5 / 5.5."""
+    assert check_claims(groups) == [
+        "- ends higher: yes (AP 42.0 against 30.0)",
+        "- half the iterations reach the baseline's final AP: **no** (the mean curve crosses it at 58%)",
+        "- a schedule of half the length is enough: **no** (AP 29.0 against 30.0)",
+        "- matching is more stable all along: yes (mean IS 1.80 against 3.20; lower at 5 of 5 probes)",
+        "- anchors are nearer: yes (0.400 against 0.600)",
+        "- an iteration takes at most 1.10 times as long: yes (1.08)",
+    ]
+
+
+def test_one_probe_at_which_matching_is_less_stable_is_told(groups, tmp_path):
+    groups[1].runs[1] = make_run(tmp_path / "b4", [10, 20, 30, 40, 43], [9, 2, 2, 2, 2], 0.4, [2.0])
+    said = check_claims(groups)[3]
+    assert said.startswith(
+        "- matching is more stable all along: **no** (mean IS 2.50 against 3.20; lower at 4 of 5 probes)"
+    )
+
+
+def test_a_baseline_that_does_not_detect_proves_nothing(tmp_path):
+    alone = Group(MATCHING, [make_run(tmp_path / "a", [0, 0], [2, 2], 0.5, [1.0])])
+    denoised = Group(DENOISED, [make_run(tmp_path / "b", [0, 0.4], [1, 1], 0.4, [1.0])])
+    assert table_rows([alone, denoised])[1][3] == "-"
+    said = check_claims([alone, denoised])
+    assert said[0] == "- the baseline does not detect yet (AP 0.0; with denoising 0.4): AP says nothing here"
+    assert not any("half" in line or "ends higher" in line for line in said)
+
+
+def test_a_curve_that_stays_below_never_crosses(tmp_path):
+    low = Group(DENOISED, [make_run(tmp_path / "b", [1, 2], [1, 1], 0.4, [1.0])])
+    assert iterations_until(low, 2.0) == 100
+    assert iterations_until(low, 3.0) == float("inf")
+
+
+def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups):
+    said = check_claims([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
+    assert said[-1] == (
+        "- no attention mask ends below the whole: yes (AP 28.0: -14.0 to the whole, -2.0 to matching alone)"
+    )
+
+
+def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys):
+    """From runs that lie there: command, seeds, machine, table, claims, picture."""
+    for variant in variants_of("deformable"):
+        made = [0, 5, 20] if variant.name == MATCHING else [0, 20, 30]
+        for seed in (4, 5):
+            folder = Path(configure(FOLDER / "deformable.yaml", variant, seed, tmp_path / "runs", []).OUTPUT_DIR)
+            make_run(folder, made, [2, 2, 1], 0.5, [1.0], 300 if variant.name == HALF else 600)
+            text = (
+                f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\nDATASETS: {{TRAIN: [shapes_train]}}\n"
+            )
+            (folder / "config.yaml").write_text(text)
+    line = ["--report", "--pairs", "deformable", "--seeds", "4", "5", "--runs", str(tmp_path / "runs")]
+    assert main([*line, "--output", str(tmp_path / "pages")]) == 0
+    page = (tmp_path / "pages" / "deformable.md").read_text()
+    assert page in capsys.readouterr().out
+    parts = (
+        "# deformable: shapes_train, 600 iterations",
+        "python dev/compare_runs.py",
+        "seeds [4, 5]",
+        "CPU cores",
+        "| with denoising",
+        "30.0 (30.0 to 30.0)",
+        "- ends higher: yes",
+        "![Curves](deformable.png)",
+    )
+    for part in parts:
+        assert part in page
+    pixels = np.asarray(Image.open(tmp_path / "pages" / "deformable.png").convert("L"))
+    assert pixels.shape[0] > 500
+    assert (pixels < 250).mean() > 0.02
+
+
+def test_blood_cells_are_read_from_a_folder(tmp_path):
+    """The options as a config that resolves its classes from the files."""
+    (tmp_path / "images").mkdir()
+    for name in ("train", "test"):
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / "a.png")
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / "b.png")
+        (tmp_path / f"{name}.json").write_text(json.dumps(valid_coco()))
+    opts = options(parse_arguments(["--bccd", str(tmp_path)]))
+    cfg = configure(FOLDER / "deformable.yaml", ALONE["deformable"], 1, tmp_path / "runs", opts)
+    assert cfg.MODEL.DN_DETR.CLASS_NAMES == ["cat", "dog"]
+    assert cfg.DATASETS.TEST == ("bccd_test",)
+
+
+def test_comparisons_of_different_kinds_lie_in_folders_of_their_own():
+    lines = ([], ["--quick"], ["--ablations"], ["--bccd", "x"], ["--quick", "--ablations", "1 group"])
+    found = [parse_arguments(line) for line in lines]
+    assert len({args.runs for args in found}) == len(lines)
+    assert all(args.runs == args.output for args in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--jobs", "0"], ["error: ", "--jobs", 0]),
+        (["--threads", "-1"], ["error: ", "--threads", -1]),
+        (["--bccd", "nowhere"], ["error: ", "--bccd", "nowhere", "train.json"]),
+        (["--report", "--pairs", "dense", "--seeds", "1"], ["metrics.json", "OUTPUT_DIR"]),
+        (["--backbone", "nowhere.pth"], ["'nowhere.pth'"]),
+        (["--jobs", "1", "--pairs", "dense", "--opts", "SOLVER.MAX_ITR", "3"], ["SOLVER.MAX_ITR", "SOLVER.MAX_ITER"]),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, named, tmp_path, capsys):
+    assert main(["--runs", str(tmp_path), *arguments]) == 2
+    assert naming(*named).search(capsys.readouterr().err.splitlines()[-1])
+
+
+HOST = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from dn_detr_d2.engine import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 60).result()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_comparison_that_is_killed_takes_its_processes_with_it():
+    with subprocess.Popen([sys.executable, "-c", HOST], cwd=ROOT, stdout=subprocess.PIPE, text=True) as host:
+        worker = Path(f"/proc/{host.stdout.readline().strip()}/stat")
+        assert worker.exists()
+        host.send_signal(signal.SIGTERM)
+        for _ in range(100):
+            if not worker.exists() or worker.read_text().split()[2] == "Z":
+                return
+            time.sleep(0.05)
+    raise AssertionError("the worker outlived its parent by five seconds")

@@ -1,0 +1,97 @@
+import re
+
+import pytest
+import torch
+from conftest import ROOT, TOY
+from detectron2.modeling import build_model
+from torch import nn
+
+from dn_detr_d2 import setup_cfg
+from dn_detr_d2.engine.optimizer import ClippedAdamW, build_optimizer, parameter_groups
+
+
+def groups_by_name(cfg, model):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: g for g in parameter_groups(cfg, model) for p in g["params"]}
+
+
+def test_learning_rates_follow_the_table(toy_cfg, toy_model):
+    overrides = ("SOLVER.BASE_LR", 1.0, "SOLVER.SAMPLING_MULTIPLIER", 0.5)
+    groups = groups_by_name(toy_cfg("dn_deformable_detr", *overrides), toy_model("dn_deformable_detr"))
+    rates = {name: group["lr"] for name, group in groups.items()}
+    assert {rate for name, rate in rates.items() if name.startswith("backbone.")} == {0.1}
+    assert rates["encoder.layers.0.self_attn.sampling_offsets.weight"] == 0.5
+    assert rates["encoder.layers.0.self_attn.value_proj.weight"] == 1.0
+    assert rates["query_source.anchors.weight"] == 1.0
+
+
+def test_every_trainable_parameter_is_in_one_group(toy_cfg, toy_model):
+    model = toy_model("dn_detr", "MODEL.BACKBONE.FREEZE_AT", 2)
+    listed = [p for g in parameter_groups(toy_cfg("dn_detr"), model) for p in g["params"]]
+    assert len(listed) == len({id(p) for p in listed})
+    assert {id(p) for p in listed} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert any(not p.requires_grad for p in model.parameters())
+
+
+def test_weight_decay_of_norms_and_biases(toy_cfg, toy_model):
+    overrides = ("SOLVER.WEIGHT_DECAY_NORM", 0.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.5)
+    groups = groups_by_name(toy_cfg("dn_detr", *overrides), toy_model("dn_detr"))
+    decay = {name: group["weight_decay"] for name, group in groups.items()}
+    assert decay["decoder.norm.weight"] == 0.0
+    assert decay["decoder.heads.class_heads.0.bias"] == 0.5
+    assert decay["decoder.heads.class_heads.0.weight"] == 1e-4
+
+
+def test_clipping_scales_all_gradients_together():
+    """Gradients (3, 4) have norm 5: clipped at 1 both become a fifth, wherever they stand."""
+    a, b = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = ClippedAdamW([{"params": [a]}, {"params": [b]}], 1e-3, max_norm=1.0)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+def test_a_clipped_step_is_adamws_step_on_clipped_gradients():
+    weights = [nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    gradient = torch.randn(5) * 10
+    ours = ClippedAdamW([weights[0]], 0.1, max_norm=0.1)
+    theirs = torch.optim.AdamW([weights[1]], 0.1)
+    for _ in range(3):
+        weights[0].grad = gradient.clone()
+        weights[1].grad = gradient * 0.1 / (gradient.norm() + 1e-6)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("full_model", ClippedAdamW), ("value", torch.optim.AdamW)])
+def test_clip_types(toy_cfg, toy_model, kind, expected):
+    optimizer = build_optimizer(toy_cfg("dn_detr", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind), toy_model("dn_detr"))
+    assert isinstance(optimizer, expected)
+    assert isinstance(optimizer, ClippedAdamW) == (kind == "full_model")
+
+
+# The authors' groups: base learning rate, then what each part of it has, by our names; the last pattern that fits holds.
+# DETR, DAB-, DN-, DINO: main.py has "backbone" at 1e-5. Deformable DETR: lr_linear_proj_names = reference_points (a name
+# that its two-stage form does not have) and sampling_offsets at lr_linear_proj_mult = 0.1.
+BACKBONE = {r"^backbone\.": 1e-5}
+DEFORMABLE = {r"^backbone\.": 2e-5, r"sampling_offsets\.": 2e-5, r"^query_source\.reference\.": 2e-5}
+OWN_RECIPES = ("bccd", "quickstart")
+
+
+@pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("[!B]*.yaml")))
+def test_learning_rates_are_the_authors(config):
+    if config in OWN_RECIPES:
+        pytest.skip("a recipe of this project")
+    deformable = config.startswith("deformable_detr")
+    base, rules = (2e-4, DEFORMABLE) if deformable else (1e-4, BACKBONE)
+    small = [*TOY, "MODEL.SWIN.SIZE", "T"]
+    cfg = setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), small)
+    model = build_model(cfg)
+    for name, group in groups_by_name(cfg, model).items():
+        expected = next((rate for pattern, rate in rules.items() if re.search(pattern, name)), base)
+        assert group["lr"] == pytest.approx(expected), name
+    names = [name for name, _ in model.named_parameters()]
+    assert any(name.startswith("query_source.reference.") for name in names) == (
+        deformable and "two_stage" not in config
+    )

@@ -1,0 +1,20 @@
+"""The wrapped detector against the detector itself."""
+
+import pytest
+import torch
+from conftest import make_batch
+
+from dn_detr_d2.export import OneImage
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr", "dino"])
+def test_the_wrapper_predicts_what_the_model_predicts(toy_model, system):
+    model, seen = toy_model(system).eval(), []
+    model.decoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    (record,) = make_batch(2)  # 64 x 96 pixels: no padding
+    image = (record["image"].float() - model.pixel_mean) / model.pixel_std
+    with torch.no_grad():
+        model([record])
+        logits, boxes = OneImage(model)(image[None])
+    assert logits.equal(seen[0].logits[-1])
+    assert boxes.equal(seen[0].boxes[-1])
