@@ -44,24 +44,26 @@ def fork_what_is_spawned(patch) -> None:
     )
 
 
-class _Forked(multiprocessing.context.ForkProcess):
-    """A fork that receives signals as a new process does."""
+def _forking() -> multiprocessing.context.BaseContext:
+    """A context whose processes receive signals as this one does now, before the launcher listens itself."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
-    def run(self):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        super().run()
+    class Forked(multiprocessing.context.ForkProcess):
+        def run(self):
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            super().run()
 
+    class Forking(multiprocessing.context.ForkContext):
+        Process = Forked
 
-class _Forking(multiprocessing.context.ForkContext):
-    Process = _Forked
+    return Forking()
 
 
 def fork_directly() -> None:
     """In a process that has computed nothing: the package's launcher forks its processes, which are its children."""
     given = torch.multiprocessing.get_context
-    torch.multiprocessing.get_context = lambda method=None: _Forking() if method == "spawn" else given(method)
+    torch.multiprocessing.get_context = lambda method=None: _forking() if method == "spawn" else given(method)
 
 
 def on_ranks(function, *args, ranks: int = 2) -> None:
