@@ -17,7 +17,7 @@ from dn_detr_d2.data import coco_custom, images, normalise
 @pytest.mark.parametrize(
     ("arguments", "scenarios"),
     [
-        (["sigkill", "graceful-stop", "write-failure", "bit-flips", "--times", "2"], 4),
+        (["sigkill", "graceful-stop", "write-failure", "bit-flips", "--times", "1"], 4),
         pytest.param(["--quick"], 8, marks=pytest.mark.long),
     ],
 )
