@@ -4,13 +4,10 @@ The other tests ask for the kind of an error and the values it names; its words 
 input comes in.
 """
 
-import contextlib
 import json
 import pickle
 import re
 
-import convert_dataset
-import plot_runs
 import pytest
 import torch
 from conftest import ROOT, valid_coco
@@ -24,6 +21,7 @@ import train_net
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, add_dn_detr_config, setup_cfg
 from dn_detr_d2.data import load_coco_json, read_image, register_coco_json
 from dn_detr_d2.predictor import Predictor
+from tools import convert_dataset, plot_runs
 
 QUICK = ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
 CLASSES = ["MODEL.DN_DETR.NUM_CLASSES", 3]
@@ -179,8 +177,7 @@ def missing_ways_out(text, values):
     own = " ".join(map(str, values))
     named = [key for key in re.findall(r"\b[A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)+\b", text) if key not in own]
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
-    with contextlib.suppress(ImportError):
-        sources += default_argument_parser().format_help()
+    sources += default_argument_parser().format_help()
     options = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in sources]
     return [key for key in named if key not in ends] + options
 
