@@ -2,7 +2,7 @@
 """Draws a detector's predictions on images.
 
     python demo.py --config-file output/quickstart/config.yaml --input a.jpg folder/ --output out/ \
-        --confidence-threshold 0.5 --json --opts MODEL.WEIGHTS output/quickstart/model_final.pth
+        --confidence-threshold 0.5 --json MODEL.WEIGHTS output/quickstart/model_final.pth
 
 A folder stands for the images in it. A picture has the name of its image, .jpg for JPEG files and .png for the others;
 --json adds results.json with every box above the threshold, in pixels of the image.
@@ -14,13 +14,14 @@ import json
 import sys
 from pathlib import Path
 
-import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+from dn_detr_d2 import setup_cfg  # before detectron2, whose import alone warns of torch.jit
 
 # isort: split
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Instances
 
-from dn_detr_d2 import ConfigError, DatasetError, UserError, setup_cfg
+from dn_detr_d2 import ConfigError, DatasetError, UserError
+from dn_detr_d2.command_line import add_overrides, parse
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.utils.text_output import escape_unwritable
@@ -42,8 +43,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--confidence-threshold", type=float, default=0.5, help="lowest score to show, from 0 to 1 (default 0.5)"
     )
     parser.add_argument("--json", action="store_true", help="also write results.json")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides, KEY VALUE ...")
-    return parser.parse_args(argv)
+    add_overrides(parser)
+    return parse(parser, argv)
 
 
 def list_images(paths: list[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Installs the package, and builds the operators of csrc/ where that is possible.
+"""Builds the operators of csrc/ where that is possible, and ships configs/; everything else stands in pyproject.toml.
 
     pip install --no-build-isolation -e .
 
@@ -20,11 +20,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 REPORT = "_build.txt"
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dn_detr_d2" / "__init__.py").read_text()).group(1)
 REBUILD = "pip install --no-build-isolation -e . builds it"
 
 
@@ -159,7 +159,7 @@ def report(sentence: str, *folders: Path) -> None:
 
 
 def plan() -> dict:
-    """The arguments of setup() that concern the extension."""
+    """The arguments of setup(): the commands, and the extension if it can be built."""
     forced = flag("DN_DETR_FORCE_CUDA") and not flag("DN_DETR_NO_EXT")
     reason = without_extension()
     no_cuda = reason or without_cuda()
@@ -167,10 +167,11 @@ def plan() -> dict:
         raise SystemExit(f"error: DN_DETR_FORCE_CUDA is set, but {no_cuda}")
     if reason:
         report(f"no kernels were built: {reason}", ROOT / "dn_detr_d2")
-        return {}
+        return {"cmdclass": {"build_py": BuildWithConfigs}}
     if not no_cuda:
         prepare_cuda()
-    return {"ext_modules": [make_extension(with_cuda=not no_cuda)], "cmdclass": {"build_ext": build_command(no_cuda)}}
+    commands = {"build_py": BuildWithConfigs, "build_ext": build_command(no_cuda)}
+    return {"ext_modules": [make_extension(with_cuda=not no_cuda)], "cmdclass": commands}
 
 
 def build_command(no_cuda: str):
@@ -215,39 +216,32 @@ def build_command(no_cuda: str):
     return Build
 
 
+class BuildWithConfigs(build_py):
+    """Copies the top-level folder configs/ into the package, where dn_detr_d2.model_zoo finds it after installation.
+
+    An editable installation has it beside the package.
+    """
+
+    def run(self) -> None:
+        """As build_py's."""
+        super().run()
+        for source, target in self.configs().items():
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
+
+    def configs(self) -> dict[Path, Path]:
+        """{source: where it goes}; empty for an editable installation."""
+        if self.editable_mode:
+            return {}
+        folder = Path(self.build_lib) / "dn_detr_d2" / "configs"
+        return {path: folder / path.name for path in sorted(ROOT.glob("configs/*.yaml"))}
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """As build_py's."""
+        return [*super().get_outputs(include_bytecode), *map(str, self.configs().values())]
+
+
 setup(
-    name="dn-detr-d2",
-    version=VERSION,
-    description="DN-DETR for Detectron2: query denoising and the detectors it trains",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=find_packages(include=["dn_detr_d2", "dn_detr_d2.*"]),
-    package_data={"dn_detr_d2": [REPORT]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    python_requires=">=3.10",
-    # Detectron2 is not on PyPI: tools/install_detectron2.py installs it.
-    install_requires=[
-        "torch>=2.10",  # earlier releases let a checkpoint run code past weights_only
-        "torchvision>=0.25",
-        "scipy>=1.11",
-        "fvcore>=0.1.5,<0.1.6",
-        "pycocotools>=2.0.5",
-        "safetensors>=0.4",
-    ],
-    extras_require={
-        "backbones": ["timm>=1.0"],
-        "demo": ["opencv-python-headless>=4.8"],
-        "dev": [
-            "opencv-python-headless>=4.8",
-            "timm>=1.0",
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "ruff==0.17.5",
-            "codespell>=2.3",
-            "ninja>=1.11",
-        ],
-    },
     **plan(),
 )

@@ -33,7 +33,7 @@ if __name__ in ("__main__", "__mp_main__"):  # now, because the imports take sec
 import logging
 from pathlib import Path
 
-import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of torch.jit
+from dn_detr_d2 import setup_cfg  # before detectron2, whose import alone warns of torch.jit
 
 # isort: split
 import torch
@@ -44,7 +44,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention, setup_cfg
+from dn_detr_d2 import ConfigError, MultiScaleDeformableAttention
 from dn_detr_d2.config import device_is_named
 from dn_detr_d2.data import check_files, check_records
 from dn_detr_d2.engine import (
@@ -59,7 +59,7 @@ from dn_detr_d2.engine import (
 )
 from dn_detr_d2.engine.launch import launch
 from dn_detr_d2.layers import uses_kernel
-from dn_detr_d2.modeling.build import name_the_node
+from dn_detr_d2.modeling.registry import name_the_node
 from dn_detr_d2.utils.text_output import escape_unwritable
 
 

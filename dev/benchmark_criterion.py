@@ -177,15 +177,15 @@ def measure(images: int, objects: int, rounds: int) -> dict[str, float]:
     return row
 
 
-def main() -> int:
-    """Prints the table."""
+def main(argv: list[str] | None = None) -> int:
+    """Command line; prints the table and returns the exit code."""
     parser = argparse.ArgumentParser(description="Benchmark matcher and criterion against a per-layer reference.")
     parser.add_argument(
         "--cases", nargs="+", default=["16x7", "16x20", "16x60", "2x7", "2x60"], metavar="IMAGESxOBJECTS"
     )
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.rounds, args.threads) < 1:
         parser.error(f"--rounds and --threads must be positive, got {args.rounds} and {args.threads}")
     torch.set_num_threads(args.threads)

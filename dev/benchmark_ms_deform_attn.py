@@ -28,6 +28,8 @@ import torch
 from dev.benchmark import on_cuda
 from dev.benchmark.cases import gather_corners, grid_sample_composite, make_case
 from dev.benchmark.curves import measure_curves, write_curves
+from dn_detr_d2 import UserError
+from dn_detr_d2.command_line import run_command
 from dn_detr_d2.layers import missing_kernel, ms_deform_attn, ms_deform_attn_fused
 from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
 
@@ -160,8 +162,11 @@ def make_rows(title: str, what: str, times: dict[str, list[float]], errors: dict
                 "error": errors[name],
             }
         )
-        print("{workload:36} {pass:17} {rival:16} {time}  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
-              "error {error:.1e}".format(**rows[-1], time=as_text(rows[-1]["ms"])), flush=True)  # fmt: skip
+        print(
+            "{workload:36} {pass:17} {rival:16} {time}  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})  "
+            "error {error:.1e}".format(**rows[-1], time=as_text(rows[-1]["ms"])),
+            flush=True,
+        )
     return rows
 
 
@@ -195,8 +200,12 @@ def compare(title: str, rounds: int, variants: dict, rival_of: str) -> list[dict
                 "error": float("nan"),
             }
             rows.append(row)
-            print("{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})"
-                  .format(**row), flush=True)  # fmt: skip
+            print(
+                "{workload:36} {pass:17} {rival:16} {ms:9.2f} ms  {ratio:6.2f}x ({ratio_min:.2f}-{ratio_max:.2f})".format(
+                    **row
+                ),
+                flush=True,
+            )
     torch.ops.dn_detr_d2.cpu_capability("best")
     return rows
 
@@ -263,8 +272,8 @@ def measure_on_cuda(rounds: int, quick: bool) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    """Parses the arguments, measures, writes."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="the main rows")
@@ -272,13 +281,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="at least 5")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; --curves goes up to them")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measures and writes."""
     if reason := missing_kernel(args.device):
-        sys.exit(f"error: there is nothing to time: {reason}")
+        raise UserError(f"there is nothing to time: {reason}")
     if args.rounds < 5 or args.threads < 1:
-        sys.exit(f"error: --rounds must be 5 or more and --threads positive, got {args.rounds} and {args.threads}")
+        raise UserError(f"--rounds must be 5 or more and --threads positive, got {args.rounds} and {args.threads}")
     if args.curves and args.device != "cpu":
-        sys.exit("error: --curves are measured on the CPU only: leave --device cuda out")
+        raise UserError("--curves are measured on the CPU only: leave --device cuda out")
     torch.set_num_threads(args.threads)
     print(f"{torch.ops.dn_detr_d2.cpu_capability()}, {args.threads} threads, PyTorch {torch.__version__}, seed 0")
     if args.curves:
@@ -288,5 +301,11 @@ def main() -> None:
     write(run(args.rounds, args.quick), args.output, args.device)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: benchmark(args))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,7 @@
     python dev/compare_runs.py --seeds 1 2 3 --output docs/evidence/convergence
     python dev/compare_runs.py --pairs deformable --ablations --seeds 1
     python dev/compare_runs.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
-    python dev/compare_runs.py --bccd ../shared/data/bccd --pairs deformable
+    python dev/compare_runs.py --pairs deformable --bccd datasets/bccd SOLVER.MAX_ITER 1800
 
 Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (dev/compare/*.yaml), DN also with half the
 iterations, on the embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images
@@ -21,6 +21,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,18 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tabulate import tabulate
 
-from dev.compare.report import HEADERS, ended, rows, verdicts
-from dev.compare.train import folders_of, race
-from dev.compare.variants import ABLATIONS, FOLDER, PAIRS, contestants
+from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
+from dev.compare.train import folders_of, train_interleaved
+from dev.compare.variants import ABLATIONS, FOLDER, PAIRS, variants_of
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
-from dn_detr_d2.command_line import answer
+from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.engine import end_with_parent
 from dn_detr_d2.visualization.curves import draw
 from dn_detr_d2.visualization.runs import Group, read_run
 
 QUICK_ITERATIONS = 300
-INSTRUMENTS = ["TEST.INSTABILITY.NUM_IMAGES", 100]
+DIAGNOSTICS = ["TEST.INSTABILITY.NUM_IMAGES", 100]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,25 +69,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--runs", metavar="DIR", help="where the trainings go (default output/KIND, by what is trained)"
     )
     parser.add_argument("--output", metavar="DIR", help="where tables and pictures go (default: beside the trainings)")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... for all trainings, after all else"
-    )
-    args = parser.parse_args(argv)
+    add_overrides(parser)
+    args = parse(parser, argv)
     args.ablations = names if args.ablations == [] else args.ablations or []
-    args.runs = args.runs or f"output/{kind(args)}"
+    args.runs = args.runs or f"output/{default_name(args)}"
     args.output = args.output or args.runs
     return args
 
 
-def kind(args: argparse.Namespace) -> str:
-    """Name of the folder of races that do not overwrite each other."""
+def default_name(args: argparse.Namespace) -> str:
+    """Name of the folder, so that comparisons of different kinds do not overwrite each other."""
     what = "ablations" if args.ablations else "convergence"
-    return "_".join([what, *["quick"] * args.quick, *["bccd"] * bool(args.bccd)])
+    if args.quick:
+        what += "_quick"
+    return f"{what}_bccd" if args.bccd else what
 
 
 def options(args: argparse.Namespace) -> list:
     """[key, value, ...] for all trainings; raises UserError for a BCCD folder without annotations."""
-    found = list(INSTRUMENTS)
+    found = list(DIAGNOSTICS)
     if args.quick:
         found += ["SOLVER.MAX_ITER", QUICK_ITERATIONS]
     if args.bccd:
@@ -113,14 +114,22 @@ def bccd(folder: Path) -> list:
     """The data set of configs/bccd.yaml from ``folder``."""
     if missing := [name for name in ("train.json", "test.json", "images") if not (folder / name).exists()]:
         raise UserError(f"--bccd {folder} holds no {missing[0]}; name the folder of BCCD in COCO format")
-    sets = [[f"bccd_{name}", str((folder / f"{name}.json").resolve()), str((folder / "images").resolve())]
-            for name in ("train", "test")]  # fmt: skip
-    return [
-        *("DATASETS.COCO_JSON", sets, "DATASETS.TRAIN", ("bccd_train",), "DATASETS.TEST", ("bccd_test",)),
-        *("INPUT.MIN_SIZE_TRAIN", (192, 208, 224, 240, 256), "INPUT.MAX_SIZE_TRAIN", 400),
-        *("INPUT.MIN_SIZE_TEST", 224, "INPUT.MAX_SIZE_TEST", 400, "TEST.DETECTIONS_PER_IMAGE", 100),
-        *("MODEL.DN_DETR.NUM_QUERIES", 60, "MODEL.DN_DETR.DENOISING.MAX_QUERIES", 200),
-    ]
+    images = str((folder / "images").resolve())
+    overrides = {
+        "DATASETS.COCO_JSON": [
+            [f"bccd_{name}", str((folder / f"{name}.json").resolve()), images] for name in ("train", "test")
+        ],
+        "DATASETS.TRAIN": ("bccd_train",),
+        "DATASETS.TEST": ("bccd_test",),
+        "INPUT.MIN_SIZE_TRAIN": (192, 208, 224, 240, 256),
+        "INPUT.MAX_SIZE_TRAIN": 400,
+        "INPUT.MIN_SIZE_TEST": 224,
+        "INPUT.MAX_SIZE_TEST": 400,
+        "TEST.DETECTIONS_PER_IMAGE": 100,
+        "MODEL.DN_DETR.NUM_QUERIES": 60,
+        "MODEL.DN_DETR.DENOISING.MAX_QUERIES": 200,
+    }
+    return list(chain(*overrides.items()))
 
 
 def train(args: argparse.Namespace) -> dict[str, list[Group]]:
@@ -128,7 +137,7 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     opts, seeds = options(args), args.seeds[:1] if args.quick else args.seeds
     threads = args.threads or max((os.cpu_count() or 1) // args.jobs, 1)
     tasks = {
-        (pair, seed): (FOLDER / f"{pair}.yaml", contestants(pair, args.ablations), seed, Path(args.runs), opts)
+        (pair, seed): (FOLDER / f"{pair}.yaml", variants_of(pair, args.ablations), seed, Path(args.runs), opts)
         for pair in args.pairs
         for seed in seeds
     }
@@ -137,14 +146,14 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=end_with_parent) as pool:
-            jobs = {key: pool.submit(race, *task, threads) for key, task in tasks.items()}
+            jobs = {key: pool.submit(train_interleaved, *task, threads) for key, task in tasks.items()}
             folders = {key: job.result() for key, job in jobs.items()}
     found = {}
     for pair in args.pairs:
         columns = zip(*(folders[pair, seed] for seed in seeds), strict=True)
-        names = [variant.name for variant in contestants(pair, args.ablations)]
+        names = [variant.name for variant in variants_of(pair, args.ablations)]
         found[pair] = [Group(name, [read_run(x) for x in column]) for name, column in zip(names, columns, strict=True)]
-        ended(found[pair])
+        require_complete(found[pair])
     return found
 
 
@@ -165,9 +174,9 @@ def report(args: argparse.Namespace) -> list[str]:
             "",
             f"`{command_line()}`, seeds {seeds}, {machine()}{spent}.",
             "",
-            tabulate(rows(found), HEADERS, tablefmt="github", disable_numparse=True),
+            tabulate(table_rows(found), HEADERS, tablefmt="github", disable_numparse=True),
             "",
-            *verdicts(found),
+            *check_claims(found),
             "",
             f"![Curves]({picture.name})",
             "",
@@ -193,7 +202,7 @@ def machine() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return answer(lambda: report(args))
+    return run_command(lambda: print(*report(args), sep="\n"))
 
 
 if __name__ == "__main__":

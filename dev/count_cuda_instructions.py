@@ -17,7 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+
+from dn_detr_d2 import UserError
+from dn_detr_d2.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANNELS, POINTS, WARP = 32, 16, 32
@@ -54,7 +59,7 @@ def compile_kernels(architecture: str, folder: Path) -> tuple[Path, str]:
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", target, source]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        sys.exit(f"error: nvcc failed:\n{ran.stderr[-3000:]}")
+        raise UserError(f"nvcc failed:\n{ran.stderr[-3000:]}")
     return target, ran.stderr
 
 
@@ -94,7 +99,7 @@ def count_executed(instructions: list[tuple[int, str]], lanes: int, backward: bo
     """
     with_shuffles = [x for x in find_loops(instructions) if any("SHFL" in instructions[i][1] for i in x)]
     if not with_shuffles:
-        sys.exit("error: no loop over points was found in the machine code: the compiler has changed its form")
+        raise UserError("no loop over points was found in the machine code: the compiler has changed its form")
     batch = (max if backward else min)(with_shuffles, key=len)
     trips = POINTS // min(lanes, 8)
     return (len(instructions) + (trips - 1) * len(batch)) * lanes / WARP
@@ -104,7 +109,7 @@ def count(architecture: str) -> list[dict]:
     """One row a kernel: kernel, form, dtype, instructions, registers, spills (bytes stored and loaded)."""
     cuobjdump = find_cuobjdump()
     if not shutil.which("nvcc") or not cuobjdump:
-        sys.exit("error: needs nvcc and cuobjdump (of the CUDA toolkit, or of the pip package triton)")
+        raise UserError("needs nvcc and cuobjdump (of the CUDA toolkit, or of the pip package triton)")
     with tempfile.TemporaryDirectory() as folder:
         cubin, report = compile_kernels(architecture, Path(folder))
         text = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -120,16 +125,22 @@ def count(architecture: str) -> list[dict]:
     return sorted(rows, key=lambda row: (row["kernel"], row["form"], row["dtype"]))
 
 
-def main() -> None:
+def report(architecture: str) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--architecture", default="90", help="as in sm_90: 80, 90, 100, ...")
-    for row in count(parser.parse_args().architecture):
+    for row in count(architecture):
         print(
             "{kernel:9} {form:6} {dtype:9} {instructions:6.0f} instructions a (query, head)  {registers:4} registers  "
             "{spills:3} bytes spilled".format(**row)
         )
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architecture", default="90", help="as in sm_90: 80, 90, 100, ...")
+    args = parser.parse_args(argv)
+    return run_command(lambda: report(args.architecture))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
+from dn_detr_d2.command_line import run_command
 
 
 def flip(content: dict, rate: float, seed: int) -> dict:
@@ -54,28 +55,33 @@ def score(original: dict, flipped: dict, ranking: list[dict]) -> list[str]:
     return [*lines, f"the suggestion is the original class for {right / count:.3f} of the planted labels"]
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", metavar="JSON", help="annotations in COCO format")
     parser.add_argument("flipped", metavar="JSON", help="the same with planted labels; written unless --found")
     parser.add_argument("--rate", type=float, default=0.1, help="share of the annotations that change (default 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="which annotations, and to what (default 0)")
     parser.add_argument("--found", metavar="CSV", help="label_errors.csv of find_label_errors.py on the flipped file")
-    args = parser.parse_args(argv)
-    try:
-        original = json.loads(Path(args.original).read_text())
-        if not args.found:
-            Path(args.flipped).write_text(json.dumps(flip(original, args.rate, args.seed)))
-            return 0
-        with open(args.found, newline="") as file:
-            ranking = list(csv.DictReader(file))
-        print("\n".join(score(original, json.loads(Path(args.flipped).read_text()), ranking)))
-    except (UserError, OSError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return parser.parse_args(argv)
+
+
+def flip_or_score(args: argparse.Namespace) -> None:
+    """Writes the flipped file, or prints how much of it was found."""
+    original = json.loads(Path(args.original).read_text())
+    if not args.found:
+        Path(args.flipped).write_text(json.dumps(flip(original, args.rate, args.seed)))
+        return
+    with open(args.found, newline="") as file:
+        ranking = list(csv.DictReader(file))
+    print("\n".join(score(original, json.loads(Path(args.flipped).read_text()), ranking)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: flip_or_score(args), errors=(UserError, OSError, json.JSONDecodeError))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

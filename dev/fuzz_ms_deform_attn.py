@@ -4,7 +4,7 @@
 
 Builds dev/fuzz/ with the kernels of csrc/ (every instruction set of this processor, and the CUDA kernels on an emulator
 that runs them on the CPU), and compares each call with slow loops in float64. A case is made from its number: what a
-report names can be repeated with ``--first NUMBER --cases 1``. Exits with 1 on a mismatch or a sanitizer's report.
+report names can be repeated with ``--first NUMBER --cases 1``. Exit code 1: a mismatch or a sanitizer's report.
 """
 
 import argparse
@@ -15,6 +15,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dn_detr_d2 import UserError
+from dn_detr_d2.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -35,7 +40,7 @@ def build(jobs: int = 2) -> Path:
     """Compiles what has changed since the last time; returns the program."""
     compiler = find_compiler()
     if not compiler:
-        raise SystemExit("error: no C++ compiler was found (g++ or clang++, or set CXX)")
+        raise UserError("no C++ compiler was found (g++ or clang++, or set CXX)")
     headers = [
         *ROOT.glob("csrc/*.h"),
         *ROOT.glob("csrc/cpu/*.h"),
@@ -77,8 +82,8 @@ def run(
     return max(abs(process.returncode) for process in started), "".join(outputs)
 
 
-def main() -> None:
-    """Parses the arguments, runs, exits with the result."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -87,13 +92,23 @@ def main() -> None:
         "--cuda-every", type=int, default=500, help="also emulate the CUDA kernels for every n-th case; 0: never"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def fuzz(args: argparse.Namespace) -> int:
+    """Runs the cases and prints what they report; 1 if one of them failed."""
     if args.cases < 1 or args.jobs < 1 or args.cuda_every < 0:
-        raise SystemExit("error: --cases and --jobs must be positive, --cuda-every not negative")
+        raise UserError("--cases and --jobs must be positive, --cuda-every not negative")
     code, output = run(build(args.jobs), args.seed, args.first, args.cases, args.cuda_every, args.jobs)
     print(output, end="")
-    sys.exit(1 if code else 0)
+    return 1 if code else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: fuzz(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import warnings
 
+from .utils.requirements import is_installed
+
 __version__ = "0.1.0"
 
 # Public name -> the module it comes from, imported when the name is first asked for.
@@ -43,28 +45,12 @@ def __getattr__(name: str):
         if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return importlib.import_module(f"{__name__}.{name}")
-    try:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "detectron2":
-            raise
-        raise ModuleNotFoundError(
-            f"dn_detr_d2.{name} needs detectron2, which is not on PyPI; run: python tools/install_detectron2.py",
-            name="detectron2",
-        ) from None
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # the import of this package is forbidden
-        return False
 
 
 def _register() -> None:
@@ -78,5 +64,5 @@ def _register() -> None:
     importlib.import_module(f"{__name__}.checkpoint").allow_plain_types()
 
 
-if _is_installed("detectron2"):
+if is_installed("detectron2"):
     _register()

@@ -8,6 +8,9 @@ A line is "ok", a "note" (worth knowing, nothing to mend) or "BROKEN", then with
 1 if anything is broken, else 0. Nothing is downloaded or written.
 """
 
+from .utils import needs_detectron2  # noqa: F401
+
+# isort: split
 import argparse
 import os
 import platform

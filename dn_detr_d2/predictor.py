@@ -1,5 +1,8 @@
 """Detectron2's predictor with safe reading: what an application uses on files that it has not made itself."""
 
+from .utils import needs_detectron2  # noqa: F401
+
+# isort: split
 import numpy as np
 from detectron2.engine import DefaultPredictor
 

@@ -135,7 +135,7 @@ def test_arrays_that_are_no_image(image, named):
 
 
 def test_a_header_that_disagrees_with_the_annotation_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
-    """Found by dev/stress_test.py images: a flipped bit in the size of a WebP or TIFF cost seconds."""
+    """A flipped bit in the size of a WebP or TIFF cost seconds."""
     Image.new("RGB", (30, 20)).save(tmp_path / "x.bmp")
     data = bytearray((tmp_path / "x.bmp").read_bytes())
     data[18:26] = struct.pack("<ii", 8000, 8000)

@@ -16,7 +16,7 @@ CSRC = sorted(ROOT.glob("csrc/**/*.*"))
 @pytest.fixture
 def build(tmp_path):
     """build(**environment) -> (exit code, output, what _build.txt says); PATH="" hides all compilers."""
-    for name in ("setup.py", "README.md", "dn_detr_d2/__init__.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "dn_detr_d2/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

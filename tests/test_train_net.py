@@ -168,9 +168,10 @@ def test_the_command_itself(tmp_path):
     assert naming("SOLVER.BASE_LR", -1.0).search(done.stderr.splitlines()[-1])
 
 
-def test_without_detectron2_the_import_says_what_to_run():
-    code = "import sys; sys.modules['detectron2'] = None\nimport dn_detr_d2"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("program", ["train_net.py", "demo.py"])
+def test_without_detectron2_the_program_says_what_to_run(program):
+    code = "import runpy, sys; sys.modules['detectron2'] = None\nrunpy.run_path(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert naming("dn_detr_d2", "detectron2").search(done.stderr.splitlines()[-1])
     assert "tools/install_detectron2.py" in done.stderr
 

@@ -12,6 +12,7 @@ NUM_CLASSES says otherwise; the image is 800 x 1333.
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,41 +24,47 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.diagnostics.model_analysis import analyze, measure_memory
 
 
-def main() -> int:
-    """Prints the table; returns the exit code."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="of the image in pixels"
-    )
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels")
     parser.add_argument(
         "--memory", action="store_true", help="also run a training step and measure what autograd keeps"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    args = parser.parse_intermixed_args()
-    opts = ["MODEL.DN_DETR.NUM_CLASSES", 91, *args.opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
-    try:
-        cfg = setup_cfg(args.config_file, [*opts, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], splits=())
-        if min(args.size) < 32:
-            raise UserError(f"--size must be at least 32 32, got {args.size[0]} {args.size[1]}")
-        table = analyze(cfg, *args.size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    rows = [[part, f"{x['parameters']:,}", f"{x['trainable']:,}", f"{x['gflops']:.1f}", f"{x['paper_gflops']:.1f}",
-             f"{x['mactivations']:.1f}"]
-            for part, x in table.items()]  # fmt: skip
+    add_overrides(parser)
+    return parse(parser, argv)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prints the table."""
+    forced = {"MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu", "DATASETS.TRAIN": "()", "DATASETS.TEST": "()"}
+    opts = ["MODEL.DN_DETR.NUM_CLASSES", 91, *args.opts, *chain(*forced.items())]
+    cfg = setup_cfg(args.config_file, opts, splits=())
+    height, width = args.size
+    if min(args.size) < 32:
+        raise UserError(f"--size must be at least 32 32, got {height} {width}")
+    rows = []
+    for part, x in analyze(cfg, height, width).items():
+        counts = [f"{x['parameters']:,}", f"{x['trainable']:,}"]
+        costs = [f"{x[key]:.1f}" for key in ("gflops", "paper_gflops", "mactivations")]
+        rows.append([part, *counts, *costs])
     headers = ["part", "parameters", "trainable", "GFLOPs", "as in the papers", "M activations"]
     print(tabulate(rows, headers, tablefmt="github", colalign=("left", *["right"] * 5), disable_numparse=True))
-    print(f"one image of {args.size[0]} x {args.size[1]}, {cfg.MODEL.DN_DETR.NUM_CLASSES} classes, inference")
+    print(f"one image of {height} x {width}, {cfg.MODEL.DN_DETR.NUM_CLASSES} classes, inference")
     if args.memory:
-        print(
-            f"kept for the backward pass of such an image with 7 objects: {measure_memory(cfg, *args.size) / 2**20:.0f} MiB"
-        )
-    return 0
+        kept = measure_memory(cfg, height, width) / 2**20
+        print(f"kept for the backward pass of such an image with 7 objects: {kept:.0f} MiB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: report(args))
 
 
 if __name__ == "__main__":

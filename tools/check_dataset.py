@@ -17,13 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
+from dn_detr_d2.command_line import run_command
 from dn_detr_d2.data.check_images import check_overlap
 from dn_detr_d2.data.check_set import CheckOptions, check_set, repair_set
 from dn_detr_d2.data.coco_custom import read_content
 from dn_detr_d2.data.conventions import CHOICES
 from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.report import Report
-from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,20 +85,20 @@ def refuse_overwriting(args: argparse.Namespace) -> None:
         )
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code. What cannot be read is one sentence on stderr."""
+def report(args: argparse.Namespace) -> int:
+    """Prints what was found; 1 if there are problems."""
+    refuse_overwriting(args)
+    reports = check(args)
+    for name, found in reports.items():
+        print("\n".join([f"{name}:", *found.lines()]))
+    return int(any(found.problems() for found in reports.values()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    escape_unwritable()
-    try:
-        refuse_overwriting(args)
-        reports = check(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, report in reports.items():
-        print("\n".join([f"{name}:", *report.lines()]))
-    return int(any(report.problems() for report in reports.values()))
+    return run_command(lambda: report(args))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -22,9 +22,10 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 
 from detectron2.modeling import build_model
 
-from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2 import ConfigError, setup_cfg
 from dn_detr_d2.checkpoint import CheckpointFile, convert, read_checkpoint, write_checkpoint
 from dn_detr_d2.coco import NUM_RAW_CLASSES, RAW_IDS, coco_names, raw_names
+from dn_detr_d2.command_line import add_overrides, parse, run_command
 
 
 def run(args) -> None:
@@ -60,8 +61,8 @@ def run(args) -> None:
     print(f"wrote {target}: {len(conversion.state)} tensors of {conversion.source}")
 
 
-def main() -> int:
-    """Parses the command line; returns the exit code."""
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help=".pth, .pkl or .safetensors")
     parser.add_argument("target", type=Path, help=".pth or .safetensors")
@@ -71,17 +72,12 @@ def main() -> int:
         "--ema", action="store_true", help="the moving average of the weights of a training's checkpoint"
     )
     parser.add_argument("--safetensors", action="store_true", help="write .safetensors whatever TARGET ends in")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    args = parser.parse_intermixed_args()
+    add_overrides(parser)
+    args = parse(parser, argv)
     if args.classes is not None and args.classes < 1:
         parser.error(f"--classes must be positive, got {args.classes}")
     logging.disable(logging.INFO)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 One .txt or .xml a picture, sub-folders included. YOLO: every image of the folder, a missing .txt means no objects; lines
 are "class cx cy w h" in [0, 1], or class and the points of a polygon. VOC: every .xml; corners are 1-based and inclusive
 unless --zero-based, objects marked "difficult" are kept. What was dropped, missing or changed is counted. Every file that
-cannot be used is named in a sentence of its own; then nothing is written (code 1), or the rest with --drop-bad (code 0).
+cannot be used is named in a sentence of its own; then nothing is written (code 2), or the rest with --drop-bad (code 0).
 """
 
 import argparse
@@ -18,12 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
+from dn_detr_d2.command_line import BAD_INPUT, run_command
 from dn_detr_d2.data import convert_voc, convert_yolo
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.convert import Conversion, refuse_empty
 from dn_detr_d2.data.yolo_yaml import SPLITS, YAML, read_classes, read_names, read_split
 
-__all__ = ["read_names", "run"]
+__all__ = ["main", "read_names"]
 OF_YOLO = {"--split": "split", "--boxes": "boxes", "--pixels": "pixels", "--ignore-confidence": "ignore_confidence"}
 OF_VOC = {"--zero-based": "zero_based", "--match": "match", "--wrong-size": "wrong_size", "--corners": "corners"}
 
@@ -96,42 +97,39 @@ def convert(args: argparse.Namespace) -> Conversion:
     return convert_yolo.convert_folders(*inputs, read_classes(Path(args.names)), options)
 
 
-def say(text: str, file=None) -> None:
-    """Prints one line, also with file names that the terminal's encoding cannot show, or that hold control characters."""
-    file = file or sys.stdout
-    encoding = file.encoding or "utf-8"
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+def printable(text: object) -> str:
+    """A text with escapes for the control characters that file names may hold."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = parse_arguments(argv)
-    try:
-        check_arguments(args)
-        found = convert(args)
-        refused = found.faults and not args.drop_bad
-        if not refused:
-            refuse_empty(found, args.allow_empty)
-            write_json(found.content, args.paths[-1])
-    except (UserError, OSError) as error:
-        say(f"error: {error}", sys.stderr)
-        return 1
+def write(args: argparse.Namespace) -> int:
+    """Converts, writes and reports; the exit code is that of bad input if there are files that cannot be used."""
+    check_arguments(args)
+    found = convert(args)
+    refused = bool(found.faults) and not args.drop_bad
+    if not refused:
+        refuse_empty(found, args.allow_empty)
+        write_json(found.content, args.paths[-1])
     for fault in found.faults:
-        say(f"{'error' if refused else 'left out'}: {fault}", sys.stderr)
+        print(printable(f"{'error' if refused else 'left out'}: {fault}"), file=sys.stderr)
     for line in [*found.tally.lines(), found.hint]:
-        say(f"note: {line}") if line else None
-    counts = ", ".join(
-        f"{len(found.content[key])} {word}"
-        for key, word in (("images", "images"), ("annotations", "boxes"), ("categories", "classes"))
-    )
+        if line:
+            print(printable(f"note: {line}"))
+    words = {"images": "images", "annotations": "boxes", "categories": "classes"}
+    counts = ", ".join(f"{len(found.content[key])} {word}" for key, word in words.items())
     if refused:
-        say(f"{counts}; {len(found.faults)} bad files, nothing written; --drop-bad leaves them out")
-        return 1
+        print(f"{counts}; {len(found.faults)} bad files, nothing written; --drop-bad leaves them out")
+        return BAD_INPUT
     left_out = f"; {len(found.faults)} bad files left out" if found.faults else ""
-    say(f"{counts}{left_out}; written: {args.paths[-1]}, image folder: {found.folder}")
+    print(printable(f"{counts}{left_out}; written: {args.paths[-1]}, image folder: {found.folder}"))
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: write(args), errors=(UserError, OSError), describe=printable)
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

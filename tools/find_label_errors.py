@@ -25,11 +25,11 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from dn_detr_d2 import ConfigError, UserError, setup_cfg
+from dn_detr_d2.command_line import add_overrides, add_weights, parse, required_weights, run_command
 from dn_detr_d2.data import build_probe_loader, check_files
 from dn_detr_d2.diagnostics import JudgedLabel, judge_labels
 from dn_detr_d2.diagnostics.label_errors import COLUMNS, as_rows, write_report
 from dn_detr_d2.engine import load_for_evaluation
-from dn_detr_d2.utils.text_output import escape_unwritable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="YAML config, e.g. config.yaml of a training"
     )
-    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a model with denoising")
+    add_weights(parser, "checkpoint of a model with denoising")
     parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered data set, or one of COCO_JSON")
     parser.add_argument("--top", type=int, default=50, metavar="N", help="annotations to print and draw (default 50)")
     parser.add_argument(
@@ -47,8 +47,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="FOLDER", help="where table and pictures go; without it they are not written"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    return parser.parse_intermixed_args(argv)
+    add_overrides(parser)
+    return parse(parser, argv)
 
 
 def judge(args: argparse.Namespace) -> tuple[list[JudgedLabel], list[str]]:
@@ -59,9 +59,10 @@ def judge(args: argparse.Namespace) -> tuple[list[JudgedLabel], list[str]]:
         raise ConfigError("--top 0 without --output shows nothing; give a number, or --output for the table of all")
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ConfigError(f"--output {args.output} is a file; name a folder")
-    if "://" not in args.weights and not Path(args.weights).is_file():
-        raise ConfigError(f"--weights {args.weights} does not exist")
-    used = ["DATASETS.TRAIN", "()", "DATASETS.TEST", (args.dataset,), "MODEL.WEIGHTS", args.weights]
+    weights = required_weights(args)
+    if "://" not in weights and not Path(weights).is_file():
+        raise ConfigError(f"--weights {weights} does not exist")
+    used = ["DATASETS.TRAIN", "()", "DATASETS.TEST", (args.dataset,), "MODEL.WEIGHTS", weights]
     cfg = setup_cfg(args.config_file, [*args.opts, *used], splits=("TEST",))
     check_files(args.dataset)
     loader = build_probe_loader(cfg, args.dataset, args.num_images)
@@ -69,26 +70,29 @@ def judge(args: argparse.Namespace) -> tuple[list[JudgedLabel], list[str]]:
     return judge_labels(load_for_evaluation(cfg), loader), names
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code. A user's mistake is one sentence on stderr."""
+def report(args: argparse.Namespace) -> None:
+    """Prints the first annotations, and writes the table and the pictures."""
+    rows = as_rows(*judge(args), args.dataset)
+    shown = [[row[key] for key in COLUMNS[:6]] for row in rows[: args.top]]
+    print(tabulate(shown, COLUMNS[:6], tablefmt="github", floatfmt="+.3f"))
+    doubted = sum(row["score"] > 0 for row in rows)
+    print(f"{len(rows)} annotations; for {doubted} of them another class is likelier than the annotated one")
+    if args.output:
+        write_report(rows, args.top, Path(args.output))
+        print(f"table and pictures: {args.output}")
+
+
+def last_line(error: Exception) -> str:
+    """The sentence of an error; a loader process puts its traceback and the error's class before it."""
+    return str(error).strip().splitlines()[-1].removeprefix("dn_detr_d2.errors.DatasetError: ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    escape_unwritable()
     setup_logger(name="dn_detr_d2").setLevel(logging.WARNING)
-    try:
-        rows = as_rows(*judge(args), args.dataset)
-        shown = [[row[key] for key in COLUMNS[:6]] for row in rows[: args.top]]
-        print(tabulate(shown, COLUMNS[:6], tablefmt="github", floatfmt="+.3f"))
-        doubted = sum(row["score"] > 0 for row in rows)
-        print(f"{len(rows)} annotations; for {doubted} of them another class is likelier than the annotated one")
-        if args.output:
-            write_report(rows, args.top, Path(args.output))
-            print(f"table and pictures: {args.output}")
-    except (UserError, FloatingPointError) as error:
-        sentence = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback before it
-        print(f"error: {sentence.removeprefix('dn_detr_d2.errors.DatasetError: ')}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: report(args), errors=(UserError, FloatingPointError), describe=last_line)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

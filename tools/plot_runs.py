@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError
-from dn_detr_d2.command_line import answer
+from dn_detr_d2.command_line import run_command
 from dn_detr_d2.visualization.curves import HEADERS, draw, table
 from dn_detr_d2.visualization.runs import Group, Run, group_runs, read_run
 
@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return answer(lambda: compare(args))
+    return run_command(lambda: print(*compare(args), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Trains configs/quickstart.yaml on the embedded data set, evaluates it with COCOE
 the AP table and where everything lies. Can be run again; it starts afresh.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,8 +18,10 @@ CONFIG, OUTPUT = ROOT / "configs" / "quickstart.yaml", ROOT / "output" / "quicks
 NUM_PICTURES = 12
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the three steps; returns the exit code of the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     start = time.monotonic()
     print(f"== 1/3 Training {CONFIG.relative_to(ROOT)} on generated scenes (under 10 minutes on two cores)")
     (OUTPUT / "metrics.json").unlink(missing_ok=True)
@@ -33,7 +36,7 @@ def main() -> int:
     images = sorted((cache_folder() / "shapes_val").glob("*.bmp"))[:NUM_PICTURES]
     command = [sys.executable, "demo.py", "--config-file", OUTPUT / "config.yaml", "--input", *images]
     weights = OUTPUT / "model_final.pth"
-    code = show([*command, "--output", pictures, "--json", "--opts", "MODEL.WEIGHTS", weights], "boxes ->")
+    code = show([*command, "--output", pictures, "--json", "MODEL.WEIGHTS", weights], "boxes ->")
     if code:
         return code
 

@@ -21,7 +21,7 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 # isort: split
 
 from dn_detr_d2 import ConfigError, setup_cfg
-from dn_detr_d2.command_line import answer
+from dn_detr_d2.command_line import add_overrides, add_weights, parse, required_weights, run_command
 from dn_detr_d2.visualization.attention import best_queries, draw_attention, verdict
 from dn_detr_d2.visualization.images import class_names, title_of, to_rgb
 from dn_detr_d2.visualization.models import inference_image, load_model
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config.yaml of the training")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="model_final.pth of the training")
+    add_weights(parser, "model_final.pth of the training")
     parser.add_argument("--input", required=True, metavar="IMAGE", help="an image file")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--query", type=int, metavar="N", help="number of a matching query, from 0")
@@ -41,8 +41,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--best", type=int, default=3, metavar="K", help="the queries of the K best detections (default 3)"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    return parser.parse_intermixed_args(argv)
+    add_overrides(parser)
+    return parse(parser, argv)
 
 
 def choose_queries(args: argparse.Namespace, seen, names: list[str]) -> list[int]:
@@ -57,16 +57,17 @@ def choose_queries(args: argparse.Namespace, seen, names: list[str]) -> list[int
 
 def visualize(args: argparse.Namespace) -> list[str]:
     """Writes a picture for each query; returns a line for each: what the query found, and the path."""
+    weights = required_weights(args)
     cfg = setup_cfg(args.config_file, args.opts, splits=())
     image = inference_image(cfg, args.input)
-    model = load_model(cfg, args.weights)
+    model = load_model(cfg, weights)
     seen, layers = record(model, image)
     pixels, names = to_rgb(image["image"], cfg.INPUT.FORMAT), class_names(cfg)
     written = []
     for query in choose_queries(args, seen, names):
         figure = draw_attention(seen, layers, query, pixels, names)
         found = f"query {query}: {verdict(seen, query, -1, names)}"
-        figure.suptitle(f"{found} - {title_of(args.input, args.weights)}", fontsize=10)
+        figure.suptitle(f"{found} - {title_of(args.input, weights)}", fontsize=10)
         path = save(figure, Path(args.output) / f"{Path(args.input).stem}_query{query}.png")
         written.append(f"{found} -> {path}")
     return written
@@ -75,7 +76,7 @@ def visualize(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return answer(lambda: visualize(args))
+    return run_command(lambda: print(*visualize(args), sep="\n"))
 
 
 if __name__ == "__main__":

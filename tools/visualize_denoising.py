@@ -22,7 +22,7 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 import torch
 
 from dn_detr_d2 import ConfigError, setup_cfg
-from dn_detr_d2.command_line import answer
+from dn_detr_d2.command_line import add_overrides, add_weights, parse, run_command, weights_of
 from dn_detr_d2.visualization.denoising import draw_mask, draw_noise, draw_refinement
 from dn_detr_d2.visualization.images import class_names, title_of, to_rgb
 from dn_detr_d2.visualization.models import load_model, observe_denoising, training_image
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="of a system with denoising")
-    parser.add_argument("--weights", default="", metavar="FILE", help="of a training (default: a random model)")
+    add_weights(parser, "of a training (default: a random model)")
     parser.add_argument("--dataset", metavar="NAME", help="registered data set (default DATASETS.TRAIN)")
     parser.add_argument(
         "--image", metavar="ID", help="image id, or else its position (default: the first with an object)"
@@ -41,8 +41,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=6, metavar="N", help="show at most so many groups (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of a random model (default 0)")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go; made if need be")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    return parser.parse_intermixed_args(argv)
+    add_overrides(parser)
+    return parse(parser, argv)
 
 
 def read_config(args: argparse.Namespace):
@@ -61,24 +61,20 @@ def read_config(args: argparse.Namespace):
 
 def visualize(args: argparse.Namespace) -> list[str]:
     """Writes the three pictures; returns their paths."""
-    cfg = read_config(args)
+    cfg, weights = read_config(args), weights_of(args)
     record = training_image(cfg, args.image)
     torch.manual_seed(args.seed)
-    model = load_model(cfg, args.weights)
-    seen = observe_denoising(model, record, args.seed)
-    pixels, names, copies = (
-        to_rgb(record["image"], cfg.INPUT.FORMAT),
-        class_names(cfg),
-        model.denoising.generator.COPIES,
-    )
+    model = load_model(cfg, weights)
+    outputs = observe_denoising(model, record, args.seed)
+    pixels, names = to_rgb(record["image"], cfg.INPUT.FORMAT), class_names(cfg)
     figures = {
-        "noise": draw_noise(seen, pixels, names, copies, args.groups),
-        "refinement": draw_refinement(seen, pixels, names, copies),
-        "attention_mask": draw_mask(seen, copies),
+        "noise": draw_noise(outputs, pixels, names, args.groups),
+        "refinement": draw_refinement(outputs, pixels, names),
+        "attention_mask": draw_mask(outputs),
     }
     written = []
     for name, figure in figures.items():
-        figure.suptitle(title_of(record["file_name"], args.weights), fontsize=10)
+        figure.suptitle(title_of(record["file_name"], weights), fontsize=10)
         path = Path(args.output) / f"{Path(record['file_name']).stem}_{name}.png"
         written.append(str(save(figure, path)))
     return written
@@ -87,7 +83,7 @@ def visualize(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return answer(lambda: visualize(args))
+    return run_command(lambda: print(*visualize(args), sep="\n"))
 
 
 if __name__ == "__main__":

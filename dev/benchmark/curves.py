@@ -75,8 +75,11 @@ def measure_curve(curve: str, points: dict, rounds: int, threads: dict[str, int]
                     "unit_cost_max": max(ratios),
                 }
             )
-            print("{curve:20} {point:12} {pass:17} {ms:9.2f} ms  {unit_cost:5.2f}x a unit "
-                  "({unit_cost_min:.2f}-{unit_cost_max:.2f})".format(**rows[-1]), flush=True)  # fmt: skip
+            print(
+                "{curve:20} {point:12} {pass:17} {ms:9.2f} ms  {unit_cost:5.2f}x a unit "
+                "({unit_cost_min:.2f}-{unit_cost_max:.2f})".format(**rows[-1]),
+                flush=True,
+            )
     torch.set_num_threads(usual)
     return rows
 
@@ -119,8 +122,10 @@ def write_curves(rows: list[dict], folder: Path) -> None:
         for kind, colour in (("forward", "#4477aa"), ("forward+backward", "#cc6677")):
             chosen = sorted((r for r in rows if r["curve"] == name and r["pass"] == kind), key=size_of)
             cost = [r["unit_cost"] for r in chosen]
-            spread = [[r["unit_cost"] - r["unit_cost_min"] for r in chosen],
-                      [r["unit_cost_max"] - r["unit_cost"] for r in chosen]]  # fmt: skip
+            spread = [
+                [r["unit_cost"] - r["unit_cost_min"] for r in chosen],
+                [r["unit_cost_max"] - r["unit_cost"] for r in chosen],
+            ]
             panel.errorbar(
                 [r["point"] for r in chosen], cost, yerr=spread, marker="o", capsize=2, label=kind, color=colour
             )

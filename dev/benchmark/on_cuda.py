@@ -4,13 +4,14 @@ import ctypes
 import math
 import shutil
 import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dn_detr_d2 import UserError
 
 SOURCE = Path(__file__).with_name("cuda_rivals.cu")
 
@@ -19,7 +20,7 @@ SOURCE = Path(__file__).with_name("cuda_rivals.cu")
 def library() -> ctypes.CDLL:
     """Compiles cuda_rivals.cu for the current GPU into build/, and loads it."""
     if not shutil.which("nvcc"):
-        sys.exit("error: nvcc is needed to compile the kernels to compare with, and it is not on the PATH")
+        raise UserError("nvcc is needed to compile the kernels to compare with, and it is not on the PATH")
     major, minor = torch.cuda.get_device_capability()
     target = SOURCE.parents[2] / "build" / f"cuda_rivals_sm{major}{minor}.so"
     target.parent.mkdir(exist_ok=True)

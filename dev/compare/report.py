@@ -1,4 +1,4 @@
-"""What came out of a race, as tables."""
+"""Compared trainings as a table, and which claims of the paper they support."""
 
 import numpy as np
 
@@ -9,14 +9,19 @@ from dn_detr_d2.visualization.runs import Group, Run
 from .variants import DENOISED, HALF, MATCHING
 
 INSTABILITY = r"instability/layer_\d+"
-FAINT = 1.0  # AP below which a baseline has not begun to detect
+MIN_BASELINE_AP = 1.0  # AP below which a baseline has not begun to detect
 HEADERS = (
-    "training", "seeds", "final AP", "iterations to the AP of matching alone", "IS of the last layer", "anchor distance",
+    "training",
+    "seeds",
+    "final AP",
+    "iterations to the AP of matching alone",
+    "IS of the last layer",
+    "anchor distance",
     "time of an iteration",
-)  # fmt: skip
+)
 
 
-def rows(groups: list[Group]) -> list[list[str]]:
+def table_rows(groups: list[Group]) -> list[list[str]]:
     """A row of text for each group; the first is the baseline.
 
     AP and distance are of the last evaluation, IS is the mean over the training; means over seeds, with the lowest and the
@@ -24,56 +29,56 @@ def rows(groups: list[Group]) -> list[list[str]]:
     multiples of the baseline's of the same seed, with which the training took turns.
     """
     base = groups[0].runs
-    goal = float(np.mean(ends(base, AP)))
+    goal = float(np.mean(final_values(base, AP)))
     return [
         [
             group.name,
             str(len(group.runs)),
-            spread(ends(group.runs, AP), ".1f"),
-            reaching(group.runs, goal, ".0%", length(base[0])) if goal >= FAINT else "-",
-            spread(means(group.runs, INSTABILITY), ".2f"),
-            spread(ends(group.runs, r"anchors/distance"), ".3f"),
-            spread([pace(run) / pace(first) for run, first in zip(group.runs, base, strict=True)], ".2f"),
+            spread(final_values(group.runs, AP), ".1f"),
+            reaching(group.runs, goal, ".0%", num_iterations(base[0])) if goal >= MIN_BASELINE_AP else "-",
+            spread(mean_values(group.runs, INSTABILITY), ".2f"),
+            spread(final_values(group.runs, r"anchors/distance"), ".3f"),
+            spread(relative_times(group.runs, base), ".2f"),
         ]
         for group in groups
     ]
 
 
-def verdicts(groups: list[Group]) -> list[str]:
-    """The claims of the paper that the numbers carry, and those they do not, one sentence each."""
+def check_claims(groups: list[Group]) -> list[str]:
+    """One sentence for each claim of the paper, and whether the numbers support it."""
     by_name = {group.name: group for group in groups}
     alone, denoised = by_name[MATCHING], by_name[DENOISED]
-    distance = [float(np.mean(ends(group.runs, r"anchors/distance"))) for group in (alone, denoised)]
-    ratio = float(np.median([pace(a) / pace(b) for a, b in zip(denoised.runs, alone.runs, strict=True)]))
+    distance = [float(np.mean(final_values(group.runs, r"anchors/distance"))) for group in (alone, denoised)]
+    ratio = float(np.median(relative_times(denoised.runs, alone.runs)))
     return [
-        *precision(alone, denoised, by_name.get(HALF)),
-        stability(alone, denoised),
+        *check_ap(alone, denoised, by_name.get(HALF)),
+        check_stability(alone, denoised),
         claim("anchors are nearer", distance[1] < distance[0], f"{distance[1]:.3f} against {distance[0]:.3f}"),
         claim("an iteration takes at most 1.10 times as long", ratio <= 1.10, f"{ratio:.2f}"),
-        *orders(groups[1:], groups[0]),
+        *check_ablations(groups[1:], groups[0]),
     ]
 
 
-def precision(alone: Group, denoised: Group, half: Group | None) -> list[str]:
-    """What AP says, unless the baseline has not begun to detect."""
-    goal, whole = (float(np.mean(ends(group.runs, AP))) for group in (alone, denoised))
-    if goal < FAINT:
+def check_ap(alone: Group, denoised: Group, half: Group | None) -> list[str]:
+    """Claims about AP, unless the baseline has not begun to detect."""
+    goal, whole = (float(np.mean(final_values(group.runs, AP))) for group in (alone, denoised))
+    if goal < MIN_BASELINE_AP:
         return [f"- the baseline does not detect yet (AP {goal:.1f}; with denoising {whole:.1f}): AP says nothing here"]
-    share = crossing(denoised, goal) / length(alone.runs[0])
+    share = iterations_until(denoised, goal) / num_iterations(alone.runs[0])
     where = f"the mean curve crosses it at {share:.0%}" if np.isfinite(share) else "never"
     said = [
         claim("ends higher", whole > goal, f"AP {whole:.1f} against {goal:.1f}"),
         claim("half the iterations reach the baseline's final AP", share <= 0.5, where),
     ]
     if half is not None:
-        ap = float(np.mean(ends(half.runs, AP)))
+        ap = float(np.mean(final_values(half.runs, AP)))
         said.append(claim("a schedule of half the length is enough", ap >= goal, f"AP {ap:.1f} against {goal:.1f}"))
     return said
 
 
-def stability(alone: Group, denoised: Group) -> str:
+def check_stability(alone: Group, denoised: Group) -> str:
     """Means over the training, and at how many of the common probes the mean over seeds lies lower."""
-    unstable = [float(np.mean(means(group.runs, INSTABILITY))) for group in (alone, denoised)]
+    unstable = [float(np.mean(mean_values(group.runs, INSTABILITY))) for group in (alone, denoised)]
     first, second = (group.band(INSTABILITY) for group in (alone, denoised))
     common, i, j = np.intersect1d(first[:, 0], second[:, 0], return_indices=True)
     lower = int((second[j, 1] < first[i, 1]).sum())
@@ -81,7 +86,7 @@ def stability(alone: Group, denoised: Group) -> str:
     return claim("matching is more stable all along", lower == len(common), numbers)
 
 
-def crossing(group: Group, goal: float) -> float:
+def iterations_until(group: Group, goal: float) -> float:
     """Iterations at which the mean AP over the runs, read between evaluations on straight lines, reaches ``goal``."""
     x, y = np.concatenate([np.zeros((1, 2)), group.band(AP)[:, :2]]).T
     above = np.flatnonzero(y >= goal - 1e-9)
@@ -91,16 +96,16 @@ def crossing(group: Group, goal: float) -> float:
     return float(np.interp(goal, y[k - 1 : k + 1], x[k - 1 : k + 1])) if k else 0.0
 
 
-def orders(groups: list[Group], baseline: Group) -> list[str]:
+def check_ablations(groups: list[Group], baseline: Group) -> list[str]:
     """What each ablation does to the AP of the whole denoising, the first of the groups, and where that leaves it."""
-    whole, *others = (float(np.mean(ends(group.runs, AP))) for group in groups)
-    alone = float(np.mean(ends(baseline.runs, AP)))
-    return [
-        claim(f"{group.name} ends below the whole", ap < whole,
-              f"AP {ap:.1f}: {ap - whole:+.1f} to the whole, {ap - alone:+.1f} to matching alone")
-        for group, ap in zip(groups[1:], others, strict=True)
-        if group.name != HALF
-    ]  # fmt: skip
+    whole, *others = (float(np.mean(final_values(group.runs, AP))) for group in groups)
+    alone = float(np.mean(final_values(baseline.runs, AP)))
+    claims = []
+    for group, ap in zip(groups[1:], others, strict=True):
+        if group.name != HALF:
+            numbers = f"AP {ap:.1f}: {ap - whole:+.1f} to the whole, {ap - alone:+.1f} to matching alone"
+            claims.append(claim(f"{group.name} ends below the whole", ap < whole, numbers))
+    return claims
 
 
 def claim(text: str, holds: bool, numbers: str) -> str:
@@ -108,38 +113,43 @@ def claim(text: str, holds: bool, numbers: str) -> str:
     return f"- {text}: {'yes' if holds else '**no**'} ({numbers})"
 
 
-def ends(runs: list[Run], pattern: str) -> list[float]:
+def final_values(runs: list[Run], pattern: str) -> list[float]:
     """The last value of each run."""
     return [float(run.curve(pattern)[-1, 1]) for run in runs]
 
 
-def means(runs: list[Run], pattern: str) -> list[float]:
+def mean_values(runs: list[Run], pattern: str) -> list[float]:
     """The mean value of each run."""
     return [float(run.curve(pattern)[:, 1].mean()) for run in runs]
 
 
-def ended(groups: list[Group]) -> None:
+def require_complete(groups: list[Group]) -> None:
     """Raises UserError unless every training has come to its end, over equally many iterations for all seeds."""
     for group in groups:
         for run in group.runs:
             if not (run.folder / "step_seconds.txt").is_file() or run.curve(AP) is None:
                 raise UserError(f"{run.folder} has not been trained to its end; train it without --report")
-            if length(run) != length(group.runs[0]) or (
-                group.name != HALF and length(run) != length(groups[0].runs[0])
+            if num_iterations(run) != num_iterations(group.runs[0]) or (
+                group.name != HALF and num_iterations(run) != num_iterations(groups[0].runs[0])
             ):
                 raise UserError(
-                    f"{run.folder} is a training of {length(run)} iterations, {groups[0].runs[0].folder} one of "
-                    f"{length(groups[0].runs[0])}; they cannot be compared, so keep races of different length in folders "
-                    "of their own (--runs)"
+                    f"{run.folder} is a training of {num_iterations(run)} iterations, {groups[0].runs[0].folder} one of "
+                    f"{num_iterations(groups[0].runs[0])}; they cannot be compared, so keep trainings of different "
+                    "length in folders of their own (--runs)"
                 )
 
 
-def length(run: Run) -> int:
+def relative_times(runs: list[Run], base: list[Run]) -> list[float]:
+    """Seconds of a step as a multiple of those of the baseline with the same seed."""
+    return [seconds_per_step(run) / seconds_per_step(other) for run, other in zip(runs, base, strict=True)]
+
+
+def num_iterations(run: Run) -> int:
     """Iterations of a training."""
     return run.config["SOLVER"]["MAX_ITER"]
 
 
-def pace(run: Run) -> float:
+def seconds_per_step(run: Run) -> float:
     """Median seconds of a step, the first ten left out."""
     seconds = [float(line) for line in (run.folder / "step_seconds.txt").read_text().split()]
     return float(np.median(seconds[min(10, len(seconds) - 1) :]))

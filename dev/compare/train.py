@@ -7,6 +7,7 @@ same for all, whatever else they draw.
 import sys
 import time
 from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from dn_detr_d2.utils.rng import random_state, set_random_state
 
 from .variants import Variant
 
-# Left of an earlier race in the same folder, which the writers would continue.
-LEFT = ("metrics.json", "instability.npz", "best_metric.json", "last_checkpoint", "step_seconds.txt")
+# Files of an earlier training in the same folder, which the writers would continue.
+STALE_FILES = ("metrics.json", "instability.npz", "best_metric.json", "last_checkpoint", "step_seconds.txt")
 
 
-class Contestant:
+class InterleavedRun:
     """One training that can be advanced by a step.
 
     Args:
@@ -33,7 +34,7 @@ class Contestant:
     def __init__(self, cfg):
         folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in LEFT:
+        for name in STALE_FILES:
             (folder / name).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
         seed_all_rng(cfg.SEED)
@@ -65,7 +66,9 @@ class Contestant:
         self.streams = random_state(self.trainer.device)
 
 
-def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int) -> list[Path]:
+def train_interleaved(
+    config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int
+) -> list[Path]:
     """Trains all variants of one pair under one seed.
 
     Args:
@@ -83,23 +86,23 @@ def race(config: Path, variants: list[Variant], seed: int, output: Path, opts: l
     configs = [configure(config, variant, seed, output, opts) for variant in variants]
     output.mkdir(parents=True, exist_ok=True)
     with (output / f"{config.stem}_seed{seed}.log").open("w") as log, redirect_stdout(log):
-        run([Contestant(cfg) for cfg in configs], f"{config.stem}, seed {seed}")
+        advance_in_turn([InterleavedRun(cfg) for cfg in configs], f"{config.stem}, seed {seed}")
     return [Path(cfg.OUTPUT_DIR) for cfg in configs]
 
 
-def run(running: list[Contestant], name: str) -> None:
-    """Advances all in turn until all are done; says on stderr how far they are, at every tenth."""
-    total, whole = len(running), max(contestant.trainer.max_iter for contestant in running)
+def advance_in_turn(runs: list[InterleavedRun], name: str) -> None:
+    """Advances all by a step in turn until all are done; reports the progress on stderr at every tenth."""
+    total, whole = len(runs), max(run.trainer.max_iter for run in runs)
     for i in range(whole):
         if i % max(whole // 10, 1) == 0:
             print(f"{name}: {i} of {whole} iterations, {total} trainings in turn", file=sys.stderr, flush=True)
-        for contestant in running:
-            contestant.advance()
-        running = [contestant for contestant in running if not contestant.done]
+        for run in runs:
+            run.advance()
+        runs = [run for run in runs if not run.done]
 
 
 def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, opts: list) -> list[Path]:
-    """Where :func:`race` puts, or has put, the trainings."""
+    """Where :func:`train_interleaved` puts, or has put, the trainings."""
     return [Path(configure(config, variant, seed, output, opts).OUTPUT_DIR) for variant in variants]
 
 
@@ -108,8 +111,11 @@ def configure(config: Path, variant: Variant, seed: int, output: Path, opts: lis
     folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"
     whole = setup_cfg(str(config), opts).SOLVER.MAX_ITER
     period = max(whole // 10, 1)
-    made = [
-        *("SEED", seed, "OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", int(whole * variant.share)),
-        *("TEST.EVAL_PERIOD", period, "SOLVER.CHECKPOINT_PERIOD", whole),
-    ]
-    return setup_cfg(str(config), [*opts, *variant.overrides, *made])
+    made = {
+        "SEED": seed,
+        "OUTPUT_DIR": str(folder),
+        "SOLVER.MAX_ITER": int(whole * variant.share),
+        "TEST.EVAL_PERIOD": period,
+        "SOLVER.CHECKPOINT_PERIOD": whole,
+    }
+    return setup_cfg(str(config), [*opts, *variant.overrides, *chain(*made.items())])

@@ -1,4 +1,4 @@
-"""What runs against what: the pairs, the ablations, and their overrides.
+"""What is compared with what: the pairs, the ablations, and their overrides.
 
 A variant is a name and [key, value, ...] over the pair's file; nothing else differs within a pair.
 """
@@ -35,7 +35,7 @@ ALONE = {
     "dense": Variant(MATCHING, [DENOISING + "NAME", "", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "zero"]),
     "deformable": Variant(MATCHING, [DENOISING + "NAME", ""]),
 }
-RACE = (Variant(DENOISED), Variant(HALF, share=0.5))
+STANDARD = (Variant(DENOISED), Variant(HALF, share=0.5))
 # DN-DETR Tables 5 and 6: groups, label noise, box noise, attention mask; then the sizes of the noise.
 ABLATIONS = (
     _ablation("1 group", NUM_GROUPS=1),
@@ -48,12 +48,12 @@ ABLATIONS = (
 PAIRS = tuple(ALONE)
 
 
-def contestants(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
+def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
     """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest.
 
     Args:
         pair: of PAIRS.
-        ablations: names of those that take the place of the race's half schedule.
+        ablations: names of those that take the place of the half schedule.
     """
     chosen = tuple(variant for variant in ABLATIONS if variant.name in ablations)
-    return [ALONE[pair], *RACE[:1], *(chosen or RACE[1:])]
+    return [ALONE[pair], *STANDARD[:1], *(chosen or STANDARD[1:])]

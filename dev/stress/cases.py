@@ -1,4 +1,4 @@
-"""Many small cases in forked children: a case that hangs or takes its process with it is named, and the others go on."""
+"""Many small cases in forked children: a case that hangs or crashes its process is named, and the others go on."""
 
 import mmap
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BATCH = 5000  # cases of a child
-LONGEST = 5.0  # seconds of a case; then its child is killed
+MAX_SECONDS = 5.0  # of a case; then its child is killed
 
 
 def run_cases(
@@ -20,16 +20,16 @@ def run_cases(
     """Runs the cases 0 to ``count`` - 1.
 
     Args:
-        make: is given a folder of its own and returns ``case(number)``, which says in a word how it ended; a word that
-            begins with "WRONG" tells what must not happen. Called in each child.
+        make: is given a folder of its own and returns ``case(number)``, which returns its outcome in a word; an outcome that
+            begins with "WRONG" describes a violation. Called in each child.
         count: of the cases.
         folder: for the children.
         jobs: children at a time.
 
     Returns:
-        tuple: how often each word was said, and what went wrong.
+        tuple: how often each outcome occurred, and the violations.
     """
-    words, wrong, waiting = Counter(), [], [(i, min(i + BATCH, count)) for i in range(0, count, BATCH)]
+    outcomes, wrong, waiting = Counter(), [], [(i, min(i + BATCH, count)) for i in range(0, count, BATCH)]
     running = {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -37,24 +37,25 @@ def run_cases(
             running[child.pid] = child
         pid, status = os.wait()
         child = running.pop(pid)
-        for word in child.words():
-            if word.startswith("WRONG"):
-                wrong.append(word.removeprefix("WRONG "))
+        for outcome in child.outcomes():
+            if outcome.startswith("WRONG"):
+                wrong.append(outcome.removeprefix("WRONG "))
             else:
-                words[word] += 1
+                outcomes[outcome] += 1
         if code := os.waitstatus_to_exitcode(status):
             number = child.number()
             if number < child.first:
                 raise RuntimeError(f"a child of {folder} could not begin, see its traceback")
-            wrong.append(f"case {number} took more than {LONGEST} s" if code == -signal.SIGALRM else
-                         f"case {number} ended its process with {code}")  # fmt: skip
+            hung = code == -signal.SIGALRM
+            end = f"took more than {MAX_SECONDS} s" if hung else f"ended its process with {code}"
+            wrong.append(f"case {number} {end}")
             if number + 1 < child.end:
                 waiting.append((number + 1, child.end))
-    return words, wrong
+    return outcomes, wrong
 
 
 class _Child:
-    """A process with some of the cases; tells the number of the present one through shared memory."""
+    """A process with some of the cases; publishes the number of the current one in shared memory."""
 
     def __init__(self, make: Callable, first: int, end: int, folder: Path):
         self.first, self.end, self.shared = first, end, mmap.mmap(-1, 8)
@@ -73,23 +74,21 @@ class _Child:
     def _run(self, make: Callable, first: int) -> int:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         case = make(self.home)
-        with open(
-            self.home / "words", "w", buffering=1
-        ) as words:  # a line at a time, so that none is lost with the child
+        with open(self.home / "outcomes", "w", buffering=1) as file:  # line-buffered: none is lost with the child
             for number in range(first, self.end):
                 self.shared[:] = struct.pack("q", number)
-                signal.setitimer(signal.ITIMER_REAL, LONGEST)
-                word = case(number)
+                signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+                outcome = case(number)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                fault = word.startswith("WRONG")
-                print(f"WRONG case {number}:{word[5:]}" if fault else word, file=words)
+                violation = outcome.startswith("WRONG")
+                print(f"WRONG case {number}:{outcome[5:]}" if violation else outcome, file=file)
         return 0
 
     def number(self) -> int:
-        """Of the present case."""
+        """Of the current case."""
         return struct.unpack("q", self.shared[:])[0]
 
-    def words(self) -> list[str]:
-        """Those that it has said."""
-        path = self.home / "words"
+    def outcomes(self) -> list[str]:
+        """Of the cases that are done."""
+        path = self.home / "outcomes"
         return path.read_text().splitlines() if path.exists() else []

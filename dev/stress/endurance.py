@@ -1,4 +1,4 @@
-"""What grows in a long training, and what a crowded image costs."""
+"""Memory of a long training, and of images with many objects."""
 
 import os
 import resource
@@ -17,22 +17,22 @@ from dn_detr_d2.engine import Trainer
 from .results import Result
 from .toy import make_cfg
 
-WARM_UP = 600  # iterations after which the memory is looked at for the first time; one evaluation lies before
-CROWDS = (0, 1, 10, 100, 300, 1000, 3000)
+WARM_UP = 600  # iterations before the first sample that counts; one evaluation lies before
+BOX_COUNTS = (0, 1, 10, 100, 300, 1000, 3000)
 BUDGET = 200  # denoising queries
 
 
-class Footprint(HookBase):
-    """Notes what the process holds, every 50 iterations."""
+class MemoryHook(HookBase):
+    """Samples memory and open files of the process, every 50 iterations."""
 
     def __init__(self):
-        self.notes = []  # (iteration, bytes of memory, of which private, open files)
+        self.samples = []  # (iteration, bytes of memory, of which private, open files)
 
     def after_step(self) -> None:
-        """Looks into /proc."""
+        """Reads /proc."""
         if (self.trainer.iter + 1) % 50 == 0:
             now = memory("VmRSS"), memory("RssAnon"), len(os.listdir("/proc/self/fd"))
-            self.notes.append((self.trainer.iter + 1, *now))
+            self.samples.append((self.trainer.iter + 1, *now))
 
 
 def memory(kind: str) -> int:
@@ -41,7 +41,7 @@ def memory(kind: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
-def apart(work: Callable[[], list]) -> list:
+def in_child(work: Callable[[], list]) -> list:
     """Runs ``work`` in a forked child, which returns a list of numbers."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -69,22 +69,22 @@ def soak(scratch: Path, iterations: int) -> Result:
         options = ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 100, "DATASETS.TEST", ("shapes_val",)]
         seed_all_rng(5)
         trainer = Trainer(make_cfg(scratch, [*options, "TEST.EVAL_PERIOD", max(iterations // 4, 50)]))
-        footprint = Footprint()
-        trainer.register_hooks([footprint])
+        hook = MemoryHook()
+        trainer.register_hooks([hook])
         trainer.train()
-        return [x for note in footprint.notes if note[0] >= WARM_UP for x in note]
+        return [x for sample in hook.samples if sample[0] >= WARM_UP for x in sample]
 
-    numbers = apart(_train)
-    notes = list(zip(*(numbers[i::4] for i in range(4)), strict=True))
-    if not notes:
+    numbers = in_child(_train)
+    samples = list(zip(*(numbers[i::4] for i in range(4)), strict=True))
+    if not samples:
         return Result("soak", iterations, "", ["the training did not end"], time.monotonic() - start)
-    third = max(len(notes) // 3, 1)  # single notes waver by the allocator
-    whole, growth = _growth([note[1] for note in notes], third)
-    private, _ = _growth([note[2] for note in notes], third)
-    files = notes[-1][3] - notes[0][3]
-    seen = f"{whole}, private {private}; {files:+.0f} open files"
-    wrong = [seen] if growth > 1 or files > 0 else []
-    return Result("soak", iterations, seen, wrong, time.monotonic() - start)
+    third = max(len(samples) // 3, 1)  # single samples vary with the allocator
+    total, growth = _growth([sample[1] for sample in samples], third)
+    private, _ = _growth([sample[2] for sample in samples], third)
+    files = samples[-1][3] - samples[0][3]
+    observed = f"{total}, private {private}; {files:+.0f} open files"
+    wrong = [observed] if growth > 1 or files > 0 else []
+    return Result("soak", iterations, observed, wrong, time.monotonic() - start)
 
 
 def _growth(sizes: list[float], part: int) -> tuple[str, float]:
@@ -94,27 +94,28 @@ def _growth(sizes: list[float], part: int) -> tuple[str, float]:
     return f"{first / 1e6:.0f} MB, later {last / 1e6:.0f} MB ({percent:+.2f} %)", percent
 
 
-def crowds(scratch: Path, budget: int = BUDGET) -> Result:
+def crowded_images(scratch: Path, budget: int = BUDGET) -> Result:
     """Memory of training steps on two images of up to 3,000 boxes, with a budget of denoising queries."""
     start, peaks = time.monotonic(), {}
 
-    for count in CROWDS:
+    for count in BOX_COUNTS:
 
         def _step(count=count) -> list:
             cfg = make_cfg(scratch, ["MODEL.DN_DETR.DENOISING.MAX_QUERIES", budget])
-            model, batch = Trainer.build_model(cfg).train(), crowded(count)
+            model, batch = Trainer.build_model(cfg).train(), crowded_batch(count)
             before = memory("VmRSS")
             for _ in range(2):
                 sum(model(batch).values()).backward()
             return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before]
 
-        peaks[count] = (apart(_step) or [float("nan")])[0] / 1e6
-    seen = "MB for " + ", ".join(f"{count:,} boxes {peak:.0f}" for count, peak in peaks.items())
-    flat = peaks[CROWDS[-1]] < peaks[100] + 20
-    return Result(f"crowds, MAX_QUERIES {budget}", len(CROWDS), seen, [] if flat else [seen], time.monotonic() - start)
+        peaks[count] = (in_child(_step) or [float("nan")])[0] / 1e6
+    observed = "MB for " + ", ".join(f"{count:,} boxes {peak:.0f}" for count, peak in peaks.items())
+    flat = peaks[BOX_COUNTS[-1]] < peaks[100] + 20
+    wrong = [] if flat else [observed]
+    return Result(f"crowded-images, MAX_QUERIES {budget}", len(BOX_COUNTS), observed, wrong, time.monotonic() - start)
 
 
-def crowded(count: int) -> list[dict]:
+def crowded_batch(count: int) -> list[dict]:
     """A batch of an image with ``count`` boxes and one with none."""
     draw = torch.Generator().manual_seed(0)
     corner = torch.rand(count, 2, generator=draw) * 60

@@ -47,10 +47,10 @@ CONTENT = {
         {"id": 5, "image_id": 2, "category_id": 2, "bbox": [5.5, 5, 9, 9], "segmentation": [[1, 2]], "area": 81},
     ],
 }
-SCRAPS = [None, True, -1, 0, 1.5, 1e999, float("nan"), 10**400, "", "x", "\0", "\ud800", "../a.png", "/", "x" * 5000,
-          [], {}, [[]], {"id": 1}, 2, 31, 1e-9, [5, 5, 50, 5], [5, 5, -1, 5], "1", False, 2**63,
-          0.0, 1.0, 2.0, -0.0, "cat", "._a.png"]  # fmt: skip
-MARK = b"\xef\xbb\xbf"
+NUMBERS = [True, False, -1, 0, 2, 31, 2**63, 10**400, 0.0, -0.0, 1.0, 1.5, 2.0, 1e-9, 1e999, float("nan")]
+TEXTS = ["", "x", "1", "cat", "\0", "\ud800", "/", "../a.png", "._a.png", "x" * 5000]
+SCRAPS = [None, *NUMBERS, *TEXTS, [], [[]], [5, 5, 50, 5], [5, 5, -1, 5], {}, {"id": 1}]
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PAIR = re.compile(r'"\w+": [^][{},]+')  # of a key and a number or a text
 LEFT_OUT = re.compile(r"set\.json: (\d+) x (annotation|category|macOS)")  # in the log
 # The record and the field, or the list, or the place in the text.
@@ -118,11 +118,12 @@ def mutated_text(text: str, draw: random.Random) -> bytes:
         first, second = draw.choice(pairs), draw.choice(pairs)
         value = first[0] if draw.random() < 0.5 else first[0].split(":")[0] + ":" + second[0].split(":", 1)[1]
         text = text[: first.end()] + ", " + value + text[first.end() :]
-    return MARK * (draw.random() < 0.02) + text.encode()
+    mark = BYTE_ORDER_MARK if draw.random() < 0.02 else b""
+    return mark + text.encode()
 
 
 class _Log(logging.Handler):
-    """Keeps what was said."""
+    """Keeps the messages."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +170,7 @@ def annotation_cases(seed: int) -> Callable[[Path], Callable[[int], str]]:
 
 
 def read_annotations(path: Path, log: _Log) -> str:
-    """Reads a file as a training does; a word for how it ended."""
+    """Reads a file as a training does; returns the outcome."""
     records, classes = load_with_categories(path, path.parent)
     twice = []
     content = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _noting_pairs(pairs, twice))
@@ -182,8 +183,9 @@ def read_annotations(path: Path, log: _Log) -> str:
     if log.left_out() != left_out:
         return f"WRONG {dict(left_out)} are left out, but {dict(log.left_out())} were counted"
     repaired = sum(_trained_on(record) for record in records if "annotations" in record)
-    words = "test set, " * ("annotations" not in content) + "left out and counted, " * bool(left_out)
-    return words + ("read, bad boxes counted" if repaired else "read for what it says")
+    parts = [] if "annotations" in content else ["test set"]
+    parts += ["left out and counted"] if left_out else []
+    return ", ".join([*parts, "read, bad boxes counted" if repaired else "read for what it says"])
 
 
 def _trained_on(record: dict) -> bool:
@@ -302,19 +304,19 @@ def base_images() -> list[tuple[str, bytes]]:
     colours, exif = Image.fromarray(noise), Image.Exif()
     exif[0x0112] = 6
     modes = {mode: colours.convert(mode) for mode in ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK")}
-    wanted = [
-        *(("PNG", mode, {}) for mode in ("RGB", "L", "P", "1", "RGBA", "LA")),
-        *(("PNG", "RGB", {"exif": exif}), ("PNG", "RGB", {"compress_level": 0})),
-        *(("JPEG", mode, {}) for mode in ("RGB", "L", "CMYK")),
-        *(("JPEG", "RGB", {"progressive": True}), ("JPEG", "RGB", {"exif": exif, "quality": 95})),
-        *(("BMP", mode, {}) for mode in ("RGB", "L", "P", "1")),
-        *(("GIF", "P", {}), ("GIF", "L", {}), ("GIF", "P", {"save_all": True, "append_images": [modes["P"]]})),
-        *(("PPM", mode, {}) for mode in ("RGB", "L", "1")),
-        *(("TIFF", mode, {}) for mode in ("RGB", "L", "CMYK", "1", "P")),
-        *(("TIFF", "RGB", {"compression": name}) for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")),
-        *(("TIFF", "1", {"compression": "group4"}), ("TIFF", "RGB", {"exif": exif})),
-        *(("WEBP", "RGB", {}), ("WEBP", "RGB", {"lossless": True}), ("WEBP", "RGBA", {})),
-    ]
+    wanted = [("PNG", mode, {}) for mode in ("RGB", "L", "P", "1", "RGBA", "LA")]
+    wanted += [("PNG", "RGB", {"exif": exif}), ("PNG", "RGB", {"compress_level": 0})]
+    wanted += [("JPEG", mode, {}) for mode in ("RGB", "L", "CMYK")]
+    wanted += [("JPEG", "RGB", {"progressive": True}), ("JPEG", "RGB", {"exif": exif, "quality": 95})]
+    wanted += [("BMP", mode, {}) for mode in ("RGB", "L", "P", "1")]
+    wanted += [("GIF", mode, {}) for mode in ("P", "L")]
+    wanted += [("GIF", "P", {"save_all": True, "append_images": [modes["P"]]})]
+    wanted += [("PPM", mode, {}) for mode in ("RGB", "L", "1")]
+    wanted += [("TIFF", mode, {}) for mode in ("RGB", "L", "CMYK", "1", "P")]
+    compressions = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+    wanted += [("TIFF", "RGB", {"compression": name}) for name in compressions]
+    wanted += [("TIFF", "1", {"compression": "group4"}), ("TIFF", "RGB", {"exif": exif})]
+    wanted += [("WEBP", "RGB", {}), ("WEBP", "RGB", {"lossless": True}), ("WEBP", "RGBA", {})]
     made = []
     for name, mode, options in wanted:
         file = io.BytesIO()

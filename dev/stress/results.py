@@ -1,29 +1,30 @@
-"""What an ordeal found, as a row of a table."""
+"""What a scenario found, as a row of a table."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Result:
-    """One ordeal.
+    """One scenario.
 
     Attributes:
-        ordeal: its name.
-        trials: how often.
-        seen: what happened, in words.
-        wrong: what must not have happened, in words; the number may be larger than the list.
-        seconds: it took.
+        scenario: its name.
+        trials: how often it was tried.
+        observed: what happened, in words.
+        wrong: what must not have happened, in words.
+        seconds: wall time.
     """
 
-    ordeal: str
+    scenario: str
     trials: int
-    seen: str
+    observed: str
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def table(results: list[Result]) -> str:
-    """All of them, with what was wrong below."""
-    lines = ["| ordeal | trials | seen | wrong | seconds |", "|---|---|---|---|---|"]
-    lines += [f"| {r.ordeal} | {r.trials:,} | {r.seen} | {len(r.wrong)} | {r.seconds:.0f} |" for r in results]
-    return "\n".join([*lines, *(f"{r.ordeal}: {line}" for r in results for line in r.wrong[:10])])
+    """All results, with the first violations of each below."""
+    lines = ["| scenario | trials | observed | wrong | seconds |", "|---|---|---|---|---|"]
+    lines += [f"| {r.scenario} | {r.trials:,} | {r.observed} | {len(r.wrong)} | {r.seconds:.0f} |" for r in results]
+    lines += [f"{r.scenario}: {line}" for r in results for line in r.wrong[:10]]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The training that is maltreated: a detector of 150,000 weights on the embedded shapes, started by a fork.
+"""The training under test: a detector of 150,000 weights on the embedded shapes, started by a fork.
 
 The parent has imported everything, so a start takes a second. Nothing of PyTorch may have computed in the parent, because a
 fork loses its threads.
@@ -6,6 +6,7 @@ fork loses its threads.
 
 import os
 import traceback
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,11 +20,18 @@ from dn_detr_d2.engine import StopRequest, Trainer
 from dn_detr_d2.engine.launch import launch
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-TOY = [
-    *("MODEL.DEVICE", "cpu", "MODEL.BACKBONE.NAME", "PocketBackbone", "MODEL.DN_DETR.HIDDEN_DIM", 64),
-    *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 2, "MODEL.DN_DETR.ENCODER.DROPOUT", 0.1, "DATASETS.TEST", ()),
-    *("INPUT.MIN_SIZE_TRAIN", (40, 48), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINTS_KEPT", 2, "SEED", 5),
-]
+TOY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.NAME": "PocketBackbone",
+    "MODEL.DN_DETR.HIDDEN_DIM": 64,
+    "MODEL.DN_DETR.DECODER.NUM_LAYERS": 2,
+    "MODEL.DN_DETR.ENCODER.DROPOUT": 0.1,
+    "DATASETS.TEST": (),
+    "INPUT.MIN_SIZE_TRAIN": (40, 48),
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.CHECKPOINTS_KEPT": 2,
+    "SEED": 5,
+}
 
 
 @BACKBONE_REGISTRY.register()
@@ -51,11 +59,11 @@ class PocketBackbone(Backbone):
 
 def make_cfg(folder: Path, options: list):
     """The config of the toy that writes into ``folder``."""
-    return setup_cfg(str(CONFIG), [*TOY, *options, "OUTPUT_DIR", str(folder)])
+    return setup_cfg(str(CONFIG), [*chain(*TOY.items()), *options, "OUTPUT_DIR", str(folder)])
 
 
-def life(folder: str, options: list) -> None:
-    """One training, from its last checkpoint if it has one."""
+def train(folder: str, options: list) -> None:
+    """Trains from the last checkpoint of the folder, or from the start if there is none."""
     torch.set_num_threads(1)
     seed_all_rng(5)
     request = StopRequest()
@@ -66,8 +74,8 @@ def life(folder: str, options: list) -> None:
     trainer.train()
 
 
-def begin(folder: Path, options: list, processes: int = 1) -> int:
-    """Starts a life in a process group of its own; returns its process id. It speaks into ``folder``.log."""
+def start_run(folder: Path, options: list, processes: int = 1) -> int:
+    """Starts a training in a process group of its own and returns its process id. Its output goes to :func:`log_of`."""
     (folder / "started").unlink(missing_ok=True)
     child = os.fork()
     if child:
@@ -78,7 +86,7 @@ def begin(folder: Path, options: list, processes: int = 1) -> int:
         log = os.open(log_of(folder), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        code = launch(life, processes, 1, 0, "auto", 60, (str(folder), options))
+        code = launch(train, processes, 1, 0, "auto", 60, (str(folder), options))
     except SystemExit as request:
         code = request.code
     except BaseException:  # whatever it is, this copy of the process ends here
@@ -88,12 +96,12 @@ def begin(folder: Path, options: list, processes: int = 1) -> int:
 
 
 def log_of(folder: Path) -> Path:
-    """What the lives of a folder have said; it lies outside, where the disk is never full."""
+    """Output of all runs of a folder; the file lies outside of it, where the disk is never full."""
     return folder.parent / f"{folder.name}.log"
 
 
 def differing(first, second, where: str = "") -> list[str]:
-    """Names of what is not equal to the bit in two checkpoints."""
+    """Names of the entries that are not bitwise identical in two checkpoints."""
     if isinstance(first, dict):
         keys = first.keys() | second.keys()
         return [n for key in keys for n in differing(first.get(key), second.get(key), f"{where}.{key}")]

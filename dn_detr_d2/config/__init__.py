@@ -1,5 +1,8 @@
 """The configuration keys, and how a config is read from files and checked. Knows no data set."""
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 from .keys import add_dn_detr_config
 from .loading import device_is_named, load_config
 from .ranges import check_ranges

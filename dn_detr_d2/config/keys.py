@@ -249,10 +249,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # time; logged as validation/total_loss and validation/<term> (docs/diagnostics.md).
     cfg.TEST.VALIDATION_LOSS = 0
 
-    # Instruments, see docs/diagnostics.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
+    # Diagnostics, see docs/diagnostics.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
     # the training is over; the values go to TensorBoard and metrics.json. Weights and random streams stay as without them.
     cfg.TEST.INSTABILITY = CfgNode()
-    # Images to look at, evenly spaced by image id; 0 = no instruments. DN Sec. 3.2 takes the 5000 of val2017.
+    # Images to look at, evenly spaced by image id; 0 = no diagnostics. DN Sec. 3.2 takes the 5000 of val2017.
     cfg.TEST.INSTABILITY.NUM_IMAGES = 0
     # Look also every so many iterations; 0 = at evaluations only. For equal steps take a divisor of TEST.EVAL_PERIOD.
     cfg.TEST.INSTABILITY.PERIOD = 0

@@ -11,6 +11,7 @@ from .ranges import flatten
 from .spelling import names, nearest_key
 from .validation import check_config
 from .yaml_reader import read_config_file
+from .zoo import find_config_file
 
 
 def load_config(config_file: str = "", opts: list | None = None) -> CfgNode:
@@ -19,7 +20,7 @@ def load_config(config_file: str = "", opts: list | None = None) -> CfgNode:
     Data sets are neither registered nor read: :func:`dn_detr_d2.setup_cfg` does that too.
 
     Args:
-        config_file: path of a YAML file, or "" for the defaults.
+        config_file: path of a YAML file, a name of the model zoo, or "" for the defaults.
         opts: [key, value, key, value, ...] that override the file.
 
     Raises:
@@ -27,7 +28,7 @@ def load_config(config_file: str = "", opts: list | None = None) -> CfgNode:
     """
     cfg = get_cfg()
     add_dn_detr_config(cfg)
-    content = read_config_file(config_file) if config_file else {}
+    content = read_config_file(find_config_file(config_file)) if config_file else {}
     try:
         cfg.merge_from_other_cfg(CfgNode(_null_for_auto(content)))
         _refuse_keys_below_values(cfg, opts or [])
@@ -40,7 +41,7 @@ def load_config(config_file: str = "", opts: list | None = None) -> CfgNode:
 
 def device_is_named(config_file: str, opts: list) -> bool:
     """Whether the user has chosen MODEL.DEVICE, on the command line or in the file, rather than left it to the machine."""
-    content = read_config_file(config_file) if config_file else {}
+    content = read_config_file(find_config_file(config_file)) if config_file else {}
     return "MODEL.DEVICE" in opts or "DEVICE" in (content.get("MODEL") or {})
 
 

@@ -10,7 +10,7 @@ from .ranges import check_ranges
 def check_config(cfg: CfgNode) -> None:
     """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
     check_ranges(cfg)
-    _check_instruments(cfg.TEST.INSTABILITY)
+    _check_diagnostics(cfg.TEST.INSTABILITY)
     num_classes = cfg.MODEL.DN_DETR.NUM_CLASSES
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
@@ -39,7 +39,7 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
 
 
-def _check_instruments(node: CfgNode) -> None:
+def _check_diagnostics(node: CfgNode) -> None:
     scales = node.HEALTH_SCALES
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < float("inf") for x in scales):
         raise ConfigError(f"TEST.INSTABILITY.HEALTH_SCALES takes numbers that are not negative, got {list(scales)}")

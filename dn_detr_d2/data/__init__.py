@@ -1,5 +1,8 @@
 """Data: the mapper, users' COCO-format sets, the embedded set (registered on import), and the training loader."""
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 from .coco_custom import check_files, class_names, dataset_path, load_coco_json, register_coco_json
 from .images import read_image
 from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader

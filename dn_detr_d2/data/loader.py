@@ -122,7 +122,7 @@ def _counted_records(dataset_name: str) -> list[dict]:
 
 
 def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
-    """A loader for instruments: annotated images without augmentation, one a batch, each on one rank only.
+    """A loader for diagnostics: annotated images without augmentation, one a batch, each on one rank only.
 
     Args:
         cfg: for ``INPUT.*_SIZE_TEST`` and the classes.

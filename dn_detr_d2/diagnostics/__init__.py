@@ -1,7 +1,10 @@
 """What a model does on fixed images, see docs/diagnostics.md: as functions, and as hooks of a training."""
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 from .denoising_health import JudgedLabel, Restoration, judge_labels, measure_restoration
-from .hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_instruments
+from .diagnostic_hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_diagnostics
 from .instability import anchor_distances, anchor_metrics, average_top_k, churn, instability
 from .leak import check_denoising
 from .model_state import preserve_state
@@ -17,7 +20,7 @@ __all__ = [
     "anchor_distances",
     "anchor_metrics",
     "average_top_k",
-    "build_instruments",
+    "build_diagnostics",
     "check_denoising",
     "churn",
     "instability",

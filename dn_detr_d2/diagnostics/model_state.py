@@ -17,7 +17,7 @@ def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """The model itself, out of DistributedDataParallel, in evaluation mode, without gradients, under a seed of its own.
 
     Afterwards every module has the mode that it had, and the random streams of Python, NumPy and PyTorch go on from where
-    they stood: a training with instruments gives the same weights as one without, to the bit.
+    they stood: a training with diagnostics gives the same weights as one without, to the bit.
 
     Args:
         model: with or without the wrapper.

@@ -3,6 +3,9 @@
 Names are imported from their modules on first use, so that ``setup_cfg`` alone imports neither trainer nor launcher.
 """
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 from importlib import import_module
 
 _MODULES = {

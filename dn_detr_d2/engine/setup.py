@@ -15,7 +15,7 @@ def setup_cfg(
     """A complete config from a YAML file and overrides, checked; data sets of ``DATASETS.COCO_JSON`` registered.
 
     Args:
-        config_file: path of a YAML file, or "" for the defaults.
+        config_file: path of a YAML file, a name of the model zoo, or "" for the defaults.
         opts: [key, value, key, value, ...] that override the file.
         splits: which of ``DATASETS`` must be at hand: those are read, give ``NUM_CLASSES: auto`` its number, and are
             compared with it. ("TEST",) for evaluation; () for inference with the config.yaml of a finished training.

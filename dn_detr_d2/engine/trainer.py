@@ -20,7 +20,7 @@ from ..checkpoint.checkpointer import Checkpointer, load_weights
 from ..checkpoint.resume import must_fit
 from ..coco import raw_names
 from ..data.interruption import Interrupted, agree, interruptible
-from ..diagnostics import MeasuringHook, build_instruments
+from ..diagnostics import MeasuringHook, build_diagnostics
 from ..evaluation import TolerantCOCOEvaluator
 from ..utils.distributed import device_of, unwrap
 from ..utils.processor import slow_bfloat16
@@ -90,13 +90,13 @@ class Trainer(DefaultTrainer):
                 restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
 
     def build_hooks(self) -> list:
-        """Detectron2's hooks with our checkpoints; after an evaluation the best one and the instruments."""
+        """Detectron2's hooks with our checkpoints; after an evaluation the best one and the diagnostics."""
         cfg = self.cfg
         found = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
         period, metrics = cfg.TEST.EVAL_PERIOD, best_metrics(cfg)
         averages = [AverageHook(self.averaged, unwrap(self.model))] if self.averaged else []
         added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
-        added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_instruments(cfg)
+        added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_diagnostics(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
         record = EvaluationRecord(cfg.OUTPUT_DIR, period)
         evaluating = [found[evaluation], *added, record]

@@ -1,5 +1,6 @@
 """Building blocks with weights and no opinion about detection."""
 
+from .activation_checkpointing import LayerStack
 from .attention import (
     ConditionalCrossAttention,
     ConditionalSelfAttention,
@@ -13,7 +14,6 @@ from .kernels import kernel_is_broken, missing_kernel, uses_kernel
 from .mlp import MLP, FeedForward
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .position_encoding import SinePositionEncoding, encode_boxes, sine_encoding
-from .activation_checkpointing import LayerStack
 from .row_column_attention import AxisEncoding, RowColumnAttention, axis_coordinates
 
 __all__ = [

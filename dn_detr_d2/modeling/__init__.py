@@ -1,5 +1,8 @@
 """The detector: roles, matcher, criterion, and the meta-architecture that joins them. Importing registers them."""
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 from ..denoising import LabelEncoder
 from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
 from .backbone import build_dc5_resnet_backbone, build_swin_backbone, build_vitdet_backbone

@@ -8,7 +8,7 @@ from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
 from .images import draw_box, image_grid, legend, to_pixels
 from .recording import Layer, heat_map, on_image
-from .style import ON_IMAGE
+from .style import ON_IMAGE, colour
 
 REFERENCE, PREDICTED = "#FFFFFF", "#FF5AC8"
 MARGIN = 0.06  # of the image's sides, shown around it where points may lie
@@ -62,7 +62,7 @@ def _entries(outputs: ForwardOutputs, deformable: bool) -> list[tuple[str, str, 
     if not deformable:
         return [*boxes, ("attention, bright = the layer's maximum", "#FCA50A", "s")]
     shapes = outputs.memory.shapes
-    levels = [(f"level {i + 1} ({h} x {w} cells)", ON_IMAGE[i % len(ON_IMAGE)], "o") for i, (h, w) in enumerate(shapes)]
+    levels = [(f"level {i + 1} ({h} x {w} cells)", colour(i, ON_IMAGE), "o") for i, (h, w) in enumerate(shapes)]
     return [*boxes, ("larger point: more weight", "#808080", "o"), *levels]
 
 
@@ -75,8 +75,8 @@ def _draw_points(panel, layer: Layer, query: int, outputs: ForwardOutputs, pixel
     for level in range(points.shape[1]):
         x, y = points[:, level].flatten(0, 1).T.numpy()
         share = strength.view(weights.shape)[:, level].flatten().numpy()
-        panel.scatter(x, y, s=8 + 50 * share, alpha=0.35 + 0.65 * share, color=ON_IMAGE[level % len(ON_IMAGE)],
-                      edgecolors="black", linewidths=0.4, zorder=3)  # fmt: skip
+        style = {"color": colour(level, ON_IMAGE), "edgecolors": "black", "linewidths": 0.4, "zorder": 3}
+        panel.scatter(x, y, s=8 + 50 * share, alpha=0.35 + 0.65 * share, **style)
     panel.set(xlim=(-MARGIN * width, (1 + MARGIN) * width), ylim=((1 + MARGIN) * height, -MARGIN * height))
 
 
@@ -86,8 +86,8 @@ def _draw_heat(panel, layer: Layer, query: int, outputs: ForwardOutputs, pixels:
     heat = heat_map(layer.maps[query], outputs.memory.shapes).numpy()
     ratio = outputs.memory.valid_ratios[0, 0].tolist()
     opacity = 0.3 + 0.5 * heat / heat.max()  # where nobody looks the image shines through
-    panel.imshow(heat, extent=(0, width / ratio[0], height / ratio[1], 0), cmap="inferno", alpha=opacity, vmin=0,
-                 interpolation="bilinear")  # fmt: skip
+    extent = (0, width / ratio[0], height / ratio[1], 0)
+    panel.imshow(heat, extent=extent, cmap="inferno", alpha=opacity, vmin=0, interpolation="bilinear")
     panel.set(xlim=(0, width), ylim=(height, 0))
 
 

@@ -4,8 +4,10 @@ Shapes: K layers, G groups, D denoising queries, Q matching queries, T objects o
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
+import torch
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -41,45 +43,43 @@ class Copies:
         return ":" if self.kind == "far" else "--"
 
 
-def copies_of(outputs: ForwardOutputs, group: int, copies: int) -> list[Copies]:
-    """The copies in one group of the first image.
+def copies_of(outputs: ForwardOutputs, group: int) -> list[Copies]:
+    """The copies in one group of the first image: one kind, or two of contrastive denoising.
 
     Args:
         outputs: a pass with denoising.
         group: 0 to G - 1.
-        copies: of an object in a group, 1 or 2 (contrastive).
     """
-    noised = outputs.noised
-    width = noised.num_queries // noised.num_groups  # copies * slots of a copy
-    slot, target = (x.cpu() for x in noised.assignment.per_image(1)[0])
-    mine = (slot // width) == group
-    slot, target = slot[mine], target[mine]
-    kinds = ("noised",) if copies == 1 else ("near", "far")
-    return [Copies(kind, slot + i * (width // copies), target) for i, kind in enumerate(kinds)]
+    layout = outputs.noised.groups
+    slot, target = (x.cpu() for x in outputs.noised.assignment.per_image(1)[0])
+    places = [((layout.group == group) & (layout.copy == i)).nonzero()[:, 0].cpu() for i in range(layout.num_copies)]
+    mine = torch.isin(slot, places[0])
+    position = torch.searchsorted(places[0], slot[mine])  # of the object among the first copies
+    kinds = ("noised",) if layout.num_copies == 1 else ("near", "far")
+    return [Copies(kind, place[position], target[mine]) for kind, place in zip(kinds, places, strict=True)]
 
 
-def draw_noise(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], copies: int, groups: int) -> Figure:
+def draw_noise(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], groups: int) -> Figure:
     """Noised boxes and labels over the clean boxes, one panel for each of at most ``groups`` groups.
 
     Args:
         outputs: a pass with denoising over one image.
         pixels: (H, W, 3) RGB, the image.
         names: of the classes.
-        copies: of an object in a group.
         groups: at least 1.
     """
     count = min(groups, outputs.noised.num_groups)
     clean, noisy = to_pixels(outputs.targets.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
     figure, panels = image_grid(pixels, count)
     for group, panel in enumerate(panels):
-        kinds = copies_of(outputs, group, copies)
+        kinds = copies_of(outputs, group)
         flipped = sum(_draw_copies(panel, outputs, kind, clean, noisy, names) for kind in kinds)
         total = sum(len(kind.slot) for kind in kinds)
         panel.set_title(
             f"group {group + 1} of {outputs.noised.num_groups}: {flipped} of {total} labels flipped", fontsize=9
         )
     entries = [("object (a colour each)", ON_IMAGE[0], "-")]
-    entries += [(f"{kind.kind} copy", ON_IMAGE[0], kind.style) for kind in copies_of(outputs, 0, copies)]
+    entries += [(f"{kind.kind} copy", ON_IMAGE[0], kind.style) for kind in copies_of(outputs, 0)]
     legend(figure, [*entries, ("bold on this colour: flipped label", FLIPPED, "s")])
     return figure
 
@@ -100,18 +100,16 @@ def _draw_copies(panel, outputs: ForwardOutputs, kind: Copies, clean: Tensor, no
     return int(flips.sum())
 
 
-def draw_refinement(
-    outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], copies: int, group: int = 0
-) -> Figure:
+def draw_refinement(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], group: int = 0) -> Figure:
     """What one group starts from and what each decoder layer makes of it, with the mean IoU to the clean boxes.
 
     Labels that are wrong are written, noised ones first, then those that a layer predicts.
 
     Args:
-        outputs, pixels, names, copies: as for :func:`draw_noise`.
+        outputs, pixels, names: as for :func:`draw_noise`.
         group: which.
     """
-    restored, *far = copies_of(outputs, group, copies)
+    restored, *far = copies_of(outputs, group)
     clean = to_pixels(outputs.targets.boxes[0], pixels)
     truths = outputs.targets.labels[0].cpu()[restored.target]
     stages = refinement(outputs, pixels, len(names))
@@ -152,33 +150,44 @@ def mean_iou(a: Tensor, b: Tensor) -> float:
     return float(matched_pairwise_iou(Boxes(a), Boxes(b)).mean()) if len(a) else float("nan")
 
 
-def draw_mask(outputs: ForwardOutputs, copies: int) -> Figure:
+def draw_mask(outputs: ForwardOutputs) -> Figure:
     """The self-attention mask of the decoder, queries by keys, its groups and the matching part outlined and named."""
     blocked = outputs.queries.blocked
     blocked = (blocked[0] if blocked.dim() == 3 else blocked).cpu()
-    total, denoising, groups = len(blocked), outputs.noised.num_queries, outputs.noised.num_groups
+    layout, matching = outputs.noised.groups, len(blocked) - outputs.noised.num_queries
+    sizes = layout.of_all(matching).bincount(minlength=layout.num_groups + 1).tolist()  # of the groups, then matching
+    starts = [0, *accumulate(sizes)]
+    extent = (0, len(blocked), len(blocked), 0)
     figure, (panel,) = new_figure(1, 1, (6.4, 6.4))
-    panel.imshow(blocked.numpy(), cmap=ListedColormap([SEEN, BLOCKED]), vmin=0, vmax=1,
-                 interpolation="nearest", extent=(0, total, total, 0))  # fmt: skip
-    width = denoising // groups
-    for start, size, edge in [(g * width, width, 0) for g in range(groups)] + [(denoising, total - denoising, 1)]:
-        outline = Rectangle(
-            (start, start), size, size, fill=False, edgecolor=PALETTE[edge], linewidth=1.6, clip_on=False
-        )
-        panel.add_patch(outline)
-    places, words = _ticks(groups, width, denoising, total)
+    colours = ListedColormap([SEEN, BLOCKED])
+    panel.imshow(blocked.numpy(), cmap=colours, vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    for i, size in enumerate(sizes):
+        edge = PALETTE[0] if i < layout.num_groups else PALETTE[1]
+        corner = (starts[i], starts[i])
+        panel.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=edge, linewidth=1.6, clip_on=False))
+    places, words = _ticks(starts)
     panel.set_xticks(places, words, rotation=90 if len(words) > 5 else 0, fontsize=8)
     panel.set_yticks(places, words, fontsize=8)
     panel.tick_params(length=0)
-    panel.set(xlabel=f"key: {denoising} denoising, {total - denoising} matching", ylabel="query")
-    kind = "one group" if copies == 1 else "one group (near copies, then far ones)"
-    legend(figure, [("may be outputs", SEEN, "s"), ("blocked", BLOCKED, "s"),
-                    (kind, PALETTE[0], "-"), ("matching queries", PALETTE[1], "-")], 2)  # fmt: skip
+    panel.set(xlabel=f"key: {outputs.noised.num_queries} denoising, {matching} matching", ylabel="query")
+    kind = "one group" if layout.num_copies == 1 else "one group (near copies, then far ones)"
+    entries = [
+        ("may be seen", SEEN, "s"),
+        ("blocked", BLOCKED, "s"),
+        (kind, PALETTE[0], "-"),
+        ("matching queries", PALETTE[1], "-"),
+    ]
+    legend(figure, entries, 2)
     return figure
 
 
-def _ticks(groups: int, width: int, denoising: int, total: int) -> tuple[list[float], list[str]]:
-    """Middle and name of each part of the query axis."""
+def _ticks(starts: list[int]) -> tuple[list[float], list[str]]:
+    """Middle and name of each part of the query axis; of many groups only the first and the last.
+
+    Args:
+        starts: of the groups and of the matching queries, and the end of the axis.
+    """
+    groups = len(starts) - 2
     named = range(groups) if groups <= MANY_GROUPS else (0, groups - 1)
-    places = [(g + 0.5) * width for g in named]
-    return [*places, (denoising + total) / 2], [*(f"group {g + 1}" for g in named), "matching"]
+    places = [(starts[i] + starts[i + 1]) / 2 for i in (*named, groups)]
+    return places, [*(f"group {g + 1}" for g in named), "matching"]

@@ -48,8 +48,9 @@ def image_grid(pixels: np.ndarray, count: int) -> tuple[Figure, list]:
 def draw_box(panel, box: Tensor, colour: str, style: str = "-", width: float = 1.8) -> None:
     """Outlines (x0, y0, x1, y1); a dark rim keeps it visible on any ground."""
     x0, y0, x1, y1 = box.tolist()
-    panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=style, linewidth=width,
-                              path_effects=[withStroke(linewidth=width + 1.0, foreground="black")]))  # fmt: skip
+    outline = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=style, linewidth=width)
+    outline.set_path_effects([withStroke(linewidth=width + 1.0, foreground="black")])
+    panel.add_patch(outline)
 
 
 def write(panel, x: float, y: float, text: str, marked: bool = False, below: bool = False) -> None:
@@ -58,9 +59,18 @@ def write(panel, x: float, y: float, text: str, marked: bool = False, below: boo
     x, y = min(max(x, left), right), min(max(y, top), bottom)
     down = y < 0.93 * bottom if below else y < 0.07 * bottom
     end = x > 0.6 * right
-    panel.text(x, y, text, fontsize=7, color="white", fontweight="bold" if marked else "normal",
-               va="top" if down else "bottom", ha="right" if end else "left", clip_on=True,
-               bbox={"facecolor": FLIPPED if marked else "#202020", "alpha": 0.85, "pad": 0.8, "linewidth": 0})  # fmt: skip
+    panel.text(
+        x,
+        y,
+        text,
+        fontsize=7,
+        color="white",
+        fontweight="bold" if marked else "normal",
+        va="top" if down else "bottom",
+        ha="right" if end else "left",
+        clip_on=True,
+        bbox={"facecolor": FLIPPED if marked else "#202020", "alpha": 0.85, "pad": 0.8, "linewidth": 0},
+    )
 
 
 def legend(figure: Figure, entries: list[tuple[str, str, str]], columns: int = 4) -> None:

@@ -62,9 +62,17 @@ def test_the_example_of_the_readme_runs():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["setup_cfg", "add_dn_detr_config", "DenoisingDETR"])
-def test_what_needs_detectron2_says_how_to_install_it(name):
-    done = run(f"{BLOCK}\n    import dn_detr_d2\n    dn_detr_d2.{name}")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dn_detr_d2.setup_cfg",
+        "dn_detr_d2.DenoisingDETR",
+        "import dn_detr_d2.predictor",
+        "from dn_detr_d2.engine import Trainer",
+    ],
+)
+def test_what_needs_detectron2_says_how_to_install_it(line):
+    done = run(f"{BLOCK}\n    import dn_detr_d2\n    {line}")
     assert done.returncode == 1
     assert "ModuleNotFoundError" in done.stderr
     assert "tools/install_detectron2.py" in done.stderr

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,25 @@ from conftest import ROOT, valid_coco
 from naming import naming
 from PIL import Image
 
-from dev.compare.report import crossing, ended, rows, verdicts
-from dev.compare.train import Contestant, configure, race
-from dev.compare.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, contestants
+from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
+from dev.compare.train import InterleavedRun, configure, train_interleaved
+from dev.compare.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, variants_of
 from dev.compare_runs import main, options, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization.runs import Group, read_run
 from dn_detr_d2.visualization.style import colour
 
-SMALL = [
-    *("MODEL.DEVICE", "cpu", "MODEL.DN_DETR.NUM_CLASSES", 3, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 4),
-    *("INPUT.MIN_SIZE_TRAIN", (48, 64), "MODEL.DN_DETR.HIDDEN_DIM", 64, "SOLVER.IMS_PER_BATCH", 2),
-    *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 2),
-]
+OVERRIDES = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.DN_DETR.NUM_CLASSES": 3,
+    "DATASETS.TEST": "()",
+    "SOLVER.MAX_ITER": 4,
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "MODEL.DN_DETR.HIDDEN_DIM": 64,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "MODEL.DN_DETR.DECODER.NUM_LAYERS": 2,
+}
+SMALL = list(chain(*OVERRIDES.items()))
 
 
 def leaves(node, prefix=""):
@@ -54,30 +61,32 @@ def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
 
 
 def test_every_training_of_an_ablation_has_a_colour_of_its_own():
-    count = len(contestants("deformable", parse_arguments(["--ablations"]).ablations))
+    count = len(variants_of("deformable", parse_arguments(["--ablations"]).ablations))
     assert count == 2 + len(ABLATIONS)
     assert len({colour(i) for i in range(count)}) == count
 
 
 def test_ablations_are_none_or_those_that_are_named_or_all():
     named = {
-        tuple(line): [variant.name for variant in contestants("deformable", parse_arguments(line).ablations)]
+        tuple(line): [variant.name for variant in variants_of("deformable", parse_arguments(line).ablations)]
         for line in ([], ["--ablations", "no attention mask"], ["--ablations", "--seeds", "1"])
     }
     whole = [variant.name for variant in ABLATIONS]
     assert list(named.values()) == [
-        [MATCHING, DENOISED, HALF], [MATCHING, DENOISED, "no attention mask"], [MATCHING, DENOISED, *whole],
-    ]  # fmt: skip
+        [MATCHING, DENOISED, HALF],
+        [MATCHING, DENOISED, "no attention mask"],
+        [MATCHING, DENOISED, *whole],
+    ]
 
 
 def test_half_the_iterations_are_a_shorter_schedule(tmp_path):
-    half = next(v for v in contestants("dense") if v.name == HALF)
+    half = next(v for v in variants_of("dense") if v.name == HALF)
     cfg = configure(FOLDER / "dense.yaml", half, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 40])
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (20, 4)
 
 
-def record(contestant, seen):
-    contestant.trainer.model.register_forward_pre_hook(
+def record(run, seen):
+    run.trainer.model.register_forward_pre_hook(
         lambda _, inputs: seen.append([(x["file_name"], x["image"].sum().item()) for x in inputs[0]])
     )
 
@@ -85,21 +94,21 @@ def record(contestant, seen):
 def test_all_see_the_same_images_in_the_same_order_with_the_same_augmentation(tmp_path):
     """Though denoising draws numbers of its own between them."""
     seen, running = {}, []
-    for variant in contestants("deformable")[:2]:
-        contestant = Contestant(configure(FOLDER / "deformable.yaml", variant, 7, tmp_path, SMALL))
-        record(contestant, seen.setdefault(variant.name, []))
-        running.append(contestant)
+    for variant in variants_of("deformable")[:2]:
+        run = InterleavedRun(configure(FOLDER / "deformable.yaml", variant, 7, tmp_path, SMALL))
+        record(run, seen.setdefault(variant.name, []))
+        running.append(run)
     for _ in range(3):
-        for contestant in running:
-            contestant.advance()
+        for run in running:
+            run.advance()
     assert seen[MATCHING] == seen[DENOISED]
     assert len({str(batch) for batch in seen[MATCHING]}) == 3
 
 
 def test_a_training_side_by_side_is_the_training_alone(tmp_path):
-    variants = contestants("dense")[:2]
-    race(FOLDER / "dense.yaml", variants, 3, tmp_path / "both", SMALL, threads=2)
-    alone = race(FOLDER / "dense.yaml", variants[1:], 3, tmp_path / "alone", SMALL, threads=2)[0]
+    variants = variants_of("dense")[:2]
+    train_interleaved(FOLDER / "dense.yaml", variants, 3, tmp_path / "both", SMALL, threads=2)
+    alone = train_interleaved(FOLDER / "dense.yaml", variants[1:], 3, tmp_path / "alone", SMALL, threads=2)[0]
     first, second = (
         torch.load(folder / "model_final.pth", weights_only=True)["model"]
         for folder in (tmp_path / "both" / alone.name, alone)
@@ -111,13 +120,13 @@ def test_a_training_side_by_side_is_the_training_alone(tmp_path):
 def test_the_backbone_of_a_checkpoint_is_where_all_start(tmp_path):
     """Nothing else of the file is taken."""
     cfg = configure(FOLDER / "deformable.yaml", Variant(DENOISED), 4, tmp_path / "first", SMALL)
-    trained = Contestant(cfg).trainer.model.state_dict()
+    trained = InterleavedRun(cfg).trainer.model.state_dict()
     torch.save(
         {"model": {name: x + 1 if x.is_floating_point() else x for name, x in trained.items()}}, tmp_path / "whole.pth"
     )
     opts = [*SMALL, "MODEL.WEIGHTS", str(take_backbone(str(tmp_path / "whole.pth"), tmp_path))]
-    for variant in contestants("dense")[:2]:
-        state = Contestant(configure(FOLDER / "dense.yaml", variant, 1, tmp_path, opts)).trainer.model.state_dict()
+    for variant in variants_of("dense")[:2]:
+        state = InterleavedRun(configure(FOLDER / "dense.yaml", variant, 1, tmp_path, opts)).trainer.model.state_dict()
         for name, x in state.items():
             if name.startswith("backbone.") and x.is_floating_point():
                 assert torch.equal(x, trained[name] + 1)
@@ -130,10 +139,17 @@ def make_run(folder, ap, unstable, distance, seconds, max_iter=100):
     folder.mkdir(parents=True)
     step = max_iter // len(ap)
     lines = [
-        {"iteration": step * (i + 1) - 1, "bbox/AP": x, "instability/layer_0": 99.0, "instability/layer_1": u, "time": 1.0,
-         "anchors/distance": distance, "loss_main": 1.0}
+        {
+            "iteration": step * (i + 1) - 1,
+            "bbox/AP": x,
+            "instability/layer_0": 99.0,
+            "instability/layer_1": u,
+            "time": 1.0,
+            "anchors/distance": distance,
+            "loss_main": 1.0,
+        }
         for i, (x, u) in enumerate(zip(ap, unstable, strict=True))
-    ]  # fmt: skip
+    ]
     (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(f"SOLVER: {{MAX_ITER: {max_iter}}}\nSEED: 1\n")
     (folder / "step_seconds.txt").write_text("\n".join(map(str, [9.0] * 10 + seconds)))
@@ -159,9 +175,16 @@ def groups(tmp_path):
 
 
 def test_the_table_holds_what_was_worked_out_by_hand(groups):
-    alone, denoised, half = rows(groups)
-    assert alone == ["matching alone", "2", "30.0 (28.0 to 32.0)", "100%, 1 of 2 runs", "3.20 (2.40 to 4.00)",
-                     "0.600 (0.500 to 0.700)", "1.00 (1.00 to 1.00)"]  # fmt: skip
+    alone, denoised, half = table_rows(groups)
+    assert alone == [
+        "matching alone",
+        "2",
+        "30.0 (28.0 to 32.0)",
+        "100%, 1 of 2 runs",
+        "3.20 (2.40 to 4.00)",
+        "0.600 (0.500 to 0.700)",
+        "1.00 (1.00 to 1.00)",
+    ]
     assert denoised[2:6] == ["42.0 (41.0 to 43.0)", "50% (40% to 60%)", "1.80 (1.60 to 2.00)", "0.400 (0.400 to 0.400)"]
     assert denoised[6] == "1.08 (1.05 to 1.10)"
     assert half[3] == "40%, 1 of 2 runs"
@@ -170,19 +193,19 @@ def test_the_table_holds_what_was_worked_out_by_hand(groups):
 def test_a_training_that_was_cut_off_is_not_reported(groups):
     (groups[1].runs[0].folder / "step_seconds.txt").unlink()
     with pytest.raises(UserError, match=naming("b1")):
-        ended(groups)
+        require_complete(groups)
 
 
-def test_races_of_other_lengths_are_not_mixed(groups, tmp_path):
+def test_trainings_of_other_lengths_are_not_mixed(groups, tmp_path):
     other = make_run(tmp_path / "b3", [10, 20], [2, 2], 0.4, [2.0], 50)
     groups[1].runs[1] = other
     with pytest.raises(UserError, match=naming("b3", 50, "a1", 100)):
-        ended(groups)
+        require_complete(groups)
 
 
-def test_the_verdicts_say_yes_and_no(groups):
+def test_the_claims_say_yes_and_no(groups):
     """The mean of denoising is 10, 25, 30.5, 40, 42 after 20, 40, ... iterations: it crosses 30 at 40 + 20 x 5 / 5.5."""
-    assert verdicts(groups) == [
+    assert check_claims(groups) == [
         "- ends higher: yes (AP 42.0 against 30.0)",
         "- half the iterations reach the baseline's final AP: **no** (the mean curve crosses it at 58%)",
         "- a schedule of half the length is enough: **no** (AP 29.0 against 30.0)",
@@ -194,7 +217,7 @@ def test_the_verdicts_say_yes_and_no(groups):
 
 def test_one_probe_at_which_matching_is_less_stable_is_told(groups, tmp_path):
     groups[1].runs[1] = make_run(tmp_path / "b4", [10, 20, 30, 40, 43], [9, 2, 2, 2, 2], 0.4, [2.0])
-    said = verdicts(groups)[3]
+    said = check_claims(groups)[3]
     assert said.startswith(
         "- matching is more stable all along: **no** (mean IS 2.50 against 3.20; lower at 4 of 5 probes)"
     )
@@ -203,28 +226,28 @@ def test_one_probe_at_which_matching_is_less_stable_is_told(groups, tmp_path):
 def test_a_baseline_that_does_not_detect_proves_nothing(tmp_path):
     alone = Group(MATCHING, [make_run(tmp_path / "a", [0, 0], [2, 2], 0.5, [1.0])])
     denoised = Group(DENOISED, [make_run(tmp_path / "b", [0, 0.4], [1, 1], 0.4, [1.0])])
-    assert rows([alone, denoised])[1][3] == "-"
-    said = verdicts([alone, denoised])
+    assert table_rows([alone, denoised])[1][3] == "-"
+    said = check_claims([alone, denoised])
     assert said[0] == "- the baseline does not detect yet (AP 0.0; with denoising 0.4): AP says nothing here"
     assert not any("half" in line or "ends higher" in line for line in said)
 
 
 def test_a_curve_that_stays_below_never_crosses(tmp_path):
     low = Group(DENOISED, [make_run(tmp_path / "b", [1, 2], [1, 1], 0.4, [1.0])])
-    assert crossing(low, 2.0) == 100
-    assert crossing(low, 3.0) == float("inf")
+    assert iterations_until(low, 2.0) == 100
+    assert iterations_until(low, 3.0) == float("inf")
 
 
 def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups):
-    said = verdicts([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
+    said = check_claims([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
     assert said[-1] == (
         "- no attention mask ends below the whole: yes (AP 28.0: -14.0 to the whole, -2.0 to matching alone)"
     )
 
 
 def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys):
-    """From runs that lie there: command, seeds, machine, table, verdicts, picture."""
-    for variant in contestants("deformable"):
+    """From runs that lie there: command, seeds, machine, table, claims, picture."""
+    for variant in variants_of("deformable"):
         made = [0, 5, 20] if variant.name == MATCHING else [0, 20, 30]
         for seed in (4, 5):
             folder = Path(configure(FOLDER / "deformable.yaml", variant, seed, tmp_path / "runs", []).OUTPUT_DIR)
@@ -237,8 +260,17 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
     assert main([*line, "--output", str(tmp_path / "pages")]) == 0
     page = (tmp_path / "pages" / "deformable.md").read_text()
     assert page in capsys.readouterr().out
-    for part in ("# deformable: shapes_train, 600 iterations", "python dev/compare_runs.py", "seeds [4, 5]", "CPU cores",
-                 "| with denoising", "30.0 (30.0 to 30.0)", "- ends higher: yes", "![Curves](deformable.png)"):  # fmt: skip
+    parts = (
+        "# deformable: shapes_train, 600 iterations",
+        "python dev/compare_runs.py",
+        "seeds [4, 5]",
+        "CPU cores",
+        "| with denoising",
+        "30.0 (30.0 to 30.0)",
+        "- ends higher: yes",
+        "![Curves](deformable.png)",
+    )
+    for part in parts:
         assert part in page
     pixels = np.asarray(Image.open(tmp_path / "pages" / "deformable.png").convert("L"))
     assert pixels.shape[0] > 500
@@ -246,7 +278,7 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
 
 
 def test_blood_cells_are_read_from_a_folder(tmp_path):
-    """The race's options as a config that resolves its classes from the files."""
+    """The options as a config that resolves its classes from the files."""
     (tmp_path / "images").mkdir()
     for name in ("train", "test"):
         Image.new("RGB", (30, 20)).save(tmp_path / "images" / "a.png")
@@ -258,7 +290,7 @@ def test_blood_cells_are_read_from_a_folder(tmp_path):
     assert cfg.DATASETS.TEST == ("bccd_test",)
 
 
-def test_races_of_different_kinds_lie_in_folders_of_their_own():
+def test_comparisons_of_different_kinds_lie_in_folders_of_their_own():
     lines = ([], ["--quick"], ["--ablations"], ["--bccd", "x"], ["--quick", "--ablations", "1 group"])
     found = [parse_arguments(line) for line in lines]
     assert len({args.runs for args in found}) == len(lines)
@@ -293,7 +325,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_race_that_is_killed_takes_its_processes_with_it():
+def test_a_comparison_that_is_killed_takes_its_processes_with_it():
     with subprocess.Popen([sys.executable, "-c", HOST], cwd=ROOT, stdout=subprocess.PIPE, text=True) as host:
         worker = Path(f"/proc/{host.stdout.readline().strip()}/stat")
         assert worker.exists()
@@ -302,4 +334,4 @@ def test_a_race_that_is_killed_takes_its_processes_with_it():
             if not worker.exists() or worker.read_text().split()[2] == "Z":
                 return
             time.sleep(0.05)
-    raise AssertionError("the worker outlived its race by five seconds")
+    raise AssertionError("the worker outlived its parent by five seconds")

@@ -1,4 +1,4 @@
-"""The ordeals at their smallest, and the proof that they would find what they look for."""
+"""The stress test at its smallest, and the proof that it would find what it looks for."""
 
 import random
 import subprocess
@@ -14,7 +14,7 @@ from dn_detr_d2.data import coco_custom, images, normalise
 
 
 @pytest.mark.slow
-def test_the_quick_ordeals_end_well():
+def test_the_quick_scenarios_find_no_violation():
     """Kills, signals, failing writes, flipped bits, mutated files, crowded images, in less than three minutes."""
     line = [sys.executable, "dev/stress_test.py", "--quick"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
@@ -51,7 +51,7 @@ def test_a_reader_of_annotations_that_is_silent_is_found(tmp_path, monkeypatch, 
 
 
 def test_a_case_that_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("dev.stress.cases.LONGEST", 0.5)
+    monkeypatch.setattr("dev.stress.cases.MAX_SECONDS", 0.5)
 
     def make(home):
         def case(number):
@@ -63,13 +63,13 @@ def test_a_case_that_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
 
         return case
 
-    words, wrong = run_cases(make, 9, tmp_path, 1)
+    outcomes, wrong = run_cases(make, 9, tmp_path, 1)
     assert sorted(fault.split(" took")[0].split(" ended")[0] for fault in wrong) == [
         "case 3",
         "case 5",
         "case 7: answer",
     ]
-    assert words["well"] == 6
+    assert outcomes["well"] == 6
 
 
 def test_mutations_are_a_function_of_their_number():
@@ -79,7 +79,7 @@ def test_mutations_are_a_function_of_their_number():
     assert sum(mutations.mutated_bytes(whole, random.Random(i), whole) != whole for i in range(100)) > 90
 
 
-def test_an_unknown_ordeal_is_refused():
+def test_an_unknown_scenario_is_refused():
     done = subprocess.run([sys.executable, "dev/stress_test.py", "drown"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert naming("drown").search(done.stderr)

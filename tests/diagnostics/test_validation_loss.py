@@ -14,7 +14,7 @@ from naming import naming
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import build_probe_loader
-from dn_detr_d2.diagnostics import build_instruments
+from dn_detr_d2.diagnostics import build_diagnostics
 from dn_detr_d2.diagnostics.validation_loss import validation_losses
 from dn_detr_d2.engine import Trainer
 
@@ -122,7 +122,7 @@ def test_a_training_logs_them_and_does_not_notice(toy_cfg, tmp_path, monkeypatch
 
 def test_what_cannot_be_measured_is_refused(toy_cfg, toy_model):
     with pytest.raises(ConfigError, match=naming("TEST.VALIDATION_LOSS", 5, "DATASETS.TEST")):
-        build_instruments(toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", 5))
+        build_diagnostics(toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", 5))
     with pytest.raises(ConfigError, match=naming("TEST.VALIDATION_LOSS", -2)):
         toy_cfg("dn_detr", "TEST.VALIDATION_LOSS", -2)
     with pytest.raises(DatasetError):

@@ -116,7 +116,7 @@ def test_the_help_tells_of_the_exit_code():
 
 
 def test_a_stop_after_an_iteration_that_was_printed_anyway_is_no_division_by_zero(caplog):
-    """Found by dev/stress_test.py ask: the writers write once more at the end, of the same iteration."""
+    """The writers write once more at the end, of the same iteration."""
     with EventStorage(19) as storage:
         storage.put_scalar("total_loss", 1.0)
         printer = MetricPrinter(100)
@@ -127,7 +127,7 @@ def test_a_stop_after_an_iteration_that_was_printed_anyway_is_no_division_by_zer
 
 
 def test_writers_that_fail_do_not_hide_why_a_training_ends(tmp_path, monkeypatch, caplog):
-    """Found by dev/stress_test.py full-disk: TensorBoard's writer raised after the checkpoint's error, without a name."""
+    """TensorBoard's writer raises after the checkpoint's error, without a name."""
 
     def fail(*_):
         raise OSError(28, "No space left on device")

@@ -19,7 +19,7 @@ def run(tmp_path, capsys):
 
     def check(content, *options):
         (tmp_path / "set.json").write_text(content if isinstance(content, str) else json.dumps(content))
-        code = tool.run([str(tmp_path / "set.json"), str(tmp_path), *map(str, options)])
+        code = tool.main([str(tmp_path / "set.json"), str(tmp_path), *map(str, options)])
         return (code, *capsys.readouterr())
 
     return check
@@ -27,8 +27,11 @@ def run(tmp_path, capsys):
 
 def broken():
     boxes = [[-9, 0, 19, 9], [1, 1, 0, 5], [1, 1, 5, 5], [1, 1, 5, 5]]
-    return valid_coco(annotations=[{"id": min(i, 2), "image_id": 1, "category_id": 1, "bbox": box, "area": 5}
-                                   for i, box in enumerate(boxes)])  # fmt: skip
+    return valid_coco(
+        annotations=[
+            {"id": min(i, 2), "image_id": 1, "category_id": 1, "bbox": box, "area": 5} for i, box in enumerate(boxes)
+        ]
+    )
 
 
 def test_a_set_without_a_fault_ends_with_0(run):
@@ -58,8 +61,8 @@ def test_a_file_that_cannot_be_read_ends_with_2_and_its_name(run, text):
 
 def test_a_folder_that_does_not_exist_ends_with_2(run, tmp_path):
     run(valid_coco())
-    assert tool.run([str(tmp_path / "set.json"), str(tmp_path / "nowhere")]) == 2
-    assert tool.run([str(tmp_path / "nothing.json"), str(tmp_path)]) == 2
+    assert tool.main([str(tmp_path / "set.json"), str(tmp_path / "nowhere")]) == 2
+    assert tool.main([str(tmp_path / "nothing.json"), str(tmp_path)]) == 2
 
 
 def test_images_are_left_alone_on_request(run, tmp_path):
@@ -144,7 +147,7 @@ def test_one_repair_mends_every_way_of_writing(run, tmp_path):
     }
     text = json.dumps(content).replace('"iscrowd": "0"', '"iscrowd": "0", "iscrowd": "0"')
     (tmp_path / "bom.json").write_text(text, encoding="utf-8-sig")
-    assert tool.run([str(tmp_path / "bom.json"), str(tmp_path)]) == 1
+    assert tool.main([str(tmp_path / "bom.json"), str(tmp_path)]) == 1
     code, out, _ = run(text, "--fix", tmp_path / "out.json")
     assert code == 0, out
     fixed = json.loads((tmp_path / "out.json").read_text())
@@ -172,8 +175,12 @@ def test_a_sentence_that_names_the_repair_is_true(run, tmp_path, change):
 def corners(count=12):
     """A file whose boxes are corners, for images of 30 x 20 pixels."""
     boxes = [[8 + i, 5 + i / 2, 18 + i, 13 + i / 2] for i in range(count)]
-    return valid_coco(annotations=[{"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": box, "area": box[2] * box[3]}
-                                   for i, box in enumerate(boxes)])  # fmt: skip
+    return valid_coco(
+        annotations=[
+            {"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": box, "area": box[2] * box[3]}
+            for i, box in enumerate(boxes)
+        ]
+    )
 
 
 def test_a_conversion_is_counted_and_its_areas_follow(run, tmp_path):

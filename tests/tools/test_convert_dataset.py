@@ -34,7 +34,7 @@ def folders(tmp_path):
 def run(folders, kind, *options):
     """(exit code, content or None)."""
     out = folders / "out.json"
-    code = tool.run([kind, str(folders / "labels"), str(folders / "images"), str(out), *options])
+    code = tool.main([kind, str(folders / "labels"), str(folders / "images"), str(out), *options])
     return code, json.loads(out.read_text()) if out.exists() else None
 
 
@@ -57,7 +57,7 @@ def test_class_names_come_from_data_yaml(folders, text):
 @pytest.mark.parametrize("text", ["names: 3", "[]", "x: [", "names: [a, a]", "names: {1: a}", "nc: 2", ""])
 def test_a_file_without_class_names_is_named(folders, text, capsys):
     (folders / "data.yaml").write_text(text)
-    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (2, None)
     assert "data.yaml" in capsys.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_a_file_without_class_names_is_named(folders, text, capsys):
 def test_each_bad_label_file_is_named_and_nothing_is_written(folders, capsys, line):
     for name in ("a.txt", "sub/b.txt"):
         (folders / "labels" / name).write_text("0 0.5 0.5 1 1\n\n" + line)
-    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (2, None)
     errors = capsys.readouterr().err.splitlines()
     assert [any(name in error for name in ("a.txt", "b.txt")) for error in errors] == [True, True]
     assert all("line 3 " in error for error in errors)
@@ -94,36 +94,47 @@ def test_voc_corners_are_one_based_and_inclusive_unless_told(folders, options, b
     assert content["images"] == [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}]
 
 
-@pytest.mark.parametrize("text", [
-    "<annotation>", VOC.replace("<xmin>1</xmin>", ""), VOC.replace("xmin>1<", "xmin>one<"), VOC.replace("cat", ""),
-    VOC.replace("xmax>30", "xmax>0"), VOC.replace("xmax>30", "xmax>nan"), VOC.replace("<ymax>20</ymax>", "<ymax/>"),
-    VOC.replace("bndbox", "box"), "<html/>",
-    '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>' + VOC.replace("cat", "&e;"),
-    '<!DOCTYPE x [<!ENTITY e "ha"><!ENTITY f "&e;&e;">]>' + VOC.replace("cat", "&f;"), "", "\0",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<annotation>",
+        VOC.replace("<xmin>1</xmin>", ""),
+        VOC.replace("xmin>1<", "xmin>one<"),
+        VOC.replace("cat", ""),
+        VOC.replace("xmax>30", "xmax>0"),
+        VOC.replace("xmax>30", "xmax>nan"),
+        VOC.replace("<ymax>20</ymax>", "<ymax/>"),
+        VOC.replace("bndbox", "box"),
+        "<html/>",
+        '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>' + VOC.replace("cat", "&e;"),
+        '<!DOCTYPE x [<!ENTITY e "ha"><!ENTITY f "&e;&e;">]>' + VOC.replace("cat", "&f;"),
+        "",
+        "\0",
+    ],
+)
 def test_a_bad_voc_file_is_named(folders, capsys, text):
     (folders / "labels" / "a.xml").write_text(text)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a.xml" in sentence
 
 
 def test_a_voc_file_that_is_a_pipe_is_named(folders, capsys):
     os.mkfifo(folders / "labels" / "a.xml")  # opening it would wait for ever
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "a.xml" in capsys.readouterr().err
 
 
 def test_a_class_that_is_not_listed_is_refused(folders, capsys):
     (folders / "labels" / "a.xml").write_text(VOC.replace("cat", "bird"))
-    assert run(folders, "voc", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "voc", "--names", str(folders / "classes.txt")) == (2, None)
     assert "['bird']" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_refused(folders):
-    assert run(folders, "yolo") == (1, None)
-    assert run(folders, "voc") == (1, None)
-    assert tool.run(["voc", "/nowhere", "/nowhere", "x.json"]) == 1
+    assert run(folders, "yolo") == (2, None)
+    assert run(folders, "voc") == (2, None)
+    assert tool.main(["voc", "/nowhere", "/nowhere", "x.json"]) == 2
 
 
 def noted(text):
@@ -197,7 +208,7 @@ def test_label_and_class_files_may_be_utf_16(folders):
 
 def test_bytes_that_are_no_text_are_named_with_their_line(folders, capsys):
     (folders / "labels" / "a.txt").write_bytes(b"0 0.5 0.5 1 1\n0 0.5\xff 0.5 1 1\n")
-    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (2, None)
     assert "a.txt: line 2 " in capsys.readouterr().err
 
 
@@ -245,7 +256,7 @@ def test_lines_that_stand_twice_are_dropped_and_counted(folders, capsys):
 
 
 def test_a_bad_file_is_one_sentence_with_its_first_line_and_a_count(folders, capsys):
-    assert yolo(folders, "0 0.5 0.5 1 1", "x 0 0 1 1", "0 0.5", "7 0.5 0.5 1 1") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 1", "x 0 0 1 1", "0 0.5", "7 0.5 0.5 1 1") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a.txt: line 2 " in sentence
     assert "2 more lines" in sentence
@@ -253,7 +264,7 @@ def test_a_bad_file_is_one_sentence_with_its_first_line_and_a_count(folders, cap
 
 def test_a_confidence_is_refused_or_left_out(folders, capsys):
     lines = "0 0.5 0.5 1 1 0.93", "1 0.1 0.1 0.4 0.1 0.4 0.4 0.5", "1 0.5 0.5 0.1 0.2"
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert "--ignore-confidence" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--ignore-confidence"])
     assert code == 0
@@ -265,14 +276,14 @@ def test_a_confidence_is_refused_or_left_out(folders, capsys):
 
 def test_boxes_in_pixels_are_named_and_read_if_told(folders, capsys):
     lines = "0 15 9 20 10", "1 3 2 12 2 12 8"
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert "--pixels" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--pixels"])
     assert (code, [x["bbox"] for x in content["annotations"]]) == (0, [[5, 4, 20, 10], [3, 2, 9, 6]])
 
 
 def test_pixels_beyond_the_picture_are_named(folders, capsys):
-    assert yolo(folders, "0 15 9 200 10", options=["--pixels"]) == (1, None)
+    assert yolo(folders, "0 15 9 200 10", options=["--pixels"]) == (2, None)
     assert "30x20" in capsys.readouterr().err
     assert yolo(folders, "0 0.5 0.5 1 1", options=[])[0] == 0  # the way out: without --pixels
 
@@ -291,7 +302,7 @@ def test_boxes_of_another_convention_are_noticed_and_read_if_told(folders, capsy
         for i in range(12)
     ]
     lines = ["0 " + row.format(**values) for values in rows]
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert f"--boxes {boxes}" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--boxes", boxes])
     expected = [[30 * v["x0"], 20 * v["y0"], 30 * v["w"], 20 * v["h"]] for v in rows]
@@ -304,7 +315,7 @@ def test_boxes_of_another_convention_are_noticed_and_read_if_told(folders, capsy
 def test_one_bad_line_does_not_hide_the_convention_of_the_others(folders, capsys, bad, count):
     lines = [f"0 {0.3 + 0.01 * i:.2f} 0.4 {0.8 + 0.01 * i:.2f} 0.95" for i in range(count)]
     lines += [bad] if count > 8 else []
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert "--boxes xyxy" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--boxes", "xyxy"])
     assert (code, content["annotations"][0]["bbox"]) == (0, pytest.approx([9, 8, 15, 11]))
@@ -314,7 +325,7 @@ def test_one_bad_line_does_not_hide_the_convention_of_the_others(folders, capsys
     "line", ["0 .5 .5 .2 .2 .5 .5 2 .4 .4 1", "0 .5 .5 .2 .2 .9 7", "0 .5 .5 .2 .2 .5 .5 2 .4 .4 0"]
 )
 def test_boxes_with_more_numbers_are_not_called_pixels(folders, capsys, line):
-    assert yolo(folders, line, "1 0.3 0.3 0.1 0.1") == (1, None)
+    assert yolo(folders, line, "1 0.3 0.3 0.1 0.1") == (2, None)
     err = capsys.readouterr().err
     assert "--pixels" not in err
     assert "kpt_shape" in err
@@ -365,10 +376,10 @@ def test_labels_in_another_folder_are_refused_and_found(folders, capsys, there):
     labels = "labels" if there != "other/labels" else "other"
     arguments = ["--names", str(folders / "classes.txt")]
     out = folders / "out.json"
-    assert tool.run(["yolo", str(folders / labels), str(folders / "images"), str(out), *arguments]) == 1
+    assert tool.main(["yolo", str(folders / labels), str(folders / "images"), str(out), *arguments]) == 2
     assert not out.exists()
     [command] = re.findall(r": (yolo .*) OUT.json --names FILE", capsys.readouterr().err)
-    assert tool.run([*command.split(), str(out), *arguments]) == 0
+    assert tool.main([*command.split(), str(out), *arguments]) == 0
     assert by_picture(json.loads(out.read_text()))["a.png"] == [("cat", [0, 0, 30, 20])]
 
 
@@ -376,14 +387,14 @@ def test_the_whole_data_set_as_both_folders_is_refused_and_the_folders_are_found
     (folders / "images" / "sub" / "b.png").unlink()
     (folders / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
     out, arguments = folders / "out.json", ["--names", str(folders / "classes.txt")]
-    assert tool.run(["yolo", str(folders), str(folders), str(out), *arguments]) == 1
+    assert tool.main(["yolo", str(folders), str(folders), str(out), *arguments]) == 2
     [command] = re.findall(r": (yolo .*) OUT.json --names FILE", capsys.readouterr().err)
-    assert tool.run([*command.split(), str(out), *arguments]) == 0
+    assert tool.main([*command.split(), str(out), *arguments]) == 0
     assert by_picture(json.loads(out.read_text())) == {"a.png": [("cat", [0, 0, 30, 20])]}
 
 
 def test_a_set_without_boxes_is_refused_unless_told(folders, capsys):
-    assert yolo(folders, "") == (1, None)
+    assert yolo(folders, "") == (2, None)
     assert "--allow-empty" in capsys.readouterr().err
     code, content = yolo(folders, "", options=["--allow-empty"])
     assert (code, len(content["images"]), content["annotations"]) == (0, 2, [])
@@ -400,7 +411,7 @@ def test_hidden_files_are_skipped_and_counted_once(folders, capsys):
     assert noted(capsys.readouterr().out)[label_files.HIDDEN] == 5
     (folders / "images" / "a.txt").write_text("0 0.5 0.5 1 1")
     one = [str(folders / "images")] * 2
-    assert tool.run(["yolo", *one, str(folders / "o.json"), "--names", str(folders / "classes.txt")]) == 0
+    assert tool.main(["yolo", *one, str(folders / "o.json"), "--names", str(folders / "classes.txt")]) == 0
     assert noted(capsys.readouterr().out)[label_files.HIDDEN] == 3
 
 
@@ -413,7 +424,7 @@ def test_names_are_compared_whatever_the_normalisation_of_unicode(folders):
 
 def test_bad_files_are_left_out_if_told(folders, capsys):
     (folders / "images" / "sub" / "b.png").write_bytes(b"no picture")
-    assert yolo(folders, "0 0.5 0.5 1 1") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 1") == (2, None)
     assert "--drop-bad" in capsys.readouterr().out
     code, content = yolo(folders, "0 0.5 0.5 1 1", options=["--drop-bad"])
     printed = capsys.readouterr()
@@ -425,7 +436,7 @@ def test_bad_files_are_left_out_if_told(folders, capsys):
 def test_label_files_behind_links_stay_in_their_folder(folders, capsys):
     (folders / "secret").write_text("root:x:0:0 secret")
     (folders / "labels" / "a.txt").symlink_to(folders / "secret")
-    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (2, None)
     assert "root:x" not in capsys.readouterr().err
     (folders / "labels" / "a.txt").unlink()
     (folders / "labels" / "real.txt").write_text("0 0.5 0.5 1 1")
@@ -437,7 +448,7 @@ def test_pictures_behind_links_stay_in_their_folder(folders, capsys):
     pictures(folders, "../outside.png", "../far/x.png")
     (folders / "images" / "c.png").symlink_to(folders / "outside.png")
     (folders / "images" / "far").symlink_to(folders / "far")
-    assert yolo(folders, "0 0.5 0.5 1 1") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 1") == (2, None)
     assert "c.png" in capsys.readouterr().err
     (folders / "images" / "c.png").unlink()
     code, content = yolo(folders, "0 0.5 0.5 1 1")
@@ -472,20 +483,20 @@ def test_options_and_paths_that_do_not_fit_are_refused(folders, capsys):
         ["yolo", labels, images, names, "--names", names],
         ["voc", "data.yaml", out],
     ):
-        assert tool.run(arguments) == 1
+        assert tool.main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert (folders / "classes.txt").read_text() == "cat\ndog\n"
     assert not (folders / "out.json").exists()
-    assert tool.run(["yolo", labels, images, out]) == 1
+    assert tool.main(["yolo", labels, images, out]) == 2
     [found] = re.findall(r"--names (\S+) is there", capsys.readouterr().err)
-    assert tool.run(["yolo", labels, images, out, "--names", found]) == 0
+    assert tool.main(["yolo", labels, images, out, "--names", found]) == 0
 
 
 def test_a_file_that_cannot_be_written_is_code_1_and_leaves_nothing(folders):
     (folders / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
     folder = str(folders / "labels")
     out = folders / "nowhere" / "out.json"
-    assert tool.run(["yolo", folder, str(folders / "images"), str(out), "--names", str(folders / "classes.txt")]) == 1
+    assert tool.main(["yolo", folder, str(folders / "images"), str(out), "--names", str(folders / "classes.txt")]) == 2
 
 
 def test_a_file_name_cannot_write_to_the_terminal(folders, capsys):
@@ -505,11 +516,11 @@ def test_pictures_that_share_a_label_file_are_counted(folders, capsys):
 
 def test_long_nonsense_is_refused_soon(folders, capsys):
     start = time.monotonic()
-    assert yolo(folders, "0 0.5 0.5 1 " + "9" * 1_000_000 + "x") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 " + "9" * 1_000_000 + "x") == (2, None)
     (folders / "labels" / "a.xml").write_text("<annotation>" * 200_000)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     (folders / "labels" / "a.xml").write_text("<annotation>" * 200_000 + "</annotation>" * 200_000)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert time.monotonic() - start < 20
     assert len(capsys.readouterr().err) < 5000
 
@@ -522,7 +533,7 @@ def data_yaml(folders, text, split="train", *options):
     (folders / "data.yaml").write_text(text)
     out = folders / "out.json"
     out.unlink(missing_ok=True)
-    code = tool.run(["yolo", str(folders / "data.yaml"), "--split", split, str(out), *options])
+    code = tool.main(["yolo", str(folders / "data.yaml"), "--split", split, str(out), *options])
     return code, json.loads(out.read_text()) if out.exists() else None
 
 
@@ -582,7 +593,7 @@ def test_the_splits_of_roboflow_are_found(tmp_path):
     for split in ("train", "val"):
         code, content = data_yaml(tmp_path, text, split)
         assert (code, by_picture(content)) == (0, {"x.png": [("cat", BOX)]})
-    assert data_yaml(tmp_path, text, "test") == (1, None)
+    assert data_yaml(tmp_path, text, "test") == (2, None)
 
 
 def test_the_last_part_images_of_a_path_becomes_labels(tmp_path):
@@ -611,19 +622,28 @@ def test_a_path_that_does_not_exist_is_counted(splits, capsys):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        (NAMES + "train: images/gone", "images/gone"), (NAMES + "val: images/val", "'val'"), (NAMES + "train: 3", "3"),
-        (NAMES + "train: []", "[]"), (NAMES + "train: {a: b}", "a"), (NAMES + "train: [images/train, gone.txt]", "gone.txt"),
-        ("train: images/train", "names"), (NAMES + "path: [a]\ntrain: images/train", "path"),
-        ("names: {1: cat, 2: dog}\ntrain: images/train", "[1, 2]"), ("names: {a: cat}\ntrain: images/train", "'a'"),
-        ("names: {0.5: cat}\ntrain: images/train", "'0.5'"), ("names: {0: cat, 0: dog}\ntrain: images/train", "'0'"),
-        ("nc: 3\n" + NAMES + "train: images/train", "3"), ("nc: two\n" + NAMES + "train: images/train", "two"),
-        (NAMES + "train: pipe", "pipe"), ("nc: 2\nnames: nut\ntrain: images/train", "nut"),
+        (NAMES + "train: images/gone", "images/gone"),
+        (NAMES + "val: images/val", "'val'"),
+        (NAMES + "train: 3", "3"),
+        (NAMES + "train: []", "[]"),
+        (NAMES + "train: {a: b}", "a"),
+        (NAMES + "train: [images/train, gone.txt]", "gone.txt"),
+        ("train: images/train", "names"),
+        (NAMES + "path: [a]\ntrain: images/train", "path"),
+        ("names: {1: cat, 2: dog}\ntrain: images/train", "[1, 2]"),
+        ("names: {a: cat}\ntrain: images/train", "'a'"),
+        ("names: {0.5: cat}\ntrain: images/train", "'0.5'"),
+        ("names: {0: cat, 0: dog}\ntrain: images/train", "'0'"),
+        ("nc: 3\n" + NAMES + "train: images/train", "3"),
+        ("nc: two\n" + NAMES + "train: images/train", "two"),
+        (NAMES + "train: pipe", "pipe"),
+        ("nc: 2\nnames: nut\ntrain: images/train", "nut"),
         ("names: [[cat]]\ntrain: images/train", "cat"),
     ],
-)  # fmt: skip
+)
 def test_a_data_yaml_that_contradicts_itself_is_named(splits, capsys, text, value):
     os.mkfifo(splits / "pipe")  # opening it would wait for ever
-    assert data_yaml(splits, text) == (1, None)
+    assert data_yaml(splits, text) == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "data.yaml" in sentence
     assert value in sentence
@@ -632,13 +652,18 @@ def test_a_data_yaml_that_contradicts_itself_is_named(splits, capsys, text, valu
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("names: nut", ["nut"]), ("nc: 1\nnames: nut", ["nut"]), ("nc: 2.0\nnames: [a, b]", ["a", "b"]),
-        ("names:\n  '0': nut\n  '1': bolt", ["nut", "bolt"]), ("names: {1: bolt, 0: nut}", ["nut", "bolt"]),
-        ("names: {0: unused, 1: nut, 2: bolt}", ["unused", "nut", "bolt"]), ("names: [no, 1.10]", ["no", "1.10"]),
-        ("names: ['traffic light ', 007]", ["traffic light", "007"]), ("x: &n [a]\nnames: *n", ["a"]),
+        ("names: nut", ["nut"]),
+        ("nc: 1\nnames: nut", ["nut"]),
+        ("nc: 2.0\nnames: [a, b]", ["a", "b"]),
+        ("names:\n  '0': nut\n  '1': bolt", ["nut", "bolt"]),
+        ("names: {1: bolt, 0: nut}", ["nut", "bolt"]),
+        ("names: {0: unused, 1: nut, 2: bolt}", ["unused", "nut", "bolt"]),
+        ("names: [no, 1.10]", ["no", "1.10"]),
+        ("names: ['traffic light ', 007]", ["traffic light", "007"]),
+        ("x: &n [a]\nnames: *n", ["a"]),
         ("\ufeffnames: [a]", ["a"]),
     ],
-)  # fmt: skip
+)
 def test_names_are_read_as_they_are_written(folders, text, names):
     (folders / "data.yaml").write_text(text, "utf-8")
     assert tool.read_names(folders / "data.yaml") == names
@@ -648,14 +673,14 @@ def test_a_data_yaml_that_unfolds_without_end_is_refused(folders, capsys):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     (folders / "data.yaml").write_text("\n".join([*lines, "names: *a29"]))
-    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (2, None)
     assert len(capsys.readouterr().err) < 2000
 
 
 def test_labels_that_count_from_1_are_read_with_a_name_before_them(folders):
     (folders / "labels" / "a.txt").write_text("1 0.5 0.5 1 1\n2 0.5 0.5 0.1 0.1")
     (folders / "data.yaml").write_text("names: {1: nut, 2: bolt}")
-    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (2, None)
     (folders / "data.yaml").write_text("names: {0: unused, 1: nut, 2: bolt}")  # what the sentence says
     code, content = run(folders, "yolo", "--names", str(folders / "data.yaml"))
     assert (code, [name for name, _ in by_picture(content)["a.png"]]) == (0, ["nut", "bolt"])
@@ -663,7 +688,7 @@ def test_labels_that_count_from_1_are_read_with_a_name_before_them(folders):
 
 def test_a_split_must_be_named(splits, capsys):
     (splits / "data.yaml").write_text(NAMES + "train: images/train")
-    assert tool.run(["yolo", str(splits / "data.yaml"), str(splits / "out.json")]) == 1
+    assert tool.main(["yolo", str(splits / "data.yaml"), str(splits / "out.json")]) == 2
     assert "--split train" in capsys.readouterr().err
 
 
@@ -718,15 +743,15 @@ def test_pictures_in_another_folder_are_found(folders, capsys):
     (folders / "else").mkdir()
     (folders / "images" / "a.png").rename(folders / "else" / "a.png")
     voc(folders, a=("a.png", "", None))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [found] = re.findall(r"lie in (\S+); give", capsys.readouterr().err)
-    assert tool.run(["voc", str(folders / "labels"), found, str(folders / "out.json")]) == 0
+    assert tool.main(["voc", str(folders / "labels"), found, str(folders / "out.json")]) == 0
 
 
 def test_two_xml_of_one_picture_are_refused_with_both_names(folders, capsys):
     pictures(folders, "c.png")
     voc(folders, a=("a.png", "", None), c=("a.png", "", box(1, 1, 5, 5, name="dog")))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert ("a.xml" in sentence, "c.xml" in sentence, "--match stem" in sentence) == (True, True, True)
     code, content = run(folders, "voc", "--match", "stem")
@@ -735,7 +760,7 @@ def test_two_xml_of_one_picture_are_refused_with_both_names(folders, capsys):
 
 def test_a_copy_of_an_xml_is_refused_without_a_way_out_that_fails(folders, capsys):
     voc(folders, **{"a": ("a.png", "", None), "a (copy)": ("a.png", "", None)})
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a (copy).xml" in sentence
     assert "--match" not in sentence
@@ -759,7 +784,7 @@ def test_filenames_that_are_exchanged_lose_against_the_names_of_the_xml(folders,
 def test_a_name_that_fits_two_pictures_is_refused(folders, capsys):
     pictures(folders, "a.jpg")
     voc(folders, a=("a", "", None))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert {"a.jpg", "a.png"} <= set(re.findall(r"a\.\w{3}\b", capsys.readouterr().err))
     voc(folders, a=("a.jpg", "", None))  # the way out
     code, content = run(folders, "voc")
@@ -780,7 +805,7 @@ def test_sub_folders_and_other_cases_of_the_ending_are_read(folders):
 @pytest.mark.parametrize("size", [(300, 200), (20, 30), (31, 20)])
 def test_a_size_that_is_not_the_pictures_is_refused(folders, capsys, size):
     voc(folders, a=("a.png", "<size><width>{}</width><height>{}</height></size>".format(*size), box(1, 1, 10, 10)))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert f"{size[0]}x{size[1]}" in sentence
     assert "30x20" in sentence
@@ -797,15 +822,23 @@ def test_the_size_of_a_picture_is_that_after_its_exif_orientation(folders, capsy
     exif[0x0112] = 6
     Image.new("RGB", (20, 30)).save(folders / "images" / "t.jpg", exif=exif)  # shown as 30 x 20
     voc(folders, t=("t.jpg", "<size><width>20</width><height>30</height></size>", None))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "EXIF" in capsys.readouterr().err
     voc(folders, t=("t.jpg", "<size><width>30</width><height>20</height></size>", None))
     code, content = run(folders, "voc")
     assert (code, content["images"][0]["width"], content["images"][0]["height"]) == (0, 30, 20)
 
 
-@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>",
-    "<size><width>-1</width><height>20</height></size>", "<size><width>30</width></size>"])  # fmt: skip
+@pytest.mark.parametrize(
+    "size",
+    [
+        "",
+        "<size/>",
+        "<size><width>0</width><height>0</height></size>",
+        "<size><width>-1</width><height>20</height></size>",
+        "<size><width>30</width></size>",
+    ],
+)
 def test_a_size_that_says_nothing_is_unknown(folders, capsys, size):
     voc(folders, a=("a.png", size, None))
     code, content = run(folders, "voc")
@@ -849,7 +882,7 @@ SHIFTED = [[60, 50, 20, 20], [70, 10, 15, 30], [50, 40, 10, 10], [10, 5, 80, 70]
 )
 def test_boxes_of_which_many_are_no_corners_are_refused_and_read_if_told(folders, capsys, options, expected):
     _many(folders, XYWH)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert all(f"--corners {name}" in sentence for name in ("xywh", "swapped"))
     assert "3 of 4 boxes" in sentence
@@ -860,7 +893,7 @@ def test_boxes_of_which_many_are_no_corners_are_refused_and_read_if_told(folders
 
 def test_centres_are_refused_and_read_if_told(folders, capsys):
     _many(folders, [(81, 71, 20, 18), (85, 70, 30, 10), (90, 65, 18, 30)])  # as [x, y, w, h] they would stick out
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "--corners xywh" not in capsys.readouterr().err
     code, content = run(folders, "voc", "--corners", "cxcywh")
     found = [found for _, found in by_picture(content)["m.png"]]
@@ -913,7 +946,7 @@ def test_the_picture_of_an_xml_that_cannot_be_read_is_not_counted_as_one_without
 def test_bytes_that_are_not_utf_8_are_refused_with_a_way_out_that_works(folders, capsys, head):
     text = VOC.replace("cat", "café")
     (folders / "labels" / "a.xml").write_bytes((head + text).encode("latin-1"))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     declaration = re.search(r"<\?xml .*\?>", capsys.readouterr().err)[0]
     (folders / "labels" / "a.xml").write_bytes((declaration + text).encode("latin-1"))
     code, content = run(folders, "voc")
@@ -922,7 +955,7 @@ def test_bytes_that_are_not_utf_8_are_refused_with_a_way_out_that_works(folders,
 
 def test_text_that_is_no_xml_says_nothing_of_its_encoding(folders, capsys):
     (folders / "labels" / "a.xml").write_text("<annotation><b></annotation>")
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "UTF-8" not in capsys.readouterr().err
 
 
@@ -981,13 +1014,16 @@ def test_hidden_xml_are_skipped_and_counted(folders, capsys):
 
 def test_sentences_about_xml_name_the_line(folders, capsys):
     for text, line in (
-        (VOC.replace("xmin>1<", "xmin>one<"), 1), ("<annotation>\n\n" + box(1, 1, "x", 3) + "</annotation>", 3),
-        ("<annotation>\n<object/>\n</annotation>", 2), ("<annotation>\n<b>\n</annotation>", 3),
-        ('<?xml version="1.0"?>\n<!DOCTYPE x>\n<annotation/>', 2), ("\n<html/>", 2),
+        (VOC.replace("xmin>1<", "xmin>one<"), 1),
+        ("<annotation>\n\n" + box(1, 1, "x", 3) + "</annotation>", 3),
+        ("<annotation>\n<object/>\n</annotation>", 2),
+        ("<annotation>\n<b>\n</annotation>", 3),
+        ('<?xml version="1.0"?>\n<!DOCTYPE x>\n<annotation/>', 2),
+        ("\n<html/>", 2),
         ('<?xml version="1.0" encoding="no-such"?><annotation/>', 1),
-    ):  # fmt: skip
+    ):
         (folders / "labels" / "a.xml").write_text(text)
-        assert run(folders, "voc") == (1, None)
+        assert run(folders, "voc") == (2, None)
         [sentence] = capsys.readouterr().err.splitlines()
         assert f"a.xml: line {line}" in sentence
 
@@ -1011,7 +1047,7 @@ def test_corners_of_zero_are_counted_for_a_set_that_is_zero_based(folders, capsy
 
 def test_normalised_corners_are_refused(folders, capsys):
     voc(folders, a=("a.png", "", box(0.1, 0.2, 0.5, 0.7)))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "--zero-based" in capsys.readouterr().err
     voc(folders, a=("a.png", "", box(0.1 * 30, 0.2 * 20, 0.5 * 30, 0.7 * 20)))  # the way out
     code, content = run(folders, "voc", "--zero-based")
@@ -1020,8 +1056,8 @@ def test_normalised_corners_are_refused(folders, capsys):
 
 def test_an_empty_voc_set_needs_names(folders, capsys):
     voc(folders, a=("a.png", "", ""))
-    assert run(folders, "voc") == (1, None)
-    assert run(folders, "voc", "--allow-empty") == (1, None)
+    assert run(folders, "voc") == (2, None)
+    assert run(folders, "voc", "--allow-empty") == (2, None)
     assert "--names" in capsys.readouterr().err
     code, content = run(folders, "voc", "--allow-empty", "--names", str(folders / "classes.txt"))
     assert (code, by_picture(content)) == (0, {"a.png": []})
@@ -1030,5 +1066,5 @@ def test_an_empty_voc_set_needs_names(folders, capsys):
 def test_an_xml_behind_a_link_stays_in_its_folder(folders, capsys):
     (folders / "secret.xml").write_text(VOC)
     (folders / "labels" / "a.xml").symlink_to(folders / "secret.xml")
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "a.xml" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def convert(folder, kind, *options):
     """The records of a converted set, and its content; the content must be without a problem."""
     out = folder / "out.json"
     folders = [str(folder / name) for name in ("labels", "images")]
-    assert tool.run([kind, *folders, str(out), "--allow-empty", "--names", str(folder / "classes.txt"), *options]) == 0
+    assert tool.main([kind, *folders, str(out), "--allow-empty", "--names", str(folder / "classes.txt"), *options]) == 0
     content, report = json.loads(out.read_text()), Report()
     check_content(content, report, annotated_sizes(content["images"]))
     if content["annotations"]:

@@ -53,8 +53,12 @@ def test_iterations_are_counted_when_done_and_the_last_evaluation_stands_at_the_
 
 
 def test_seconds_are_the_medians_times_the_iterations_they_stand_for(make_run):
-    lines = [{"iteration": 19, "time": 0.5}, {"iteration": 29, "bbox/AP": 7.0}, {"iteration": 39, "time": 2.0},
-             {"iteration": 49, "time": 1.0}]  # fmt: skip
+    lines = [
+        {"iteration": 19, "time": 0.5},
+        {"iteration": 29, "bbox/AP": 7.0},
+        {"iteration": 39, "time": 2.0},
+        {"iteration": 49, "time": 1.0},
+    ]
     run = read_run(make_run("a", lines))
     assert run.clock.tolist() == [[0, 0], [20, 10], [40, 50], [50, 60]]
     assert run.curve("bbox/AP", "seconds").tolist() == [[30.0, 7.0]]  # half of the way from 10 to 50
@@ -62,8 +66,12 @@ def test_seconds_are_the_medians_times_the_iterations_they_stand_for(make_run):
 
 
 def test_of_a_resumed_run_the_last_line_for_an_iteration_wins(make_run):
-    lines = [{"iteration": 19, "time": 1, "loss_main": 5}, {"iteration": 39, "time": 1, "loss_main": 4},
-             {"iteration": 39, "time": 3, "loss_main": 2}, {"iteration": 59, "time": 1, "loss_main": 1}]  # fmt: skip
+    lines = [
+        {"iteration": 19, "time": 1, "loss_main": 5},
+        {"iteration": 39, "time": 1, "loss_main": 4},
+        {"iteration": 39, "time": 3, "loss_main": 2},
+        {"iteration": 59, "time": 1, "loss_main": 1},
+    ]
     run = read_run(make_run("a", lines))
     assert run.curve("loss_main").tolist() == [[20, 5], [40, 2], [60, 1]]
     assert run.clock[:, 1].tolist() == [0, 20, 80, 100]
@@ -155,16 +163,19 @@ def test_a_half_written_last_line_is_left_out_with_a_warning(make_run, capsys):
 GOOD = '{"iteration": 19, "time": 1}\n'
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("", ["empty"]),
-    (GOOD + '{"iteration": 3\n' + GOOD, ["line 2"]),
-    (GOOD + GOOD + '{"iteration": 3\n', ["line 3"]),  # its end is there: nobody was killed
-    (GOOD + "[1]\n", ["line 2"]),
-    ('{"time": 1}\n', ["line 1"]),
-    ('{"iteration": 1, "time": "long"}\n', ["line 1", "time", "'long'"]),
-    ('{"iteration": 1', ["empty"]),  # killed while it wrote the first line
-    (GOOD + "\0\0\0\n", ["line 2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", ["empty"]),
+        (GOOD + '{"iteration": 3\n' + GOOD, ["line 2"]),
+        (GOOD + GOOD + '{"iteration": 3\n', ["line 3"]),  # its end is there: nobody was killed
+        (GOOD + "[1]\n", ["line 2"]),
+        ('{"time": 1}\n', ["line 1"]),
+        ('{"iteration": 1, "time": "long"}\n', ["line 1", "time", "'long'"]),
+        ('{"iteration": 1', ["empty"]),  # killed while it wrote the first line
+        (GOOD + "\0\0\0\n", ["line 2"]),
+    ],
+)
 def test_a_damaged_file_is_one_sentence_that_names_the_line(make_run, capsys, text, named):
     folder = make_run("a", text)
     with pytest.raises(UserError):
@@ -175,17 +186,20 @@ def test_a_damaged_file_is_one_sentence_that_names_the_line(make_run, capsys, te
     assert naming(*named).search(last)
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    ([], ["run"]),
-    (["nowhere"], ["nowhere", "metrics.json"]),
-    (["{run}", "--labels", "a", "b"], ["--labels", 2, 1]),
-    (["--group", "name"], ["--group", "'name'", "NAME=RUN,RUN"]),
-    (["--group", "name=a,,b"], ["--group", "'name=a,,b'", "NAME=RUN,RUN"]),
-    (["--group", "x={run}", "--group", "x={run}"], ["'x'"]),
-    (["{run}", "--output", "p.xyz"], ["p.xyz"]),
-    (["{run}", "--output", "{run}/metrics.json/p.png"], ["p.png"]),
-    (["{other}"], ["runs"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], ["run"]),
+        (["nowhere"], ["nowhere", "metrics.json"]),
+        (["{run}", "--labels", "a", "b"], ["--labels", 2, 1]),
+        (["--group", "name"], ["--group", "'name'", "NAME=RUN,RUN"]),
+        (["--group", "name=a,,b"], ["--group", "'name=a,,b'", "NAME=RUN,RUN"]),
+        (["--group", "x={run}", "--group", "x={run}"], ["'x'"]),
+        (["{run}", "--output", "p.xyz"], ["p.xyz"]),
+        (["{run}", "--output", "{run}/metrics.json/p.png"], ["p.png"]),
+        (["{other}"], ["runs"]),
+    ],
+)
 def test_bad_commands_are_one_sentence(make_run, capsys, arguments, named):
     names = {"run": make_run("run", lines_of([1])), "other": make_run("other", [{"iteration": 1, "lr": 1.0}])}
     assert plot_runs.main([a.format(**names) for a in arguments]) == 2

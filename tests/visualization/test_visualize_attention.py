@@ -224,18 +224,21 @@ def test_pictures_of_every_kind_of_attention(saved, system, tmp_path, capsys):
     assert len(np.unique((picture[:, :, :3] @ [65536, 256, 1] * 255).astype(int))) > 500
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--output", "{image}"], ["{image}"]),
-    (["--query", "9"], ["--query", 9, 8]),
-    (["--best", "0"], ["--best", 1, 0]),
-    (["--weights", "no.pth"], ["--weights", "no.pth"]),
-    (["--weights", "{other}"], ["{other}"]),
-    (["--weights", "{image}"], ["{image}"]),
-    (["--input", "no.jpg"], ["no.jpg"]),
-    (["--input", "{config}"], ["{config}"]),
-    (["--config-file", "no.yaml"], ["'no.yaml'"]),
-    (["MODEL.DN_DETR.NUM_CLASSES", "auto"], ["NUM_CLASSES", "'auto'"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--output", "{image}"], ["{image}"]),
+        (["--query", "9"], ["--query", 9, 8]),
+        (["--best", "0"], ["--best", 1, 0]),
+        (["--weights", "no.pth"], ["--weights", "no.pth"]),
+        (["--weights", "{other}"], ["{other}"]),
+        (["--weights", "{image}"], ["{image}"]),
+        (["--input", "no.jpg"], ["no.jpg"]),
+        (["--input", "{config}"], ["{config}"]),
+        (["--config-file", "no.yaml"], ["'no.yaml'"]),
+        (["MODEL.DN_DETR.NUM_CLASSES", "auto"], ["NUM_CLASSES", "'auto'"]),
+    ],
+)
 def test_bad_input_is_one_sentence(saved, tmp_path, capsys, arguments, named):
     (config, weights, image), other = saved("dn_detr"), saved("dino")[1]
     command = ["--config-file", config, "--weights", weights, "--input", image, "--output", str(tmp_path / "out")]

@@ -24,12 +24,12 @@ NAMES = ["a", "b", "c", "d", "e"]
 
 @pytest.fixture
 def observe(toy_model):
-    """observe(system, *overrides) -> (pass over an image of three objects, its pixels, copies of an object)."""
+    """observe(system, *overrides) -> (pass over an image of three objects, its pixels)."""
 
     def run(system, *overrides):
         model = toy_model(system, *overrides).eval()
         (record,) = make_batch(3, sizes=((64, 96),))
-        return observe_denoising(model, record, 0), to_rgb(record["image"], "RGB"), model.denoising.generator.COPIES
+        return observe_denoising(model, record, 0), to_rgb(record["image"], "RGB")
 
     return run
 
@@ -74,37 +74,35 @@ def titles(figure):
 
 
 def test_copies_are_where_the_layout_says(observe):
-    seen, *_ = observe("dino", "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 12)  # 12 // 3 objects = 4 groups of 2 x 3 slots
-    near, far = copies_of(seen, 2, 2)
+    outputs, _ = observe("dino", "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 12)  # 12 // 3 objects = 4 groups of 2 x 3 slots
+    near, far = copies_of(outputs, 2)
     assert near.slot.tolist() == [12, 13, 14]
     assert far.slot.tolist() == [15, 16, 17]
     assert near.target.tolist() == far.target.tolist() == [0, 1, 2]
     assert (near.style, far.style) == ("--", ":")
-    (only,) = copies_of(observe("dn_detr")[0], 4, 1)
+    (only,) = copies_of(observe("dn_detr")[0], 4)
     assert only.slot.tolist() == [12, 13, 14]
 
 
 def test_near_copies_lie_nearer_than_far_ones(observe):
-    seen, pixels, _ = observe("dino", "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 300)
-    clean, noisy = to_pixels(seen.targets.boxes[0], pixels), to_pixels(seen.noised.boxes[0], pixels)
-    iou = [[mean_iou(noisy[c.slot], clean[c.target]) for c in copies_of(seen, g, 2)] for g in range(100)]
+    outputs, pixels = observe("dino", "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 300)
+    clean, noisy = to_pixels(outputs.targets.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
+    iou = [[mean_iou(noisy[c.slot], clean[c.target]) for c in copies_of(outputs, g)] for g in range(100)]
     near, far = torch.tensor(iou).mean(0)
     assert near > far + 0.15
 
 
 def test_without_noise_nothing_is_flipped_and_the_start_is_perfect(observe):
-    seen, pixels, copies = observe("dn_deformable_detr", *(x for key in QUIET for x in (key, 0.0)))
-    assert titles(draw_noise(seen, pixels, NAMES, copies, 2)) == [
-        f"group {g} of 5: 0 of 3 labels flipped" for g in (1, 2)
-    ]
-    assert titles(draw_refinement(seen, pixels, NAMES, copies))[0] == "noised: mean IoU 1.00, 3 of 3 labels right"
+    outputs, pixels = observe("dn_deformable_detr", *(x for key in QUIET for x in (key, 0.0)))
+    assert titles(draw_noise(outputs, pixels, NAMES, 2)) == [f"group {g} of 5: 0 of 3 labels flipped" for g in (1, 2)]
+    assert titles(draw_refinement(outputs, pixels, NAMES))[0] == "noised: mean IoU 1.00, 3 of 3 labels right"
 
 
 def test_flipped_labels_are_counted_and_written(observe):
-    seen, pixels, copies = observe("dn_detr", QUIET[0], 1.0)
-    flips = (seen.noised.labels.view(5, 3) != seen.targets.labels).sum(1).tolist()
+    outputs, pixels = observe("dn_detr", QUIET[0], 1.0)
+    flips = (outputs.noised.labels.view(5, 3) != outputs.targets.labels).sum(1).tolist()
     assert sum(flips) > 5  # at chance 1, 4 in 5 of the 15 change
-    figure = draw_noise(seen, pixels, NAMES, copies, 5)
+    figure = draw_noise(outputs, pixels, NAMES, 5)
     assert titles(figure) == [f"group {g + 1} of 5: {flip} of 3 labels flipped" for g, flip in enumerate(flips)]
     written = [text for panel in figure.axes for text in panel.texts]
     assert len(written) == 15
@@ -113,15 +111,15 @@ def test_flipped_labels_are_counted_and_written(observe):
 
 
 def test_refinement_shows_the_predictions_of_every_layer(observe):
-    seen, pixels, copies = observe("encoder_only")
-    shown = titles(draw_refinement(seen, pixels, NAMES, copies, group=1))
+    outputs, pixels = observe("encoder_only")
+    shown = titles(draw_refinement(outputs, pixels, NAMES, group=1))
     assert [title.split(":")[0] for title in shown] == ["noised", "layer 1", "layer 2", "layer 3"]
     height, width = pixels.shape[:2]
     expected = 0.0
     for slot in (3, 4, 5):  # group 1 of three objects, without any of the tool's functions
         (ax, ay, aw, ah), (bx, by, bw, bh) = (
-            seen.predictions.boxes[2, 0, slot].tolist(),
-            seen.targets.boxes[0, slot - 3].tolist(),
+            outputs.predictions.boxes[2, 0, slot].tolist(),
+            outputs.targets.boxes[0, slot - 3].tolist(),
         )
         w = max(0, min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2)) * width
         h = max(0, min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)) * height
@@ -131,12 +129,12 @@ def test_refinement_shows_the_predictions_of_every_layer(observe):
 
 def test_wrong_labels_are_written_at_every_stage_and_no_object_is_none_of_them(observe):
     """A model with softmax has a sixth class, which is likeliest everywhere here."""
-    seen, pixels, copies = observe("dn_detr", QUIET[0], 1.0, "MODEL.DN_DETR.LOSS.CLASS_LOSS", "softmax")
-    assert seen.predictions.logits.shape[-1] == 6
-    seen.predictions.logits[..., 5] = 99
-    truths, first = seen.targets.labels[0], seen.noised.labels[0, :3]
-    stages = [first, *seen.predictions.logits[:, 0, :3, :5].argmax(-1)]
-    figure = draw_refinement(seen, pixels, NAMES, copies)
+    outputs, pixels = observe("dn_detr", QUIET[0], 1.0, "MODEL.DN_DETR.LOSS.CLASS_LOSS", "softmax")
+    assert outputs.predictions.logits.shape[-1] == 6
+    outputs.predictions.logits[..., 5] = 99
+    truths, first = outputs.targets.labels[0], outputs.noised.labels[0, :3]
+    stages = [first, *outputs.predictions.logits[:, 0, :3, :5].argmax(-1)]
+    figure = draw_refinement(outputs, pixels, NAMES)
     for panel, labels in zip(figure.axes, stages, strict=True):
         assert [text.get_text() for text in panel.texts] == [NAMES[x] for x in labels[labels != truths]]
         assert panel.get_title().endswith(f"{int((labels == truths).sum())} of 3 labels right")
@@ -148,8 +146,8 @@ def test_mean_iou_by_hand():
 
 
 def test_the_mask_is_the_one_rule(observe):
-    seen, _, copies = observe("dn_detr")
-    figure = draw_mask(seen, copies)
+    outputs, _ = observe("dn_detr")
+    figure = draw_mask(outputs)
     (panel,) = figure.axes
     total = 5 * 3 + 9
     expected = [
@@ -159,22 +157,24 @@ def test_the_mask_is_the_one_rule(observe):
     assert [text.get_text() for text in panel.get_xticklabels()] == [*(f"group {g}" for g in range(1, 6)), "matching"]
     outlines = [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in panel.patches]
     assert outlines == [(0, 0, 3), (3, 3, 3), (6, 6, 3), (9, 9, 3), (12, 12, 3), (15, 15, 9)]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == ["may be seen", "blocked", "one group", "matching queries"]
 
 
 def test_of_many_groups_the_first_and_last_are_named(observe):
-    seen, _, copies = observe("dn_detr", "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 30)
-    (panel,) = draw_mask(seen, copies).axes
+    outputs, _ = observe("dn_detr", "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 30)
+    (panel,) = draw_mask(outputs).axes
     assert [text.get_text() for text in panel.get_yticklabels()] == ["group 1", "group 30", "matching"]
 
 
 def test_an_image_without_objects_is_drawn(toy_model):
     model = toy_model("dn_detr").eval()
     (record,) = make_batch(0)
-    seen = observe_denoising(model, record, 0)
+    outputs = observe_denoising(model, record, 0)
     pixels = to_rgb(record["image"], "RGB")
-    assert titles(draw_noise(seen, pixels, NAMES, 1, 1)) == ["group 1 of 5: 0 of 0 labels flipped"]
-    assert titles(draw_refinement(seen, pixels, NAMES, 1))[0].endswith("nan, 0 of 0 labels right")
-    draw_mask(seen, 1)
+    assert titles(draw_noise(outputs, pixels, NAMES, 1)) == ["group 1 of 5: 0 of 0 labels flipped"]
+    assert titles(draw_refinement(outputs, pixels, NAMES))[0].endswith("nan, 0 of 0 labels right")
+    draw_mask(outputs)
 
 
 def test_bgr_images_are_turned():
@@ -185,25 +185,17 @@ def test_bgr_images_are_turned():
 
 @pytest.mark.parametrize("system", DENOISING_SYSTEMS)
 def test_every_system_can_be_drawn(observe, system):
-    seen, pixels, copies = observe(system)
-    assert len(titles(draw_noise(seen, pixels, NAMES, copies, 2))) == 2
-    assert len(titles(draw_refinement(seen, pixels, NAMES, copies))) == 4
-    assert len(draw_mask(seen, copies).axes[0].patches) == seen.noised.num_groups + 1
+    outputs, pixels = observe(system)
+    assert len(titles(draw_noise(outputs, pixels, NAMES, 2))) == 2
+    assert len(titles(draw_refinement(outputs, pixels, NAMES))) == 4
+    assert len(draw_mask(outputs).axes[0].patches) == outputs.noised.num_groups + 1
 
 
 @pytest.mark.parametrize("system", ["dn_deformable_detr", "dino"])
 def test_the_command_writes_three_pictures(saved, system, tmp_path, capsys):
     config, weights = saved(system, True)
-    arguments = [
-        "--config-file",
-        config,
-        "--dataset",
-        "three_images",
-        "--output",
-        str(tmp_path / "out"),
-        "--groups",
-        "2",
-    ]
+    arguments = ["--config-file", config, "--dataset", "three_images", "--output", str(tmp_path / "out")]
+    arguments += ["--groups", "2"]
     assert visualize_denoising.main([*arguments, "--weights", weights, "--image", "5"]) == 0
     names = [f"5_{kind}.png" for kind in ("noise", "refinement", "attention_mask")]
     assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()[-3:]] == names
@@ -229,15 +221,18 @@ def test_images_are_found_by_id_then_by_position():
         choose(records, "3", "x")
 
 
-@pytest.mark.parametrize(("system", "arguments", "named"), [
-    ("dab_detr", [], ["DENOISING.NAME"]),
-    ("dn_detr", ["--dataset", "nothing"], ["'nothing'"]),
-    ("dn_detr", ["--image", "no"], ["--image", "no"]),
-    ("dn_detr", ["--weights", "no.pth"], ["--weights", "no.pth"]),
-    ("dn_detr", ["--weights", "{other}"], ["{other}"]),
-    ("dn_detr", ["--groups", "0"], ["--groups", 1, 0]),
-    ("dn_detr", ["MODEL.DN_DETR.NUM_QUERRIES", "3"], ["MODEL.DN_DETR.NUM_QUERRIES", "MODEL.DN_DETR.NUM_QUERIES"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("system", "arguments", "named"),
+    [
+        ("dab_detr", [], ["DENOISING.NAME"]),
+        ("dn_detr", ["--dataset", "nothing"], ["'nothing'"]),
+        ("dn_detr", ["--image", "no"], ["--image", "no"]),
+        ("dn_detr", ["--weights", "no.pth"], ["--weights", "no.pth"]),
+        ("dn_detr", ["--weights", "{other}"], ["{other}"]),
+        ("dn_detr", ["--groups", "0"], ["--groups", 1, 0]),
+        ("dn_detr", ["MODEL.DN_DETR.NUM_QUERRIES", "3"], ["MODEL.DN_DETR.NUM_QUERRIES", "MODEL.DN_DETR.NUM_QUERIES"]),
+    ],
+)
 def test_bad_input_is_one_sentence(saved, tmp_path, capsys, system, arguments, named):
     other = saved("dn_deformable_detr", True)[1] if "{other}" in arguments else ""
     arguments, named = ([str(x).format(other=other) for x in y] for y in (arguments, named))

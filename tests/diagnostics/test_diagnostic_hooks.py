@@ -1,4 +1,4 @@
-"""The instruments in trainings of a few iterations: what is logged, what is kept, and that the weights do not notice."""
+"""The diagnostics in trainings of a few iterations: what is logged, what is kept, and that the weights do not notice."""
 
 import json
 import logging
@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dn_detr_d2 import CheckpointError, ConfigError, LeakError
 from dn_detr_d2.denoising import NoisedTargets
-from dn_detr_d2.diagnostics import build_instruments
-from dn_detr_d2.diagnostics.hooks import read_assignment, write_assignment
+from dn_detr_d2.diagnostics import build_diagnostics
+from dn_detr_d2.diagnostics.diagnostic_hooks import read_assignment, write_assignment
 from dn_detr_d2.engine import Trainer
 
 SMALL = [
@@ -60,7 +60,7 @@ def logged(cfg):
     return {key: line[key] for line in lines for key in line}
 
 
-def test_instruments_leave_the_training_as_it_is_and_write_the_last_probe(toy_cfg, tmp_path, cfg):
+def test_diagnostics_leave_the_training_as_it_is_and_write_the_last_probe(toy_cfg, tmp_path, cfg):
     """Also the check for leaks, dropout and several image sizes, which all draw from the streams of the training."""
     off = train(toy_cfg("dn_detr", *SMALL, "OUTPUT_DIR", str(tmp_path / "off")))
     on = train(cfg)
@@ -126,7 +126,7 @@ def test_a_record_from_after_the_checkpoint_is_not_taken_up(cfg, monkeypatch, ca
 def test_a_record_of_other_images_is_refused_before_the_first_step(cfg):
     record = Path(cfg.OUTPUT_DIR) / "instability.npz"
     write_assignment(record, 3, {"0": np.ones((2, 9), np.int16), "5": np.ones((2, 9), np.int16)})
-    hook = build_instruments(cfg)[-1]
+    hook = build_diagnostics(cfg)[-1]
     hook.trainer = SimpleNamespace(start_iter=4)
     with pytest.raises(ConfigError, match=naming("instability.npz", 2, 6, "TEST.INSTABILITY")):
         hook.before_train()
@@ -180,11 +180,11 @@ def test_a_leaking_mask_is_not_trained(cfg, monkeypatch):
 )
 def test_keys_that_cannot_work_are_refused(toy_cfg, system, overrides, named):
     with pytest.raises(ConfigError, match=naming(*named)):
-        build_instruments(toy_cfg(system, *SMALL, *ON, *overrides))
+        build_diagnostics(toy_cfg(system, *SMALL, *ON, *overrides))
 
 
 def test_without_keys_there_are_no_hooks(toy_cfg):
-    assert build_instruments(toy_cfg("dab_detr", *SMALL)) == []
+    assert build_diagnostics(toy_cfg("dab_detr", *SMALL)) == []
 
 
 def measure(cfg, folder):
@@ -192,7 +192,7 @@ def measure(cfg, folder):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = create_ddp_model(build_model(cfg), device_ids=None, broadcast_buffers=False).train()
-    [hook] = build_instruments(cfg)
+    [hook] = build_diagnostics(cfg)
     with EventStorage() as storage:
         hook.trainer = SimpleNamespace(model=model, storage=storage, start_iter=0, iter=3, max_iter=4)
         hook.before_train()

@@ -1,4 +1,4 @@
-"""The instruments as hooks of a training: scalars for TensorBoard and metrics.json, and a check before the first step."""
+"""The diagnostics as hooks of a training: scalars for TensorBoard and metrics.json, and a check before the first step."""
 
 import logging
 import zipfile
@@ -23,7 +23,7 @@ from .validation_loss import validation_losses
 logger = logging.getLogger(__name__)
 
 
-def build_instruments(cfg) -> list[HookBase]:
+def build_diagnostics(cfg) -> list[HookBase]:
     """The hooks that ``TEST.INSTABILITY``, ``TEST.VALIDATION_LOSS`` and ``DEBUG.CHECK_DENOISING`` ask for, for every rank.
 
     Raises:
