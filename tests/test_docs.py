@@ -71,12 +71,12 @@ def test_config_keys_that_a_page_names_exist(path):
     assert sorted(key for key in named - examples if key not in known and not key.endswith((".MD", ".PNG"))) == []
 
 
-def test_the_readme_is_short_and_lines_are_at_most_120_columns():
+def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 125
-    for path in PAGES:
-        too_long = [
-            line
-            for line in prose(path).splitlines()
-            if len(line) > 120 and not line.startswith("|") and "](" not in line and "`" not in line
-        ]
-        assert too_long == [], path.name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_outside_tables_have_at_most_120_columns(path):
+    if path.parent.parent.name == "evidence":
+        pytest.skip("written by dev/compare_runs.py")
+    assert [line for line in path.read_text().splitlines() if len(line) > 120 and not line.startswith("|")] == []
