@@ -132,7 +132,7 @@ ROWS = {
     "predictor: an array of another form": (predictor(torch.zeros(2, 2).numpy()), ValueError, ["float32", "(2, 2)"], "BGR"),
     "tool: plot_runs": (command(plot_runs.main, "nowhere"), RuntimeError, ["nowhere"], "metrics.json"),
     "tool: convert_dataset": (
-        command(convert_dataset.run, "yolo", "{folder}/gone", "{folder}", "out.json"), RuntimeError, ["gone"], None),
+        command(convert_dataset.main, "yolo", "{folder}/gone", "{folder}", "out.json"), RuntimeError, ["gone"], None),
     "tool: demo": (
         command(demo.run, "--input", "nowhere.jpg", "--output", "{folder}/out"), RuntimeError, ["--input", "nowhere.jpg"],
         None),

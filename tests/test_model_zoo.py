@@ -39,7 +39,9 @@ def test_an_unknown_name_is_refused_with_the_nearest(name):
 def test_a_file_of_the_working_directory_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not device_is_named("dn_detr_R50_50ep.yaml", [])
-    (tmp_path / "dn_detr_R50_50ep.yaml").write_text("MODEL: {DEVICE: cpu, DN_DETR: {NUM_CLASSES: 3}}\nSOLVER: {MAX_ITER: 3}\n")
+    (tmp_path / "dn_detr_R50_50ep.yaml").write_text(
+        "MODEL: {DEVICE: cpu, DN_DETR: {NUM_CLASSES: 3}}\nSOLVER: {MAX_ITER: 3}\n"
+    )
     assert setup_cfg("dn_detr_R50_50ep.yaml").SOLVER.MAX_ITER == 3
     assert device_is_named("dn_detr_R50_50ep.yaml", [])
     assert get_config("dn_detr_R50_50ep.yaml").SOLVER.MAX_ITER == 369600
@@ -64,8 +66,20 @@ def test_a_wheel_holds_the_configs_and_reads_them(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("dn_detr_d2", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__"))
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "out")]
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.txt", "__pycache__")
+        )
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path / "out"),
+    ]
     environment = {**os.environ, "DN_DETR_NO_EXT": "1"}
     done = subprocess.run([*build, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

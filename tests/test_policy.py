@@ -30,6 +30,7 @@ DOORS = {
     "engine": GROUND | {"config", "data", "checkpoint", "diagnostics", "evaluation"},
     "visualization": GROUND | {"data", "layers", "modeling", "engine"},
     "predictor": GROUND | {"data", "checkpoint"},
+    "model_zoo": GROUND | {"config", "engine"},
     "doctor": GROUND | {"layers", "checkpoint", "data", "engine", "__version__"},
 }
 # Which parts of detectron2 each room may know.
@@ -44,6 +45,7 @@ DETECTRON2 = {
     "checkpoint": {"checkpoint", "utils"},
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
     "predictor": {"engine"},
+    "model_zoo": {"config"},
     "doctor": {"config", "data", "modeling", "structures"},
 }
 
