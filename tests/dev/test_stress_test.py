@@ -46,8 +46,8 @@ def _without_annotation_5(annotation, *others, add=coco_custom._add):
         (coco_custom, "LEFT_OUT", {}),  # what is left out is not in the log
         (coco_custom, "_unique_keys", dict),  # the last of two values
         (normalise, "foreign_references", lambda content, field: {}),  # text against a number: left out, not refused
-        (normalise, "is_unknown", lambda size: size in (None, 0, -1, 31)),  # a size that is said
-        (coco_custom, "usable_area", lambda area: None),  # an area that is said
+        (normalise, "is_unknown", lambda size: size in (None, 0, -1, 31)),  # a size that is known
+        (coco_custom, "usable_area", lambda area: None),  # a usable area
         (normalise, "_annotation", lambda entry: entry | {"iscrowd": 1} if isinstance(entry, dict) else entry),
     ],
 )

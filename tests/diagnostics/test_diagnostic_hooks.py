@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,17 +22,30 @@ from dn_detr_d2.diagnostics import build_diagnostics
 from dn_detr_d2.diagnostics.diagnostic_hooks import read_assignment, write_assignment
 from dn_detr_d2.engine import Trainer
 
-SMALL = [
-    *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),
-    *("MODEL.DN_DETR.NUM_CLASSES", "auto", "INPUT.MIN_SIZE_TRAIN", (48, 64), "INPUT.MIN_SIZE_TEST", 48),
-    *("INPUT.CROP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (5,)),
-    *("SOLVER.CHECKPOINT_PERIOD", 4, "SEED", 7, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2),
-    *("MODEL.DN_DETR.ENCODER.DROPOUT", 0.1),
-]
-ON = [
-    *("TEST.INSTABILITY.NUM_IMAGES", 6, "TEST.INSTABILITY.PERIOD", 2, "TEST.INSTABILITY.HEALTH_SCALES", [0.4, 1]),
-    *("TEST.INSTABILITY.ATD_K", 3, "DEBUG.CHECK_DENOISING", True),
-]
+TRAINING = {
+    "DATASETS.TRAIN": ("shapes_train",),
+    "DATASETS.TEST": ("shapes_val",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DN_DETR.NUM_CLASSES": "auto",
+    "MODEL.DN_DETR.DECODER.NUM_LAYERS": 2,
+    "MODEL.DN_DETR.ENCODER.DROPOUT": 0.1,
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "INPUT.MIN_SIZE_TEST": 48,
+    "INPUT.CROP.ENABLED": False,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.STEPS": (5,),
+    "SOLVER.CHECKPOINT_PERIOD": 4,
+    "SEED": 7,
+}
+DIAGNOSTICS = {
+    "TEST.INSTABILITY.NUM_IMAGES": 6,
+    "TEST.INSTABILITY.PERIOD": 2,
+    "TEST.INSTABILITY.HEALTH_SCALES": [0.4, 1],
+    "TEST.INSTABILITY.ATD_K": 3,
+    "DEBUG.CHECK_DENOISING": True,
+}
+SMALL, ON = (list(chain(*overrides.items())) for overrides in (TRAINING, DIAGNOSTICS))
 NAMES = {"instability/layer_0", "instability/layer_1", "instability/churn_1", "anchors/distance", "anchors/atd"}
 NAMES |= {f"denoising/{which}@{s}" for s in ("0.4", "1") for which in ("accuracy", "iou", "start_iou", "first_iou")}
 

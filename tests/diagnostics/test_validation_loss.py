@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,19 @@ from dn_detr_d2.engine import Trainer
 QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]
 NOISELESS = [x for key in QUIET for x in (key, 0.0)] + ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]
 DROPOUT = ["MODEL.DN_DETR.ENCODER.DROPOUT", 0.1, "MODEL.DN_DETR.DECODER.DROPOUT", 0.1]
-DATA = [
-    *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),
-    *("MODEL.DN_DETR.NUM_CLASSES", "auto", "INPUT.MIN_SIZE_TRAIN", (48, 64), "INPUT.MIN_SIZE_TEST", 48),
-    *("INPUT.CROP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)),
-]
+TRAINING = {
+    "DATASETS.TRAIN": ("shapes_train",),
+    "DATASETS.TEST": ("shapes_val",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DN_DETR.NUM_CLASSES": "auto",
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "INPUT.MIN_SIZE_TEST": 48,
+    "INPUT.CROP.ENABLED": False,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 3,
+    "SOLVER.STEPS": (2,),
+}
+DATA = list(chain(*TRAINING.items()))
 
 
 def one_by_one(*counts):
