@@ -127,7 +127,7 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     Only boxes are used; an unusable segmentation does not cost its box. Annotations keep their ``id`` and have an ``area``
     in pixels: the file's own if it is a number from 0 to 1e10, otherwise width x height. What means the same is read as the
     same, and what nobody can use is left out with a line in the log, see :mod:`.normalise`. Whether a box makes sense in
-    its image is the mapper's business.
+    its image is checked by the mapper.
 
     Args:
         json_file: COCO format with "images" and "categories"; without "annotations" it is a test set, whose records have

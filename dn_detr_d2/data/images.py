@@ -139,7 +139,7 @@ def open_image(file_name: str):
     """
     try:
         path = detection_utils.PathManager.get_local_path(file_name)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block until something is written
             raise DatasetError(f"image {file_name} is no regular file; put a file there, or take it out", MISSING)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, file_name)

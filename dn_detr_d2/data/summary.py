@@ -74,7 +74,7 @@ def _cached(name: str, records: list[dict]) -> dict:
 
 
 def _write(path: Path, found: dict) -> None:
-    """Writes the summary whole or not at all; a cache that cannot be written costs time, not the training."""
+    """Writes the summary atomically; a cache that cannot be written is only a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w", draft=path.with_suffix(f".{os.getpid()}.part")) as file:
