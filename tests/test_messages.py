@@ -9,8 +9,6 @@ import json
 import pickle
 import re
 
-import convert_dataset
-import plot_runs
 import pytest
 import torch
 from conftest import ROOT, valid_coco
@@ -24,6 +22,7 @@ import train_net
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, add_dn_detr_config, setup_cfg
 from dn_detr_d2.data import load_coco_json, read_image, register_coco_json
 from dn_detr_d2.predictor import Predictor
+from tools import convert_dataset, plot_runs
 
 QUICK = ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
 CLASSES = ["MODEL.DN_DETR.NUM_CLASSES", 3]
@@ -134,7 +133,7 @@ ROWS = {
     "predictor: an array of another form": (predictor(torch.zeros(2, 2).numpy()), ValueError, ["float32", "(2, 2)"], "BGR"),
     "tool: plot_runs": (command(plot_runs.main, "nowhere"), RuntimeError, ["nowhere"], "metrics.json"),
     "tool: convert_dataset": (
-        command(convert_dataset.run, "yolo", "{folder}/gone", "{folder}", "out.json"), RuntimeError, ["gone"], None),
+        command(convert_dataset.main, "yolo", "{folder}/gone", "{folder}", "out.json"), RuntimeError, ["gone"], None),
     "tool: demo": (
         command(demo.run, "--input", "nowhere.jpg", "--output", "{folder}/out"), RuntimeError, ["--input", "nowhere.jpg"],
         None),

@@ -39,9 +39,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(name):
 def test_a_file_of_the_working_directory_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not device_is_named("dn_detr_R50_50ep.yaml", [])
-    (tmp_path / "dn_detr_R50_50ep.yaml").write_text(
-        "MODEL: {DEVICE: cpu, DN_DETR: {NUM_CLASSES: 3}}\nSOLVER: {MAX_ITER: 3}\n"
-    )
+    content = "MODEL: {DEVICE: cpu, DN_DETR: {NUM_CLASSES: 3}}\nSOLVER: {MAX_ITER: 3}\n"
+    (tmp_path / "dn_detr_R50_50ep.yaml").write_text(content)
     assert setup_cfg("dn_detr_R50_50ep.yaml").SOLVER.MAX_ITER == 3
     assert device_is_named("dn_detr_R50_50ep.yaml", [])
     assert get_config("dn_detr_R50_50ep.yaml").SOLVER.MAX_ITER == 369600
@@ -61,7 +60,7 @@ print(dn_detr_d2.__version__, get_config("dn_detr_R50_50ep").SOLVER.MAX_ITER)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wheel_holds_the_configs_and_reads_them(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

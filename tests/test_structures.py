@@ -1,9 +1,20 @@
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 import torch
 from naming import naming
 
-from dn_detr_d2.structures import Assignment, ObjectQueries, Predictions, Targets, join_queries, to_device, upload
+from dn_detr_d2.structures import (
+    Assignment,
+    ObjectQueries,
+    Predictions,
+    Targets,
+    join_queries,
+    slice_queries,
+    to_device,
+    upload,
+)
 
 
 def test_padding_keeps_every_object_and_marks_the_rest():
@@ -44,6 +55,65 @@ def test_denoising_queries_come_first():
     first, last = (ObjectQueries(torch.full((1, n, 2), v), torch.full((1, n, 4), v)) for n, v in ((3, 1.0), (2, 2.0)))
     joined = join_queries(first, last, torch.zeros(5, 5, dtype=torch.bool))
     assert joined.content[0, :, 0].tolist() == joined.boxes[0, :, 0].tolist() == [1, 1, 1, 2, 2]
+
+
+@dataclass
+class WithSizes(ObjectQueries):
+    """Queries of somebody else's model: one field more on the query axis, one that is not."""
+
+    sizes: torch.Tensor | None = field(default=None, metadata={"query_axis": 0})
+    note: str = ""
+
+
+def test_every_field_on_the_query_axis_is_joined_and_split():
+    first, last = (
+        WithSizes(
+            torch.zeros(1, n, 2),
+            torch.zeros(1, n, 4),
+            position=torch.full((1, n, 2), v),
+            sizes=torch.full((n,), v),
+            note=str(v),
+        )
+        for n, v in ((3, 1.0), (2, 2.0))
+    )
+    joined = join_queries(first, last, None)
+    assert joined.position[0, :, 0].tolist() == joined.sizes.tolist() == [1, 1, 1, 2, 2]
+    assert joined.note == "2.0"
+    back = [slice_queries(joined, part) for part in (slice(None, 3), slice(3, None))]
+    for part, whole in zip(back, (first, last), strict=True):
+        assert torch.equal(part.sizes, whole.sizes)
+        assert torch.equal(part.position, whole.position)
+
+
+@pytest.mark.parametrize("lacking", ["denoising", "matching"])
+def test_a_field_that_only_one_part_has_is_named(lacking):
+    parts = {name: ObjectQueries(torch.zeros(1, 2, 2), torch.zeros(1, 2, 4)) for name in ("denoising", "matching")}
+    parts["matching" if lacking == "denoising" else "denoising"].position = torch.zeros(1, 2, 2)
+    with pytest.raises(ValueError, match=rf"{lacking} queries have no 'position'"):
+        join_queries(parts["denoising"], parts["matching"], None)
+
+
+def test_predictions_with_masks_are_split_with_them():
+    predictions = Predictions(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 4), torch.arange(5.0).view(1, 1, 5, 1, 1))
+    denoising, matching = predictions.split(2)
+    assert denoising.masks.flatten().tolist() == [0, 1]
+    assert matching.masks.flatten().tolist() == [2, 3, 4]
+
+
+def test_masks_are_padded_with_nothing():
+    labels, boxes = [torch.tensor([1]), torch.tensor([1, 0])], [torch.full((n, 4), 0.5) for n in (1, 2)]
+    masks = [torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(2, 3, 4, dtype=torch.bool)]
+    targets = Targets.pad(labels, boxes, masks=masks)
+    assert targets.masks.shape == (2, 2, 3, 4)
+    assert targets.masks.flatten(2).sum(-1).tolist() == [[12, 0], [12, 12]]
+    with pytest.raises(ValueError, match=r"\[1, 2\] labels and \[2, 2\] masks"):
+        Targets.pad(labels, boxes, masks=[masks[1], masks[1]])
+
+
+def test_a_part_of_a_batch_can_have_the_layout_of_all_of_it():
+    targets = Targets.pad([torch.tensor([4])], [torch.full((1, 4), 0.1)], min_slots=3)
+    assert targets.labels.tolist() == [[4, 0, 0]]
+    assert targets.counts == [1]
 
 
 class OnTheHost:
