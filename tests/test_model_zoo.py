@@ -39,8 +39,9 @@ def test_an_unknown_name_is_refused_with_the_nearest(name):
 def test_a_file_of_the_working_directory_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not device_is_named("dn_detr_R50_50ep.yaml", [])
-    content = "MODEL: {DEVICE: cpu, DN_DETR: {NUM_CLASSES: 3}}\nSOLVER: {MAX_ITER: 3}\n"
-    (tmp_path / "dn_detr_R50_50ep.yaml").write_text(content)
+    (tmp_path / "dn_detr_R50_50ep.yaml").write_text(
+        "MODEL: {DEVICE: cpu, DN_DETR: {NUM_CLASSES: 3}}\nSOLVER: {MAX_ITER: 3}\n"
+    )
     assert setup_cfg("dn_detr_R50_50ep.yaml").SOLVER.MAX_ITER == 3
     assert device_is_named("dn_detr_R50_50ep.yaml", [])
     assert get_config("dn_detr_R50_50ep.yaml").SOLVER.MAX_ITER == 369600
