@@ -107,14 +107,19 @@ def load_plain(path: Path, *, mapped: bool = False):
         allow_plain_types()
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"checkpoint {str(path)!r} was refused: it is damaged, or holds more than tensors and plain values, and nothing "
-            f"in it was executed ({first})"
+            f"in it was executed ({_cause(error)})"
         ) from None
     except Exception as error:  # a damaged file can end in any of them; nothing of it has been executed
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {first}") from None
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {_cause(error)}") from None
+
+
+def _cause(error: Exception) -> str:
+    """The sentence of PyTorch's text that says what is wrong, without its advice to read the file unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    told = [line.removeprefix("WeightsUnpickler error:").strip() for line in lines if "weights_only" not in line]
+    return (told or ["what it holds is not known"])[0].partition(". ")[0][:200]
 
 
 def refuse_repeated(path: Path, content: Iterable[tuple[object, object]]) -> None:
