@@ -4,7 +4,6 @@ The other tests ask for the kind of an error and the values it names; its words 
 input comes in.
 """
 
-import contextlib
 import json
 import pickle
 import re
@@ -178,8 +177,7 @@ def missing_ways_out(text, values):
     own = " ".join(map(str, values))
     named = [key for key in re.findall(r"\b[A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)+\b", text) if key not in own]
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
-    with contextlib.suppress(ImportError):
-        sources += default_argument_parser().format_help()
+    sources += default_argument_parser().format_help()
     options = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in sources]
     return [key for key in named if key not in ends] + options
 

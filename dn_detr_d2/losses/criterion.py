@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..boxes import GIOU_EPS
 from ..structures import Assignment, Predictions, Targets
-from .functional import float32
+from .functional import Constants, float32
 from .normalizers import LossNormalizers
 from .terms import BoxGIoU, BoxL1, ClassFocal, ClassSoftmax, LossTerm
 
@@ -37,20 +36,17 @@ class SetCriterion:
 
     @staticmethod
     def default_terms(
-        *,
-        class_weight: float = 1.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-        giou_eps: float = GIOU_EPS,
+        *, class_weight: float = 1.0, l1_weight: float = 5.0, giou_weight: float = 2.0, **constants: float
     ) -> list[LossTerm]:
-        """Focal class loss on all queries, L1 and GIoU on the paired ones, with the weights of the paper's models."""
-        return [
-            ClassFocal(class_weight, focal_alpha, focal_gamma),
-            BoxL1(l1_weight),
-            BoxGIoU(giou_weight, giou_eps),
-        ]
+        """Focal class loss on all queries, L1 and GIoU on the paired ones, with the weights of the paper's models.
+
+        Args:
+            class_weight, l1_weight, giou_weight: of the terms.
+            constants: of :class:`~dn_detr_d2.losses.functional.Constants`.
+        """
+        shared = Constants(**constants)
+        focal = ClassFocal(class_weight, shared.focal_alpha, shared.focal_gamma)
+        return [focal, BoxL1(l1_weight), BoxGIoU(giou_weight, shared.giou_eps)]
 
     def __call__(
         self,

@@ -1,8 +1,26 @@
 """What losses and costs are computed with: plain functions of tensors."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..boxes import GIOU_EPS
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What losses and matching costs have in common.
+
+    Attributes:
+        focal_alpha, focal_gamma: of the focal loss.
+        giou_eps: of :func:`~dn_detr_d2.boxes.giou`.
+    """
+
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    giou_eps: float = GIOU_EPS
 
 
 def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:

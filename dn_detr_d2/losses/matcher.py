@@ -11,10 +11,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..boxes import GIOU_EPS
 from ..structures import Assignment, Predictions, Targets, upload
 from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost
-from .functional import float32
+from .functional import Constants, float32
 
 
 class HungarianMatcher:
@@ -40,20 +39,17 @@ class HungarianMatcher:
 
     @staticmethod
     def default_costs(
-        *,
-        class_cost: float = 2.0,
-        l1_cost: float = 5.0,
-        giou_cost: float = 2.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-        giou_eps: float = GIOU_EPS,
+        *, class_cost: float = 2.0, l1_cost: float = 5.0, giou_cost: float = 2.0, **constants: float
     ) -> list[Cost]:
-        """Focal class cost, GIoU and L1 with the weights of the paper's models."""
-        return [
-            ClassFocalCost(class_cost, focal_alpha, focal_gamma),
-            BoxGIoUCost(giou_cost, giou_eps),
-            BoxL1Cost(l1_cost),
-        ]
+        """Focal class cost, GIoU and L1 with the weights of the paper's models.
+
+        Args:
+            class_cost, l1_cost, giou_cost: weights of the costs.
+            constants: of :class:`~dn_detr_d2.losses.functional.Constants`.
+        """
+        shared = Constants(**constants)
+        focal = ClassFocalCost(class_cost, shared.focal_alpha, shared.focal_gamma)
+        return [focal, BoxGIoUCost(giou_cost, shared.giou_eps), BoxL1Cost(l1_cost)]
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:

@@ -270,6 +270,7 @@ class PlainDecoderLayer(nn.Module):
     """
 
     Position = GivenPosition
+    CROSS_ATTENTION = CrossAttention
 
     def __init__(
         self,
@@ -284,7 +285,7 @@ class PlainDecoderLayer(nn.Module):
     ):
         super().__init__()
         self.self_attn = SelfAttention(dim, num_heads, dropout)
-        self.cross_attn = CrossAttention(dim, num_heads, dropout)
+        self.cross_attn = self.CROSS_ATTENTION(dim, num_heads, dropout)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
     def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
@@ -296,32 +297,15 @@ class PlainDecoderLayer(nn.Module):
 
 
 @DECODER_LAYER_REGISTRY.register()
-class RowColumnDecoderLayer(nn.Module):
+class RowColumnDecoderLayer(PlainDecoderLayer):
     """Layer of Anchor DETR: self-attention, row-column attention to the map, feed-forward block (ReLU).
 
     Args:
-        dim: C.
-        num_heads, ffn_dim, dropout: as named.
-        index, num_levels, num_points: not used; all layers are alike and see every cell.
+        dim, num_heads, ffn_dim, dropout, index, num_levels, num_points: as for :class:`PlainDecoderLayer`.
     """
 
     Position = PointPosition
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int,
-        ffn_dim: int,
-        dropout: float,
-        index: int = 0,
-        num_levels: int = 1,
-        num_points: int = 4,
-    ):
-        super().__init__()
-        self.self_attn = SelfAttention(dim, num_heads, dropout)
-        self.cross_attn = RowColumnAttention(dim, num_heads, dropout)
-        self.ffn = FeedForward(dim, ffn_dim, dropout)
+    CROSS_ATTENTION = RowColumnAttention
 
     def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
         """(N, Q, C) -> (N, Q, C); needs RowColumnEncoder's memory."""

@@ -93,7 +93,7 @@ def test_targets_stay_as_they_were():
     [
         ({"num_groups": 0}, ["num_groups", 0]),
         ({"label_noise_prob": 1.5}, ["label_noise_prob", 1.5]),
-        ({"size_noise_scale": -0.1}, ["size_noise_scale", -0.1]),
+        ({"size_noise_scale": -0.1}, ["noise scales", 0.4, -0.1]),
         ({"max_queries": 1}, ["max_queries", "num_groups", 2, 1]),
     ],
 )

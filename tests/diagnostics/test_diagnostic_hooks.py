@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dn_detr_d2 import CheckpointError, ConfigError, LeakError
@@ -229,7 +230,7 @@ def test_two_gloo_processes_measure_what_one_measures(toy_cfg, tmp_path):
     cfg = toy_cfg("dino", *SMALL, *ON, "OUTPUT_DIR", str(tmp_path))
     cfg.TEST.INSTABILITY.NUM_IMAGES, cfg.DEBUG.CHECK_DENOISING = 5, False
     measure(cfg, tmp_path)
-    launch(measure, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    on_ranks(measure, cfg, str(tmp_path))
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert one.keys() >= NAMES
     assert one["instability/layer_0"] > 0

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from naming import naming
+from ranks import on_ranks
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import build_probe_loader
@@ -104,7 +104,7 @@ def test_two_processes_find_what_one_finds(toy_cfg, tmp_path):
     """Seven images: four and three, with different numbers of objects."""
     cfg = toy_cfg("dn_detr", *DATA)
     measure(cfg, str(tmp_path))
-    launch(measure, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    on_ranks(measure, cfg, str(tmp_path))
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert len(one) > 6
     assert two == pytest.approx(one, rel=1e-5)
