@@ -1,5 +1,6 @@
 # make quickstart   install, train a small detector on the embedded data set, evaluate it, draw what it sees
 # make test         install if need be, run the test suite
+# make test-all     the same with the long tests: builds, sanitizers, stress tests, exhaustive variants
 #
 # VENV=folder   virtual environment to use, made if it is not there (default .venv)
 # PYTHON=path   an interpreter to use as it is; nothing is installed into it
@@ -20,13 +21,17 @@ PYTHON := $(VENV)/bin/python
 ENVIRONMENT := $(READY)
 endif
 
-.PHONY: quickstart test lint environment check-python clean
+.PHONY: quickstart test test-all lint environment check-python clean
 quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
 test: $(ENVIRONMENT)
-	@echo "== Running the tests (23 minutes on two cores)"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist worksteal
+	@echo "== Running the tests (8 minutes on two cores)"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist loadfile --durations 40
+
+test-all: $(ENVIRONMENT)
+	@echo "== Running all tests, the long ones too (30 minutes on two cores)"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist loadfile --durations 40 -m "long or not long"
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m codespell_lib

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -41,17 +42,29 @@ PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "scip
 NEEDED_GB = 1.0  # a checkpoint of a training with ResNet-50 takes 0.6 GB
 TOLERANCE = 1e-5  # largest difference between the compiled operator and PyTorch's, float32 values of size 1
 # A DN-Deformable-DETR that is built and trained one step in seconds.
-TOY = [
-    *("MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "FrozenBN"),
-    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"]),
-    *("MODEL.DN_DETR.IN_FEATURES", ["res4", "res5"], "MODEL.DN_DETR.NUM_FEATURE_LEVELS", 2),
-    *("MODEL.DN_DETR.NUM_CLASSES", 3, "MODEL.DN_DETR.NUM_QUERIES", 5, "MODEL.DN_DETR.HIDDEN_DIM", 64),
-    *("MODEL.DN_DETR.NECK.NORM", "GN", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "learned"),
-    *("MODEL.DN_DETR.ENCODER.NAME", "DeformableEncoder", "MODEL.DN_DETR.DECODER.NAME", "RefiningDecoder"),
-    *("MODEL.DN_DETR.DECODER.LAYER", "DeformableDecoderLayer", "MODEL.DN_DETR.DECODER.SHARE_HEADS", False),
-    *(x for role in ("ENCODER", "DECODER") for x in (f"MODEL.DN_DETR.{role}.NUM_LAYERS", 2)),
-    *(x for role in ("ENCODER", "DECODER") for x in (f"MODEL.DN_DETR.{role}.FFN_DIM", 64)),
-]
+TOY = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.OUT_FEATURES": ["res4", "res5"],
+    "MODEL.DN_DETR.IN_FEATURES": ["res4", "res5"],
+    "MODEL.DN_DETR.NUM_FEATURE_LEVELS": 2,
+    "MODEL.DN_DETR.NUM_CLASSES": 3,
+    "MODEL.DN_DETR.NUM_QUERIES": 5,
+    "MODEL.DN_DETR.HIDDEN_DIM": 64,
+    "MODEL.DN_DETR.NECK.NORM": "GN",
+    "MODEL.DN_DETR.QUERY_SOURCE.CONTENT": "learned",
+    "MODEL.DN_DETR.ENCODER.NAME": "DeformableEncoder",
+    "MODEL.DN_DETR.DECODER.NAME": "RefiningDecoder",
+    "MODEL.DN_DETR.DECODER.LAYER": "DeformableDecoderLayer",
+    "MODEL.DN_DETR.DECODER.SHARE_HEADS": False,
+    "MODEL.DN_DETR.ENCODER.NUM_LAYERS": 2,
+    "MODEL.DN_DETR.DECODER.NUM_LAYERS": 2,
+    "MODEL.DN_DETR.ENCODER.FFN_DIM": 64,
+    "MODEL.DN_DETR.DECODER.FFN_DIM": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,9 @@ def _train_one_step(device: str) -> str:
     """Sum of the losses of a small model; raises if it, or a gradient, is missing or not finite."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(setup_cfg("", [*TOY, "MODEL.DEVICE", device], splits=())).train()
+        model = build_model(
+            setup_cfg("", [*chain.from_iterable(TOY.items()), "MODEL.DEVICE", device], splits=())
+        ).train()
         boxes = Boxes(torch.tensor([[8.0, 8.0, 40.0, 48.0], [20.0, 4.0, 60.0, 30.0]]))
         target = Instances((64, 64), gt_boxes=boxes, gt_classes=torch.tensor([0, 2]))
         image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)

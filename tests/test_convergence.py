@@ -12,7 +12,6 @@ ITERATIONS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr"])
 def test_twenty_scenes_are_learnt(toy_cfg, system):
     overrides = ["DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0, "MODEL.DN_DETR.NUM_CLASSES", 3]

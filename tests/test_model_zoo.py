@@ -61,7 +61,7 @@ print(dn_detr_d2.__version__, get_config("dn_detr_R50_50ep").SOLVER.MAX_ITER)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wheel_holds_the_configs_and_reads_them(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

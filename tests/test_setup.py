@@ -48,6 +48,7 @@ def test_without_a_compiler_the_installation_goes_on(build):
     assert "pip install --no-build-isolation -e ." in report
 
 
+@pytest.mark.long
 def test_a_failing_compiler_does_not_fail_the_installation(build, tmp_path):
     (tmp_path / "csrc" / "registration.cpp").write_text("#error this does not compile\n")
     code, output, report = build(MAX_JOBS="2", DEBUG="1")
@@ -157,6 +158,7 @@ def test_objects_of_raised_instruction_sets_share_no_code_with_the_process(tmp_p
         assert not re.findall(r"^\S* [WVu] (?!DW\.ref).*$", symbols, re.MULTILINE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_cuda_kernels_compile(tmp_path, architecture):
     """The kernels alone, for each architecture; shows that vector reductions are used where the GPU has them."""

@@ -10,7 +10,6 @@ written.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -22,47 +21,14 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 
 from detectron2.modeling import build_model
 
-from dn_detr_d2 import ConfigError, setup_cfg
-from dn_detr_d2.checkpoint import CheckpointFile, convert, read_checkpoint, write_checkpoint
-from dn_detr_d2.coco import NUM_RAW_CLASSES, RAW_IDS, coco_names, raw_names
+from dn_detr_d2 import setup_cfg
+from dn_detr_d2.checkpoint import CheckpointFile, convert_file, write_checkpoint
+from dn_detr_d2.coco import RAW_IDS
 from dn_detr_d2.command_line import add_overrides, parse, run_command
 
 
-def run(args) -> None:
-    """Reads, converts, writes."""
-    opts = list(args.opts)
-    if args.classes is not None:
-        opts += ["MODEL.DN_DETR.NUM_CLASSES", args.classes]
-    cfg = setup_cfg(
-        args.config_file, [*opts, "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], splits=()
-    )
-    if cfg.MODEL.DN_DETR.NUM_CLASSES is None:
-        cfg.MODEL.DN_DETR.NUM_CLASSES = len(RAW_IDS)
-    target = args.target
-    if args.safetensors and target.suffix != ".safetensors":
-        target = target.with_suffix(".safetensors")
-    source = read_checkpoint(args.source, averaged=args.ema)
-    names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
-    conversion = convert(source.state, build_model(cfg).state_dict(), source.class_names, names)
-    if conversion.new_classes:
-        raise ConfigError(
-            f"the checkpoint lacks {len(conversion.new_classes)} of the {cfg.MODEL.DN_DETR.NUM_CLASSES} classes; convert "
-            "it with its own number of classes, and start a training from that: it carries rows over by name"
-        )
-    for sentence in conversion.log:
-        print(sentence)
-    number = cfg.MODEL.DN_DETR.NUM_CLASSES
-    if not names and len(source.class_names) == number:
-        names = source.class_names
-    elif not names and number in (len(RAW_IDS), NUM_RAW_CLASSES):
-        names = list(coco_names() if number == len(RAW_IDS) else raw_names())
-    cfg.MODEL.DN_DETR.CLASS_NAMES = names
-    write_checkpoint(target, CheckpointFile(conversion.state, names, cfg.dump()))
-    print(f"wrote {target}: {len(conversion.state)} tensors of {conversion.source}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help=".pth, .pkl or .safetensors")
     parser.add_argument("target", type=Path, help=".pth or .safetensors")
@@ -76,7 +42,32 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     if args.classes is not None and args.classes < 1:
         parser.error(f"--classes must be positive, got {args.classes}")
-    logging.disable(logging.INFO)
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, converts, writes."""
+    opts = list(args.opts)
+    if args.classes is not None:
+        opts += ["MODEL.DN_DETR.NUM_CLASSES", args.classes]
+    opts += ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    cfg = setup_cfg(args.config_file, opts, splits=())
+    node, target = cfg.MODEL.DN_DETR, args.target
+    if node.NUM_CLASSES is None:
+        node.NUM_CLASSES = len(RAW_IDS)
+    if args.safetensors and target.suffix != ".safetensors":
+        target = target.with_suffix(".safetensors")
+    model_state, names = build_model(cfg).state_dict(), list(node.CLASS_NAMES)
+    conversion, node.CLASS_NAMES = convert_file(args.source, model_state, node.NUM_CLASSES, names, averaged=args.ema)
+    for sentence in conversion.log:
+        print(sentence)
+    write_checkpoint(target, CheckpointFile(conversion.state, node.CLASS_NAMES, cfg.dump()))
+    print(f"wrote {target}: {len(conversion.state)} tensors of {conversion.source}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
     return run_command(lambda: run(args))
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(command: list, pattern: str) -> int:
-    """Runs a command, shows the lines that hold ``pattern`` as they come, and everything last said if it fails."""
+    """Runs a command, shows the lines that hold ``pattern`` as they come, and its last lines if it fails."""
     process = subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -66,14 +66,14 @@ def check_ap(alone: Group, denoised: Group, half: Group | None) -> list[str]:
         return [f"- the baseline does not detect yet (AP {goal:.1f}; with denoising {whole:.1f}): AP says nothing here"]
     share = iterations_until(denoised, goal) / num_iterations(alone.runs[0])
     where = f"the mean curve crosses it at {share:.0%}" if np.isfinite(share) else "never"
-    said = [
+    claims = [
         claim("ends higher", whole > goal, f"AP {whole:.1f} against {goal:.1f}"),
         claim("half the iterations reach the baseline's final AP", share <= 0.5, where),
     ]
     if half is not None:
         ap = float(np.mean(final_values(half.runs, AP)))
-        said.append(claim("a schedule of half the length is enough", ap >= goal, f"AP {ap:.1f} against {goal:.1f}"))
-    return said
+        claims.append(claim("a schedule of half the length is enough", ap >= goal, f"AP {ap:.1f} against {goal:.1f}"))
+    return claims
 
 
 def check_stability(alone: Group, denoised: Group) -> str:

@@ -3,13 +3,13 @@
 A mutated file is *handled* if it is refused by a DatasetError that names it, or if it is read for what it says. It is
 *silent* if something else comes out:
 
-- Annotations: what is read is compared, entry by entry, with what the file says by docs/datasets.md: :func:`_told` reads
+- Annotations: what is read is compared, entry by entry, with what the file says by docs/datasets.md: :func:`_expected` reads
   ``json.loads`` of it, without the reader's code. What the reader leaves out must be what may be left out, and counted in
   its log; boxes that the mapper drops or clips must be in its counts. A digit that became another digit is what the file
   says.
 - Images: they must have the size that was annotated. Where the format has check sums (PNG) they must also have the pixels
-  that were saved. BMP, PPM, GIF, JPEG, TIFF and WebP have none: a pixel that became another pixel can be told by nobody, and
-  is counted as "other pixels".
+  that were saved. BMP, PPM, GIF, JPEG, TIFF and WebP have none: a changed pixel cannot be detected, and is counted as
+  "other pixels".
 """
 
 import copy
@@ -176,10 +176,10 @@ def read_annotations(path: Path, log: _Log) -> str:
     content = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _noting_pairs(pairs, twice))
     if twice:
         return f"WRONG read, though keys stand twice with two values: {twice}"[:1600]
-    told, left_out = _told(content)
-    read = _read(records, list(classes.values()))
-    if sorted(map(repr, told)) != sorted(map(repr, read)):
-        return f"WRONG read as {read}, but it says {told}"[:1600]
+    expected, left_out = _expected(content)
+    actual = _actual(records, list(classes.values()))
+    if sorted(map(repr, expected)) != sorted(map(repr, actual)):
+        return f"WRONG read as {actual}, but it says {expected}"[:1600]
     if log.left_out() != left_out:
         return f"WRONG {dict(left_out)} are left out, but {dict(log.left_out())} were counted"
     repaired = sum(_trained_on(record) for record in records if "annotations" in record)
@@ -211,19 +211,21 @@ def _noting_pairs(pairs: list, twice: list) -> dict:
     return found
 
 
-def _told(content: dict) -> tuple[list, Counter]:
+def _expected(content: dict) -> tuple[list, Counter]:
     """(what the file says of each image, class and annotation, how many entries of each kind say nothing)."""
     entries, left_out = content.get("annotations", []), Counter()
     pointed_at = [_plain(entry["image_id"]) for entry in entries if "image_id" in entry]
-    told, known = [], []
+    expected, known = [], []
     for image in content["images"]:
         identifier, name = _plain(image["id"]), image["file_name"]
         if name.replace("\\", "/").split("/")[-1].startswith("._") and identifier not in pointed_at:
             left_out["macOS"] += 1
             continue
         known.append(identifier)
-        told.append(("image", identifier, os.path.normpath(name), _length(image, "height"), _length(image, "width")))
-        told[-1] += ("annotations" in content,)
+        expected.append(
+            ("image", identifier, os.path.normpath(name), _length(image, "height"), _length(image, "width"))
+        )
+        expected[-1] += ("annotations" in content,)
     kept = [entry for entry in entries if not _is_of_no_image(_plain(entry.get("image_id")), known)]
     if entries and not kept:
         kept = entries  # not to be left out but refused
@@ -239,15 +241,15 @@ def _told(content: dict) -> tuple[list, Counter]:
         left_out["category"] += len(given) - len(chosen)
         classes |= dict.fromkeys(chosen, name)
     ordered = [classes[key] for key in sorted(classes, key=lambda key: (isinstance(key, str), key))]
-    told.append(("classes", ordered))
+    expected.append(("classes", ordered))
     for entry in kept:
         box, crowd = [_float(x) for x in entry["bbox"]], entry.get("iscrowd")
         crowd = 0 if crowd is None else int(crowd) if crowd in (0, 1) else crowd
         area = entry.get("area")
-        said = isinstance(area, int | float) and not isinstance(area, bool) and 0 <= area <= 1e10
-        area, label = float(area) if said else box[2] * box[3], classes[_plain(entry["category_id"])]
-        told.append((_plain(entry["id"]), _plain(entry["image_id"]), label, box, crowd, area))
-    return told, +left_out
+        usable = isinstance(area, int | float) and not isinstance(area, bool) and 0 <= area <= 1e10
+        area, label = float(area) if usable else box[2] * box[3], classes[_plain(entry["category_id"])]
+        expected.append((_plain(entry["id"]), _plain(entry["image_id"]), label, box, crowd, area))
+    return expected, +left_out
 
 
 def _plain(value):
@@ -284,7 +286,7 @@ def _float(value) -> float:
         return float("inf") if value > 0 else -float("inf")
 
 
-def _read(records: list[dict], names: list[str]) -> list:
+def _actual(records: list[dict], names: list[str]) -> list:
     """The same of what was read."""
     found = [("classes", names)]
     for record in records:
@@ -331,7 +333,7 @@ def image_cases(seed: int) -> Callable[[Path], Callable[[int], str]]:
     def make(home: Path) -> Callable[[int], str]:
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff prints warnings
         images, path, mapper = base_images(), home / "image.bin", mapper_of(False)
         pixels = []
         for _, data in images:

@@ -2,6 +2,7 @@
 
 from .classes import count_classes
 from .convert import BODIES, Conversion, convert
+from .convert_file import convert_file
 from .names import Source, identify
 from .reader import (
     EMA,
@@ -22,6 +23,7 @@ __all__ = [
     "allow_plain_types",
     "check_pickle",
     "convert",
+    "convert_file",
     "count_classes",
     "identify",
     "pointed_checkpoint",

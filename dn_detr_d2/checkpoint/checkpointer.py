@@ -99,7 +99,8 @@ class Checkpointer(DetectionCheckpointer):
             if not sum_file(found).is_file() and comm.is_main_process():
                 logger.warning(
                     "%s has no %s beside it: whether it has changed since it was written cannot be checked",
-                    *(found, sum_file(found).name),
+                    found,
+                    sum_file(found).name,
                 )
             with must_fit(found):
                 return self.load(str(found))

@@ -166,15 +166,18 @@ SYSTEMS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Anchor DETR", "", (r"^transformer\.encoder_layers\.",)),
     ("Deformable-DETR", "", (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
     ("DETR", "", (r"^query_embed\.",)),
-    (DINO_LIKE, "official",
-     (r"^transformer\.enc_output\.", r"^class_embed\.6\.", r"^transformer\.encoder\.layers\.0\.linear1")),
+    (
+        DINO_LIKE,
+        "official",
+        (r"^transformer\.enc_output\.", r"^class_embed\.6\.", r"^transformer\.encoder\.layers\.0\.linear1"),
+    ),
     ("DINO", "", (r"^transformer\.enc_output\.",)),
     ("DN-Deformable-DETR with a deformable encoder only", "", (r"qcontent_proj|query_content_proj", r"level_embed")),
     ("DN-DETR", "", (r"qcontent_proj|query_content_proj", r"label_enc")),
     ("DAB-DETR", "", (r"qcontent_proj|query_content_proj",)),
     ("DN-Deformable-DETR", "", (r"decoder\.layers\.0\.(cross_attn|attentions\.1)\.sampling_off", r"label_enc")),
     ("DAB-Deformable-DETR", "", (r"decoder\.layers\.0\.(cross_attn|attentions\.1)\.sampling_off",)),
-]  # fmt: skip
+]
 
 
 def identify(keys: Iterable[str]) -> Source | None:
@@ -204,14 +207,17 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
         last = len({match[1] for key in keys if (match := re.match(r"neck\.convs\.(\d)", key))})
         official = {key: apply(rules, key).replace("EXTRA", str(last)) for key in keys}
         if source.system == "DINO":  # its last heads belong to the encoder
-            official = {key: re.sub(r"(class|bbox)_embed\.6", r"transformer.enc_out_\1_embed", x)
-                        for key, x in official.items()}  # fmt: skip
+            official = {
+                key: re.sub(r"(class|bbox)_embed\.6", r"transformer.enc_out_\1_embed", x) for key, x in official.items()
+            }
             official = {
                 key: x.replace("transformer.decoder.transformer.", "transformer.") for key, x in official.items()
             }
     if source.system in ("Deformable-DETR", DINO_LIKE):  # the seventh heads belong to the encoder
-        official = {key: re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.6", r"transformer.enc_out_\2_embed", x)
-                    for key, x in official.items()}  # fmt: skip
+        official = {
+            key: re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.6", r"transformer.enc_out_\2_embed", x)
+            for key, x in official.items()
+        }
     if source.system == "Anchor DETR":
         official = {key: apply(ANCHOR_DETR, name) for key, name in official.items()}
     rules = OFFICIAL + (DEFORMABLE_ENCODER if deformable else DENSE_ENCODER)

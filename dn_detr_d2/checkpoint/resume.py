@@ -53,7 +53,10 @@ def find_resumable(folder: Path) -> Path | None:
     logger.warning(
         "%s cannot be resumed from (%s); the training goes on from %s, the newest checkpoint that is whole, and repeats "
         "what came after its iteration %d",
-        *(named or folder, fault, newest, whole[newest]),
+        named or folder,
+        fault,
+        newest,
+        whole[newest],
     )
     return newest
 

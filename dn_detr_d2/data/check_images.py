@@ -19,8 +19,19 @@ from .images import ImageFacts, ImageFolder, image_facts
 from .normalise import is_file_name, is_length
 from .report import Report
 
-MODES = {"RGB": None, "L": r.GREY, "1": r.GREY, "P": r.PALETTE, "RGBA": r.ALPHA, "LA": r.ALPHA, "PA": r.ALPHA,
-         "RGBX": r.ALPHA, "RGBa": r.ALPHA, "La": r.ALPHA, "CMYK": r.CMYK}  # fmt: skip
+MODES = {
+    "RGB": None,
+    "L": r.GREY,
+    "1": r.GREY,
+    "P": r.PALETTE,
+    "RGBA": r.ALPHA,
+    "LA": r.ALPHA,
+    "PA": r.ALPHA,
+    "RGBX": r.ALPHA,
+    "RGBa": r.ALPHA,
+    "La": r.ALPHA,
+    "CMYK": r.CMYK,
+}
 STOPPING = (r.MISSING, r.OUTSIDE, r.NOT_AN_IMAGE, r.DAMAGED, r.TOO_LARGE, r.DEEP, r.SIZE)  # the training
 
 

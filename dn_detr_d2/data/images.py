@@ -28,8 +28,20 @@ MAX_PIXELS = 8192 * 8192
 DEEP_MODES = ("I", "F")
 PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, MemoryError),
-    *(OverflowError, ZeroDivisionError, struct.error, zlib.error, Image.DecompressionBombError),
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+    ZeroDivisionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
 )  # what Pillow raises on damaged files
 
 MISSING = "image file does not exist"

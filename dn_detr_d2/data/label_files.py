@@ -13,8 +13,21 @@ from ..errors import DatasetError
 
 # Endings of files that the formats of images.py usually have.
 SUFFIXES = (
-    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".mpo",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
 )
 EXAMPLES = 5  # names listed of each kind
 MAX_SEARCHED_FOLDERS = 500  # folders looked into for files that are not where they were expected

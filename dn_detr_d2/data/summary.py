@@ -42,8 +42,16 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
         logging.WARNING if crowded else logging.INFO,
         "%s: %d images (%d without boxes), %d boxes, %d crowds; boxes that are dropped or clipped: %s; the fullest image %s "
         "has %d objects, NUM_QUERIES is %d%s. tools/check_dataset.py lists everything and reads the images",
-        *(name, found["images"], found["empty"], found["boxes"], found["crowds"], problems, found["fullest_name"]),
-        *(found["fullest"], num_queries, ": the rest of its objects is not learned" if crowded else ""),
+        name,
+        found["images"],
+        found["empty"],
+        found["boxes"],
+        found["crowds"],
+        problems,
+        found["fullest_name"],
+        found["fullest"],
+        num_queries,
+        ": the rest of its objects is not learned" if crowded else "",
     )
     dropped = sum(count for kind, count in found["problems"].items() if kind != STICKS_OUT)
     return found["boxes"] - dropped

@@ -3,6 +3,7 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers, C channels, P classes.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -125,15 +126,9 @@ class QueryDenoising(nn.Module):
 
     def renoised(self, *, label_noise_prob: float, box_noise_scale: float) -> "QueryDenoising":
         """The same part, sharing all weights, with :meth:`~dn_detr_d2.DenoisingGenerator.renoised` of its generator."""
-        generator = self.generator.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
-        return QueryDenoising(
-            generator,
-            embed=self.embed,
-            criterion=self.criterion,
-            loss_weight=self.loss_weight,
-            attention_mask=self.attention_mask,
-            local_normalizer=self.local_normalizer,
-        ).train(self.training)
+        twin = copy.copy(self)
+        twin.generator = self.generator.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
+        return twin
 
     def criterion_for(self, num_logits: int) -> SetCriterion:
         """The criterion given at construction, or the one that goes with so many logits.
@@ -209,20 +204,29 @@ class DenoisingQueries:
                 "prepend() takes contents (N, Q, C) and boxes (N, Q, 4), got "
                 f"{tuple(content.shape)} and {tuple(boxes.shape)}; expand() what all images share"
             )
-        encoder = self.denoising.label_encoder
-        if encoder is not None and encoder.indicator and content.shape[2] == encoder.dim - 1:
-            content = nn.functional.pad(content, (0, 1))
-        width = encoder.dim if encoder is not None else content.shape[2]
-        if content.shape[2] != width:
-            narrower = f" or {width - 1}" if encoder.indicator else ""
-            raise ValueError(
-                f"the matching queries have {content.shape[2]} channels, QueryDenoising was made with dim = {width}, for "
-                f"which they need {width}{narrower}"
-            )
+        content = self._with_indicator(content)
         if self.queries is not None and len(content) != len(self.queries.content):
             raise ValueError(f"there are targets of {len(self.queries.content)} images, and queries of {len(content)}")
         joined = self.join(ObjectQueries(content, boxes))
         return joined.content, joined.boxes, joined.blocked
+
+    def _with_indicator(self, content: Tensor) -> Tensor:
+        """(N, Q, C) from (N, Q, C) or, where the label embedding has an indicator, (N, Q, C - 1)."""
+        encoder = self.denoising.label_encoder
+        if encoder is not None and encoder.indicator and content.shape[2] == encoder.dim - 1:
+            content = nn.functional.pad(content, (0, 1))
+        width = content.shape[2]
+        if encoder is not None:
+            width = encoder.dim
+        elif self.queries is not None:
+            width = self.queries.content.shape[2]
+        if content.shape[2] != width:
+            narrower = f" or {width - 1}" if encoder is not None and encoder.indicator else ""
+            raise ValueError(
+                f"the matching queries have {content.shape[2]} channels, but denoising queries have {width}, so they need "
+                f"{width}{narrower}"
+            )
+        return content
 
     def join(self, matching: ObjectQueries) -> ObjectQueries:
         """:meth:`prepend` for :class:`~dn_detr_d2.structures.ObjectQueries` with all their fields."""

@@ -173,7 +173,9 @@ class InstabilityHook(MeasuringHook):
         if iteration > start:
             logger.warning(
                 "%s is of iteration %d, after the checkpoint of iteration %d; the curve of the instability starts anew",
-                *(self.record, iteration, start),
+                self.record,
+                iteration,
+                start,
             )
         elif assignment.keys() != self.image_ids:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Looking at a model in training without leaving a trace: mode, gradients and random streams stay as they were."""
+"""Runs a model in the middle of a training and preserves its state: mode, gradients and random streams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """The model itself, out of DistributedDataParallel, in evaluation mode, without gradients, under a seed of its own.
 
     Afterwards every module has the mode that it had, and the random streams of Python, NumPy and PyTorch go on from where
-    they stood: a training with diagnostics gives the same weights as one without, to the bit.
+    they stood: a training with diagnostics and one without give bitwise identical weights.
 
     Args:
         model: with or without the wrapper.

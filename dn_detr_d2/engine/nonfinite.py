@@ -1,8 +1,8 @@
-"""Where a number that is not finite came from, and the report of it.
+"""Finds the first tensor that is not finite, and writes a report.
 
-After a failure the pass is repeated under the same random numbers and looked at in the order of the computation: images and
-boxes, weights, what enters and leaves every module, loss terms, gradients. The first bad tensor is the cause, or the place
-between two modules where the cause is.
+After a failure the pass is repeated under the same random numbers, and tensors are checked in the order of the computation:
+weights, images and boxes, inputs and outputs of every module, loss terms, gradients. The first tensor that is not finite is
+the cause, or the cause lies between the two modules around it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from ..utils.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class NonfiniteTensor:
     """The first tensor that is not finite.
 
     Attributes:
@@ -46,21 +46,25 @@ def statistics(x: Tensor) -> dict:
     return {"shape": list(x.shape), "dtype": str(x.dtype), **counts, "smallest": low, "largest": high}
 
 
-class Watch:
-    """While it is open, looks at what enters and leaves every module and keeps the first that is not finite.
+class NonfiniteDetector:
+    """Checks inputs and outputs of every module while the context is open, and keeps the first that is not finite.
 
     Args:
-        model: whose modules.
+        model: with the modules.
+
+    Attributes:
+        found: the first tensor that was not finite, None if all were.
+        order: name of a module -> index of its last forward pass.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.found, self.order, self._handles = model, None, {}, []
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "NonfiniteDetector":
         for name, module in self.model.named_modules():
-            if name:  # what enters and leaves the whole model is looked at by search()
-                self._handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
-                self._handles.append(module.register_forward_hook(partial(self._leave, name)))
+            if name:  # search() checks inputs and outputs of the whole model
+                self._handles.append(module.register_forward_pre_hook(partial(self._before_forward, name)))
+                self._handles.append(module.register_forward_hook(partial(self._after_forward, name)))
         return self
 
     def __exit__(self, *_) -> None:
@@ -68,22 +72,22 @@ class Watch:
             handle.remove()
 
     def last_pass(self, parameter: str) -> int:
-        """When the module that has the parameter, or the nearest one around it that was called, was last left."""
+        """Index of the last forward pass of the module with this parameter, or of the nearest one around it that ran."""
         name = parameter
         while name and name not in self.order:
             name = name.rpartition(".")[0]
         return self.order.get(name, -1)
 
-    def _enter(self, name: str, module: nn.Module, given: tuple) -> None:
-        self._look(f"input of {name}", given)
+    def _before_forward(self, name: str, module: nn.Module, given: tuple) -> None:
+        self._check(f"input of {name}", given)
 
-    def _leave(self, name: str, module: nn.Module, given: tuple, output) -> None:
+    def _after_forward(self, name: str, module: nn.Module, given: tuple, output) -> None:
         self.order[name] = len(self.order)
-        self._look(f"output of {name}", output)
+        self._check(f"output of {name}", output)
 
-    def _look(self, name: str, content) -> None:
+    def _check(self, name: str, content) -> None:
         if self.found is None:
-            self.found = first_bad((name, x) for x in tensors(content))
+            self.found = first_nonfinite((name, x) for x in tensors(content))
 
 
 def search(
@@ -91,30 +95,30 @@ def search(
     parts: list[tuple],
     losses_of: Callable[[tuple], dict[str, Tensor]],
     with_gradients: bool,
-) -> tuple[Finding | None, tuple]:
-    """Looks for the first tensor that is not finite; all ranks must search together, because the passes talk.
+) -> tuple[NonfiniteTensor | None, tuple]:
+    """The first tensor that is not finite. A collective: the passes all-reduce.
 
     Args:
-        model: not wrapped for several processes.
-        parts: the batch, in the parts that pass one by one; images are the first entry of each.
-        losses_of: one pass through ``model``; may raise FloatingPointError.
-        with_gradients: whether to differentiate as well, where the passes alone are finite.
+        model: out of DistributedDataParallel.
+        parts: of the batch, as for the forward passes; images are the first entry of each.
+        losses_of: one forward pass of ``model``; may raise FloatingPointError.
+        with_gradients: whether to check gradients too, where the forward passes are finite.
 
     Returns:
-        tuple: the finding, None where all is finite this time, and the part of the batch it belongs to.
+        tuple: the tensor, None if all are finite this time, and the part of the batch it belongs to.
     """
     state = [*model.named_parameters(), *model.named_buffers()]
-    found = [(first_bad((f"weight {name}", x) for name, x in state), parts[0])]
+    found = [(first_nonfinite((f"weight {name}", x) for name, x in state), parts[0])]
     for part in parts:
-        found.append((first_bad(_inputs(part[0])), part))
-        with Watch(model) as watch, torch.set_grad_enabled(with_gradients):
+        found.append((first_nonfinite(_inputs(part[0])), part))
+        with NonfiniteDetector(model) as detector, torch.set_grad_enabled(with_gradients):
             losses = {}
-            with contextlib.suppress(FloatingPointError):  # of the matcher; the watch knows better
+            with contextlib.suppress(FloatingPointError):  # of the matcher; the detector knows more
                 losses = losses_of(part)
-        found.append((watch.found, part))
-        found.append((first_bad((f"loss term {name}", x) for name, x in losses.items()), part))
+        found.append((detector.found, part))
+        found.append((first_nonfinite((f"loss term {name}", x) for name, x in losses.items()), part))
         if with_gradients and losses:
-            found.append((_bad_gradient(model, sum(losses.values()), watch), part))
+            found.append((_nonfinite_gradient(model, sum(losses.values()), detector), part))
     return next(((finding, part) for finding, part in found if finding is not None), (None, parts[0]))
 
 
@@ -126,20 +130,20 @@ def _inputs(batch: list[dict]) -> Iterator[tuple[str, Tensor]]:
             yield f"boxes of {name}", image["instances"].gt_boxes.tensor
 
 
-def _bad_gradient(model: nn.Module, loss: Tensor, watch: Watch) -> Finding | None:
-    """Gradients flow from the loss to the image: of the bad ones the first belongs to the module that was left last."""
+def _nonfinite_gradient(model: nn.Module, loss: Tensor, detector: NonfiniteDetector) -> NonfiniteTensor | None:
+    """The first gradient that is not finite in the order of the backward pass, from the loss to the image."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    named.sort(key=lambda pair: -watch.last_pass(pair[0]))
+    named.sort(key=lambda pair: -detector.last_pass(pair[0]))
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     pairs = zip(named, gradients, strict=True)
-    return first_bad((f"gradient of {name}", g) for (name, _), g in pairs if g is not None)
+    return first_nonfinite((f"gradient of {name}", g) for (name, _), g in pairs if g is not None)
 
 
-def first_bad(named: Iterator[tuple[str, Tensor]]) -> Finding | None:
+def first_nonfinite(named: Iterator[tuple[str, Tensor]]) -> NonfiniteTensor | None:
     """The first of (name, tensor) pairs that is not finite."""
     for name, x in named:
         if x.is_floating_point() and not x.isfinite().all():
-            return Finding(name, statistics(x))
+            return NonfiniteTensor(name, statistics(x))
     return None
 
 
@@ -181,7 +185,7 @@ def file_name(image: dict) -> str:
 
 
 def _as_text(content):
-    """Numbers that JSON does not have as text."""
+    """NaN and infinities as text, which JSON does not have as numbers."""
     if isinstance(content, dict):
         return {key: _as_text(value) for key, value in content.items()}
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content

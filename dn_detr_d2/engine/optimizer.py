@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.solver.build import maybe_add_gradient_clipping
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,21 @@ class ClippedAdamW(torch.optim.AdamW):
         super().__init__(parameters, lr, fused=True)
         self.max_norm, self.norm_type = max_norm, norm_type
 
-    def step(self, closure=None):
-        """Clips, then steps."""
+    def step(self, closure=None, *, norm: Tensor | None = None):
+        """Clips, then steps.
+
+        Args:
+            closure: as for ``torch.optim.AdamW``.
+            norm: the 2-norm of all gradients if it is known, see :func:`total_norm`.
+        """
         parameters = [p for group in self.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        if norm is None or self.norm_type != 2.0:
+            norm = total_norm(self, self.norm_type)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return super().step(closure)
+
+
+def total_norm(optimizer: torch.optim.Optimizer, norm_type: float = 2.0) -> Tensor:
+    """The joint norm of the gradients of all parameters of an optimizer, () on their device."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, norm_type)

@@ -57,11 +57,11 @@ def record(model: nn.Module, image: dict) -> tuple[ForwardOutputs, list[Layer]]:
     Raises:
         ConfigError: the layers have a cross-attention that is not known here.
     """
-    layers, whole, inner = model.decoder.layers, [], []
-    handles = [layer.register_forward_pre_hook(lambda _, arguments: whole.append(arguments)) for layer in layers]
-    handles += [
-        layer.cross_attn.register_forward_pre_hook(lambda _, arguments: inner.append(arguments)) for layer in layers
-    ]
+    layers, of_layers, of_attention = model.decoder.layers, [], []
+    handles = []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(lambda _, arguments: of_layers.append(arguments)))
+        handles.append(layer.cross_attn.register_forward_pre_hook(lambda _, arguments: of_attention.append(arguments)))
     try:
         with torch.no_grad():
             outputs = model.forward_outputs([image], annotated=False)
@@ -69,9 +69,9 @@ def record(model: nn.Module, image: dict) -> tuple[ForwardOutputs, list[Layer]]:
         for handle in handles:
             handle.remove()
     found = []
-    for layer, (_, _, boxes, *_), arguments in zip(layers, whole, inner, strict=True):
+    for layer, (_, inputs), arguments in zip(layers, of_layers, of_attention, strict=True):
         with torch.no_grad():
-            found.append(Layer(boxes[0].cpu(), **_read(layer.cross_attn, arguments)))
+            found.append(Layer(inputs.boxes[0].cpu(), **_read(layer.cross_attn, arguments)))
     return outputs, found
 
 

@@ -1,4 +1,4 @@
-"""Colours that people with colour-blindness tell apart, and a figure that needs no screen."""
+"""Colours that can be distinguished with colour blindness, and figures that need no screen."""
 
 from pathlib import Path
 

@@ -85,7 +85,9 @@ def test_a_training_starts_from_a_backbone_behind_a_url(site, toy_cfg):
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
     told = hashlib.sha256((folder / "resnet18.pth").read_bytes()).hexdigest()
     (folder / "resnet18.pth").rename(folder / f"resnet18-{told[:8]}.pth")
-    cfg = toy_cfg("dn_detr", "MODEL.WEIGHTS", f"{address}/resnet18-{told[:8]}.pth")
+    resnet18 = {"DEPTH": 18, "STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 64, "WIDTH_PER_GROUP": 64}
+    options = [x for key, value in resnet18.items() for x in (f"MODEL.RESNETS.{key}", value)]
+    cfg = toy_cfg("dn_detr", *options, "MODEL.WEIGHTS", f"{address}/resnet18-{told[:8]}.pth")
     model = Trainer.build_model(cfg)
     Checkpointer(model.train(), cfg=cfg, new_classes=True).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     torch.manual_seed(1)

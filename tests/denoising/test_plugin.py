@@ -240,6 +240,21 @@ def test_contents_of_another_width_are_refused(width):
     for denoising in (make(), make().eval()):
         with pytest.raises(ValueError, match=rf"{width} channels.* 8 or 7"):
             denoising(targets(1, 1)).prepend(*matching(width=width))
+    own = make(dim=None, embed=lambda noised: ObjectQueries(torch.zeros(*noised.labels.shape, 6), noised.boxes))
+    with pytest.raises(ValueError, match=rf"{width} channels.* 6"):
+        own(targets(1, 1)).prepend(*matching(width=width))
+
+
+def test_other_noise_with_the_same_weights():
+    denoising = make()
+    twin = denoising.renoised(label_noise_prob=0.0, box_noise_scale=0.0)
+    clean = targets(2, 1)
+    dn = twin(clean)
+    assert torch.equal(dn.noised.labels[0, :2], clean[0]["labels"])
+    torch.testing.assert_close(dn.noised.boxes[0, :2], clean[0]["boxes"])
+    assert twin.label_encoder is denoising.label_encoder
+    assert dn.prepend(*matching())[0].shape == (2, 9, 8)
+    assert denoising.generator.label_noise_prob == 0.2
 
 
 def test_shapes_that_do_not_go_together_are_refused():

@@ -114,7 +114,7 @@ def test_instructions_are_counted_by_loops():
     assert counting.count_executed(instructions, lanes=8, backward=False) == (10 + 3) / 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_stay_below_their_budget_of_instructions():
     if not shutil.which("nvcc") or not counting.find_cuobjdump():
         pytest.skip("needs nvcc and cuobjdump")
@@ -151,7 +151,7 @@ ptxas info    : Used 40 registers
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_the_kernels_to_compare_with_compile(tmp_path, architecture):
     if not shutil.which("nvcc"):

@@ -217,8 +217,8 @@ def test_the_claims_say_yes_and_no(groups):
 
 def test_one_probe_at_which_matching_is_less_stable_is_told(groups, tmp_path):
     groups[1].runs[1] = make_run(tmp_path / "b4", [10, 20, 30, 40, 43], [9, 2, 2, 2, 2], 0.4, [2.0])
-    said = check_claims(groups)[3]
-    assert said.startswith(
+    claim = check_claims(groups)[3]
+    assert claim.startswith(
         "- matching is more stable all along: **no** (mean IS 2.50 against 3.20; lower at 4 of 5 probes)"
     )
 
@@ -227,9 +227,9 @@ def test_a_baseline_that_does_not_detect_proves_nothing(tmp_path):
     alone = Group(MATCHING, [make_run(tmp_path / "a", [0, 0], [2, 2], 0.5, [1.0])])
     denoised = Group(DENOISED, [make_run(tmp_path / "b", [0, 0.4], [1, 1], 0.4, [1.0])])
     assert table_rows([alone, denoised])[1][3] == "-"
-    said = check_claims([alone, denoised])
-    assert said[0] == "- the baseline does not detect yet (AP 0.0; with denoising 0.4): AP says nothing here"
-    assert not any("half" in line or "ends higher" in line for line in said)
+    claims = check_claims([alone, denoised])
+    assert claims[0] == "- the baseline does not detect yet (AP 0.0; with denoising 0.4): AP says nothing here"
+    assert not any("half" in line or "ends higher" in line for line in claims)
 
 
 def test_a_curve_that_stays_below_never_crosses(tmp_path):
@@ -239,8 +239,8 @@ def test_a_curve_that_stays_below_never_crosses(tmp_path):
 
 
 def test_ablations_are_held_against_the_whole_and_against_matching_alone(groups):
-    said = check_claims([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
-    assert said[-1] == (
+    claims = check_claims([groups[0], groups[1], Group("no attention mask", groups[0].runs[1:])])
+    assert claims[-1] == (
         "- no attention mask ends below the whole: yes (AP 28.0: -14.0 to the whole, -2.0 to matching alone)"
     )
 

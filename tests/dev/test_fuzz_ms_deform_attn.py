@@ -4,7 +4,7 @@ import pytest
 
 from dev.fuzz_ms_deform_attn import build, find_compiler, run
 
-pytestmark = pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")]
 
 
 @pytest.fixture(scope="module")

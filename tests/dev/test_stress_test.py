@@ -13,13 +13,19 @@ from dev.stress.cases import run_cases
 from dn_detr_d2.data import coco_custom, images, normalise
 
 
-@pytest.mark.slow
-def test_the_quick_scenarios_find_no_violation():
-    """Kills, signals, failing writes, flipped bits, mutated files, crowded images, in less than three minutes."""
-    line = [sys.executable, "dev/stress_test.py", "--quick"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
+@pytest.mark.parametrize(
+    ("arguments", "scenarios"),
+    [
+        (["sigkill", "graceful-stop", "write-failure", "bit-flips", "--times", "2"], 4),
+        pytest.param(["--quick"], 8, marks=pytest.mark.long),
+    ],
+)
+def test_the_quick_scenarios_find_no_violation(arguments, scenarios):
+    """Kills, signals, failing writes, flipped bits; with --quick, more of them, and mutated files and crowded images."""
+    line = [sys.executable, "dev/stress_test.py", *arguments]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("\n|") == 1 + 8
+    assert done.stdout.count("\n|") == 1 + scenarios
 
 
 def test_a_reader_that_is_silent_is_found(tmp_path, monkeypatch):
@@ -39,8 +45,8 @@ def _without_annotation_5(annotation, *others, add=coco_custom._add):
         (coco_custom, "LEFT_OUT", {}),  # what is left out is not in the log
         (coco_custom, "_unique_keys", dict),  # the last of two values
         (normalise, "foreign_references", lambda content, field: {}),  # text against a number: left out, not refused
-        (normalise, "is_unknown", lambda size: size in (None, 0, -1, 31)),  # a size that is said
-        (coco_custom, "usable_area", lambda area: None),  # an area that is said
+        (normalise, "is_unknown", lambda size: size in (None, 0, -1, 31)),  # a size that is known
+        (coco_custom, "usable_area", lambda area: None),  # a usable area
         (normalise, "_annotation", lambda entry: entry | {"iscrowd": 1} if isinstance(entry, dict) else entry),
     ],
 )

@@ -2,16 +2,18 @@
 
 import json
 import logging
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dn_detr_d2 import CheckpointError, ConfigError, LeakError
@@ -20,17 +22,30 @@ from dn_detr_d2.diagnostics import build_diagnostics
 from dn_detr_d2.diagnostics.diagnostic_hooks import read_assignment, write_assignment
 from dn_detr_d2.engine import Trainer
 
-SMALL = [
-    *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),
-    *("MODEL.DN_DETR.NUM_CLASSES", "auto", "INPUT.MIN_SIZE_TRAIN", (48, 64), "INPUT.MIN_SIZE_TEST", 48),
-    *("INPUT.CROP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (5,)),
-    *("SOLVER.CHECKPOINT_PERIOD", 4, "SEED", 7, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2),
-    *("MODEL.DN_DETR.ENCODER.DROPOUT", 0.1),
-]
-ON = [
-    *("TEST.INSTABILITY.NUM_IMAGES", 6, "TEST.INSTABILITY.PERIOD", 2, "TEST.INSTABILITY.HEALTH_SCALES", [0.4, 1]),
-    *("TEST.INSTABILITY.ATD_K", 3, "DEBUG.CHECK_DENOISING", True),
-]
+TRAINING = {
+    "DATASETS.TRAIN": ("shapes_train",),
+    "DATASETS.TEST": ("shapes_val",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DN_DETR.NUM_CLASSES": "auto",
+    "MODEL.DN_DETR.DECODER.NUM_LAYERS": 2,
+    "MODEL.DN_DETR.ENCODER.DROPOUT": 0.1,
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "INPUT.MIN_SIZE_TEST": 48,
+    "INPUT.CROP.ENABLED": False,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.STEPS": (5,),
+    "SOLVER.CHECKPOINT_PERIOD": 4,
+    "SEED": 7,
+}
+DIAGNOSTICS = {
+    "TEST.INSTABILITY.NUM_IMAGES": 6,
+    "TEST.INSTABILITY.PERIOD": 2,
+    "TEST.INSTABILITY.HEALTH_SCALES": [0.4, 1],
+    "TEST.INSTABILITY.ATD_K": 3,
+    "DEBUG.CHECK_DENOISING": True,
+}
+SMALL, ON = (list(chain(*overrides.items())) for overrides in (TRAINING, DIAGNOSTICS))
 NAMES = {"instability/layer_0", "instability/layer_1", "instability/churn_1", "anchors/distance", "anchors/atd"}
 NAMES |= {f"denoising/{which}@{s}" for s in ("0.4", "1") for which in ("accuracy", "iou", "start_iou", "first_iou")}
 
@@ -215,7 +230,7 @@ def test_two_gloo_processes_measure_what_one_measures(toy_cfg, tmp_path):
     cfg = toy_cfg("dino", *SMALL, *ON, "OUTPUT_DIR", str(tmp_path))
     cfg.TEST.INSTABILITY.NUM_IMAGES, cfg.DEBUG.CHECK_DENOISING = 5, False
     measure(cfg, tmp_path)
-    launch(measure, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    on_ranks(measure, cfg, str(tmp_path))
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert one.keys() >= NAMES
     assert one["instability/layer_0"] > 0

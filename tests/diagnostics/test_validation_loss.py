@@ -2,15 +2,16 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_batch
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from naming import naming
+from ranks import on_ranks
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import build_probe_loader
@@ -21,11 +22,19 @@ from dn_detr_d2.engine import Trainer
 QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]
 NOISELESS = [x for key in QUIET for x in (key, 0.0)] + ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]
 DROPOUT = ["MODEL.DN_DETR.ENCODER.DROPOUT", 0.1, "MODEL.DN_DETR.DECODER.DROPOUT", 0.1]
-DATA = [
-    *("DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0),
-    *("MODEL.DN_DETR.NUM_CLASSES", "auto", "INPUT.MIN_SIZE_TRAIN", (48, 64), "INPUT.MIN_SIZE_TEST", 48),
-    *("INPUT.CROP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)),
-]
+TRAINING = {
+    "DATASETS.TRAIN": ("shapes_train",),
+    "DATASETS.TEST": ("shapes_val",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DN_DETR.NUM_CLASSES": "auto",
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "INPUT.MIN_SIZE_TEST": 48,
+    "INPUT.CROP.ENABLED": False,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 3,
+    "SOLVER.STEPS": (2,),
+}
+DATA = list(chain(*TRAINING.items()))
 
 
 def one_by_one(*counts):
@@ -95,7 +104,7 @@ def test_two_processes_find_what_one_finds(toy_cfg, tmp_path):
     """Seven images: four and three, with different numbers of objects."""
     cfg = toy_cfg("dn_detr", *DATA)
     measure(cfg, str(tmp_path))
-    launch(measure, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    on_ranks(measure, cfg, str(tmp_path))
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert len(one) > 6
     assert two == pytest.approx(one, rel=1e-5)

@@ -2,6 +2,7 @@
 
 A server imports the packages once. For each run it forks a child that leads a session of its own and executes the program
 as ``python train_net.py ...`` would; what the child does at its end (exit code, children, last line) is the program's.
+Its ranks are forked too, where Python would start them anew; tests of the command itself do without this server.
 """
 
 import contextlib
@@ -114,8 +115,10 @@ def _parent(pid: int) -> int:
 
 def serve() -> None:
     """What the server does: one order a line on stdin, the process id of each run on stdout."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without
+    import ranks  # noqa: F401
+
     import dn_detr_d2.doctor
     import dn_detr_d2.engine  # noqa: F401
 
@@ -136,6 +139,9 @@ def _write_code(pid: int, screen: str) -> None:
 
 def _run(arguments: list[str], screen: str, environment: dict) -> None:
     os.setsid()
+    from ranks import fork_directly
+
+    fork_directly()
     file = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, file), (2, file)):

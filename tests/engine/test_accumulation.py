@@ -3,11 +3,12 @@
 import pytest
 import torch
 from conftest import make_batch
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import on_ranks
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError
@@ -105,7 +106,7 @@ def test_parts_on_two_processes_give_the_gradient_of_the_batch_on_one(toy_cfg, t
     cfg = toy_cfg("dn_detr", *QUIET, *HIDDEN)
     two_ranks(cfg, str(tmp_path), 1)
     for accumulation in (1, 2):
-        launch(two_ranks, 2, dist_url="auto", args=(cfg, str(tmp_path), accumulation))
+        on_ranks(two_ranks, cfg, str(tmp_path), accumulation)
     one, two, parts = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("1_1", "2_1", "2_2"))
     for a, b, c in zip(one, two, parts, strict=True):
         assert distance(c, b) < 1e-6

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 from naming import naming
+from ranks import on_ranks
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError
@@ -110,7 +110,7 @@ def two_processes(cfg, folder):
 
 def test_two_processes_end_together(tmp_path):
     cfg = make_cfg(tmp_path / "out", *PATIENT, "SOLVER.EARLY_STOPPING.PATIENCE", 1)
-    launch(two_processes, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    on_ranks(two_processes, cfg, str(tmp_path))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
     assert len(torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["random_states"]) == 2
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from textwrap import indent
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from conftest import ROOT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import fork_directly, fork_server, fork_what_is_spawned
 from toy_training import command, differing, load
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.engine import REQUEUE, ProcessError, TrainStep, rank_info_from_env
 from dn_detr_d2.engine.launch import OWN_STORE, RankInfo, _free_port, launch
 
-TESTS = (ROOT / "tests", ROOT / "tests" / "engine")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -78,7 +77,8 @@ def alive(folder):
     ("hang", ["y.png"]),
     ("data", ["rank 1", "StopIteration", "run_step"]),
 ])  # fmt: skip
-def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, how, cause):
+def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(tmp_path, monkeypatch, how, cause):
+    fork_what_is_spawned(monkeypatch)
     with pytest.raises(ProcessError) as caught:
         launch(leave_as, 2, 1, 0, "auto", 60, (how, tmp_path))
     assert naming(*cause).search(str(caught.value))
@@ -87,6 +87,7 @@ def test_one_that_fails_ends_all_within_ten_seconds_and_is_the_one_that_is_told(
 
 
 def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stack(tmp_path, capfd):
+    """With processes that are started as the program starts them."""
     with pytest.raises(ProcessError, match=r"rank 1.*[Tt]imed out"):
         launch(leave_as, 2, 1, 0, "auto", 8, ("stuck", tmp_path))
     assert time.time() - (tmp_path / "met").stat().st_mtime < 8 + 10
@@ -97,43 +98,38 @@ def test_a_process_that_hangs_is_waited_for_until_the_timeout_and_shows_its_stac
     assert "in _run" in stack
 
 
-MACHINE = """
-import sys
-from pathlib import Path
-from test_launch import leave_as
-from dn_detr_d2.engine import ProcessError
-from dn_detr_d2.engine.launch import launch
-try:
-    sys.exit(launch(leave_as, 1, 2, {rank}, "tcp://127.0.0.1:{port}", 60, ({how!r}, Path({folder!r}))))
-except ProcessError as error:
-    sys.exit(f"error: {{error}}")
-"""
+def machine(rank, port, how, folder):
+    """What the launcher of one of two machines does; its exit code and its last words are the program's."""
+    os.dup2(os.open(folder / f"machine_{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
+    fork_directly()
+    try:
+        sys.exit(launch(leave_as, 1, 2, rank, f"tcp://127.0.0.1:{port}", 60, (how, folder)))
+    except ProcessError as error:
+        sys.exit(f"error: {error}")
 
 
 @pytest.mark.parametrize(("how", "codes"), [("nothing", (0, 0)), ("stop", (REQUEUE, REQUEUE)), ("kill", (1, 1))])
 def test_launchers_of_two_machines_start_and_end_together(tmp_path, how, codes):
     """Both on this machine, one process each."""
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *TESTS)))}
-    machines = []
     port = _free_port()
-    for rank in range(2):
-        script = tmp_path / f"machine_{rank}.py"
-        body = MACHINE.format(rank=rank, how=how, folder=str(tmp_path), port=port)
-        script.write_text("if __name__ == '__main__':\n" + indent(body, "    "))
-        line = [sys.executable, str(script)]
-        machines.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
+    machines = [fork_server().Process(target=machine, args=(rank, port, how, tmp_path)) for rank in range(2)]
+    for each in machines:
+        each.start()
+    said = [tmp_path / f"machine_{rank}.txt" for rank in range(2)]
     while not (tmp_path / "met").exists():
-        assert any(machine.poll() is None for machine in machines), [m.communicate()[1] for m in machines]
+        assert any(each.is_alive() for each in machines), [path.read_text() for path in said]
         time.sleep(0.1)
     while alive(tmp_path) and time.time() - (tmp_path / "met").stat().st_mtime < 60:
         time.sleep(0.1)
     gone = time.time() - (tmp_path / "met").stat().st_mtime
-    said = [machine.communicate(timeout=200)[1] for machine in machines]
-    assert tuple(machine.returncode for machine in machines) == codes, said
+    for each in machines:
+        each.join(200)
+    last = [path.read_text().splitlines()[-1:] for path in said]
+    assert tuple(each.exitcode for each in machines) == codes, last
     if how == "kill":
         assert gone < 10
-        assert "SIGKILL" in said[1].splitlines()[-1]
-        assert said[0].splitlines()[-1].startswith("error: rank 0")
+        assert "SIGKILL" in last[1][0]
+        assert last[0][0].startswith("error: rank 0")
 
 
 DIES_ONCE = """
@@ -151,7 +147,6 @@ Path(f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}_{place.rank}").touch()
 """
 
 
-@pytest.mark.slow
 def test_torchrun_starts_again_over_gloo_with_the_variable(tmp_path):
     (tmp_path / "dies_once.py").write_text(DIES_ONCE)
     line = [
@@ -179,7 +174,8 @@ def test_restarts_over_gloo_without_the_variable_are_refused(monkeypatch):
     assert rank_info_from_env(environment | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == RankInfo(0, 2, 0, 2)
 
 
-def test_processes_that_stop_on_request_are_no_failure(tmp_path):
+def test_processes_that_stop_on_request_are_no_failure(tmp_path, monkeypatch):
+    fork_what_is_spawned(monkeypatch)
     assert launch(leave_as, 2, 1, 0, "auto", 60, ("stop", tmp_path)) == REQUEUE
 
 
@@ -206,7 +202,7 @@ def torchrun(line, screen, *options):
         return subprocess.Popen(whole, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_and_two_torchruns_of_two_nodes_train_what_our_launcher_trains(tmp_path):
     own = [sys.executable, *command(tmp_path / "own", "--num-gpus", "2", "--dist-url", "auto")]
     done = subprocess.run(own, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

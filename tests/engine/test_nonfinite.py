@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 from conftest import make_batch
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import on_ranks
 from toy_training import differing
 
 from dn_detr_d2.engine import TrainStep
@@ -38,10 +39,8 @@ PLACES = [
     *((f"gradient of {name}",) * 2 for name in PARAMETERS),
     ("weight decoder.layers.1.ffn.norm.weight",) * 2,
 ]
-# NaN on one rank and Inf on the other, by turns.
-CASES = [
-    (place, value, (i + j) % 2) for i, (place, _) in enumerate(PLACES) for j, value in enumerate((math.nan, math.inf))
-]
+# Every place once: NaN and Inf by turns, each of them on both ranks by turns.
+CASES = [(place, (math.nan, math.inf)[i % 2], i // 2 % 2) for i, (place, _) in enumerate(PLACES)]
 
 
 def toy_batch():
@@ -131,7 +130,7 @@ def seen(tmp_path_factory):
     options = [*TOY, "MODEL.DN_DETR.ENCODER.NUM_LAYERS", 2]
     cfg = setup_cfg(str(ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"), options)
     folder = tmp_path_factory.mktemp("nonfinite")
-    launch(try_all_places, 2, dist_url="auto", args=(cfg, folder))
+    on_ranks(try_all_places, cfg, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
 
 
@@ -185,7 +184,7 @@ def skip_and_go_on(cfg, folder):
 
 
 def test_ranks_skip_together_and_stop_at_the_limit(toy_cfg, tmp_path):
-    launch(skip_and_go_on, 2, dist_url="auto", args=(toy_cfg("dn_detr"), tmp_path))
+    on_ranks(skip_and_go_on, toy_cfg("dn_detr"), tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     for told in (first, second):
         assert told["stepped"] == told["changed"] == [True, False] * 3

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.engine import launch
 from naming import naming
+from ranks import on_ranks
 from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
@@ -41,9 +41,9 @@ def test_a_resumed_training_equals_one_that_was_not_stopped(tmp_path, options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_processes_resumed_equal_two_that_were_not_stopped(tmp_path, workers):
     options = ["DATALOADER.NUM_WORKERS", workers]
-    launch(train, 2, dist_url="auto", args=(make_cfg(tmp_path / "whole", *options),))
+    on_ranks(train, make_cfg(tmp_path / "whole", *options))
     stop_at(tmp_path / "whole", "model_0000002", tmp_path / "stopped")
-    launch(train, 2, dist_url="auto", args=(make_cfg(tmp_path / "stopped", *options), True, 99))
+    on_ranks(train, make_cfg(tmp_path / "stopped", *options), True, 99)
     assert len(load(tmp_path / "whole")["random_states"]) == 2
     assert differing(load(tmp_path / "whole"), load(tmp_path / "stopped")) == []
 

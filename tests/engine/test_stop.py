@@ -13,6 +13,7 @@ from conftest import ROOT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import fork_what_is_spawned
 from toy_training import command, differing, load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError
@@ -33,7 +34,6 @@ def until(path, process, seconds=200):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "processes", "workers"), [
     (signal.SIGTERM, 1, 2), (signal.SIGUSR1, 2, 0),
 ])  # fmt: skip
@@ -93,7 +93,8 @@ def work_alone(folder):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_work_of_one_rank_alone_is_cut_off_for_all(tmp_path, processes):
+def test_work_of_one_rank_alone_is_cut_off_for_all(tmp_path, monkeypatch, processes):
+    fork_what_is_spawned(monkeypatch)
     start = time.monotonic()
     assert launch(work_alone, processes, 1, 0, "auto", 100, (tmp_path,)) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [str(rank) for rank in range(processes)]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch
-from detectron2.engine import launch
 from detectron2.utils.events import EventStorage
 from naming import naming
+from ranks import on_ranks
 
 from dev.benchmark_criterion import OperatorCount
 from dn_detr_d2 import CheckpointError, ConfigError
@@ -395,7 +395,7 @@ def differences_of_two_processes(toy_cfg, folder, plant=None):
     overrides = [x for key in QUIET for x in (key, 0.0)] + ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]
     cfg = toy_cfg("dn_deformable_detr", *overrides)
     gradients_of_this_rank(cfg, str(folder), plant)
-    launch(gradients_of_this_rank, 2, dist_url="auto", args=(cfg, str(folder), plant))
+    on_ranks(gradients_of_this_rank, cfg, str(folder), plant)
     one, two = (torch.load(folder / f"{n}.pth", weights_only=True) for n in (1, 2))
     worst = []
     for a, b in zip(one, two, strict=True):
@@ -468,7 +468,6 @@ def twenty_steps(cfgs, folder):
                 torch.save(weights, f"{folder}/{name}_{comm.get_world_size()}.pth")
 
 
-@pytest.mark.slow
 def test_after_twenty_steps_of_adamw_two_processes_have_the_weights_of_one(toy_cfg, tmp_path):
     """In float64: AdamW divides by the root of a mean square, which blows up float32's rounding to whole steps.
 
@@ -478,7 +477,7 @@ def test_after_twenty_steps_of_adamw_two_processes_have_the_weights_of_one(toy_c
     bounds = {"dn_detr": 1e-10, "dn_deformable_detr": 1e-9}
     cfgs = {system: toy_cfg(system, *overrides) for system in bounds}
     twenty_steps(cfgs, str(tmp_path))
-    launch(twenty_steps, 2, dist_url="auto", args=(cfgs, str(tmp_path)))
+    on_ranks(twenty_steps, cfgs, str(tmp_path))
     for system, bound in bounds.items():
         one, two = (torch.load(tmp_path / f"{system}_{n}.pth", weights_only=True) for n in (1, 2))
         assert max((one[name] - two[name]).abs().max().item() for name in one) < bound
@@ -510,9 +509,8 @@ def three_steps(cfg, folder):
     torch.save(model.module.state_dict(), f"{folder}/{comm.get_rank()}.pth")
 
 
-@pytest.mark.slow
 def test_one_decoder_layer_trains_in_two_processes(toy_cfg, tmp_path):
     cfg = toy_cfg("dn_detr", "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1)
-    launch(three_steps, 2, dist_url="auto", args=(cfg, str(tmp_path)))
+    on_ranks(three_steps, cfg, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(x, second[name]) for name, x in first.items())

@@ -1,6 +1,5 @@
 """The compiled operators as PyTorch sees them: opcheck, threads, instruction sets, autocast, compile, export, backends."""
 
-import itertools
 import logging
 import subprocess
 import sys
@@ -173,7 +172,8 @@ def test_module_trains_under_autocast():
 
 
 @needs_kernel
-@pytest.mark.parametrize(("backend", "dynamic"), list(itertools.product(["aot_eager", "inductor"], [False, True])))
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiles_to_one_graph(backend, dynamic):
     compiled = torch.compile(ms_deform_attn_fused, fullgraph=True, dynamic=dynamic, backend=backend)
     for queries in (3, 5):

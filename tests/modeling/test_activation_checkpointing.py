@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import SYSTEMS, make_batch
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from ranks import on_ranks
 
 NODES = [f"MODEL.DN_DETR.{part}" for part in ("ENCODER", "DECODER")]
 ON = [x for node in NODES for x in (f"{node}.ACTIVATION_CHECKPOINTING", True)]
@@ -87,7 +88,7 @@ def gradients_of_two(cfg, folder, name):
 
 def test_two_processes_have_the_gradients_that_they_have_without(toy_cfg, tmp_path):
     for name, overrides in (("with", ON), ("without", ())):
-        launch(gradients_of_two, 2, dist_url="auto", args=(toy_cfg("dino", *DROPOUT, *overrides), str(tmp_path), name))
+        on_ranks(gradients_of_two, toy_cfg("dino", *DROPOUT, *overrides), str(tmp_path), name)
     found, expected = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("with", "without"))
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []

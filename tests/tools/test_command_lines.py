@@ -45,8 +45,9 @@ OVERRIDDEN = {
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """run(program, *arguments) -> (exit code, lines on stderr with "error:", all of stderr)."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the import of stress_test sets it
 
     def call(program, *arguments):
         try:

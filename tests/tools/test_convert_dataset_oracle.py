@@ -169,7 +169,7 @@ def test_voc_boxes_are_those_of_a_slow_computation(pictures, filename, says_size
                 shift = Fraction(halves) - first
                 box = visible(x0 + shift, y0 + shift, x1 + shift + first, y1 + shift + first, size)
                 expected[name] += [(CLASSES[number], box)] if box else []
-        compare(convert(folder, "voc", *["--zero-based"] * zero_based), folder, expected)
+        compare(convert(folder, "voc", *(["--zero-based"] if zero_based else [])), folder, expected)
 
 
 @pytest.mark.parametrize("kind", ["yolo", "voc"])

@@ -83,7 +83,8 @@ class EarlyStopping(HookBase):
             logger.warning(
                 "nothing to train: this training ended early after %d iterations; raise SOLVER.EARLY_STOPPING.PATIENCE = %d "
                 "to go on",
-                *(start, self.patience),
+                start,
+                self.patience,
             )
             raise EarlyEnd
 
@@ -100,7 +101,11 @@ class EarlyStopping(HookBase):
             logger.info(
                 "early stopping: %s has not risen by more than %g in the last %d evaluations; the training ends after "
                 "iteration %d of %d",
-                *(" or ".join(self.metrics), self.min_delta, self.patience, self.trainer.iter, self.trainer.max_iter),
+                " or ".join(self.metrics),
+                self.min_delta,
+                self.patience,
+                self.trainer.iter,
+                self.trainer.max_iter,
             )
             self.checkpointer.save("model_final", iteration=self.trainer.iter)
         if comm.is_main_process():

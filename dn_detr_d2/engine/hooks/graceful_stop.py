@@ -119,6 +119,8 @@ def leave_training(received: str, done: int) -> None:
     comm.synchronize()  # nobody leaves before the checkpoint is on the disk
     logger.warning(
         "%s: stopped after iteration %d, a checkpoint is written; the same command with --resume goes on (exit code %d)",
-        *(received, done - 1, REQUEUE),
+        received,
+        done - 1,
+        REQUEUE,
     )
     raise SystemExit(REQUEUE)
