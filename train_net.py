@@ -7,9 +7,10 @@
 Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk over gloo. ``torchrun train_net.py ...`` and
 anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well; see docs/cluster.md.
 
-SIGTERM or SIGUSR1 ends a training after the present step, or in the midst of an evaluation, with a checkpoint and exit code
-75: the same command with ``--resume`` goes on from there, to the bit. Before the first step, and with ``--eval-only``,
-nothing has to be kept, and the code is 75 too. Other exit codes: 0 = done, 1 = an error or Ctrl-C, told in the last line.
+SIGTERM or SIGUSR1 ends a training after the current step, or during an evaluation, with a checkpoint and exit code 75: the
+same command with ``--resume`` continues, and the result is bitwise identical. Before the first step, and with
+``--eval-only``, nothing has to be kept, and the code is 75 too. Other exit codes: 0 = done, 1 = an error or Ctrl-C, told in
+the last line.
 """
 
 import os
