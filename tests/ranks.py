@@ -106,7 +106,13 @@ def run_program(*line, cwd: Path = ROOT, timeout: float = 200) -> subprocess.Com
         return subprocess.CompletedProcess(line, process.exitcode, *(screen.read_text() for screen in screens))
 
 
+def _as_a_new_process() -> None:
+    """Loader processes start as anywhere else: Python would hand down "forkserver", and each rank would get a server."""
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
+
+
 def _program(line: list[str], cwd: Path, screens: list[Path]) -> None:
+    _as_a_new_process()
     for target, screen in zip((1, 2), screens, strict=True):
         os.dup2(os.open(screen, os.O_WRONLY | os.O_CREAT), target)
     sys.stdout.reconfigure(encoding="utf-8", errors="strict")
@@ -116,6 +122,7 @@ def _program(line: list[str], cwd: Path, screens: list[Path]) -> None:
 
 
 def _rank(rank: int, ranks: int, meeting: str, function, args) -> None:
+    _as_a_new_process()
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
