@@ -4,7 +4,7 @@
     python demo.py --config-file output/quickstart/config.yaml --input a.jpg folder/ --output out/ \
         --confidence-threshold 0.5 --json MODEL.WEIGHTS output/quickstart/model_final.pth
 
-A folder stands for the images in it. A picture has the name of its image, .jpg for JPEG files and .png for the others;
+A folder means all images in it. A picture has the name of its image, .jpg for JPEG files and .png for the others;
 --json adds results.json with every box above the threshold, in pixels of the image.
 """
 

@@ -8,8 +8,9 @@ Without GPUs, ``--num-gpus N MODEL.DEVICE cpu`` starts N processes that talk ove
 anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well; see docs/cluster.md.
 
 SIGTERM or SIGUSR1 ends a training after the present step, or in the midst of an evaluation, with a checkpoint and exit code
-75: the same command with ``--resume`` goes on from there, to the bit. Before the first step, and with ``--eval-only``,
-nothing has to be kept, and the code is 75 too. Other exit codes: 0 = done, 1 = an error or Ctrl-C, told in the last line.
+75: the same command with ``--resume`` continues from there, bitwise identical to an uninterrupted run. Before the first
+step, and with ``--eval-only``, nothing has to be saved, and the code is 75 too. Other exit codes: 0 = done, 1 = an error,
+which the last line names, or Ctrl-C.
 """
 
 import os
@@ -18,7 +19,7 @@ import sys
 
 
 def leave_early(number: int, frame) -> None:
-    """What SIGTERM and SIGUSR1 do while there is nothing to keep; a training has a handler of its own."""
+    """Handles SIGTERM and SIGUSR1 while there is nothing to save; a training installs its own handler."""
     signal.signal(number, signal.SIG_IGN)
     name = signal.Signals(number).name
     os.write(2, f"{name}: stopped, nothing was under way that had to be kept; run the same command again\n".encode())

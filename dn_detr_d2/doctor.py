@@ -1,4 +1,4 @@
-"""Says what this installation is made of and whether it works, as plain text to paste into a question.
+"""Reports versions, hardware and checks of this installation, as plain text to paste into an issue.
 
     python -m dn_detr_d2.doctor
     python -m dn_detr_d2.doctor --config-file configs/dn_dab_deformable.yaml MODEL.WEIGHTS model_final.pth
@@ -147,7 +147,7 @@ def self_tests() -> Iterator[Finding]:
 
 
 def _attempt(subject: str, test: Callable[[], str]) -> Finding:
-    """The test's answer, or what it raised: a doctor reports any failure and goes on with the next organ."""
+    """The finding of a check, or the error it raised: the other checks run all the same."""
     try:
         return Finding(subject, test())
     except Exception as error:
@@ -215,7 +215,7 @@ def places(output_dir: str) -> Iterator[Finding]:
 
 
 def _memory() -> str:
-    """Memory of the machine and, where Linux tells, what is available."""
+    """Memory of the machine and, on Linux, how much is available."""
     if not hasattr(os, "sysconf"):  # Windows
         return "unknown on this system"
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

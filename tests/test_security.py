@@ -14,9 +14,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from naming import naming
 from PIL import Image
 
-from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2 import CheckpointError, UserError, setup_cfg
 from dn_detr_d2.checkpoint import pointed_checkpoint, read_checkpoint
 from dn_detr_d2.checkpoint.resume import find_resumable
 from dn_detr_d2.data import load_coco_json, read_image
@@ -355,3 +356,16 @@ def test_the_corpus_is_armed(name, places):
         else:
             pickle.loads(path.read_bytes())
     assert canary.exists()
+
+
+def test_a_refusal_does_not_advise_to_read_the_file_unsafely(tmp_path):
+    """PyTorch's own text recommends weights_only=False; what counts is the name that the file asks for."""
+
+    class Call:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"model": Call()}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=naming("model.pth", "posix.system")) as caught:
+        read_checkpoint(tmp_path / "model.pth")
+    assert "weights_only" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what is in them, which one is taken up, which are kept."""
+"""Writes and loads the checkpoints of a training."""
 
 import logging
 from collections.abc import Callable
@@ -55,11 +55,11 @@ class Checkpointer(DetectionCheckpointer):
         model, save_dir, checkpointables: as for DetectionCheckpointer.
         cfg: for the class names, ``MODEL.WEIGHTS_MATCHED`` and ``SOLVER.CHECKPOINTS_KEPT``.
         new_classes: whether classes, and other tensors as MODEL.WEIGHTS_MATCHED allows, may start at random.
-        averaged: load the moving average of a file's weights in their place.
+        averaged: load the moving average of a file's weights instead.
         training_state: returns what else a checkpoint of a training keeps; called on every rank.
 
     Attributes:
-        found: the checkpoint that the training goes on from, None if it starts anew.
+        found: the checkpoint that is resumed, None if the training starts anew.
     """
 
     refuses_partial_weights = True  # so the model need not, as it must under Detectron2's own
@@ -84,7 +84,7 @@ class Checkpointer(DetectionCheckpointer):
 
     @property
     def resuming(self) -> bool:
-        """Whether the training goes on from a checkpoint of its folder."""
+        """Whether a checkpoint of the folder is resumed."""
         return self.found is not None
 
     def get_checkpoint_file(self) -> str:
@@ -111,10 +111,10 @@ class Checkpointer(DetectionCheckpointer):
         return super().load(fetch(path, self.weights_sum) if path else path, checkpointables)
 
     def save(self, name: str, **kwargs) -> None:
-        """Writes ``name``.pth, whole or not at all; every rank must call.
+        """Writes ``name``.pth atomically; a collective.
 
         Raises:
-            CheckpointError: the disk has no room, or cannot be written to; what was there stays.
+            CheckpointError: the disk is full or cannot be written to; earlier files are unchanged.
         """
         extra = {"class_names": self.class_names, "config": self.config, **self.training_state(), **kwargs}
         if not self.save_dir or not self.save_to_disk:

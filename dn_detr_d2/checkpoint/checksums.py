@@ -1,7 +1,7 @@
 """Checkpoints with their SHA-256, so that damage is noticed when they are read.
 
-The SHA-256 of a checkpoint stands beside it in ``name.sha256``, in the format of ``sha256sum -c``; while a checkpoint is
-being replaced the sums of both versions stand there, so a stop at any moment leaves one that is recognised.
+The SHA-256 of a checkpoint is kept beside it in ``name.sha256``, in the format of ``sha256sum -c``. While a checkpoint is
+replaced the file lists the checksums of both versions, so an interruption at any moment leaves one that is recognised.
 """
 
 import errno
@@ -37,30 +37,30 @@ class _HashingFile:
 
 
 def write_record(path: Path, text: str) -> None:
-    """Writes a small text file, such as the name of the newest checkpoint: whole, on the disk, or not at all.
+    """Writes a small text file atomically, such as the name of the newest checkpoint.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written to; what was there stays.
+        CheckpointError: the disk is full or cannot be written to; the old file is unchanged.
     """
     with _explained(path, "record"), atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_summed(path: Path, write: Callable) -> None:
-    """Writes a checkpoint and its sum.
+    """Writes a checkpoint and its checksum.
 
     Args:
-        path: what is there is replaced at once or not at all.
+        path: an existing file is replaced atomically.
         write: is given an open binary file.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written to; what was there stays, and no part is left behind.
+        CheckpointError: the disk is full or cannot be written to; the old file is unchanged, and no draft is left.
     """
     with _explained(path, "checkpoint"), atomic_write(path) as file:
         hashing = _HashingFile(file)
         write(hashing)
         file.flush()
-        os.fsync(file.fileno())  # a disk that is full is noticed before the sums change
+        os.fsync(file.fileno())  # notices a full disk before the checksums change
         digest = hashing.hash.hexdigest()
         before = recorded_sums(path) if path.exists() else []
         _write_sums(path, [digest, *before])
@@ -69,10 +69,10 @@ def write_summed(path: Path, write: Callable) -> None:
 
 
 def verify(path: Path) -> bool:
-    """Compares a checkpoint with its sum; False if it has none.
+    """Compares a checkpoint with its checksum; False if it has none.
 
     Raises:
-        CheckpointError: the file, or the sum, has changed since it was written.
+        CheckpointError: the file, or its checksum, has changed since it was written.
     """
     if not sum_file(path).is_file():
         return False
@@ -86,12 +86,12 @@ def verify(path: Path) -> bool:
 
 
 def sum_file(path: Path) -> Path:
-    """Where the sum of a checkpoint stands."""
+    """The file with the checksum of a checkpoint."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def recorded_sums(path: Path) -> list[str]:
-    """What a checkpoint's sum may be; [] if nothing legible says it."""
+    """The checksums that a checkpoint may have; [] if there is no readable file of them."""
     try:
         return [line.split()[0] for line in sum_file(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
@@ -99,7 +99,7 @@ def recorded_sums(path: Path) -> list[str]:
 
 
 def require_space(path: Path, content) -> None:
-    """Refuses to begin a checkpoint that would not fit; raises CheckpointError with both numbers.
+    """Raises CheckpointError, with both sizes, if a checkpoint would not fit on the disk.
 
     Args:
         path: of the file to come.
@@ -130,7 +130,7 @@ def _write_sums(path: Path, digests: Iterable[str]) -> None:
 
 @contextmanager
 def _explained(path: Path, kind: str) -> Iterator[None]:
-    """Writing of a file, whose failure is told in one sentence; PyTorch makes a RuntimeError of a write that failed."""
+    """Turns a failed write into a CheckpointError of one sentence; PyTorch raises RuntimeError for one."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Weights behind a URL: fetched only where their SHA-256 is known beforehand, and compared with it."""
+"""Downloads weights, only if their SHA-256 is known beforehand, and verifies it."""
 
 import re
 
@@ -18,7 +18,7 @@ def fetch(weights: str, expected: str = "") -> str:
         expected: the first 8 or more hexadecimal digits of the SHA-256; "" = those in the file's name, as PyTorch's have.
 
     Raises:
-        CheckpointError: no sum is known, the file cannot be had, or it has another sum.
+        CheckpointError: no SHA-256 is known, the download fails, or the file has another SHA-256.
     """
     if "://" not in weights:
         return weights

@@ -25,7 +25,7 @@ def add_loading_hooks(model: nn.Module) -> None:
 
 
 def _adapt_names(model: nn.Module, state: dict, prefix: str, *_) -> None:
-    """Converts a whole state dict of another code, whoever loads it: Detectron2's DefaultPredictor has no other door.
+    """Converts a whole state dict of another code, whoever loads it: Detectron2's DefaultPredictor offers no other hook.
 
     What cannot be converted stays as it is, so that ``load_state_dict`` says what is missing and what is unexpected, as it
     does for every module; in Detectron2's checkpointer it is refused, see :func:`_read_by_detectron2`.

@@ -48,7 +48,7 @@ class _ArraysOnly(pickle.Unpickler):
     """Builds arrays and containers; any other name in the file is refused before it is looked up."""
 
     def find_class(self, module: str, name: str):
-        """What a name in the file stands for, if it is allowed."""
+        """The object that a name in the file refers to, if it is allowed."""
         if (module, name) == ("_codecs", "encode"):  # how Python 2 wrote bytes
             return _encode_latin1
         if (module, name) not in NUMPY_NAMES:
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | os.PathLike, *, averaged: bool = False) -> Check
         averaged: the moving average of the weights, which a training with ``MODEL_EMA.ENABLED`` keeps beside them.
 
     Raises:
-        CheckpointError: the file is not there, is damaged, differs from the sum beside it (see :mod:`.checksums`), asks for
+        CheckpointError: the file is not there, is damaged, differs from its checksum (see :mod:`.checksums`), asks for
             something to be executed, or holds no tensors, or no averaged ones.
     """
     path = Path(path)
@@ -90,7 +90,7 @@ def read_checkpoint(path: str | os.PathLike, *, averaged: bool = False) -> Check
 
 
 def load_plain(path: Path, *, mapped: bool = False):
-    """The content of a ``.pth`` or ``.pkl`` if it is tensors and plain values; its sum is not looked at.
+    """The content of a ``.pth`` or ``.pkl`` if it is tensors and plain values; its checksum is not verified.
 
     Args:
         path: of a file that exists.
@@ -107,14 +107,19 @@ def load_plain(path: Path, *, mapped: bool = False):
         allow_plain_types()
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"checkpoint {str(path)!r} was refused: it is damaged, or holds more than tensors and plain values, and nothing "
-            f"in it was executed ({first})"
+            f"in it was executed ({_cause(error)})"
         ) from None
     except Exception as error:  # a damaged file can end in any of them; nothing of it has been executed
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {first}") from None
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read, it may be damaged: {_cause(error)}") from None
+
+
+def _cause(error: Exception) -> str:
+    """The sentence of PyTorch's text that says what is wrong, without its advice to read the file unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    told = [line.removeprefix("WeightsUnpickler error:").strip() for line in lines if "weights_only" not in line]
+    return (told or ["what it holds is not known"])[0].partition(". ")[0][:200]
 
 
 def refuse_repeated(path: Path, content: Iterable[tuple[object, object]]) -> None:
@@ -150,7 +155,7 @@ def check_pickle(weights: str) -> None:
 
 
 def _averaged(content, path: Path) -> dict:
-    """A checkpoint's content with the averaged weights in the place of the raw ones."""
+    """A checkpoint's content with the averaged weights instead of the raw ones."""
     average = content.get(EMA) if isinstance(content, dict) else None
     if not isinstance(average, dict):
         raise CheckpointError(
@@ -222,7 +227,7 @@ def _read_safetensors(path: Path, averaged: bool) -> CheckpointFile:
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: CheckpointFile) -> None:
-    """Writes ``.pth`` or ``.safetensors``, whole or not at all.
+    """Writes ``.pth`` or ``.safetensors`` atomically.
 
     Raises:
         CheckpointError: another suffix, or a folder that is not there.

@@ -1,4 +1,4 @@
-"""The folder of a training: which checkpoint in it is whole and newest, and which may go."""
+"""Finds the checkpoint to resume from in the folder of a training, and deletes old ones."""
 
 import json
 import logging
@@ -64,8 +64,7 @@ def find_resumable(folder: Path) -> Path | None:
 def pointed_checkpoint(folder: str | os.PathLike) -> str:
     """Path of the checkpoint that ``last_checkpoint`` in a folder names; "" if there is no such file.
 
-    The name may lead nowhere but to a file of the same folder: a folder of somebody else's run is data, not a guide through
-    this machine.
+    The name must be that of a file in the same folder: a folder that somebody else has made must not name files elsewhere.
 
     Raises:
         CheckpointError: it is a link, too long, not text, or names something outside the folder.
@@ -106,7 +105,7 @@ def read_resumable(path: Path, *, mapped: bool = False) -> dict:
 
     Args:
         path: of the file.
-        mapped: leave the tensors on the disk, where the sum beside the file says that they are whole.
+        mapped: leave the tensors on the disk if the file matches its checksum.
 
     Raises:
         CheckpointError: the file does not exist, is damaged or hostile, holds a tensor larger than itself, or is no
@@ -127,10 +126,10 @@ def read_resumable(path: Path, *, mapped: bool = False) -> dict:
 
 @contextmanager
 def must_fit(path: Path) -> Iterator[None]:
-    """Where a training takes up what a checkpoint holds: one that does not fit ends in one sentence.
+    """Around restoring the content of a checkpoint: one that does not fit raises an error of one sentence.
 
     Raises:
-        CheckpointError: in the place of Python's and PyTorch's own errors.
+        CheckpointError: instead of Python's and PyTorch's own errors.
     """
     try:
         yield
@@ -145,7 +144,7 @@ def must_fit(path: Path) -> Iterator[None]:
 
 
 def _leaves(content) -> Iterator[tuple[object, object]]:
-    """(name, value) of all that stands in nested dicts, lists, tuples and sets, which may hold themselves."""
+    """(name, value) of every leaf of nested dicts, lists, tuples and sets, which may contain themselves."""
     rest, seen = [("", content)], set()
     while rest:
         name, part = rest.pop()

@@ -1,6 +1,6 @@
-"""Which values a config key may have, where the part that reads it would not notice that one makes no sense.
+"""Ranges of values, for keys whose readers would not notice a value that makes no sense.
 
-Types are compared when files are merged, names when a part is looked up, and how keys go together where the model is built.
+Types are checked when files are merged, names when a part is looked up, and combinations of keys where the model is built.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Which key somebody meant who wrote one that does not exist."""
+"""The existing key that a misspelt one is nearest to."""
 
 from collections.abc import Collection, Iterator
 from difflib import SequenceMatcher, get_close_matches
@@ -41,6 +41,6 @@ def _depth(key: str) -> int:
 
 
 def _lacks_levels(wrong: str, key: str) -> bool:
-    """Whether all parts of ``wrong`` stand in ``key`` in this order, the last of them at the end."""
+    """Whether all parts of ``wrong`` occur in ``key`` in this order, the last of them at the end."""
     parts = iter(key.split("."))
     return all(part in parts for part in wrong.split(".")) and next(parts, None) is None

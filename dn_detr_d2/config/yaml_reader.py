@@ -1,4 +1,4 @@
-"""Reading YAML config files and their bases without executing, fetching or unfolding what is inside.
+"""Reading YAML config files and their bases without executing, downloading or expanding what is inside.
 
 Detectron2's own reader executes ``!!python`` tags and fetches a ``_BASE_`` from the web; a config here is plain values from
 files of this machine.
@@ -40,7 +40,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict:
 
 
 def _parse(path: Path) -> dict:
-    """What one file says; the text is looked at before any value is made."""
+    """The content of one file; its nodes are checked before any value is built."""
     if path.suffix == ".py":
         raise ConfigError(f"config file {path} is Python code, which is not executed; give a .yaml file")
     if not path.is_file():
@@ -63,7 +63,7 @@ def _parse(path: Path) -> dict:
 
 
 def _check_nodes(root: yaml.Node | None, path: Path) -> None:
-    """Refuses tags that stand for Python objects, and aliases that unfold to more values than any config has."""
+    """Refuses tags of Python objects, and aliases that expand to more values than any config has."""
     sizes = {}
 
     def _count(node: yaml.Node) -> int:

@@ -11,10 +11,10 @@ from functools import partial
 
 import numpy as np
 
-from . import report as r
 from .coco_custom import convention_sentence
 from .columns import VERDICTS, Columns
 from .conventions import declared, only_first_pixels, other_convention
+from .issues import Issue
 from .normalise import (
     as_box,
     foreign_references,
@@ -44,16 +44,23 @@ def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries:
     """
     content, rows = normalised(content, report)
     sizes = sizes[rows]
-    for name, missing in (("images", r.NO_IMAGES), ("categories", r.NO_CATEGORIES), ("annotations", r.NO_ANNOTATIONS)):
+    lists = {
+        "images": Issue.NO_IMAGES,
+        "categories": Issue.NO_CATEGORIES,
+        "annotations": Issue.NO_ANNOTATIONS,
+    }
+    for name, missing in lists.items():
         entries = content.get(name)
         if name == "annotations" and name not in content:
-            report.add(r.UNANNOTATED, "there is no 'annotations'")
+            report.add(Issue.UNANNOTATED, "there is no 'annotations'")
             continue
         if not isinstance(entries, list) or not (entries or name == "annotations"):
             report.add(missing, f"{name!r} is {entries!r:.60}")
             continue
         bad = [i for i, entry in enumerate(entries) if not isinstance(entry, dict)]
-        report.add_rows(r.NO_OBJECT, bad, lambda i, entries=entries, name=name: f"{name}[{i}] is {entries[i]!r:.60}")
+        report.add_rows(
+            Issue.NO_OBJECT, bad, lambda i, entries=entries, name=name: f"{name}[{i}] is {entries[i]!r:.60}"
+        )
     images, categories = objects_of(content, "images"), objects_of(content, "categories")
     report.num_images, report.num_categories = len(images), len(categories)
     _check_images(images, report)
@@ -71,9 +78,11 @@ def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries:
 def _check_use(columns: Columns, report: Report) -> None:
     """Whether anything is left to learn from."""
     if columns.crowd.all() and len(columns.crowd):
-        report.add(r.ALL_CROWDS, f"{len(columns.entries)} annotations have iscrowd 1; set it to 0 for single objects")
+        report.add(
+            Issue.ALL_CROWDS, f"{len(columns.entries)} annotations have iscrowd 1; set it to 0 for single objects"
+        )
     elif report.num_images and not sum(report.classes.values()):
-        report.add(r.NOTHING, f"{report.num_images} images, {len(columns.entries)} annotations")
+        report.add(Issue.NOTHING, f"{report.num_images} images, {len(columns.entries)} annotations")
 
 
 def _check_convention(columns: Columns, report: Report) -> bool:
@@ -83,10 +92,10 @@ def _check_convention(columns: Columns, report: Report) -> bool:
     sizes = columns.sizes[rows].astype(np.float64)
     words = other_convention(boxes, sizes)
     if words:
-        report.add(r.CONVENTION, convention_sentence(words))
+        report.add(Issue.CONVENTION, convention_sentence(words))
     elif only_first_pixels(boxes, sizes):
         report.add(
-            r.MAYBE_CONVENTION,
+            Issue.MAYBE_CONVENTION,
             "are they percentages? --fix OUT.json --boxes xywh-percent or xyxy-percent converts them, xywh keeps them",
         )
     return words is not None
@@ -110,62 +119,64 @@ def _check_ids(entries: list[dict], name: str, kinds: tuple[str, str], report: R
             seen.add(value)
     report.add_rows(kinds[1], again, lambda i: f"{name}[{i}] has id {ids[i]!r:.60}")
     text = [i for i, value in enumerate(ids) if isinstance(value, str)]
-    report.add_rows(r.TEXT_ID, text, lambda i: f"{name}[{i}] has id {ids[i]!r:.60}")
+    report.add_rows(Issue.TEXT_ID, text, lambda i: f"{name}[{i}] has id {ids[i]!r:.60}")
 
 
 def _check_images(images: list[dict], report: Report) -> None:
-    _check_ids(images, "images", (r.IMAGE_ID, r.SAME_IMAGE_ID), report)
+    _check_ids(images, "images", (Issue.IMAGE_ID, Issue.SAME_IMAGE_ID), report)
     names = Counter()
     for i, image in enumerate(images):
         where, name = f"images[{i}] {name_of(image)}", image.get("file_name")
         if not is_file_name(name):
-            report.add(r.FILE_NAME, f"images[{i}] has file_name {name!r:.60}")
+            report.add(Issue.FILE_NAME, f"images[{i}] has file_name {name!r:.60}")
         else:
             names[name] += 1
             if names[name] == 2:
-                report.add(r.SAME_FILE_NAME, where)
+                report.add(Issue.SAME_FILE_NAME, where)
         size = [image[key] for key in ("width", "height") if key in image and not is_unknown(image[key])]
         if not size:
-            report.add(r.NO_SIZE, where)
+            report.add(Issue.NO_SIZE, where)
         elif not all(map(is_length, size)):
-            report.add(r.BAD_SIZE, f"{where} has width {image.get('width')!r:.20}, height {image.get('height')!r:.20}")
+            report.add(
+                Issue.BAD_SIZE, f"{where} has width {image.get('width')!r:.20}, height {image.get('height')!r:.20}"
+            )
 
 
 def _check_categories(categories: list[dict], report: Report) -> None:
-    _check_ids(categories, "categories", (r.CATEGORY_ID, r.SAME_CATEGORY_ID), report)
+    _check_ids(categories, "categories", (Issue.CATEGORY_ID, Issue.SAME_CATEGORY_ID), report)
     names = Counter()
     for i, category in enumerate(categories):
         name = category.get("name")
         if not is_id(name):
-            report.add(r.CATEGORY_NAME, f"categories[{i}] has name {name!r:.60}")
+            report.add(Issue.CATEGORY_NAME, f"categories[{i}] has name {name!r:.60}")
             continue
         name = str(name)
         names[name] += 1
         if names[name] == 2:
-            report.add(r.SAME_NAME, f"categories[{i}] {name!r:.60}")
+            report.add(Issue.SAME_NAME, f"categories[{i}] {name!r:.60}")
     ids = sorted({c["id"] for c in categories if is_id(c.get("id"))}, key=sort_key)
     if ids and ids not in (list(range(len(ids))), list(range(1, len(ids) + 1))):
-        report.add(r.GAPS, f"{len(ids)} ids from {ids[0]!r:.20} to {ids[-1]!r:.20}")
+        report.add(Issue.GAPS, f"{len(ids)} ids from {ids[0]!r:.20} to {ids[-1]!r:.20}")
 
 
 def _check_annotations(columns: Columns, content: dict, report: Report) -> None:
     entries, _says = columns.entries, partial(_fields_of, columns.entries)
-    _check_ids(entries, "annotations", (r.ANNOTATION_ID, r.SAME_ANNOTATION_ID), report)
+    _check_ids(entries, "annotations", (Issue.ANNOTATION_ID, Issue.SAME_ANNOTATION_ID), report)
 
     for field, found in (("image_id", columns.image), ("category_id", columns.category)):
         foreign = foreign_references(content, field)
         missing = np.flatnonzero(found < 0).tolist()
         written = [i for i in missing if is_id(x := entries[i].get(field)) and x in foreign]
-        report.add_rows(r.TEXT_REFERENCE, written, _says(field))
+        report.add_rows(Issue.TEXT_REFERENCE, written, _says(field))
         if field == "category_id":
-            report.add_rows(r.UNKNOWN_CATEGORY, sorted({*missing} - {*written}), _says(field))
-    report.add_rows(r.BAD_BOX, np.flatnonzero(~columns.formed), _says("bbox"))
+            report.add_rows(Issue.UNKNOWN_CATEGORY, sorted({*missing} - {*written}), _says(field))
+    report.add_rows(Issue.BAD_BOX, np.flatnonzero(~columns.formed), _says("bbox"))
     crowds = [entry.get("iscrowd", 0) for entry in entries]
     bad = [i for i, crowd in enumerate(crowds) if type(crowd) is not int or crowd not in (0, 1)]
-    report.add_rows(r.BAD_CROWD, bad, _says("iscrowd"))
+    report.add_rows(Issue.BAD_CROWD, bad, _says("iscrowd"))
     areas = [i for i, x in enumerate(entries) if "area" in x and usable_area(x["area"]) is None]
-    report.add_rows(r.AREA, areas, _says("area"))
-    report.add_rows(r.CROWD, np.flatnonzero(columns.crowd), _says("image_id"))
+    report.add_rows(Issue.AREA, areas, _says("area"))
+    report.add_rows(Issue.CROWD, np.flatnonzero(columns.crowd), _says("image_id"))
 
 
 def _check_boxes(columns: Columns, report: Report) -> None:
@@ -195,14 +206,14 @@ def _count_objects(columns, images, categories, report: Report, num_queries: int
     def _says(i):
         return f"{name_of(images[i])} has {counts[i]}"
 
-    report.add_rows(r.NO_BOXES, np.flatnonzero(counts == 0), _says)
-    for kind, limit in ((r.CROWDED, num_queries), (r.OVER_BUDGET, budget)):
+    report.add_rows(Issue.NO_BOXES, np.flatnonzero(counts == 0), _says)
+    for kind, limit in ((Issue.CROWDED, num_queries), (Issue.OVER_BUDGET, budget)):
         report.add_rows(kind, np.flatnonzero(counts > limit) if limit else [], _says)
     boxes = np.bincount(columns.category[used], minlength=len(categories))
     names = [f"{category.get('name')!s:.60}" for category in categories]
     for name, n in zip(names, boxes, strict=True):
         report.classes[name] = report.classes.get(name, 0) + int(n)
-    report.add_rows(r.UNUSED, np.flatnonzero(boxes == 0), lambda i: repr(names[i]))
+    report.add_rows(Issue.UNUSED, np.flatnonzero(boxes == 0), lambda i: repr(names[i]))
 
 
 def histogram(counts: np.ndarray) -> dict[str, int]:

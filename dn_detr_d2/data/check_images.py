@@ -13,26 +13,35 @@ import numpy as np
 
 from ..errors import DatasetError
 from ..utils.files import sha256_of
-from . import report as r
 from .check import annotated_sizes, name_of
 from .images import ImageFacts, ImageFolder, image_facts
+from .issues import Issue
 from .normalise import is_file_name, is_length
 from .report import Report
 
 MODES = {
     "RGB": None,
-    "L": r.GREY,
-    "1": r.GREY,
-    "P": r.PALETTE,
-    "RGBA": r.ALPHA,
-    "LA": r.ALPHA,
-    "PA": r.ALPHA,
-    "RGBX": r.ALPHA,
-    "RGBa": r.ALPHA,
-    "La": r.ALPHA,
-    "CMYK": r.CMYK,
+    "L": Issue.GREY,
+    "1": Issue.GREY,
+    "P": Issue.PALETTE,
+    "RGBA": Issue.ALPHA,
+    "LA": Issue.ALPHA,
+    "PA": Issue.ALPHA,
+    "RGBX": Issue.ALPHA,
+    "RGBa": Issue.ALPHA,
+    "La": Issue.ALPHA,
+    "CMYK": Issue.CMYK,
 }
-STOPPING = (r.MISSING, r.OUTSIDE, r.NOT_AN_IMAGE, r.DAMAGED, r.TOO_LARGE, r.DEEP, r.SIZE)  # the training
+# Issues of images that stop the training.
+STOPPING = (
+    Issue.MISSING,
+    Issue.OUTSIDE,
+    Issue.NOT_AN_IMAGE,
+    Issue.DAMAGED,
+    Issue.TOO_LARGE,
+    Issue.DEEP,
+    Issue.SIZE,
+)
 
 
 def check_images(
@@ -80,11 +89,11 @@ def _compare(image: dict, facts: ImageFacts, report: Report) -> str:
     if any(is_length(x) and x != truth for x, truth in zip(said, facts.size, strict=True)):
         annotated = f"{image.get('width', width)!r:.20}x{image.get('height', height)!r:.20}"
         reason = f"{name_of(image)} is {width}x{height}, annotated {annotated} (width x height)"
-        report.add(r.SIZE, reason)
-    if kind := MODES.get(facts.mode, r.OTHER_MODE):
+        report.add(Issue.SIZE, reason)
+    if kind := MODES.get(facts.mode, Issue.OTHER_MODE):
         report.add(kind, f"{name_of(image)}, mode {facts.mode}")
     if facts.orientation != 1:
-        report.add(r.TURNED, f"{name_of(image)}, orientation {facts.orientation}")
+        report.add(Issue.TURNED, f"{name_of(image)}, orientation {facts.orientation}")
     return reason
 
 
@@ -104,10 +113,10 @@ def check_overlap(first: list[dict], folder: str, second: list[dict], other: str
         twin = theirs.get(path) or theirs.get(copies.get(path))
         same_name = twin is not None and twin.get("file_name") == image["file_name"]
         if twin is not None:
-            kind = r.SAME_FILE if path in theirs or same_name else r.SAME_BYTES
+            kind = Issue.SAME_FILE if path in theirs or same_name else Issue.SAME_BYTES
             report.add(kind, f"{name_of(image)} is {name_of(twin)} of the other set")
         elif image["file_name"] in names:
-            report.add(r.NAMESAKE if read else r.NOT_COMPARED, name_of(image))
+            report.add(Issue.NAMESAKE if read else Issue.NOT_COMPARED, name_of(image))
 
 
 def _paths(images: list[dict], folder: str) -> dict[str, dict]:

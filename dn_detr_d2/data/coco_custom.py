@@ -18,9 +18,9 @@ from detectron2.structures import BoxMode
 
 from ..errors import ConfigError, DatasetError
 from ..utils.text_output import escaped
-from . import report as r
 from .conventions import declared, other_convention
-from .images import OUTSIDE, ImageFolder, image_size
+from .images import ImageFolder, image_size
+from .issues import Issue
 from .normalise import (
     as_box,
     foreign_references,
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 FIX = "tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
 LOOKED_AT = 32  # images whose headers are read where a file has no sizes
 # What the reader leaves out, with the level of its line in the log.
-LEFT_OUT = {r.UNKNOWN_IMAGE: logging.WARNING, r.TWIN: logging.WARNING, r.RESOURCE_FORK: logging.INFO}
+LEFT_OUT = {Issue.UNKNOWN_IMAGE: logging.WARNING, Issue.TWIN: logging.WARNING, Issue.RESOURCE_FORK: logging.INFO}
 
 
 def dataset_path(path: str) -> Path:
@@ -127,7 +127,7 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     Only boxes are used; an unusable segmentation does not cost its box. Annotations keep their ``id`` and have an ``area``
     in pixels: the file's own if it is a number from 0 to 1e10, otherwise width x height. What means the same is read as the
     same, and what nobody can use is left out with a line in the log, see :mod:`.normalise`. Whether a box makes sense in
-    its image is the mapper's business.
+    its image is checked by the mapper.
 
     Args:
         json_file: COCO format with "images" and "categories"; without "annotations" it is a test set, whose records have
@@ -237,7 +237,7 @@ def _refuse_other_conventions(records: list[dict], json_file: Path) -> None:
         sizes += [looked_at.get(record["image_id"], annotated)] * len(found)
     shapes = np.array(boxes, np.float64).reshape(-1, 4), np.array(sizes, np.float64).reshape(-1, 2)
     if words := other_convention(*shapes):
-        raise DatasetError(f"{json_file}: {convention_sentence(words)}", r.CONVENTION)
+        raise DatasetError(f"{json_file}: {convention_sentence(words)}", Issue.CONVENTION)
 
 
 def _sizes_of_some(records: list[dict]) -> dict:
@@ -333,7 +333,7 @@ def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
         try:
             path = folder.find(image["file_name"])
         except DatasetError as error:
-            if error.kind == OUTSIDE:
+            if error.kind == Issue.OUTSIDE:
                 raise DatasetError(f"{json_file}, image {image['id']!r}: {error}") from None
             path = ""
             if folder.with_slashes(image["file_name"]):

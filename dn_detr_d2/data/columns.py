@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import report as r
+from .issues import Issue
 from .mapper import ROUNDING
 from .normalise import as_box, is_id, objects_of
 
-VERDICTS = (None, r.NOT_FINITE, r.NOT_POSITIVE, r.BOX_OUTSIDE, r.STICKS_OUT)  # in the order the mapper asks
+VERDICTS = (
+    None,
+    Issue.NOT_FINITE,
+    Issue.NOT_POSITIVE,
+    Issue.BOX_OUTSIDE,
+    Issue.STICKS_OUT,
+)  # in the order the mapper asks
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from detectron2.data import detection_utils
 from PIL import ExifTags, Image
 
 from ..errors import DatasetError
+from .issues import MAX_PIXELS, Issue
 
 # Decoders that may run, whatever the file is called (JPEG's reads MPO too, which phones write into .jpg). Of several
 # pictures in one file the first is read.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# 8192 x 8192: decoded, converted and turned, such an image takes less than 1 GB. Read from the header, before decoding.
-MAX_PIXELS = 8192 * 8192
 # More than 8 bits a channel; Pillow's conversion to RGB saturates them, nearly everything would be white.
 DEEP_MODES = ("I", "F")
 PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
@@ -43,13 +42,6 @@ ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )  # what Pillow raises on damaged files
-
-MISSING = "image file does not exist"
-OUTSIDE = "image file lies outside the image folder"
-NOT_AN_IMAGE = "image file has no allowed format"
-DAMAGED = "image is truncated or damaged"
-TOO_LARGE = f"image has more than {MAX_PIXELS} pixels"
-DEEP = "image has more than 8 bits a channel"
 
 
 @dataclass(frozen=True)
@@ -91,10 +83,10 @@ class ImageFolder:
             raise DatasetError(
                 f"image file {file_name!r} lies outside the image folder {self.folder}; put it there, or name the folder "
                 "that holds it",
-                OUTSIDE,
+                Issue.OUTSIDE,
             )
         if not found:
-            raise DatasetError(f"image file {path!r} does not exist or is no regular file", MISSING)
+            raise DatasetError(f"image file {path!r} does not exist or is no regular file", Issue.MISSING)
         return path
 
     def with_slashes(self, file_name: str) -> str | None:
@@ -135,26 +127,26 @@ def open_image(file_name: str):
     Raises:
         DatasetError: the file is missing or no regular file (a pipe, a device), has none of ``FORMATS``, more than
             ``MAX_PIXELS`` or more than 8 bits a channel, or reading it fails, also inside the ``with`` block; it names the
-            file, ``kind`` is one of this module's.
+            file, ``kind`` is an :class:`~.issues.Issue`.
     """
     try:
         path = detection_utils.PathManager.get_local_path(file_name)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write
-            raise DatasetError(f"image {file_name} is no regular file; put a file there, or take it out", MISSING)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block until something is written
+            raise DatasetError(f"image {file_name} is no regular file; put a file there, or take it out", Issue.MISSING)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, file_name)
             yield image
     except FileNotFoundError:
-        raise DatasetError(f"image {file_name} does not exist", MISSING) from None
+        raise DatasetError(f"image {file_name} does not exist", Issue.MISSING) from None
     except Image.UnidentifiedImageError:
         raise DatasetError(
             f"image {file_name} cannot be read as any of {', '.join(FORMATS)}; convert it, or take it out of the data set",
-            NOT_AN_IMAGE,
+            Issue.NOT_AN_IMAGE,
         ) from None
     except DatasetError:
         raise
     except ERRORS as error:
-        kind = TOO_LARGE if isinstance(error, Image.DecompressionBombError) else DAMAGED
+        kind = Issue.TOO_LARGE if isinstance(error, Image.DecompressionBombError) else Issue.DAMAGED
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(
             f"image {file_name} cannot be read: {reason}; repair it or take it out of the data set", kind
@@ -166,13 +158,13 @@ def _check_header(image: Image.Image, file_name: str) -> None:
     if width * height > MAX_PIXELS:
         raise DatasetError(
             f"image {file_name} has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; shrink it or cut it",
-            TOO_LARGE,
+            Issue.TOO_LARGE,
         )
     if image.mode.split(";")[0] in DEEP_MODES:
         raise DatasetError(
             f"image {file_name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits, with the range "
             "of values that matters",
-            DEEP,
+            Issue.DEEP,
         )
 
 

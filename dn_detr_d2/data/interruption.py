@@ -1,7 +1,8 @@
-"""An evaluation that is cut short because the training is asked to stop, on all ranks together.
+"""Interrupts an evaluation when the training is asked to stop, on all ranks together.
 
-While it lasts, every loader of :mod:`.loader` that goes over a data set once looks before each batch whether somebody has
-asked, and ends early. Ranks that end at different places meet in the next exchange, where :func:`agree` raises on all.
+During an evaluation every loader of :mod:`.loader` that goes over a data set once checks before each batch whether a stop
+was requested, and ends early. Ranks that end at different batches meet in the next collective, where :func:`agree` raises on
+all.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from .worker_process import explained, guard, signals_wait
 
 
 class Interrupted(BaseException):
-    """Work was cut short because the training is to stop: no error, and nothing that ``except Exception`` may swallow."""
+    """Work was interrupted because the training is to stop. No error, so ``except Exception`` must not catch it."""
 
 
 _asked: list[Callable[[], bool]] = []
@@ -27,10 +28,10 @@ _raising: list[Callable[[], AbstractContextManager]] = []
 def interruptible(
     asked: Callable[[], bool], raising: Callable[[], AbstractContextManager] = nullcontext
 ) -> Iterator[None]:
-    """Inside, loaders end early once ``asked()`` is true, and :func:`agree` raises; every rank must be inside or none.
+    """A context in which loaders end early once ``asked()`` is true, and :func:`agree` raises; all ranks enter it or none.
 
     Args:
-        asked: whether this rank, or another one that it knows of, is to stop.
+        asked: whether this rank is to stop, or knows of another one that is.
         raising: a context in which a request raises Interrupted at once, see :func:`without_exchange`.
     """
     _asked.append(asked)
@@ -44,9 +45,9 @@ def interruptible(
 
 @contextmanager
 def without_exchange() -> Iterator[None]:
-    """Around long work of one rank that talks to no other: a request to stop cuts it off.
+    """Around long work of one rank without collectives: a request to stop interrupts it.
 
-    The others have gone on to their next exchange, which must be an :func:`agree`.
+    The others wait in their next collective, which must be an :func:`agree`.
     """
     try:
         with _raising[-1]() if _raising else nullcontext():
@@ -59,7 +60,7 @@ def without_exchange() -> Iterator[None]:
 
 
 def until_asked(batches: Iterable) -> Iterator:
-    """The batches, until somebody asks."""
+    """The batches, until a stop is requested."""
     for batch in batches:
         if _asked and _asked[-1]():
             return
@@ -67,13 +68,13 @@ def until_asked(batches: Iterable) -> Iterator:
 
 
 def agree() -> None:
-    """Raises Interrupted on all ranks if one of them is to stop; to be called where all ranks meet anyway."""
+    """Raises Interrupted on all ranks if one of them is to stop. A collective."""
     if _asked and any(comm.all_gather(_asked[-1]())):
         raise Interrupted
 
 
 class OncePassLoader(DataLoader):
-    """A DataLoader of an evaluation: it ends early when it is asked, and its loader processes end with this process."""
+    """A DataLoader for evaluations: it ends early on a request to stop, and its workers end with this process."""
 
     def __iter__(self) -> Iterator:
         """Batches in the order of the sampler."""

@@ -1,4 +1,4 @@
-"""Detectron2's loaders with our mapper, and a word in the log about images without boxes."""
+"""Data loaders of training and evaluation; they log how images without boxes are treated."""
 
 import logging
 
@@ -79,7 +79,7 @@ def build_test_loader(cfg, dataset_name: str):
 
 
 def in_model_order(records: list[dict], dataset_name: str, class_names: list[str]) -> list[dict]:
-    """The records with the classes of the model in the place of those of their data set, found by name.
+    """The records with class indices of the model instead of those of their data set, matched by name.
 
     Args:
         records: dataset dicts; they stay as they are.

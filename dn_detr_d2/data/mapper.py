@@ -21,7 +21,7 @@ from .images import read_image
 
 logger = logging.getLogger(__name__)
 
-# A box may reach out of the image by rounding; up to so many pixels it is clipped without a word.
+# A box may reach out of the image by rounding; up to so many pixels it is clipped without a warning.
 ROUNDING = 1.0
 
 
@@ -154,7 +154,7 @@ class DetrDatasetMapper:
     def __call__(self, dataset_dict: dict) -> dict:
         """One Detectron2 dataset dict -> the same with ``image`` (3, H, W) uint8 and, in training, ``instances``.
 
-        Their ``gt_index`` is the place of each box among the annotations of the record.
+        Their ``gt_index`` is the index of each box among the annotations of the record.
 
         Raises:
             DatasetError: the image cannot be read or has another size than annotated, or a label is out of range.

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PureWindowsPath
 
-from . import report as r
 from .images import MAX_PIXELS
+from .issues import Issue
 from .report import Report
 
 MAX_NUMBER = sys.float_info.max
@@ -176,7 +176,7 @@ def _without_resource_forks(lists: dict, report: Report) -> tuple[list, list[int
     kept, rows, row = [], [], 0
     for i, entry in enumerate(lists["images"]):
         if i in forks:
-            report.add(r.RESOURCE_FORK, f"images[{i}] {entry.get('file_name')!r:.80}")
+            report.add(Issue.RESOURCE_FORK, f"images[{i}] {entry.get('file_name')!r:.80}")
         else:
             kept.append(entry)
             rows += [row] * isinstance(entry, dict)
@@ -197,7 +197,7 @@ def _without_orphans(content: dict, report: Report) -> list:
     orphans = [i for i, entry in enumerate(entries) if isinstance(entry, dict) and _is_orphan(entry)]
     everything = len(orphans) == len(objects_of(content, "annotations"))
     report.add_rows(
-        r.NO_MATCH if everything else r.UNKNOWN_IMAGE,
+        Issue.NO_MATCH if everything else Issue.UNKNOWN_IMAGE,
         orphans,
         lambda i: f"annotation {entries[i].get('id')!r:.60}, image_id {entries[i].get('image_id')!r:.80}",
     )
@@ -221,7 +221,7 @@ def _without_twins(content: dict, report: Report) -> list:
         again = (identifier, name) in seen
         if names[name] > 1 and (again or identifier not in used):
             names[name] -= 1
-            report.add(r.TWIN, f"categories[{i}] {entry.get('name')!r:.60} with id {identifier!r:.60}")
+            report.add(Issue.TWIN, f"categories[{i}] {entry.get('name')!r:.60} with id {identifier!r:.60}")
             continue
         seen.add((identifier, name))
         kept.append(entry)

@@ -15,10 +15,10 @@ from collections import Counter
 import numpy as np
 
 from ..errors import DatasetError
-from . import report as r
 from .columns import VERDICTS, Columns, clip_boxes
 from .conventions import UNITS, declared, other_convention, to_xywh, too_many_to_clip
 from .images import ImageFolder
+from .issues import Issue
 from .normalise import (
     REFERENCES,
     as_box,
@@ -32,7 +32,7 @@ from .normalise import (
 )
 from .report import Report
 
-CLIPPED = VERDICTS.index(r.STICKS_OUT)
+CLIPPED = VERDICTS.index(Issue.STICKS_OUT)
 FILLED, RELATIVE = "image without a usable width and height", "file_name that is absolute or has back slashes"
 SAME_IMAGE = "image that is listed twice"
 
@@ -80,7 +80,7 @@ def rewritten(content: dict, folder: ImageFolder | None = None) -> tuple[dict, l
     content, rows = normalised(content, report)
     content, kept, changes = _with_images(content, folder)
     content, referred = _with_own_references(content)
-    left_out = Counter({kind: count for kind, count in report.counts.items() if kind != r.NO_MATCH})
+    left_out = Counter({kind: count for kind, count in report.counts.items() if kind != Issue.NO_MATCH})
     return content, [rows[i] for i in kept], left_out + changes + referred
 
 
@@ -300,10 +300,10 @@ def _with_own_references(content: dict) -> tuple[dict, Counter]:
                 for field, table in tables.items()
                 if is_id(entry.get(field)) and entry[field] in table
             }
-            changes[r.TEXT_REFERENCE] += len(new)
+            changes[Issue.TEXT_REFERENCE] += len(new)
             if type(entry.get("iscrowd")) is str and entry["iscrowd"] in ("0", "1"):
                 new["iscrowd"] = int(entry["iscrowd"])
-                changes[r.BAD_CROWD] += 1
+                changes[Issue.BAD_CROWD] += 1
             entry = entry | new if new else entry
         result.append(entry)
     return content | {"annotations": result}, +changes
@@ -316,7 +316,7 @@ def _with_areas(entries: list[dict]) -> tuple[list[dict], Counter]:
             area = box[2] * box[3]
             entry = {key: value for key, value in entry.items() if key != "area"}
             entry |= {"area": area} if usable_area(area) is not None else {}
-            changes[r.AREA] += 1
+            changes[Issue.AREA] += 1
         result.append(entry)
     return result, changes
 
@@ -347,7 +347,7 @@ def _renumbered(entries: list[dict]) -> tuple[list[dict], Counter]:
     for entry in entries:
         value = entry.get("id")
         if not is_id(value) or value in seen:
-            changes[r.SAME_ANNOTATION_ID if is_id(value) else r.ANNOTATION_ID] += 1
+            changes[Issue.SAME_ANNOTATION_ID if is_id(value) else Issue.ANNOTATION_ID] += 1
             entry = entry | {"id": next(numbers)}
         seen.add(entry["id"])
         result.append(entry)

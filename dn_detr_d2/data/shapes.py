@@ -70,7 +70,7 @@ def load_shapes(name: str) -> list[dict]:
 
 
 def generate(folder: Path, seed: int, num_images: int) -> None:
-    """Draws a split into ``folder``: images as .bmp and annotations.json. It appears whole or not at all."""
+    """Draws a split into ``folder``: images as .bmp and annotations.json. The folder is renamed into place when complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -29,7 +29,7 @@ class TrainingStream(Dataset):
         self._shuffled = (-1, None)  # (epoch, its order)
 
     def index(self, position: int) -> int:
-        """Which record stands at a position."""
+        """The index of the record at a position."""
         epoch, place = divmod(position, len(self.records))
         if self._shuffled[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))

@@ -16,7 +16,7 @@ from detectron2.structures import BoxMode
 from ..utils.files import atomic_write, sha256_of
 from .check import annotated_sizes
 from .columns import VERDICTS, judge_boxes
-from .report import STICKS_OUT
+from .issues import Issue
 from .shapes import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
         num_queries,
         ": the rest of its objects is not learned" if crowded else "",
     )
-    dropped = sum(count for kind, count in found["problems"].items() if kind != STICKS_OUT)
+    dropped = sum(count for kind, count in found["problems"].items() if kind != Issue.STICKS_OUT)
     return found["boxes"] - dropped
 
 
@@ -74,7 +74,7 @@ def _cached(name: str, records: list[dict]) -> dict:
 
 
 def _write(path: Path, found: dict) -> None:
-    """Writes the summary whole or not at all; a cache that cannot be written costs time, not the training."""
+    """Writes the summary atomically; a cache that cannot be written is only a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w", draft=path.with_suffix(f".{os.getpid()}.part")) as file:

@@ -23,7 +23,7 @@ from torch._utils import ExceptionWrapper
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 POLL = 1.0  # seconds between two looks whether the parent is still there
-GRACE = 1.0  # seconds that loader processes get to leave after SIGTERM
+GRACE_PERIOD = 1.0  # seconds that loader processes have to exit after SIGTERM
 # Priority of a finalizer: those from 0 on run before multiprocessing waits for its children.
 BEFORE_MULTIPROCESSING = 10
 
@@ -63,7 +63,7 @@ def signals_wait() -> Iterator[None]:
 
 
 def _tell_feeder_error(queue, error: Exception, sent) -> None:
-    """Sends an error in the place of a batch that could not be sent, such as when no socket can be made in TMPDIR.
+    """Sends an error instead of a batch that could not be sent, such as when no socket can be made in TMPDIR.
 
     Python's own way is to print it and go on without the batch, for which the parent then waits for ever.
     """
@@ -82,10 +82,10 @@ def _say_unless_parent_left(kind: type, error: BaseException, trace) -> None:
 
 
 def explained(batches: Iterator) -> Iterator:
-    """The batches of loader processes; one that is killed while it hands over a batch is told as that.
+    """The batches of loader processes; one that is killed while it sends a batch is reported as such.
 
     Raises:
-        RuntimeError: in the place of the broken connection.
+        RuntimeError: instead of the error of the broken connection.
     """
     try:
         yield from batches
@@ -153,7 +153,7 @@ def end_at_exit() -> None:
 _registered = set()  # processes, because a forked one starts without the finalizers of its parent
 
 
-def end_loader_processes(grace: float = GRACE) -> None:
+def end_loader_processes(grace: float = GRACE_PERIOD) -> None:
     """Ends the daemonic child processes of this process, which loader processes are: SIGTERM, then SIGKILL.
 
     Args:

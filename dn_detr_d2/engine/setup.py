@@ -38,7 +38,7 @@ def setup_cfg(
 
 
 def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
-    """Fills in NUM_CLASSES and CLASS_NAMES from ``datasets`` and compares them with what the config says.
+    """Fills in NUM_CLASSES and CLASS_NAMES from ``datasets``, and compares them with the config.
 
     Classes are the same if their names are: data sets may list them in any order, and may lack some of them. The order of
     the model is that of CLASS_NAMES if the config of a training gives it, else that of the first data set with all names.

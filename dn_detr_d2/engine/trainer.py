@@ -1,4 +1,4 @@
-"""Training and evaluation on Detectron2's engine: the trainer and the hooks that differ."""
+"""The trainer: Detectron2's, with our training step, hooks and checkpoints."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ from .training_state import capture_training_state, restore_training_state
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that look at the model and may be cut off
+MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that only read the model, so they may be interrupted
 
 
 class Trainer(DefaultTrainer):
@@ -46,7 +46,7 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`.
-        stop_request: one that listens already; otherwise signals count from :meth:`train` on.
+        stop_request: one whose handlers are installed already; otherwise they are installed by :meth:`train`.
     """
 
     def __init__(self, cfg, stop_request: StopRequest | None = None):
@@ -82,7 +82,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; a training that is resumed goes on with its images and its random numbers."""
+        """As Detectron2's; resuming also restores the order of images and the RNG states."""
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resuming:
             self.start_iter = self.iter + 1
@@ -114,7 +114,7 @@ class Trainer(DefaultTrainer):
         return [stop, ShortHistory(), *averages, *found, *ends, RepeatEvaluation(record, [*evaluating, *ends])]
 
     def build_writers(self) -> list:
-        """Detectron2's, with our printer in the place of its own, which is the first."""
+        """Detectron2's, with our printer instead of the first, its own."""
         return [MetricPrinter(self.max_iter), *super().build_writers()[1:]]
 
     def train(self):
@@ -131,24 +131,24 @@ class Trainer(DefaultTrainer):
             self.stop_request.release()
 
     def _leave_interrupted(self) -> None:
-        """Leaves with the checkpoint of the last step, which an evaluation that was cut off may not have written yet."""
+        """Exits with the checkpoint of the last step, which may not have been written before the interrupted evaluation."""
         last = min(self.iter, self.max_iter - 1)
         if self._checkpoints.saved != last and self.iter == last:
             self.checkpointer.save(f"model_{last:07d}", iteration=last)
         leave_training(self.stop_request.received or "another process was asked to stop", last + 1)
 
     def after_step(self) -> None:
-        """As Detectron2's; a request to stop cuts an evaluation off."""
+        """As Detectron2's; a request to stop interrupts an evaluation."""
         for hook in self._hooks:
             with self._until_asked(hook):
                 hook.after_step()
 
     def _until_asked(self, hook):
-        """Where a signal may raise: in hooks that measure, not in those that write files or change the model."""
+        """A signal may raise in hooks that measure, not in those that write files or change the model."""
         return self.stop_request.interruptible() if isinstance(hook, MEASURING) else nullcontext()
 
     def after_train(self) -> None:
-        """As Detectron2's; after an error or a stop only the writers finish: other ranks may have left.
+        """As Detectron2's; after an error or a stop only the writers finish: other ranks may have exited.
 
         After early stopping too: everything has just been evaluated and written.
         """
@@ -175,7 +175,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:
-        """As Detectron2's; the random streams of the training stay where they are."""
+        """As Detectron2's; the RNG states of the training are preserved."""
         with isolated_rng(0, device_of(model)):
             results = super().test(cfg, model, evaluators)
         if cfg.DATASETS.TEST:

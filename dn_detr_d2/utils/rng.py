@@ -1,4 +1,4 @@
-"""The random streams of a process (Python, NumPy, PyTorch on the CPU and on one GPU): set, keep, and bring back."""
+"""Random number generators (RNGs) of Python, NumPy and PyTorch, on the CPU and on one GPU: seed, save, restore."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def seed_all(seed: int, device: torch.device | str = "cpu") -> None:
-    """Starts the streams of Python, NumPy and PyTorch (CPU and ``device``) anew; those of other GPUs go on."""
+    """Seeds the RNGs of Python, NumPy and PyTorch (CPU and ``device``); those of other GPUs are left alone."""
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
     torch.default_generator.manual_seed(seed)
@@ -26,10 +26,10 @@ def derive_seed(*numbers: int) -> int:
 
 
 def random_state(device: torch.device | str = "cpu") -> dict:
-    """Where the streams stand, in types that ``torch.load(weights_only=True)`` reads.
+    """The RNG states, in types that ``torch.load(weights_only=True)`` reads.
 
     Args:
-        device: of the model; a GPU's stream is kept too.
+        device: of the model; the RNG state of a GPU is included.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -41,7 +41,7 @@ def random_state(device: torch.device | str = "cpu") -> dict:
 
 
 def set_random_state(state: dict[str, list | Tensor], device: torch.device | str = "cpu") -> None:
-    """Counterpart of :func:`random_state`; a GPU's stream is set where the state has one."""
+    """Counterpart of :func:`random_state`; the RNG state of a GPU is restored if the state has one."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]
@@ -66,7 +66,7 @@ def set_torch_state(state: dict[str, Tensor], device: torch.device | str = "cpu"
 
 @contextmanager
 def isolated_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Random streams of Python, NumPy and PyTorch (CPU and ``device``) that start at ``seed`` and end without a trace."""
+    """A context with seeded RNGs of Python, NumPy and PyTorch (CPU and ``device``), whose states are restored afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpu = torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None
     try:

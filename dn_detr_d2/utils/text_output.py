@@ -1,4 +1,4 @@
-"""Text that the terminal or a log file cannot encode is written with backslashes instead of ending in an error.
+"""Writes text that the terminal or a log file cannot encode with backslash escapes instead of raising an error.
 
 A file name on Linux is any bytes; Python keeps what is not UTF-8 as lone surrogates, which no encoding writes.
 """

@@ -17,15 +17,15 @@ from PIL import Image
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import load_coco_json, read_image
-from dn_detr_d2.data import report as r
 from dn_detr_d2.data.check import annotated_sizes, check_content, histogram
 from dn_detr_d2.data.check_images import MODES, check_images, check_overlap
 from dn_detr_d2.data.coco_custom import read_content
 from dn_detr_d2.data.columns import VERDICTS, judge_boxes, objects_of
 from dn_detr_d2.data.images import FORMATS, MAX_PIXELS, ImageFolder, image_facts
+from dn_detr_d2.data.issues import Issue, Severity
 from dn_detr_d2.data.mapper import BoxChecker
 from dn_detr_d2.data.repair import repaired
-from dn_detr_d2.data.report import FINE, KINDS, REPAIRABLE, Report
+from dn_detr_d2.data.report import SHOWN, Report
 
 NUMBERS = st.sampled_from([0, 1, -1, 5, 29.5, 30, 31.5, 1e-9, 1e39, 1e400, float("nan"), 10**400]) | st.floats(-50, 80)
 
@@ -42,37 +42,37 @@ def planted(kind, **changes):
 
 
 FAULTS = [
-    planted(r.IMAGE_ID, images={0: {"id": None}}),
-    planted(r.IMAGE_ID, images={0: {"id": 1.5}}),
-    planted(r.IMAGE_ID, images={0: {"id": [1]}}),
-    planted(r.SAME_IMAGE_ID, images={0: {"id": 2}}),
-    planted(r.FILE_NAME, images={0: {"file_name": 5}}),
-    planted(r.SAME_FILE_NAME, images={0: {"file_name": "b.png"}}),
-    planted(r.BAD_SIZE, images={0: {"width": "30"}}),
-    planted(r.BAD_SIZE, images={0: {"height": -20}}),
-    planted(r.ANNOTATION_ID, annotations={1: {"id": True}}),
-    planted(r.SAME_ANNOTATION_ID, annotations={1: {"id": 3}}),
-    planted(r.UNKNOWN_IMAGE, annotations={1: {"image_id": 99}}),
-    planted(r.UNKNOWN_IMAGE, annotations={1: {"image_id": {}}}),
-    planted(r.UNKNOWN_CATEGORY, annotations={1: {"category_id": 0}}),
-    planted(r.BAD_BOX, annotations={1: {"bbox": None}}),
-    planted(r.BAD_BOX, annotations={1: {"bbox": [1, 2, 3]}}),
-    planted(r.BAD_BOX, annotations={1: {"bbox": [1, 2, "3", 4]}}),
-    planted(r.BAD_CROWD, annotations={1: {"iscrowd": "0"}}),
-    planted(r.NOT_FINITE, annotations={1: {"bbox": [1, 2, float("nan"), 4]}}),
-    planted(r.NOT_FINITE, annotations={1: {"bbox": [1, 2, 10**400, 4]}}),
-    planted(r.NOT_POSITIVE, annotations={1: {"bbox": [1, 2, -3, 4]}}),
-    planted(r.NOT_POSITIVE, annotations={1: {"bbox": [1, 2, 3, 0]}}),
-    planted(r.BOX_OUTSIDE, annotations={1: {"bbox": [31, 2, 3, 4]}}),
-    planted(r.STICKS_OUT, annotations={1: {"bbox": [-5, 2, 13, 4]}}),
-    planted(r.CATEGORY_ID, categories={0: {"id": None}}),
-    planted(r.SAME_CATEGORY_ID, categories={0: {"id": 2}}),
-    planted(r.CATEGORY_NAME, categories={0: {"name": None}}),
-    planted(r.SAME_NAME, categories={0: {"name": "dog"}}),
-    planted(r.CROWD, annotations={1: {"iscrowd": 1}}),
-    planted(r.NO_BOXES, annotations={0: {"image_id": 2}, 1: {"image_id": 2}}),
-    planted(r.UNUSED, annotations={0: {"category_id": 2}, 1: {"category_id": 2}}),
-    planted(r.GAPS, categories={0: {"id": 7}}),
+    planted(Issue.IMAGE_ID, images={0: {"id": None}}),
+    planted(Issue.IMAGE_ID, images={0: {"id": 1.5}}),
+    planted(Issue.IMAGE_ID, images={0: {"id": [1]}}),
+    planted(Issue.SAME_IMAGE_ID, images={0: {"id": 2}}),
+    planted(Issue.FILE_NAME, images={0: {"file_name": 5}}),
+    planted(Issue.SAME_FILE_NAME, images={0: {"file_name": "b.png"}}),
+    planted(Issue.BAD_SIZE, images={0: {"width": "30"}}),
+    planted(Issue.BAD_SIZE, images={0: {"height": -20}}),
+    planted(Issue.ANNOTATION_ID, annotations={1: {"id": True}}),
+    planted(Issue.SAME_ANNOTATION_ID, annotations={1: {"id": 3}}),
+    planted(Issue.UNKNOWN_IMAGE, annotations={1: {"image_id": 99}}),
+    planted(Issue.UNKNOWN_IMAGE, annotations={1: {"image_id": {}}}),
+    planted(Issue.UNKNOWN_CATEGORY, annotations={1: {"category_id": 0}}),
+    planted(Issue.BAD_BOX, annotations={1: {"bbox": None}}),
+    planted(Issue.BAD_BOX, annotations={1: {"bbox": [1, 2, 3]}}),
+    planted(Issue.BAD_BOX, annotations={1: {"bbox": [1, 2, "3", 4]}}),
+    planted(Issue.BAD_CROWD, annotations={1: {"iscrowd": "0"}}),
+    planted(Issue.NOT_FINITE, annotations={1: {"bbox": [1, 2, float("nan"), 4]}}),
+    planted(Issue.NOT_FINITE, annotations={1: {"bbox": [1, 2, 10**400, 4]}}),
+    planted(Issue.NOT_POSITIVE, annotations={1: {"bbox": [1, 2, -3, 4]}}),
+    planted(Issue.NOT_POSITIVE, annotations={1: {"bbox": [1, 2, 3, 0]}}),
+    planted(Issue.BOX_OUTSIDE, annotations={1: {"bbox": [31, 2, 3, 4]}}),
+    planted(Issue.STICKS_OUT, annotations={1: {"bbox": [-5, 2, 13, 4]}}),
+    planted(Issue.CATEGORY_ID, categories={0: {"id": None}}),
+    planted(Issue.SAME_CATEGORY_ID, categories={0: {"id": 2}}),
+    planted(Issue.CATEGORY_NAME, categories={0: {"name": None}}),
+    planted(Issue.SAME_NAME, categories={0: {"name": "dog"}}),
+    planted(Issue.CROWD, annotations={1: {"iscrowd": 1}}),
+    planted(Issue.NO_BOXES, annotations={0: {"image_id": 2}, 1: {"image_id": 2}}),
+    planted(Issue.UNUSED, annotations={0: {"category_id": 2}, 1: {"category_id": 2}}),
+    planted(Issue.GAPS, categories={0: {"id": 7}}),
 ]  # fmt: skip
 
 
@@ -87,7 +87,8 @@ def test_a_planted_fault_is_counted_once_and_names_its_record(kind, changes):
     assert any(
         word in report.first[kind][0] for word in ("image", "annotation", "category", "categories", "ids", "cat")
     )
-    changed_references = {r.UNKNOWN_IMAGE, r.UNKNOWN_CATEGORY, r.SAME_NAME, r.SAME_FILE_NAME}  # follow from some faults
+    # follow from some faults
+    changed_references = {Issue.UNKNOWN_IMAGE, Issue.UNKNOWN_CATEGORY, Issue.SAME_NAME, Issue.SAME_FILE_NAME}
     assert set(report.problems()) - changed_references <= {kind}
 
 
@@ -103,14 +104,14 @@ def test_all_problems_are_listed_not_only_the_first():
     content = valid_coco()
     content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, -1, 1]} for _ in range(12)]
     report = checked(content)
-    assert report.problems() == {r.SAME_ANNOTATION_ID: 11, r.NOT_POSITIVE: 12, r.NOTHING: 1}
-    assert len(report.first[r.NOT_POSITIVE]) == r.SHOWN
-    assert any(naming(f"12 x {r.NOT_POSITIVE}", 7).search(line) for line in report.lines())
+    assert report.problems() == {Issue.SAME_ANNOTATION_ID: 11, Issue.NOT_POSITIVE: 12, Issue.NOTHING: 1}
+    assert len(report.first[Issue.NOT_POSITIVE]) == SHOWN
+    assert any(naming(f"12 x {Issue.NOT_POSITIVE}", 7).search(line) for line in report.lines())
 
 
 def test_crowded_images_are_compared_with_the_queries():
-    assert checked(valid_coco(), num_queries=1, budget=1).counts[r.CROWDED] == 1
-    assert checked(valid_coco(), num_queries=1, budget=1).counts[r.OVER_BUDGET] == 1
+    assert checked(valid_coco(), num_queries=1, budget=1).counts[Issue.CROWDED] == 1
+    assert checked(valid_coco(), num_queries=1, budget=1).counts[Issue.OVER_BUDGET] == 1
 
 
 @pytest.mark.parametrize("content", [{}, {"images": 3}, {"images": [4], "annotations": {}, "categories": [[]]}])
@@ -159,7 +160,7 @@ def test_a_repaired_file_has_nothing_to_repair_and_repairing_twice_changes_nothi
     before, sizes = copy.deepcopy(content), annotated_sizes(content["images"])
     once, changes = repaired(content, sizes)
     assert repr(content) == repr(before)
-    assert not set(checked(once).counts) & set(REPAIRABLE)
+    assert not {kind for kind in checked(once).counts if kind.repairable}
     twice, no_changes = repaired(once, sizes)
     assert repr(twice) == repr(once)
     assert not no_changes
@@ -218,18 +219,18 @@ def save(path, mode="RGB", size=(30, 20), **options):
 
 def make_file(path, fault):
     """Writes an image file with a fault; the kind that both the checker and the training must find."""
-    if fault == r.DAMAGED:
+    if fault == Issue.DAMAGED:
         Image.effect_noise((30, 20), 90).convert("RGB").save(path, "PNG")
         path.write_bytes(path.read_bytes()[:-300])
-    elif fault == r.NOT_AN_IMAGE:  # Pillow would start Ghostscript for it
+    elif fault == Issue.NOT_AN_IMAGE:  # Pillow would start Ghostscript for it
         save(path, format="EPS")
-    elif fault == r.TOO_LARGE:
+    elif fault == Issue.TOO_LARGE:
         save(path, "1", (16384, MAX_PIXELS // 16384 + 1), format="PNG")
-    elif fault == r.DEEP:
+    elif fault == Issue.DEEP:
         save(path, "I;16", format="PNG")
 
 
-@pytest.mark.parametrize("fault", [r.MISSING, r.DAMAGED, r.NOT_AN_IMAGE, r.TOO_LARGE, r.DEEP])
+@pytest.mark.parametrize("fault", [Issue.MISSING, Issue.DAMAGED, Issue.NOT_AN_IMAGE, Issue.TOO_LARGE, Issue.DEEP])
 def test_an_image_that_the_training_refuses_is_reported_as_that(tmp_path, fault):
     path = tmp_path / "a.jpg"
     make_file(path, fault)
@@ -241,7 +242,15 @@ def test_an_image_that_the_training_refuses_is_reported_as_that(tmp_path, fault)
     assert dict(report.counts) == {fault: 1}
 
 
-MADE = {"L": r.GREY, "1": r.GREY, "P": r.PALETTE, "RGBA": r.ALPHA, "LA": r.ALPHA, "CMYK": r.CMYK, "RGB": None}
+MADE = {
+    "L": Issue.GREY,
+    "1": Issue.GREY,
+    "P": Issue.PALETTE,
+    "RGBA": Issue.ALPHA,
+    "LA": Issue.ALPHA,
+    "CMYK": Issue.CMYK,
+    "RGB": None,
+}
 
 
 @pytest.mark.parametrize("mode", MADE)
@@ -271,8 +280,8 @@ def test_exif_orientation_decides_the_size(tmp_path, orientation):
     report = Report()
     sizes = check_images([{"id": 1, "file_name": "a.jpg", "width": 30, "height": 20}], tmp_path, report)
     assert sizes.tolist() == [list(expected)]
-    assert report.counts[r.TURNED] == (orientation > 1)
-    assert report.counts[r.SIZE] == (orientation > 4)
+    assert report.counts[Issue.TURNED] == (orientation > 1)
+    assert report.counts[Issue.SIZE] == (orientation > 4)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -294,7 +303,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path):
     for name in names:
         with pytest.raises(DatasetError, match=r"(secret|link)\.png") as caught:
             ImageFolder(inside).find(name)
-        assert caught.value.kind == r.OUTSIDE
+        assert caught.value.kind == Issue.OUTSIDE
         (tmp_path / "s.json").write_text(json.dumps(valid_coco(images=[{"id": 1, "file_name": name}])))
         with pytest.raises(DatasetError, match=naming("s.json", "image 1", repr(name))):
             load_coco_json(tmp_path / "s.json", inside)
@@ -315,17 +324,17 @@ def test_images_of_two_sets_are_compared_by_file_and_by_bytes(tmp_path):
         report = Report()
         check_overlap(first, tmp_path / "train", second, tmp_path / "val", report, read)
         counts[read] = dict(report.counts)
-    assert counts == {True: {r.SAME_BYTES: 1, r.NAMESAKE: 1}, False: {r.NOT_COMPARED: 1}}
+    assert counts == {True: {Issue.SAME_BYTES: 1, Issue.NAMESAKE: 1}, False: {Issue.NOT_COMPARED: 1}}
     report = Report()
     check_overlap(first, tmp_path / "train", first[1:], tmp_path / "train", report, False)
-    assert dict(report.counts) == {r.SAME_FILE: 1}
+    assert dict(report.counts) == {Issue.SAME_FILE: 1}
 
 
-def test_every_kind_has_a_level_and_repairs_concern_problems():
-    kinds = {value for name, value in vars(r).items() if name.isupper() and isinstance(value, str)}
-    assert kinds - {r.STOPS, r.CHANGED, r.SPOILS, r.FINE} == set(KINDS)
-    assert all(KINDS[kind] != FINE for kind in REPAIRABLE)
-    assert set(filter(None, MODES.values())) <= set(KINDS)
+def test_issues_have_descriptions_of_their_own_and_repairs_concern_problems():
+    assert len({str(issue) for issue in Issue}) == len(Issue.__members__)
+    assert all(issue.severity is not Severity.FINE for issue in Issue if issue.repairable)
+    assert {f"{issue}" for issue in Issue} == {issue.value for issue in Issue}
+    assert all(isinstance(mode, Issue) for mode in MODES.values() if mode)
 
 
 def test_names_that_end_inside_the_folder_are_found_however_they_are_written(tmp_path):
@@ -341,11 +350,11 @@ def test_names_that_end_inside_the_folder_are_found_however_they_are_written(tmp
         for name in ("..", "../..", "/", "sub/../../images/../x.png", f"{tmp_path}/images2/a.png"):
             with pytest.raises(DatasetError) as caught:
                 finder.find(name)
-            assert caught.value.kind == r.OUTSIDE
+            assert caught.value.kind == Issue.OUTSIDE
         for name in (".", "sub", "sub/", str(inside / "b.png"), "no/../such.png", "\0"):
             with pytest.raises(DatasetError) as caught:
                 finder.find(name)
-            assert caught.value.kind == r.MISSING
+            assert caught.value.kind == Issue.MISSING
 
 
 def test_back_slashes_are_named_with_the_way_out(tmp_path):
@@ -361,7 +370,7 @@ def test_back_slashes_are_named_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "kind", "left"),
-    [({"image_id": 99}, r.UNKNOWN_IMAGE, 2), ({"image_id": None}, r.UNKNOWN_IMAGE, 2), ({}, None, 3)],
+    [({"image_id": 99}, Issue.UNKNOWN_IMAGE, 2), ({"image_id": None}, Issue.UNKNOWN_IMAGE, 2), ({}, None, 3)],
 )
 def test_annotations_of_images_that_are_not_listed_are_left_out_and_counted(tmp_path, caplog, change, kind, left):
     for name in ("a.png", "b.png"):
@@ -373,7 +382,7 @@ def test_annotations_of_images_that_are_not_listed_are_left_out_and_counted(tmp_
     assert [kind in message for message in caplog.messages if "left out" in message or "not listed" in message] == [
         True for _ in range(kind is not None)
     ]
-    assert checked(content).counts[r.UNKNOWN_IMAGE] == 3 - left
+    assert checked(content).counts[Issue.UNKNOWN_IMAGE] == 3 - left
 
 
 def test_of_two_categories_with_one_name_the_unused_one_is_left_out(tmp_path):
@@ -384,12 +393,12 @@ def test_of_two_categories_with_one_name_the_unused_one_is_left_out(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(content))
     first, _ = load_coco_json(tmp_path / "s.json", tmp_path)
     assert [x["category_id"] for x in first["annotations"]] == [0, 1]
-    assert checked(content).counts[r.TWIN] == 1
+    assert checked(content).counts[Issue.TWIN] == 1
     content["annotations"][0]["category_id"] = 0
     (tmp_path / "s.json").write_text(json.dumps(content))
     with pytest.raises(DatasetError, match=naming("names", "dog")):
         load_coco_json(tmp_path / "s.json", tmp_path)
-    assert checked(content).counts[r.SAME_NAME] == 1
+    assert checked(content).counts[Issue.SAME_NAME] == 1
 
 
 def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path):

@@ -11,9 +11,9 @@ from PIL import Image
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.data import load_coco_json
-from dn_detr_d2.data import report as r
 from dn_detr_d2.data.check import annotated_sizes, check_content
 from dn_detr_d2.data.conventions import CHOICES, CONVENTIONS, NORMALISED, only_first_pixels, other_convention, to_xywh
+from dn_detr_d2.data.issues import Issue
 from dn_detr_d2.data.repair import converted, refuse_to_clip, repaired
 from dn_detr_d2.data.report import Report
 
@@ -129,7 +129,7 @@ def test_the_question_about_percentages_names_a_way_out_that_works():
     )
     report, shapes = Report(), annotated_sizes(content["images"])
     check_content(content, report, shapes)
-    assert "xywh-percent" in report.first[r.MAYBE_CONVENTION][0]
+    assert "xywh-percent" in report.first[Issue.MAYBE_CONVENTION][0]
     fixed = converted(content, shapes, "xywh-percent")
     np.testing.assert_allclose([x["bbox"] for x in fixed["annotations"]], boxes, atol=1e-9)
     assert fixed["annotations"][0]["segmentation"] == [pytest.approx([64, 96, 320, 96, 320, 288])]
@@ -137,7 +137,7 @@ def test_the_question_about_percentages_names_a_way_out_that_works():
     for answered in (fixed, converted(content, shapes, "xywh")):
         report = Report()
         check_content(answered, report, shapes)
-        assert not report.counts[r.MAYBE_CONVENTION]
+        assert not report.counts[Issue.MAYBE_CONVENTION]
 
 
 def a_file(boxes, height=480, width=640, **fields):
@@ -167,20 +167,20 @@ def test_the_verdict_about_one_tiny_box_is_the_same_before_and_after_the_repair(
     content = a_file([[0, 0, 1, 2.5e-232]], 20, 30)
     report, sizes = Report(), annotated_sizes(content["images"])
     once, changes = repaired(content, sizes)
-    assert (once["annotations"], dict(changes)) == ([], {r.NOT_POSITIVE: 1})
+    assert (once["annotations"], dict(changes)) == ([], {Issue.NOT_POSITIVE: 1})
     check_content(content, report, sizes)
-    assert (report.counts[r.CONVENTION], report.counts[r.NOT_POSITIVE]) == (0, 1)
+    assert (report.counts[Issue.CONVENTION], report.counts[Issue.NOT_POSITIVE]) == (0, 1)
 
 
 def test_boxes_are_judged_only_once_their_convention_is_known():
     content = a_file([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, np.nan, 0.4]])
     report, sizes = Report(), annotated_sizes(content["images"])
     check_content(content, report, sizes)
-    assert (report.counts[r.CONVENTION], report.counts[r.NOT_FINITE]) == (1, 0)
+    assert (report.counts[Issue.CONVENTION], report.counts[Issue.NOT_FINITE]) == (1, 0)
     assert not repaired(content, sizes)[1]
     report = Report()
     check_content(converted(content, sizes, "xywh-normalised"), report, sizes)
-    assert (report.counts[r.CONVENTION], report.counts[r.NOT_FINITE]) == (0, 1)
+    assert (report.counts[Issue.CONVENTION], report.counts[Issue.NOT_FINITE]) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -256,10 +256,10 @@ def test_a_file_of_another_convention_is_refused_reported_never_clipped_and_has_
 
     with pytest.raises(DatasetError, match=naming("set.json", "--boxes")) as caught:
         read(content)
-    assert caught.value.kind == r.CONVENTION
+    assert caught.value.kind == Issue.CONVENTION
     report, shapes = Report(), annotated_sizes(content["images"])
     check_content(content, report, shapes)
-    assert report.counts[r.CONVENTION] == 1
+    assert report.counts[Issue.CONVENTION] == 1
     fixed, changes = repaired(content, shapes)
     assert [x["bbox"] for x in fixed["annotations"]] == written
     assert not changes

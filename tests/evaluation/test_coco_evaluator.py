@@ -20,11 +20,11 @@ from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import records_of, register_coco_json
-from dn_detr_d2.data import report as r
 from dn_detr_d2.data.check import annotated_sizes, check_content
 from dn_detr_d2.data.coco_custom import load_with_categories, read_content
+from dn_detr_d2.data.issues import Issue, Severity
 from dn_detr_d2.data.normalise import objects_of
-from dn_detr_d2.data.report import KINDS, STOPS, Report
+from dn_detr_d2.data.report import Report
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.evaluation import RecordsEvaluator, TolerantCOCOEvaluator
 from tools import check_dataset
@@ -135,7 +135,7 @@ def test_oracle_perfect_predictions_for_every_accepted_file_have_ap_100(folder, 
     path.write_text(json.dumps(content), encoding="utf-8-sig" if bom else "utf-8")
     report, read = Report(), read_content(path)
     check_content(read, report, annotated_sizes(objects_of(read, "images")))
-    stopping = {kind for kind in report.counts if KINDS[kind] == STOPS} - {r.NOTHING, r.ALL_CROWDS}
+    stopping = {kind for kind in report.counts if kind.severity is Severity.STOPS} - {Issue.NOTHING, Issue.ALL_CROWDS}
     try:
         if stopping:
             with pytest.raises(DatasetError):
@@ -239,7 +239,7 @@ def test_evaluator_leaves_out_what_no_detection_can_match_and_counts_it(folder, 
     record = {"file_name": "a.png", "image_id": 1, "annotations": [box | {"bbox": x} for x in boxes]}
     assert_perfect([record], ["nut"])  # the size of the image is that of the detections
     text = " ".join(caplog.messages)
-    assert all(f"1 x {kind}" in text for kind in (r.NOT_FINITE, r.NOT_POSITIVE, r.BOX_OUTSIDE))
+    assert all(f"1 x {kind}" in text for kind in (Issue.NOT_FINITE, Issue.NOT_POSITIVE, Issue.BOX_OUTSIDE))
 
 
 def test_evaluator_takes_records_of_a_function_of_the_user(tmp_path):

@@ -1,4 +1,4 @@
-"""Hooks that write checkpoints; every rank has them, because every rank's random state is in a checkpoint."""
+"""Hooks that write checkpoints; all ranks have them, because the RNG states of all ranks are in a checkpoint."""
 
 import json
 import logging
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(HookBase):
-    """Writes ``model_<iteration>.pth`` now and then and before a stop, and ``model_final.pth`` after the last iteration.
+    """Writes ``model_<iteration>.pth`` periodically and before a stop, and ``model_final.pth`` after the last iteration.
 
     Args:
         checkpointer: of the training.
         period: iterations between two checkpoints.
-        stop: says whether the training is to stop.
+        stop: knows whether the training is to stop.
 
     Attributes:
         saved: the iteration of the last checkpoint, None before the first.
@@ -63,7 +63,7 @@ class ShortHistory(HookBase):
 
 
 class MetricPrinter(CommonMetricPrinter):
-    """Detectron2's, which divides by zero when it is asked twice about one of the first iterations after a start.
+    """Detectron2's, which divides by zero when one of the first iterations after a start is printed twice.
 
     That happens when a training is asked to stop after an iteration that was printed anyway.
     """
@@ -76,7 +76,7 @@ class MetricPrinter(CommonMetricPrinter):
 class BestCheckpointer(hooks.BestCheckpointer):
     """Keeps the best checkpoint over resumes.
 
-    The best value stands in ``best_metric.json`` beside ``model_best.pth``: a periodic checkpoint is written before the
+    The best value is kept in ``best_metric.json`` beside ``model_best.pth``: a periodic checkpoint is written before the
     evaluation of its iteration, so it could not know. The averaged weights have ``model_best_ema.pth`` and
     ``best_metric_ema.json``, and the name of their value begins with ``ema/``.
     """
@@ -90,12 +90,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
         return Path(self._checkpointer.save_dir) / f"best_metric{self._suffix}.json"
 
     def before_train(self) -> None:
-        """Takes up the best value of the run that is resumed; raises CheckpointError if its file is damaged."""
+        """Restores the best value of the run that is resumed; raises CheckpointError if its file is damaged."""
         if self.trainer.start_iter > 0 and self._record.is_file():
             self.best_metric, self.best_iter = read_record(self._record, _best)
 
     def _best_checking(self) -> None:
-        """Rank 0 knows the value; all ranks write, or none."""
+        """Rank 0 decides, because only it has the value; saving is a collective."""
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
         better = math.isfinite(value) and (self.best_metric is None or self._compare(value, self.best_metric))
         if not comm.all_gather(better)[0]:

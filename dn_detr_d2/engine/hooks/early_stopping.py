@@ -1,4 +1,4 @@
-"""An end before ``SOLVER.MAX_ITER``, when evaluations have stopped getting better."""
+"""Ends a training before ``SOLVER.MAX_ITER``, when evaluations have stopped improving."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ History = list[tuple[int, float]]
 
 
 class EarlyEnd(BaseException):
-    """A training is through before its last iteration: no error, and nothing that ``except Exception`` may swallow."""
+    """A training ends before its last iteration. No error, so ``except Exception`` must not catch it."""
 
 
 def without_improvement(history: History, min_delta: float = 0.0) -> int:
@@ -39,9 +39,9 @@ def without_improvement(history: History, min_delta: float = 0.0) -> int:
 class EarlyStopping(HookBase):
     """Ends a training after ``patience`` evaluations without improvement, on all ranks, with ``model_final.pth``.
 
-    What evaluations have said stands in ``early_stopping.json`` beside the checkpoints, because a periodic checkpoint is
-    written before the evaluation of its iteration. A training that is resumed goes on with those that came before its
-    checkpoint. To stand after the evaluation, the best checkpoint and the writers.
+    The results are kept in ``early_stopping.json`` beside the checkpoints, because a periodic checkpoint is written before
+    the evaluation of its iteration. A training that is resumed continues with the results from before its checkpoint.
+    Register it after the evaluation, the best checkpoint and the writers.
 
     Args:
         checkpointer: of the training.
@@ -70,7 +70,7 @@ class EarlyStopping(HookBase):
         return Path(self.checkpointer.save_dir) / "early_stopping.json"
 
     def before_train(self) -> None:
-        """Takes up the history of the run that is resumed; one that had ended early stays ended.
+        """Restores the history of the run that is resumed; one that had ended early stays ended.
 
         Raises:
             CheckpointError: ``early_stopping.json`` is damaged.
@@ -89,7 +89,7 @@ class EarlyStopping(HookBase):
             raise EarlyEnd
 
     def after_step(self) -> None:
-        """Ends the training if it is time."""
+        """Records the latest result, and ends the training if patience has run out."""
         done = self.trainer.iter + 1
         if done % self.period or done >= self.trainer.max_iter:
             return
@@ -111,7 +111,7 @@ class EarlyStopping(HookBase):
         if comm.is_main_process():
             write_record(self._record, json.dumps({"metrics": self.metrics, "history": self.history}))
         if over:
-            comm.synchronize()  # nobody leaves before the checkpoint is on the disk
+            comm.synchronize()  # no rank exits before the checkpoint is on the disk
             raise EarlyEnd
 
     def _is_over(self) -> bool:

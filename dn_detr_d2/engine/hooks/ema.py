@@ -24,9 +24,9 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class AverageHook(HookBase):
-    """Takes the weights into the average after each step. To stand before the hooks that write checkpoints.
+    """Updates the average after each step. Register it before the hooks that write checkpoints.
 
-    A step that has not changed the weights does not count, see :class:`~dn_detr_d2.engine.TrainStep`.
+    A step that has not changed the weights is not averaged, see :class:`~dn_detr_d2.engine.TrainStep`.
 
     Args:
         averaged: of :func:`average_weights`.
@@ -37,7 +37,7 @@ class AverageHook(HookBase):
         self.averaged, self.model = averaged, model
 
     def before_train(self) -> None:
-        """Says when a training that is resumed has no average to go on with."""
+        """Warns if the checkpoint that is resumed has no average."""
         if self.trainer.start_iter > 0 and self.averaged.n_averaged == 0:
             logger.warning(
                 "the checkpoint has no averaged weights; the average begins anew after iteration %d",
@@ -45,6 +45,6 @@ class AverageHook(HookBase):
             )
 
     def after_step(self) -> None:
-        """One more step of the average."""
+        """Updates the average."""
         if self.trainer._trainer.stepped:
             self.averaged.update_parameters(self.model)

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM or SIGUSR1 means a checkpoint after the present step, and exit code 75."""
+"""Graceful stop: after SIGTERM or SIGUSR1 a checkpoint of the present step, then exit code 75."""
 
 import logging
 import os
@@ -17,23 +17,23 @@ from ...data.worker_process import end_loader_processes
 
 logger = logging.getLogger(__name__)
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on
+REQUEUE = 75  # exit code EX_TEMPFAIL of sysexits.h: the same command with --resume continues
 
 
 class StopRequest:
-    """Whether somebody has asked this process to stop.
+    """Handles the signals that ask this process to stop.
 
     Attributes:
-        received: name of the signal, None = nobody has.
+        received: name of the signal, None if there was none.
     """
 
     def __init__(self):
-        self.received, self._before, self._may_raise, self._told = None, {}, False, False
+        self.received, self._previous_handlers, self._may_raise, self._published = None, {}, False, False
 
     def listen(self) -> None:
-        """Takes over both signals, which only a main thread can."""
-        if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        """Installs handlers for both signals; does nothing outside the main thread."""
+        if not self._previous_handlers and threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def _receive(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
@@ -43,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted at once, so nobody may be waiting for this process."""
+        """A context in which a signal raises Interrupted at once; no other rank may be waiting for this one."""
         before, self._may_raise = self._may_raise, True
         try:
             yield
@@ -51,30 +51,30 @@ class StopRequest:
             self._may_raise = before and self.received is None
 
     def interruptible(self) -> AbstractContextManager:
-        """The same where this is the only process; nothing where others could be waiting for it."""
+        """The same if this is the only process; with several, others could be waiting for it, and nothing is raised."""
         return self.raising() if comm.get_world_size() == 1 else nullcontext()
 
     def anywhere(self) -> bool:
-        """Whether this rank is to stop, or another one has told that it is; never waits for the others."""
+        """Whether this rank is to stop, or another one has published that it is; never waits for the others."""
         if comm.get_world_size() == 1:
             return self.received is not None
         store = dist.distributed_c10d._get_default_store()
-        # torchrun keeps the store when it starts again
+        # torchrun keeps the store when it restarts
         key = f"dn_detr_d2/stop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if self.received and not self._told:
+        if self.received and not self._published:
             store.set(key, self.received)
-            self._told = True
-        return self._told or store.check([key])
+            self._published = True
+        return self._published or store.check([key])
 
     def release(self) -> None:
-        """Gives the signals back to whoever had them."""
-        for number, handler in self._before.items():
+        """Restores the previous signal handlers."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
 
 class StopHook(HookBase):
-    """Asks after each step whether any rank is to stop; then all write a checkpoint and leave. To be the first.
+    """Agrees after each step whether to stop; then all ranks write a checkpoint and exit. Register it first.
 
     Args:
         request: of this process.
@@ -84,26 +84,26 @@ class StopHook(HookBase):
         self.request, self.agreed = request, None
 
     def after_step(self) -> None:
-        """Agrees with the other ranks."""
+        """Gathers the signals of all ranks."""
         received = comm.all_gather(self.request.received)
         self.agreed = next((name for name in received if name), None)
 
 
 class LeaveHook(HookBase):
-    """Counterpart of :class:`StopHook` that ends the training. To stand after the checkpoint, before the evaluation.
+    """Counterpart of :class:`StopHook` that ends the training. Register it after the checkpoint, before the evaluation.
 
-    An evaluation that would be due is done by the training that is resumed, see
+    An evaluation that is due is run by the training that is resumed, see
     :class:`~.repeat_evaluation.EvaluationRecord`.
 
     Args:
-        stop: says whether.
+        stop: of the same training.
     """
 
     def __init__(self, stop: StopHook):
         self.stop = stop
 
     def after_step(self) -> None:
-        """Raises Interrupted on all ranks; a training that is through anyway is let through."""
+        """Raises Interrupted on all ranks, unless this was the last iteration anyway."""
         if self.stop.agreed is not None and self.trainer.iter + 1 < self.trainer.max_iter:
             raise Interrupted
 
@@ -115,8 +115,8 @@ def leave_training(received: str, done: int) -> None:
         received: name of the signal.
         done: iterations done.
     """
-    end_loader_processes()  # what they say when nobody reads from them any more comes before the last line
-    comm.synchronize()  # nobody leaves before the checkpoint is on the disk
+    end_loader_processes()  # their messages about the closed connection come before the last line
+    comm.synchronize()  # no rank exits before the checkpoint is on the disk
     logger.warning(
         "%s: stopped after iteration %d, a checkpoint is written; the same command with --resume goes on (exit code %d)",
         received,

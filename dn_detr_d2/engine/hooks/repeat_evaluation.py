@@ -1,4 +1,4 @@
-"""Which evaluation of a training was the last that went through, so that one that was cut off is done again."""
+"""Records the last evaluation that was completed, and repeats one that was interrupted."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from ...checkpoint.resume import number, read_record
 
 
 class EvaluationRecord(HookBase):
-    """Keeps ``last_evaluation.json``. To stand right behind the hooks that evaluate.
+    """Keeps ``last_evaluation.json``. Register it right after the hooks that evaluate.
 
     Args:
         folder: of the training.
@@ -27,13 +27,13 @@ class EvaluationRecord(HookBase):
             self._write(0)
 
     def after_step(self) -> None:
-        """Notes an evaluation that went through."""
+        """Records an evaluation that was completed."""
         done = self.trainer.iter + 1
         if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
             self._write(done)
 
     def after_train(self) -> None:
-        """Notes the last one."""
+        """Records the last one."""
         if self.trainer.iter >= self.trainer.max_iter:
             self._write(self.trainer.iter)
 
@@ -43,15 +43,15 @@ class EvaluationRecord(HookBase):
 
 
 class RepeatEvaluation(HookBase):
-    """Does an evaluation that a stop or a kill has cut off before the first step. To be the last hook.
+    """Before the first step, repeats an evaluation that a stop or a kill has interrupted. Register it last.
 
-    The checkpoint of an iteration is written before its evaluation. When a training goes on from such a checkpoint, and the
-    record says that the evaluation did not go through, the hooks that evaluate run once more. A folder without a record is
+    The checkpoint of an iteration is written before its evaluation. When such a checkpoint is resumed, and by
+    the record the evaluation was not completed, the hooks that evaluate run once more. A folder without a record is
     of a version that had none; there nothing is repeated.
 
     Args:
         record: of the evaluations.
-        hooks: that evaluate, or use what an evaluation has found, in their order.
+        hooks: that evaluate, or use the results of an evaluation, in their order.
     """
 
     def __init__(self, record: EvaluationRecord, hooks: list[HookBase]):
