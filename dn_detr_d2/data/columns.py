@@ -1,6 +1,6 @@
-"""The annotations of a file as arrays, and every box judged at once as the mapper's BoxChecker judges them one by one.
+"""The annotations of a file as arrays; all boxes are checked at once, as the mapper's BoxChecker does one by one.
 
-I images, A annotations. Boxes are absolute xyxy in float32, the mapper's precision. A *row* is the place of an entry among
+I images, A annotations. Boxes are absolute xyxy in float32, the mapper's precision. A *row* is the index of an entry among
 those of its list that are objects.
 """
 
@@ -59,7 +59,7 @@ class Columns:
         return cls(entries, image, category, crowd, formed, boxes, known[image])
 
     def judged(self) -> np.ndarray:
-        """(A,) what happens to each box in training, an index of ``VERDICTS``; 0 for crowds, which nobody looks at."""
+        """(A,) what happens to each box in training, an index of ``VERDICTS``; 0 for crowds, which are not checked."""
         verdicts = judge_boxes(self.boxes, self.sizes)
         return np.where(self.formed & ~self.crowd & (self.image >= 0), verdicts, 0)
 
