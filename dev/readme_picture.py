@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.image
 from matplotlib.figure import Figure
 
-from dn_detr_d2.command_line import answer
+from dn_detr_d2.command_line import run_command
 from dn_detr_d2.visualization.style import colour, save
 
 EVIDENCE = Path(__file__).resolve().parent.parent / "docs" / "evidence"
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="docs/pictures/denoising.png", metavar="FILE", help="picture to write")
     args = parser.parse_args(argv)
-    return answer(lambda: [f"picture: {draw(Path(args.output))}"])
+    return run_command(lambda: print(f"picture: {draw(Path(args.output))}"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs functions of the tests on several ranks over gloo, without importing everything again for each of them.
+"""Runs functions of the tests on several ranks over gloo, and programs, without importing everything again for each.
 
 One fork server lives as long as the test session (with pytest-xdist, one in each of its processes). It has imported the
 packages and computed nothing, so a rank is a process of its own that starts in milliseconds, with a state that no test
@@ -8,13 +8,16 @@ before it has touched. A rank that raises or dies fails the test with its traceb
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 from detectron2.utils import comm
 
 PRELOADED = ["ranks", "conftest", "pytest", "dn_detr_d2.engine"]
@@ -44,24 +47,26 @@ def fork_what_is_spawned(patch) -> None:
     )
 
 
-class _Forked(multiprocessing.context.ForkProcess):
-    """A fork that receives signals as a new process does."""
+def _forking() -> multiprocessing.context.BaseContext:
+    """A context whose processes receive signals as this one does now, before the launcher listens itself."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
-    def run(self):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        super().run()
+    class Forked(multiprocessing.context.ForkProcess):
+        def run(self):
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            super().run()
 
+    class Forking(multiprocessing.context.ForkContext):
+        Process = Forked
 
-class _Forking(multiprocessing.context.ForkContext):
-    Process = _Forked
+    return Forking()
 
 
 def fork_directly() -> None:
     """In a process that has computed nothing: the package's launcher forks its processes, which are its children."""
     given = torch.multiprocessing.get_context
-    torch.multiprocessing.get_context = lambda method=None: _Forking() if method == "spawn" else given(method)
+    torch.multiprocessing.get_context = lambda method=None: _forking() if method == "spawn" else given(method)
 
 
 def on_ranks(function, *args, ranks: int = 2) -> None:
@@ -81,6 +86,33 @@ def on_ranks(function, *args, ranks: int = 2) -> None:
         meeting = f"file://{Path(folder, 'store')}"
         given = (ranks, meeting, function, args)
         torch.multiprocessing.start_processes(_rank, given, ranks, start_method="forkserver")
+
+
+def run_program(*line, cwd: Path = ROOT, timeout: float = 200) -> subprocess.CompletedProcess:
+    """Runs ``python line...`` from the server; for programs of this project, where their imports are not what is tested.
+
+    Returns:
+        subprocess.CompletedProcess: with the exit code, and what was printed as text.
+    """
+    line = [str(x) for x in line]
+    with tempfile.TemporaryDirectory(prefix="program-") as folder:
+        screens = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = fork_server().Process(target=_program, args=(line, cwd, screens))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(line, timeout)
+        return subprocess.CompletedProcess(line, process.exitcode, *(screen.read_text() for screen in screens))
+
+
+def _program(line: list[str], cwd: Path, screens: list[Path]) -> None:
+    for target, screen in zip((1, 2), screens, strict=True):
+        os.dup2(os.open(screen, os.O_WRONLY | os.O_CREAT), target)
+    sys.stdout.reconfigure(encoding="utf-8", errors="strict")
+    os.chdir(cwd)
+    sys.argv, sys.path[0:0] = line, [str(Path(line[0]).resolve().parent)]
+    runpy.run_path(line[0], run_name="__main__")
 
 
 def _rank(rank: int, ranks: int, meeting: str, function, args) -> None:

@@ -71,8 +71,12 @@ def test_config_keys_that_a_page_names_exist(path):
     assert sorted(key for key in named - examples if key not in known and not key.endswith((".MD", ".PNG"))) == []
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 125
+def test_the_readme_begins_with_a_picture_and_two_commands_and_is_short():
+    first, commands, rest = (ROOT / "README.md").read_text().partition("make test ")
+    assert "](docs/pictures/" in first
+    assert "make quickstart" in first
+    assert commands
+    assert len(rest.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -4,6 +4,7 @@ The other tests ask for the kind of an error and the values it names; its words 
 input comes in.
 """
 
+import ast
 import json
 import pickle
 import re
@@ -209,3 +210,37 @@ def test_a_way_out_that_does_not_exist_would_be_found():
     ]  # fmt: skip
     assert missing_ways_out("set DN_DETR.NUM_QUERIES, or use --num-gpus and --drop-bad", []) == []
     assert list(faults_of_form("It is wrong. Do it again.\n")) == ["it is not one line", "it is not one sentence"]
+
+
+# Words that have a term in the field: stress test, fault injection, bitwise identical, diagnostics, runs, import rules.
+WORDS = r"tortur\w*|ordeals?|maltreat\w*|undergo\w*|in peace|to the bit|instruments?|contestants?|wrong doors?"
+OTHER_WORDS = re.compile(rf"\b({WORDS})\b", re.IGNORECASE)
+PYTHON = [
+    *ROOT.glob("*.py"),
+    *(path for part in ("dn_detr_d2", "tools", "dev") for path in (ROOT / part).rglob("*.py")),
+]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+PAGES.remove(ROOT / "CHANGELOG.md")  # names what has another name now
+
+
+def strings(text):
+    """String literals and docstrings of a program."""
+    nodes = ast.walk(ast.parse(text))
+    return [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+
+
+def other_words(text):
+    """What a text calls by another name than the field does."""
+    return [match[0].lower() for match in OTHER_WORDS.finditer(" ".join(text.split()))]
+
+
+def test_programs_and_pages_use_the_words_of_the_field():
+    texts = {path: path.read_text() for path in PAGES}
+    texts |= {path: "\n".join(strings(path.read_text())) for path in PYTHON}
+    assert {str(path): found for path, text in texts.items() if (found := other_words(text))} == {}
+
+
+def test_another_word_would_be_found():
+    planted = '"""Equal to the\n bit."""\nx = f"the ordeal {1} is over"\nundergo = 1'
+    assert [word for text in strings(planted) for word in other_words(text)] == ["to the bit", "ordeal"]
+    assert other_words("An instrumental doorway, tortoises.") == []

@@ -147,6 +147,7 @@ def test_no_instruction_set_is_raised_for_the_whole_library():
         assert not any(name.startswith(("ATen", "torch", "c10")) for name in includes)
 
 
+@pytest.mark.long
 def test_objects_of_raised_instruction_sets_share_no_code_with_the_process(tmp_path):
     """A function that the linker may take for another file's would bring AVX to processors without it."""
     if not (shutil.which("g++") and shutil.which("nm")):

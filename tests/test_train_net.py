@@ -11,6 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from naming import naming
 from PIL import Image
+from ranks import fork_what_is_spawned
 
 import train_net
 from dn_detr_d2 import ConfigError
@@ -149,6 +150,7 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
 
 
 def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, tmp_path):
+    fork_what_is_spawned(monkeypatch)
     options = users_set(tmp_path)
     (tmp_path / "a.png").write_bytes(b"not a picture")
     command = ["train_net.py", "--config-file", QUICK, "--num-gpus", "2", "--dist-url", "auto", *options]

@@ -3,8 +3,6 @@
 import argparse
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from golden.formula import load
 from naming import naming
+from ranks import run_program
 
 from dn_detr_d2 import CheckpointError, setup_cfg
 from dn_detr_d2.checkpoint import (
@@ -365,8 +364,7 @@ def test_detr_files_of_both_codes_give_the_same_weights_with_no_object_last():
 
 
 def run_tool(*arguments):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return run_program(ROOT / "tools" / "convert_checkpoint.py", *arguments)
 
 
 @pytest.mark.parametrize("name", ["ours.pth", "ours.safetensors"])

@@ -2,11 +2,11 @@
 
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from ranks import run_program
 
 from dev import benchmark_ms_deform_attn as benchmark
 from dev import count_cuda_instructions as counting
@@ -98,8 +98,7 @@ def test_forward_and_backward_are_timed_apart_on_inputs_of_their_own(monkeypatch
 def test_what_cannot_be_measured_is_refused(arguments, text):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, str(ROOT / "dev" / "benchmark_ms_deform_attn.py"), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = run_program(ROOT / "dev" / "benchmark_ms_deform_attn.py", *arguments)
     assert ran.returncode == 2
     assert text in ran.stderr
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 from naming import naming
+from ranks import run_program
 
 from dev.stress import mutations
 from dev.stress.cases import run_cases
@@ -16,7 +17,7 @@ from dn_detr_d2.data import coco_custom, images, normalise
 @pytest.mark.parametrize(
     ("arguments", "scenarios"),
     [
-        (["sigkill", "graceful-stop", "write-failure", "bit-flips", "--times", "2"], 4),
+        (["sigkill", "graceful-stop", "write-failure", "bit-flips", "--times", "1"], 4),
         pytest.param(["--quick"], 8, marks=pytest.mark.long),
     ],
 )
@@ -86,6 +87,6 @@ def test_mutations_are_a_function_of_their_number():
 
 
 def test_an_unknown_scenario_is_refused():
-    done = subprocess.run([sys.executable, "dev/stress_test.py", "drown"], cwd=ROOT, capture_output=True, text=True)
+    done = run_program("dev/stress_test.py", "drown")
     assert done.returncode == 2
     assert naming("drown").search(done.stderr)

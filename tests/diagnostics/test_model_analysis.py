@@ -1,13 +1,11 @@
 """The costs that tools/analyze_model.py prints, against the papers and against a count by hand."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import ROOT
 from detectron2.modeling import build_model
 from naming import naming
+from ranks import run_program
 
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.diagnostics.model_analysis import analyze
@@ -89,18 +87,12 @@ def test_deformable_attention_is_counted():
 
 
 def test_command_line():
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "analyze_model.py"), "--config-file"]
-    config = str(ROOT / "configs" / "quickstart.yaml")
-    ran = subprocess.run(
-        [*command, config, "--size", "64", "64", "--memory", "MODEL.DN_DETR.NUM_CLASSES", "3"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = [ROOT / "tools" / "analyze_model.py", "--config-file", ROOT / "configs" / "quickstart.yaml", "--size"]
+    ran = run_program(*command, "64", "64", "--memory", "MODEL.DN_DETR.NUM_CLASSES", "3")
     assert ran.returncode == 0, ran.stderr
     assert "| total " in ran.stdout
     assert "3 classes" in ran.stdout
     assert "MiB" in ran.stdout
-    ran = subprocess.run([*command, config, "--size", "8", "8"], capture_output=True, text=True, timeout=200)
+    ran = run_program(*command, "8", "8")
     assert ran.returncode == 2
     assert naming("error: ", "--size", "32 32", "8 8").search(ran.stderr.splitlines()[-1])

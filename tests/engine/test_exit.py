@@ -62,6 +62,15 @@ def line(folder, sets, *more, train="good", test=(), ranks=1, workers=2, options
     return command(folder, *given, overrides=[*overrides, "SOLVER.CHECKPOINT_PERIOD", 2, *more])[1:]
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, program, sets):
+    """The checkpoint of a training of two iterations."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = program.start(line(folder / "out", sets, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()), folder / "said.txt")
+    assert run.wait(60) == 0, run.said()
+    return folder / "out" / "model_final.pth"
+
+
 def first_checkpoint(folder):
     return (folder / "model_0000001.pth").exists
 
@@ -145,12 +154,10 @@ def test_exit_75_before_the_first_step(tmp_path, program, sets, ranks, workers):
 
 
 @pytest.mark.parametrize(("to", "ranks"), [(to_main, 1), (to_group, 1), (to_worker, 1), (to_main, 2)])
-def test_exit_75_with_eval_only(tmp_path, program, sets, to, ranks):
-    out = tmp_path / "out"
-    run = program.start(line(out, sets, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()), tmp_path / "trained.txt")
-    assert run.wait(60) == 0, run.said()
-    weights = ["MODEL.WEIGHTS", out / "model_final.pth"]
-    arguments = line(out, sets, *weights, test=("long",), ranks=ranks, options=["--eval-only"])
+def test_exit_75_with_eval_only(tmp_path, program, sets, weights, to, ranks):
+    arguments = line(
+        tmp_path / "out", sets, "MODEL.WEIGHTS", weights, test=("long",), ranks=ranks, options=["--eval-only"]
+    )
     run = program.start(arguments, tmp_path / "said.txt")
     run.until("Start inference")
     time.sleep(1.0)
@@ -248,7 +255,9 @@ def test_exit_of_the_program_as_it_is_started(tmp_path, sets):
     assert asked.wait(LIMIT) == 75
 
 
-@pytest.mark.parametrize("what", ["error", "signal", "killed"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("error", marks=pytest.mark.long), "signal", pytest.param("killed", marks=pytest.mark.long)]
+)
 def test_exit_under_torchrun(tmp_path, sets, what):
     """torchrun ends with a code of its own; its processes must be gone, and its report names the cause."""
     out, screen = tmp_path / "out", tmp_path / "said.txt"

@@ -142,7 +142,7 @@ def test_both_ranks_stop_and_name_the_first_cause(seen, number):
         told = rank[number]
         assert told["message"].startswith(f"iteration {number}, rank {victim}: {tensor} ")
         assert naming("image_0.png", "image_1.png").search(told["message"])
-        assert told["seconds"] < 10
+        assert told["seconds"] < 50  # half of what ranks wait for each other
         assert (told["changed"], told["stepped"]) == ([], False)
     assert ranks[0][number]["message"] == ranks[1][number]["message"]
     report = folder / "nan_report" / f"iteration_{number}_rank_{victim}"

@@ -1,4 +1,4 @@
-"""A training that is stopped and resumed is, to the bit, the training that was not stopped."""
+"""A resumed training is bitwise identical to one that was not stopped."""
 
 import json
 import logging

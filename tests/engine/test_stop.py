@@ -13,6 +13,7 @@ from conftest import ROOT
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from naming import naming
+from program import Program
 from ranks import fork_what_is_spawned
 from toy_training import command, differing, load, make_cfg, train
 
@@ -25,6 +26,12 @@ LONG = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 16, "SOLVER.STEPS", (1
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture(scope="module")
+def program():
+    with Program() as server:
+        yield server
+
+
 def until(path, process, seconds=200):
     """Waits for a file."""
     end = time.monotonic() + seconds
@@ -34,33 +41,30 @@ def until(path, process, seconds=200):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "processes", "workers"), [
-    (signal.SIGTERM, 1, 2), (signal.SIGUSR1, 2, 0),
-])  # fmt: skip
-def test_a_signal_ends_with_75_and_the_resumed_training_is_the_same(tmp_path, number, processes, workers):
-    """The signal goes to the whole group, loader processes included, as a cluster sends it."""
+@pytest.mark.parametrize(("number", "processes", "workers"), [(signal.SIGTERM, 1, 2), (signal.SIGUSR1, 2, 0)])
+def test_a_signal_ends_with_75_and_the_resumed_training_is_the_same(tmp_path, program, number, processes, workers):
+    """The signal goes to the whole group, loader processes included, as a cluster sends it.
+
+    The training that is stopped is the command as it is typed; the others are forked.
+    """
     options = ["--num-gpus", str(processes), "--dist-url", "auto"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    overrides = [*LONG, "DATALOADER.NUM_WORKERS", workers]
+    whole, stopped, said = tmp_path / "whole", tmp_path / "stopped", tmp_path / "said.txt"
 
-    said = tmp_path / "said.txt"
+    def arguments(folder, *more):
+        return command(folder, *options, *more, overrides=[*LONG, "DATALOADER.NUM_WORKERS", workers])
 
-    def start(folder, *more):
-        line = [sys.executable, *command(folder, *options, *more, overrides=overrides)]
-        with said.open("w") as screen:
-            return subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=screen, stderr=screen)
-
-    if processes == 1:
-        train(make_cfg(whole, *overrides), seed=7)
-    else:
-        assert start(whole).wait(300) == 0, said.read_text()
-    process = start(stopped)
+    run = program.start(arguments(whole)[1:], tmp_path / "whole.txt")
+    assert run.wait(300) == 0, run.said()
+    with said.open("w") as screen:
+        line = [sys.executable, *arguments(stopped)]
+        process = subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=screen, stderr=screen)
     until(stopped / "model_0000001.pth", process)
     os.killpg(process.pid, number)
     assert process.wait(120) == REQUEUE, said.read_text()
     assert naming(number.name, "iteration").search(said.read_text())
     assert not (stopped / "model_final.pth").exists()
-    assert start(stopped, "--resume").wait(300) == 0, said.read_text()
+    run = program.start(arguments(stopped, "--resume")[1:], tmp_path / "resumed.txt")
+    assert run.wait(300) == 0, run.said()
     assert differing(load(whole), load(stopped)) == []
 
 

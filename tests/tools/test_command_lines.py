@@ -30,6 +30,7 @@ BAD = {
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
     "dev.flip_labels": ["/nowhere.json", "/nowhere/out.json"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
+    "dev.readme_picture": ["--output", "/proc/no/such.png"],
     "dev.stress_test": ["no-such-scenario"],
 }
 # program with overrides -> a command line that is right up to them

@@ -857,7 +857,7 @@ def test_a_size_in_fractions_is_read_and_one_that_is_no_number_is_named(folders,
     voc(folders, a=("a.png", "<size><width>30.0</width><height> 20 </height></size>", None))
     assert run(folders, "voc")[0] == 0
     voc(folders, a=("a.png", "<size><width>wide</width><height>20</height></size>", None))
-    assert run(folders, "voc")[0] == 1
+    assert run(folders, "voc")[0] == 2
     assert "'wide'" in capsys.readouterr().err
 
 

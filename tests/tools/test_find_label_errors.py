@@ -123,6 +123,6 @@ def test_flipping_from_the_command_line(tmp_path, capsys):
 
 
 def test_top_0_is_for_the_table_only(run, tmp_path):
-    assert run("--num-images", 2, "--top", 0)[0] == 1
+    assert run("--num-images", 2, "--top", 0)[0] == 2
     assert run("--num-images", 2, "--top", 0, "--output", tmp_path / "found")[0] == 0
     assert [path.name for path in (tmp_path / "found").iterdir()] == ["label_errors.csv"]

@@ -4,14 +4,12 @@ import csv
 import json
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from detectron2.utils.logger import setup_logger
 from PIL import Image
+from ranks import run_program
 
 from dn_detr_d2.utils.text_output import escape_unwritable, escaped
 
@@ -41,9 +39,7 @@ def folder(tmp_path):
 
 def program(*arguments):
     """(exit code, stdout, stderr) of a program of this project, with a terminal of strict UTF-8."""
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, arguments)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
+    ran = run_program(*arguments)
     return ran.returncode, ran.stdout, ran.stderr
 
 
