@@ -12,13 +12,8 @@ from .issues import Issue
 from .mapper import ROUNDING
 from .normalise import as_box, is_id, objects_of
 
-VERDICTS = (
-    None,
-    Issue.NOT_FINITE,
-    Issue.NOT_POSITIVE,
-    Issue.BOX_OUTSIDE,
-    Issue.STICKS_OUT,
-)  # in the order the mapper asks
+# In the order in which the mapper checks.
+VERDICTS = (None, Issue.NOT_FINITE, Issue.NOT_POSITIVE, Issue.BOX_OUTSIDE, Issue.STICKS_OUT)
 
 
 @dataclass(frozen=True)
