@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = parse_arguments(argv)
-    return run_command(lambda: run(args), code=FAILED)
+    return run_command(lambda: run(parse_arguments(argv)), code=FAILED)
 
 
 if __name__ == "__main__":
