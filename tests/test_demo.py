@@ -117,8 +117,8 @@ def test_weights_that_lack_the_transformer_are_refused(run, images, finished, tm
         (["--input", "nowhere.jpg"], ["--input", "nowhere.jpg"]),
         (["--input", "EMPTY"], ["--input", "EMPTY"]),
         (["--input", "IMAGES", "--opts", "MODEL.WEIGHTS", "gone.pth"], ["MODEL.WEIGHTS", "'gone.pth'"]),
-        (["--input", "IMAGES", "IMAGES"], ["wide.jpg"]),
-        (["--input", "IMAGES", "--output", "IMAGES"], ["wide.jpg"]),
+        (["--input", "IMAGES", "IMAGES"], ["tall.png"]),
+        (["--input", "IMAGES", "--output", "IMAGES"], ["--output", "IMAGES", "tall.png"]),
         (["--input", "IMAGES", "--output", "FILE"], ["--output", "FILE"]),
     ],
 )

@@ -76,7 +76,7 @@ def alive(folder):
 @pytest.mark.parametrize(("how", "cause"), [
     ("refusal", ["x.png"]),
     ("mistake", ["rank 1", "KeyError", "'forgotten'"]),
-    ("kill", ["SIGKILL"]),
+    ("kill", ["process", "SIGKILL"]),
     ("hang", ["y.png"]),
     ("data", ["rank 1", "StopIteration", "run_step"]),
 ])  # fmt: skip
