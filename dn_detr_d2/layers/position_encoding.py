@@ -19,13 +19,14 @@ def sine_encoding(x: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
         temperature: T, the longest wavelength divided by 2 pi.
 
     Returns:
-        Tensor: (..., dim) float32.
+        Tensor: (..., dim) float32, or float64 for float64 angles.
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"dim must be even and positive, got {dim}")
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    exponent = torch.arange(0, dim, 2, dtype=x.dtype, device=x.device) / dim
     wavelength = torch.full_like(exponent[0], temperature) ** exponent  # a Python number would be uploaded, with a wait
-    angles = x.float()[..., None] / wavelength
+    angles = x[..., None] / wavelength
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
@@ -55,7 +56,7 @@ class SinePositionEncoding(nn.Module):
 
     def forward(self, padding: Tensor) -> Tensor:
         """(N, h, w) bool, True outside the image -> (N, dim, h, w) float32."""
-        inside = (~padding).float()
+        inside = (~padding).to(torch.get_default_dtype())
         y, x = inside.cumsum(1), inside.cumsum(2)
         y = (y + self.offset) / (y[:, -1:] + self.EPS) * (2 * math.pi)
         x = (x + self.offset) / (x[:, :, -1:] + self.EPS) * (2 * math.pi)

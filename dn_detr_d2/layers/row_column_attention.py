@@ -78,7 +78,8 @@ class RowColumnAttention(nn.Module):
 
 def axis_coordinates(padding: Tensor) -> tuple[Tensor, Tensor]:
     """(N, h, w) bool -> x (N, w) and y (N, h), the cells' centres in [0, 1] of the unpadded image; constant on padding."""
-    along_y, along_x = ((~padding[:, :, 0]).float().cumsum(1), (~padding[:, 0]).float().cumsum(1))
+    inside = (~padding).to(torch.get_default_dtype())
+    along_y, along_x = inside[:, :, 0].cumsum(1), inside[:, 0].cumsum(1)
     return tuple((axis - 0.5) / axis[:, -1:] for axis in (along_x, along_y))
 
 

@@ -60,7 +60,8 @@ def flatten_pyramid(pyramid: Pyramid, level_embed: Tensor | None = None) -> Memo
 
 def valid_ratio(padding: Tensor) -> Tensor:
     """(N, h, w) bool padding -> (N, 2) part of (width, height) inside the image."""
-    return torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1)
+    inside = (~padding).to(torch.get_default_dtype())
+    return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], -1)
 
 
 def cell_centres(memory: Memory) -> Tensor:

@@ -46,9 +46,8 @@ def distance(a, b):
 
 
 @pytest.fixture
-def float64(monkeypatch):
+def float64():
     """Models are made and run in float64, where rounding does not hide a difference."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

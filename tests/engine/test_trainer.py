@@ -353,14 +353,11 @@ COUNTS = [(3, 1, 0, 0), (2, 0, 1, 4)]  # four images; the first case leaves the 
 
 @contextmanager
 def in_float64():
-    """New models compute in float64, also where boxes and encodings are float32 by law."""
-    real = torch.Tensor.float
+    """New models compute in float64."""
     torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double
     try:
         yield
     finally:
-        torch.Tensor.float = real
         torch.set_default_dtype(torch.float32)
 
 
