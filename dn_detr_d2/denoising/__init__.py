@@ -8,8 +8,9 @@ from .generator import ContrastiveDenoisingGenerator, DenoisingGenerator
 from .isolation import check_groups, check_isolation
 from .noised_targets import NoisedTargets
 from .outputs import to_predictions
-from .plugin import DenoisingQueries, QueryDenoising, pad_targets
+from .plugin import DenoisingQueries, QueryDenoising
 from .query_groups import QueryGroups
+from .targets import pad_targets
 
 __all__ = [
     "ContrastiveDenoisingGenerator",

@@ -1,0 +1,51 @@
+"""DETR's target dicts as padded targets, checked.
+
+Shapes: n objects of an image, P classes.
+"""
+
+import torch
+from torch import Tensor
+
+from ..structures import Targets
+
+
+def pad_targets(
+    targets: list[dict[str, Tensor]], num_classes: int, device: torch.device | str | None = None
+) -> Targets:
+    """DETR's target dicts as padded :class:`~dn_detr_d2.structures.Targets`.
+
+    Args:
+        targets: one dict an image, see :meth:`~dn_detr_d2.QueryDenoising.forward`.
+        num_classes: P.
+        device: of the result; None = that of the labels.
+
+    Raises:
+        ValueError: a key is missing, a shape is wrong, or a value on the CPU is outside its range (values on other
+            devices are not read, because that would wait for the device).
+    """
+    for i, image in enumerate(targets):
+        for key in ("labels", "boxes"):
+            if not isinstance(image, dict) or key not in image:
+                raise ValueError(f"targets are one dict an image with 'labels' and 'boxes', target {i} has no {key!r}")
+        labels, boxes = image["labels"], image["boxes"]
+        if labels.dim() != 1 or boxes.numel() != 4 * len(labels) or (len(labels) and boxes.shape != (len(labels), 4)):
+            raise ValueError(
+                f"target {i} must have labels (n,) and boxes (n, 4), got {tuple(labels.shape)} and {tuple(boxes.shape)}"
+            )
+        _check_values(i, labels, boxes, num_classes)
+    if device is None:
+        device = targets[0]["labels"].device if targets else "cpu"
+    return Targets.pad([x["labels"] for x in targets], [x["boxes"].reshape(-1, 4) for x in targets], device)
+
+
+def _check_values(i: int, labels: Tensor, boxes: Tensor, num_classes: int) -> None:
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        bad = labels[(labels < 0) | (labels >= num_classes)][0].item()
+        raise ValueError(
+            f"target {i} has the label {bad}, outside [0, {num_classes}); give the generator a num_classes above every label"
+        )
+    if boxes.device.type == "cpu" and not ((boxes >= -1e-3) & (boxes <= 1 + 1e-3)).all():
+        raise ValueError(
+            f"target {i} has the box {boxes[((boxes < -1e-3) | (boxes > 1 + 1e-3) | boxes.isnan()).any(1)][0].tolist()}; "
+            "boxes are (centre x, centre y, width, height) divided by the size of the image, so in [0, 1]"
+        )
