@@ -1,7 +1,7 @@
 """What the programs share: overrides of the config on the command line, and exit codes.
 
-Overrides are KEY VALUE pairs at the end, as in Detectron2. Exit code 2 is bad input: one sentence on stderr, or argparse's
-usage.
+Overrides are KEY VALUE pairs at the end, as in Detectron2. Bad input is one sentence on stderr and exit code 2, which is
+also argparse's; programs that users' scripts know with code 1 have that.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from .errors import ConfigError, UserError
 from .utils.text_output import escape_unwritable
 
 BAD_INPUT = 2
+FAILED = 1  # where a program says it so
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,7 @@ def run_command(
     *,
     errors: tuple[type[Exception], ...] = (UserError,),
     describe: Callable[[Exception], str] = str,
+    code: int = BAD_INPUT,
 ) -> int:
     """Runs a program and returns its exit code.
 
@@ -60,10 +62,11 @@ def run_command(
         work: prints its results and returns an exit code, None = 0.
         errors: that mean bad input.
         describe: the sentence about an error.
+        code: of bad input.
     """
     escape_unwritable()
     try:
         return work() or 0
     except errors as error:
         print(f"error: {describe(error)}", file=sys.stderr)
-        return BAD_INPUT
+        return code

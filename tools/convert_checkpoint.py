@@ -24,7 +24,7 @@ from detectron2.modeling import build_model
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.checkpoint import CheckpointFile, convert_file, write_checkpoint
 from dn_detr_d2.coco import RAW_IDS
-from dn_detr_d2.command_line import add_overrides, parse, run_command
+from dn_detr_d2.command_line import FAILED, add_overrides, parse, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = parse_arguments(argv)
-    return run_command(lambda: run(args))
+    return run_command(lambda: run(parse_arguments(argv)), code=FAILED)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 One .txt or .xml a picture, sub-folders included. YOLO: every image of the folder, a missing .txt means no objects; lines
 are "class cx cy w h" in [0, 1], or class and the points of a polygon. VOC: every .xml; corners are 1-based and inclusive
 unless --zero-based, objects marked "difficult" are kept. What was dropped, missing or changed is counted. Every file that
-cannot be used is named in a sentence of its own; then nothing is written (code 2), or the rest with --drop-bad (code 0).
+cannot be used is named in a sentence of its own; then nothing is written (code 1), or the rest with --drop-bad (code 0).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.command_line import BAD_INPUT, run_command
+from dn_detr_d2.command_line import FAILED, run_command
 from dn_detr_d2.data import convert_voc, convert_yolo
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.convert import Conversion, refuse_empty
@@ -119,7 +119,7 @@ def write(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{len(found.content[key])} {word}" for key, word in words.items())
     if refused:
         print(f"{counts}; {len(found.faults)} bad files, nothing written; --drop-bad leaves them out")
-        return BAD_INPUT
+        return FAILED
     left_out = f"; {len(found.faults)} bad files left out" if found.faults else ""
     print(printable(f"{counts}{left_out}; written: {args.paths[-1]}, image folder: {found.folder}"))
     return 0
@@ -128,7 +128,7 @@ def write(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return run_command(lambda: write(args), errors=(UserError, OSError), describe=printable)
+    return run_command(lambda: write(args), errors=(UserError, OSError), describe=printable, code=FAILED)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import ConfigError
+from .zoo import similar_names
 
 BASE = "_BASE_"
 MAX_BYTES = 256 * 1024  # bytes; the longest config.yaml of a training has 15 thousand
@@ -44,7 +45,9 @@ def _parse(path: Path) -> dict:
     if path.suffix == ".py":
         raise ConfigError(f"config file {path} is Python code, which is not executed; give a .yaml file")
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist (looked in {Path.cwd()})")
+        near = similar_names(str(path))
+        hint = f"; the model zoo has {', '.join(near)}" if near else ""
+        raise ConfigError(f"config file {str(path)!r} does not exist (looked in {Path.cwd()}){hint}")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"config file {path} has {path.stat().st_size} bytes, a config has at most {MAX_BYTES}")
     try:

@@ -19,6 +19,11 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
+def similar_names(name: str) -> list[str]:
+    """The names that are spelled most like a wrong one, with or without ``.yaml``; at most three."""
+    return get_close_matches(name.removesuffix(".yaml"), config_names(), n=3)
+
+
 def get_config_file(name: str) -> str:
     """Path of a YAML file that comes with the package.
 
@@ -32,7 +37,7 @@ def get_config_file(name: str) -> str:
     stem = name.removesuffix(".yaml")
     if stem in known:
         return str(config_folder() / f"{stem}.yaml")
-    near = get_close_matches(stem, known, n=3)
+    near = similar_names(name)
     hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(known)} in {config_folder()}"
     raise ConfigError(f"{name!r} is no config of the model zoo; {hint}")
 

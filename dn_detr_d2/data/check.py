@@ -2,7 +2,7 @@
 
     python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER
 
-I images, A annotations, P categories. A *row* is the place of an entry in its list.
+I images, A annotations, P categories. A *row* is the index of an entry in its list.
 """
 
 import itertools

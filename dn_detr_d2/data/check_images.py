@@ -2,7 +2,7 @@
 
     python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --val OTHER.json OTHER_FOLDER
 
-Every image is decoded by the code that decodes it for training. A *row* is the place of an image in its list.
+Every image is decoded by the code that decodes it for training. A *row* is the index of an image in its list.
 """
 
 import os
@@ -82,7 +82,7 @@ def _look(finder: ImageFolder, file_name: str) -> ImageFacts | DatasetError:
 
 
 def _compare(image: dict, facts: ImageFacts, report: Report) -> str:
-    """What a readable file tells; the reason why training would stop at it, or ""."""
+    """Reports on a readable file; returns why training would stop at it, or ""."""
     height, width = facts.size
     said = [image.get(key) for key in ("height", "width")]
     reason = ""

@@ -247,7 +247,7 @@ def _sizes_of_some(records: list[dict]) -> dict:
         return {}
     sizes = {}
     for record in annotated[:: max(1, len(annotated) // LOOKED_AT)][:LOOKED_AT]:
-        with contextlib.suppress(DatasetError):  # whoever reads the image says what is wrong with it
+        with contextlib.suppress(DatasetError):  # reading the image raises it again
             sizes[record["image_id"]] = image_size(record["file_name"])
     return sizes
 

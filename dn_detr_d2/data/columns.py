@@ -1,6 +1,6 @@
-"""The annotations of a file as arrays, and every box judged at once as the mapper's BoxChecker judges them one by one.
+"""The annotations of a file as arrays; all boxes are checked at once, as the mapper's BoxChecker does one by one.
 
-I images, A annotations. Boxes are absolute xyxy in float32, the mapper's precision. A *row* is the place of an entry among
+I images, A annotations. Boxes are absolute xyxy in float32, the mapper's precision. A *row* is the index of an entry among
 those of its list that are objects.
 """
 
@@ -12,13 +12,8 @@ from .issues import Issue
 from .mapper import ROUNDING
 from .normalise import as_box, is_id, objects_of
 
-VERDICTS = (
-    None,
-    Issue.NOT_FINITE,
-    Issue.NOT_POSITIVE,
-    Issue.BOX_OUTSIDE,
-    Issue.STICKS_OUT,
-)  # in the order the mapper asks
+# In the order in which the mapper checks.
+VERDICTS = (None, Issue.NOT_FINITE, Issue.NOT_POSITIVE, Issue.BOX_OUTSIDE, Issue.STICKS_OUT)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Columns:
         return cls(entries, image, category, crowd, formed, boxes, known[image])
 
     def judged(self) -> np.ndarray:
-        """(A,) what happens to each box in training, an index of ``VERDICTS``; 0 for crowds, which nobody looks at."""
+        """(A,) what happens to each box in training, an index of ``VERDICTS``; 0 for crowds, which are not checked."""
         verdicts = judge_boxes(self.boxes, self.sizes)
         return np.where(self.formed & ~self.crowd & (self.image >= 0), verdicts, 0)
 

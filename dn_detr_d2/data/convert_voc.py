@@ -321,7 +321,7 @@ def _refuse_other_conventions(
         return
     known = {}
     for picture, said in set(sizes):
-        with contextlib.suppress(DatasetError, OSError):  # whoever reads the picture says what is wrong with it
+        with contextlib.suppress(DatasetError, OSError):  # reading the picture raises it again
             size = image_size(folder.find(picture))
             known[picture, said] = said if said and told.wrong_size == "scale" else size
     rows = [i for i, key in enumerate(sizes) if key in known]

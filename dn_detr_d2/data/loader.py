@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg):
-    """An endless loader of batches of this process; says what happens to images without boxes.
+    """An endless loader of this process's batches; logs how images without boxes are treated.
 
     The batches are a function of the seed and the iteration, see :mod:`.stream`; those of Detectron2's other samplers and of
-    its grouping by aspect ratio are not, which is said in a warning.
+    its grouping by aspect ratio are not, and a warning says so.
 
     Raises:
         DatasetError: no image has a box.
     """
     everything, usable = [], 0
-    for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has seen to it that they have the same classes
+    for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
         records = _counted_records(name)
         usable += log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)

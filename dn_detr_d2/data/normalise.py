@@ -1,7 +1,7 @@
 """Values of an annotation file that mean the same, as one value; entries that mean nothing, left out and counted.
 
 The reader of trainings, ``tools/check_dataset.py`` and its ``--fix`` all look at a file through :func:`normalised`, so what
-one of them accepts the others accept too. A *row* is the place of an entry among those of its list that are objects.
+one of them accepts the others accept too. A *row* is the index of an entry among those of its list that are objects.
 """
 
 import math
@@ -158,7 +158,7 @@ def _image(entry):
 
 
 def is_unknown(size) -> bool:
-    """Whether a width or height says that nobody knows it: null, 0 or -1."""
+    """Whether a width or height stands for unknown: null, 0 or -1."""
     return size is None or (type(size) in (int, float) and size in (0, -1))
 
 

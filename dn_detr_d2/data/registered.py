@@ -41,9 +41,9 @@ def records_of(name: str) -> list[dict]:
 
 
 def known_classes(name: str) -> list[str] | None:
-    """Class names of a registered data set, from its annotation file if nothing else tells; None if nothing does.
+    """Class names of a registered data set, from its annotation file if nothing else has them; None if nothing does.
 
-    ``register_coco_instances`` leaves them to the first reading, which would come after the classes of sets are compared.
+    ``register_coco_instances`` sets them at the first reading, which would be after the classes of sets are compared.
 
     Raises:
         ConfigError: an unknown name.

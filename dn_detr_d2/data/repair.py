@@ -67,7 +67,7 @@ def repaired(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
 
 
 def rewritten(content: dict, folder: ImageFolder | None = None) -> tuple[dict, list[int], Counter]:
-    """A copy in which everything is written as the reader understands it; no box is looked at.
+    """A copy in which everything is written as the reader understands it; boxes are not checked.
 
     Args:
         content: stays as it is.

@@ -1,8 +1,8 @@
 """The endless stream of training images as a pure function of (seed, position).
 
 Position i of the stream is image ``order(seed, i // N)[i % N]`` of N, augmented with the random numbers of (seed, i).
-Iteration t of batch size B takes the positions from t * B on, whatever the number of processes and loader workers; nothing
-has to be remembered to go on after a stop.
+Iteration t of batch size B takes the positions from t * B on, whatever the number of processes and loader workers; resuming
+needs no other state.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,11 +30,11 @@ class TrainingStream(Dataset):
 
     def index(self, position: int) -> int:
         """The index of the record at a position."""
-        epoch, place = divmod(position, len(self.records))
+        epoch, row = divmod(position, len(self.records))
         if self._shuffled[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
             self._shuffled = (epoch, torch.randperm(len(self.records), generator=generator))
-        return int(self._shuffled[1][place])
+        return int(self._shuffled[1][row])
 
     def __getitem__(self, position: int) -> dict:
         record = self.records[self.index(position)]

@@ -1,8 +1,8 @@
-"""The loader processes of PyTorch's DataLoader: who may end them, and how they end with the process that reads from them.
+"""Signal handling of the worker processes of PyTorch's DataLoader, which end together with the process that reads from them.
 
 PyTorch and ``multiprocessing`` send a loader process one SIGTERM and then wait for it; a cluster sends SIGTERM to all
-processes of a job, and the training still needs the images of its last step. So a loader process looks at who sent the
-signal: its own process ends it, anybody else's signal is passed on to its own process, which decides.
+processes of a job, and the training still needs the images of its last step. So a loader process checks who sent the signal:
+one of its parent ends it, any other is forwarded to the parent, which decides.
 """
 
 import multiprocessing
@@ -22,18 +22,19 @@ from functools import partial
 from torch._utils import ExceptionWrapper
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-POLL = 1.0  # seconds between two looks whether the parent is still there
+POLL = 1.0  # seconds between two checks whether the parent is alive
 GRACE_PERIOD = 1.0  # seconds that loader processes have to exit after SIGTERM
 # Priority of a finalizer: those from 0 on run before multiprocessing waits for its children.
 BEFORE_MULTIPROCESSING = 10
+_registered: set[int] = set()  # process ids, because a forked process starts without the finalizers of its parent
 
 
 def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
     """``worker_init_fn`` of every loader; to be called in the main thread of the loader process.
 
     Ctrl-C reaches all processes of a terminal and is left to the parent. SIGTERM and SIGUSR1 end this process if the parent
-    sent them, and are passed on to the parent if not. When the parent is gone, this process ends within ``POLL`` seconds.
-    Where the system does not tell who sent a signal (macOS), it is passed on once and the second one ends this process.
+    sent them, and are forwarded to the parent if not. When the parent is gone, this process ends within ``POLL`` seconds.
+    Where the system does not tell who sent a signal (macOS), it is forwarded once and the second one ends this process.
 
     Args:
         worker: number of the loader process.
@@ -51,7 +52,7 @@ def init_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Where loader processes are started: a signal that comes before they can answer it waits until they can."""
+    """A context to start loader processes in: signals are blocked until the processes can handle them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -65,7 +66,7 @@ def signals_wait() -> Iterator[None]:
 def _tell_feeder_error(queue, error: Exception, sent) -> None:
     """Sends an error instead of a batch that could not be sent, such as when no socket can be made in TMPDIR.
 
-    Python's own way is to print it and go on without the batch, for which the parent then waits for ever.
+    By default Python prints it and drops the batch, for which the parent then waits for ever.
     """
     if isinstance(sent, tuple) and len(sent) == 2 and not isinstance(sent[1], ExceptionWrapper):
         where = f"in loader process {os.getpid()}, which could not send a batch to its parent"
@@ -76,7 +77,7 @@ def _tell_feeder_error(queue, error: Exception, sent) -> None:
 
 
 def _say_unless_parent_left(kind: type, error: BaseException, trace) -> None:
-    """An excepthook: a parent that ends in the midst of taking over a batch is no error of this process."""
+    """An excepthook: a parent that exits while it receives a batch is no error of this process."""
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
@@ -99,8 +100,8 @@ def explained(batches: Iterator) -> Iterator:
 
 
 def _answer_signals(parent: int, inherited: str) -> None:
-    """What a thread of the loader process does as long as it lives; ``inherited``: temporary folder of the parent."""
-    passed_on = False
+    """Handles signals in a thread of the loader process. ``inherited``: temporary folder of the parent."""
+    forwarded = False
     while True:
         if hasattr(signal, "sigtimedwait"):
             received = signal.sigtimedwait(STOP_SIGNALS, POLL)
@@ -110,10 +111,10 @@ def _answer_signals(parent: int, inherited: str) -> None:
                 continue
             number, own = received.si_signo, received.si_pid == parent
         else:
-            number, own = signal.sigwait(STOP_SIGNALS), passed_on
+            number, own = signal.sigwait(STOP_SIGNALS), forwarded
         if own:
             _leave(inherited)
-        passed_on = True
+        forwarded = True
         os.kill(parent, number)
 
 
@@ -123,7 +124,7 @@ def _folder() -> str:
 
 
 def _leave(inherited: str) -> None:
-    """Ends this process at once, without the sockets that it has made."""
+    """Exits at once, and removes the sockets that this process has made."""
     if _folder() and _folder() != inherited:
         shutil.rmtree(_folder(), ignore_errors=True)
     os._exit(0)
@@ -144,13 +145,10 @@ def guard(loader):
 
 
 def end_at_exit() -> None:
-    """Lets this process, when it ends, end its loader processes before ``multiprocessing`` waits for them without limit."""
+    """At the exit of this process, ends its loader processes before ``multiprocessing`` waits for them without limit."""
     if os.getpid() not in _registered:
         _registered.add(os.getpid())
         multiprocessing.util.Finalize(None, end_loader_processes, exitpriority=BEFORE_MULTIPROCESSING)
-
-
-_registered = set()  # processes, because a forked one starts without the finalizers of its parent
 
 
 def end_loader_processes(grace: float = GRACE_PERIOD) -> None:
@@ -163,7 +161,9 @@ def end_loader_processes(grace: float = GRACE_PERIOD) -> None:
     if not children:
         return
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise because a loader process has gone
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # PyTorch's handler would raise because a loader process has exited
     for child in children:
         child.terminate()
     deadline = time.monotonic() + grace

@@ -138,7 +138,8 @@ def launch(
             for local_rank in range(processes):
                 rank_info = RankInfo(machine_rank * processes + local_rank, world, local_rank, processes, url)
                 method = multiprocessing.get_start_method()
-                process = context.Process(target=_run, args=(main, rank_info, timeout, folder, method, args))
+                arguments = (main, rank_info, timeout, folder, method, args)
+                process = context.Process(target=_run, args=arguments, name=f"rank {rank_info.rank}")
                 supervisor.start(process)
             supervisor.wait()
         return supervisor.exit_code()
@@ -265,7 +266,9 @@ class _Supervisor:
         """A process that was killed from outside, else the earliest recorded error, else any exit code."""
         for process, code in zip(self.started, codes, strict=True):
             if code == -signal.SIGKILL and process not in self.killed:
-                return f"process {process.pid} was killed (SIGKILL); check whether memory ran out (dmesg)"
+                return (
+                    f"{process.name}, process {process.pid}, was killed (SIGKILL); check whether memory ran out (dmesg)"
+                )
         records = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
         if records:
             cause = min(records, key=lambda record: record["time"])["cause"]

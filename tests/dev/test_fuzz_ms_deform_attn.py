@@ -1,26 +1,36 @@
-"""Twenty thousand random calls under sanitizers, and the proof that the fuzzer finds what it looks for."""
+"""Random calls against slow loops, the long ones under sanitizers, and the proof that the fuzzer finds what it looks for."""
 
 import pytest
 
 from dev.fuzz_ms_deform_attn import build, find_compiler, run
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")]
+pytestmark = pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def program():
-    return build()
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["plain", "sanitized"])
+def program(request):
+    return build(sanitize=request.param)
 
 
-def test_kernels_agree_with_the_definition_and_stay_in_their_memory(program):
+def test_kernels_agree_with_the_definition(program):
+    code, output = run(program, seed=0, first=0, cases=400, cuda_every=20)
+    assert code == 0, output[-4000:]
+    assert output.count(" 0 mismatches") == 1
+    assert output.count("20 on the CUDA emulator") == 1
+
+
+@pytest.mark.long
+def test_kernels_agree_with_the_definition_and_stay_in_their_memory():
+    program = build()
     code, output = run(program, seed=0, first=0, cases=20_000, cuda_every=500, jobs=2)
     assert code == 0, output[-4000:]
     assert output.count(" 0 mismatches") == 2
     assert output.count("20 on the CUDA emulator") == 2
 
 
-def test_a_read_past_the_end_is_found(program):
-    code, output = run(program, seed=0, first=0, cases=200, cuda_every=0, plant="shapes")
+@pytest.mark.long
+def test_a_read_past_the_end_is_found():
+    code, output = run(build(), seed=0, first=0, cases=200, cuda_every=0, plant="shapes")
     assert code != 0
     assert "AddressSanitizer: heap-buffer-overflow" in output
 
@@ -32,9 +42,10 @@ def test_a_wrong_formula_is_found(program):
     assert ", cuda: N" in output
 
 
-def test_points_that_are_loaded_in_pairs_from_an_odd_element_are_found(program):
+@pytest.mark.long
+def test_points_that_are_loaded_in_pairs_from_an_odd_element_are_found():
     """A GPU ends the process' CUDA context there; the operators copy such tensors first, as the emulator does unplanted."""
-    code, output = run(program, seed=0, first=0, cases=200, cuda_every=1, plant="alignment")
+    code, output = run(build(), seed=0, first=0, cases=200, cuda_every=1, plant="alignment")
     assert code != 0
     assert "misaligned address" in output
     assert "kernels.cuh" in output

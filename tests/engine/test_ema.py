@@ -113,7 +113,7 @@ def test_a_file_without_average_is_refused_where_one_is_asked_for(trained, tmp_p
 
     write_checkpoint(tmp_path / name, CheckpointFile({"x": torch.ones(1)}))
     cfg = make_cfg(tmp_path, "MODEL.WEIGHTS", str(tmp_path / name), "MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY", True)
-    with pytest.raises(CheckpointError, match=naming("model_ema", "MODEL_EMA.USE_EMA")):
+    with pytest.raises(CheckpointError, match=naming("model_ema", "MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY")):
         load_for_evaluation(cfg)
 
 

@@ -319,7 +319,7 @@ def test_oracle_on_odd_files_as_they_are_and_repaired(odd, tmp_path, name):
         records, categories = load_with_categories(path, tmp_path)
         assert_perfect(records, list(categories.values()), PICTURES)
     fixed = tmp_path / "fixed.json"
-    code = check_dataset.run([str(path), str(tmp_path), "--fix", str(fixed), *REFUSED.get(name, ())])
+    code = check_dataset.main([str(path), str(tmp_path), "--fix", str(fixed), *REFUSED.get(name, ())])
     assert code == (name in ("allcrowd", "noannkey_val"))
     records, categories = load_with_categories(fixed, tmp_path)
     assert_perfect(records, list(categories.values()), PICTURES)
