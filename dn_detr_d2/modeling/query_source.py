@@ -20,12 +20,12 @@ from .heads import DetectionHeads
 from .registry import QUERY_SOURCE_REGISTRY
 
 
-def refuse_denoising(root, name: str) -> None:
-    """Raises ConfigError if a source without label embedding is asked for denoising or patterns."""
-    if root.DENOISING.NAME or root.QUERY_SOURCE.NUM_PATTERNS or root.NUM_QUERIES < 1:
+def refuse_patterns(root, name: str) -> None:
+    """Raises ConfigError if a source without content patterns is asked for some, or for no query."""
+    if root.QUERY_SOURCE.NUM_PATTERNS or root.NUM_QUERIES < 1:
         raise ConfigError(
-            f"MODEL.DN_DETR.QUERY_SOURCE.NAME = {name!r} needs DENOISING.NAME '', QUERY_SOURCE.NUM_PATTERNS 0 and "
-            f"NUM_QUERIES above 0, got {root.DENOISING.NAME!r}, {root.QUERY_SOURCE.NUM_PATTERNS} and {root.NUM_QUERIES}"
+            f"MODEL.DN_DETR.QUERY_SOURCE.NAME = {name!r} needs QUERY_SOURCE.NUM_PATTERNS 0 and NUM_QUERIES above 0, got "
+            f"{root.QUERY_SOURCE.NUM_PATTERNS} and {root.NUM_QUERIES}"
         )
 
 
@@ -109,25 +109,40 @@ class LearnedAnchors(nn.Module):
 class LearnedPositions(nn.Module):
     """DETR's object queries: learned positions, no content and no reference box.
 
+    A denoising query's position is a linear function of the noised box, (cx, cy, w, h) as it is, plus the embedding of the
+    noised label (DN-DETR, TPAMI 2024); no indicator, because matching queries are free vectors without a place for one.
+
     Args:
         num_queries: Q.
         dim: C.
+        num_classes: P.
+        denoising: whether ``embed`` will be called.
     """
 
     PARTS = 1  # of a row: the position
 
     @configurable
-    def __init__(self, *, num_queries: int, dim: int):
+    def __init__(self, *, num_queries: int, dim: int, num_classes: int = 1, denoising: bool = False):
         super().__init__()
         self.num_queries = num_queries
         self.queries = nn.Embedding(num_queries, self.PARTS * dim)
+        if denoising:
+            self.label_encoder = LabelEncoder(num_classes, dim, indicator=False)
+            self.box_embed = nn.Linear(4, dim)
+            nn.init.xavier_uniform_(self.box_embed.weight)
+            nn.init.zeros_(self.box_embed.bias)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; denoising and patterns do not go with it."""
+        """Constructor arguments from ``MODEL.DN_DETR``; patterns do not go with it."""
         root = cfg.MODEL.DN_DETR
-        refuse_denoising(root, cls.__name__)
-        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM}
+        refuse_patterns(root, cls.__name__)
+        return {
+            "num_queries": root.NUM_QUERIES,
+            "dim": root.HIDDEN_DIM,
+            "num_classes": root.NUM_CLASSES,
+            "denoising": bool(root.DENOISING.NAME),
+        }
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
@@ -135,21 +150,33 @@ class LearnedPositions(nn.Module):
         boxes = torch.full_like(position[..., :4], 0.5)
         return ObjectQueries(torch.zeros_like(position), boxes, position=position)
 
+    def embed(self, noised: NoisedTargets) -> ObjectQueries:
+        """The denoising queries; like the matching ones they have no content and no reference."""
+        position = self.embed_boxes(noised) + self.label_encoder(noised)
+        boxes = torch.full_like(noised.boxes, 0.5)
+        return ObjectQueries(torch.zeros_like(position), boxes, position=position)
+
+    def embed_boxes(self, noised: NoisedTargets) -> Tensor:
+        """(N, D, C) linear function of the noised boxes; zeros where padded."""
+        return self.box_embed(noised.boxes) * noised.valid[..., None]
+
 
 @QUERY_SOURCE_REGISTRY.register()
 class LearnedQueries(LearnedPositions):
     """Learned positions and contents of Deformable DETR; the position says where the reference point is.
 
+    A denoising query's position is a linear function of the noised box, its reference point the centre of that box, and its
+    content the embedding of the noised label. The papers do not say how; this follows DETR's and Anchor DETR's denoising.
+
     Args:
-        num_queries: Q.
-        dim: C.
+        num_queries, dim, num_classes, denoising: as for :class:`LearnedPositions`.
     """
 
     PARTS = 2  # position, then content
 
     @configurable
-    def __init__(self, *, num_queries: int, dim: int):
-        super().__init__(num_queries=num_queries, dim=dim)
+    def __init__(self, *, dim: int, **arguments):
+        super().__init__(dim=dim, **arguments)
         self.reference = nn.Linear(dim, 2)
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
@@ -161,36 +188,53 @@ class LearnedQueries(LearnedPositions):
             points = self.reference(position).sigmoid()
         return ObjectQueries(content, F.pad(points, (0, 2), value=0.5), position=position)
 
+    def embed(self, noised: NoisedTargets) -> ObjectQueries:
+        """The denoising queries; width and height of their references are 0.5, as those of the matching queries."""
+        boxes = F.pad(noised.boxes[..., :2], (0, 2), value=0.5)
+        return ObjectQueries(self.label_encoder(noised), boxes, position=self.embed_boxes(noised))
+
 
 @QUERY_SOURCE_REGISTRY.register()
 class LearnedPoints(nn.Module):
     """Anchor DETR's queries: learned anchor points, each with several content patterns.
 
+    A denoising query's point is the centre of the noised box, and its content the embedding of the noised label, in the
+    place of a pattern (DN-DETR, TPAMI 2024).
+
     Args:
         num_queries: points; Q = num_queries * num_patterns, pattern-major.
         dim: C.
         num_patterns: at least 1.
+        num_classes: P.
+        denoising: whether ``embed`` will be called.
     """
 
     @configurable
-    def __init__(self, *, num_queries: int, dim: int, num_patterns: int):
+    def __init__(self, *, num_queries: int, dim: int, num_patterns: int, num_classes: int = 1, denoising: bool = False):
         super().__init__()
         self.num_queries = num_queries * num_patterns
         self.points = nn.Embedding(num_queries, 2)  # in [0, 1], not logits
         self.patterns = nn.Embedding(num_patterns, dim)
         nn.init.uniform_(self.points.weight)
+        self.label_encoder = LabelEncoder(num_classes, dim, indicator=False) if denoising else None
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; denoising does not go with it yet."""
+        """Constructor arguments from ``MODEL.DN_DETR``."""
         root = cfg.MODEL.DN_DETR
         patterns = root.QUERY_SOURCE.NUM_PATTERNS
-        if root.DENOISING.NAME or patterns < 1 or root.NUM_QUERIES < 1:
+        if patterns < 1 or root.NUM_QUERIES < 1:
             raise ConfigError(
-                "MODEL.DN_DETR.QUERY_SOURCE.NAME = 'LearnedPoints' needs DENOISING.NAME '', QUERY_SOURCE.NUM_PATTERNS and "
-                f"NUM_QUERIES above 0, got {root.DENOISING.NAME!r}, {patterns} and {root.NUM_QUERIES}"
+                "MODEL.DN_DETR.QUERY_SOURCE.NAME = 'LearnedPoints' needs QUERY_SOURCE.NUM_PATTERNS and NUM_QUERIES above 0, "
+                f"got {patterns} and {root.NUM_QUERIES}"
             )
-        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_patterns": patterns}
+        return {
+            "num_queries": root.NUM_QUERIES,
+            "dim": root.HIDDEN_DIM,
+            "num_patterns": patterns,
+            "num_classes": root.NUM_CLASSES,
+            "denoising": bool(root.DENOISING.NAME),
+        }
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; width and height of their references are not known: 0.5."""
@@ -198,6 +242,10 @@ class LearnedPoints(nn.Module):
         boxes = F.pad(self.points.weight, (0, 2), value=0.5).tile(len(self.patterns.weight), 1)
         n = len(memory.tokens)
         return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
+
+    def embed(self, noised: NoisedTargets) -> ObjectQueries:
+        """The denoising queries: one for each noised object, whatever the number of patterns."""
+        return ObjectQueries(self.label_encoder(noised), F.pad(noised.boxes[..., :2], (0, 2), value=0.5))
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -338,33 +386,53 @@ class ObjectnessAnchors(TopKAnchors):
 class TwoStageQueries(ObjectnessAnchors):
     """Two-stage Deformable DETR: position and content of a query are made from the box of its cell.
 
+    A denoising query's position is made from the noised box in the same way, its reference is that box, and its content the
+    embedding of the noised label. The papers do not say how.
+
     Args:
         num_queries: Q.
         dim: C, divisible by 4.
         num_classes: P.
+        denoising: whether ``embed`` will be called.
     """
 
     @configurable
-    def __init__(self, *, num_queries: int, dim: int, num_classes: int):
+    def __init__(self, *, num_queries: int, dim: int, num_classes: int, denoising: bool = False):
         super().__init__(num_queries=num_queries, dim=dim, num_classes=num_classes, content="memory", denoising=False)
         self.heads.logit_eps = 1e-5
         self.transform = nn.Linear(2 * dim, 2 * dim)
         self.transform_norm = nn.LayerNorm(2 * dim)
         nn.init.xavier_uniform_(self.transform.weight)
+        self.label_encoder = LabelEncoder(num_classes, dim, indicator=False) if denoising else None
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Constructor arguments from ``MODEL.DN_DETR``."""
         root = cfg.MODEL.DN_DETR
-        refuse_denoising(root, "TwoStageQueries")
-        return {"num_queries": root.NUM_QUERIES, "dim": root.HIDDEN_DIM, "num_classes": root.NUM_CLASSES}
+        refuse_patterns(root, "TwoStageQueries")
+        return {
+            "num_queries": root.NUM_QUERIES,
+            "dim": root.HIDDEN_DIM,
+            "num_classes": root.NUM_CLASSES,
+            "denoising": bool(root.DENOISING.NAME),
+        }
 
     def make_queries(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
-        """(content, boxes, no mask, position). Boxes are encoded in the order x, y, w, h here, unlike anywhere else."""
+        """(content, boxes, no mask, position)."""
+        position, content = self.embed_boxes(boxes)
+        return content, boxes, None, position
+
+    def embed(self, noised: NoisedTargets) -> ObjectQueries:
+        """The denoising queries."""
+        queries = embed_boxes(self.label_encoder, noised)
+        position, _ = self.embed_boxes(queries.boxes)
+        return replace(queries, position=position * noised.valid[..., None])
+
+    def embed_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, Q, 4) -> (position, content), (N, Q, C) each. Encoded in the order x, y, w, h here, unlike anywhere else."""
         width = self.transform.in_features // 4
         sine = sine_encoding(boxes * (2 * math.pi), width).flatten(-2)
-        position, content = self.transform_norm(self.transform(sine)).chunk(2, -1)
-        return content, boxes, None, position
+        return self.transform_norm(self.transform(sine)).chunk(2, -1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
