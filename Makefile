@@ -26,11 +26,11 @@ quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
 test: $(ENVIRONMENT)
-	@echo "== Running the tests (8 minutes on two cores)"
+	@echo "== Running the tests (7 minutes on two cores)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist loadfile --durations 40
 
 test-all: $(ENVIRONMENT)
-	@echo "== Running all tests, the long ones too (30 minutes on two cores)"
+	@echo "== Running all tests, the long ones too (12 minutes on two cores)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist loadfile --durations 40 -m "long or not long"
 
 lint: $(ENVIRONMENT)
