@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 
 from dn_detr_d2 import setup_cfg
+from dn_detr_d2.utils.text_output import escaped
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -59,6 +60,14 @@ def _handlers():
     for logger, handlers, level in before:
         logger.handlers, _ = handlers, logger.setLevel(level)
     setup_logger.cache_clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Captured logs may hold file names that are not UTF-8, which pytest-xdist cannot send."""
+    report = yield
+    report.sections = [(name, escaped(text)) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture
