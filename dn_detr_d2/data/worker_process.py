@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.queues
 import multiprocessing.util
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,6 +27,8 @@ POLL = 1.0  # seconds between two checks whether the parent is alive
 GRACE_PERIOD = 1.0  # seconds that loader processes have to exit after SIGTERM
 # Priority of a finalizer: those from 0 on run before multiprocessing waits for its children.
 BEFORE_MULTIPROCESSING = 10
+# PyTorch's sentence where it misses a loader process before the signal tells how that one has ended.
+UNEXPECTED_EXIT = re.compile(r"DataLoader worker \(pid\(s\) .*\) exited unexpectedly")
 _registered: set[int] = set()  # process ids, because a forked process starts without the finalizers of its parent
 
 
@@ -83,10 +86,10 @@ def _say_unless_parent_left(kind: type, error: BaseException, trace) -> None:
 
 
 def explained(batches: Iterator) -> Iterator:
-    """The batches of loader processes; one that is killed while it sends a batch is reported as such.
+    """The batches of loader processes; one that is killed is reported as such, whichever way PyTorch notices it.
 
     Raises:
-        RuntimeError: instead of the error of the broken connection.
+        RuntimeError: instead of the error of the broken connection, and of PyTorch's that names the process alone.
     """
     try:
         yield from batches
@@ -96,6 +99,12 @@ def explained(batches: Iterator) -> Iterator:
         raise RuntimeError(
             f"a loader process was killed while it handed over a batch ({type(error).__name__}); if nobody did it, look "
             "whether memory ran out (dmesg)"
+        ) from error
+    except RuntimeError as error:
+        if not UNEXPECTED_EXIT.match(str(error)):
+            raise
+        raise RuntimeError(
+            f"{error}: a loader process was killed or has crashed; if nobody did it, look whether memory ran out (dmesg)"
         ) from error
 
 
