@@ -23,12 +23,11 @@ from detectron2.structures import Instances
 from dn_detr_d2 import ConfigError, DatasetError, UserError
 from dn_detr_d2.command_line import add_overrides, parse
 from dn_detr_d2.data import read_image
+from dn_detr_d2.data.images import drawing_scale
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.utils.text_output import escape_unwritable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-MIN_SIDE = 480  # smaller images are drawn larger, so that the labels can be read
-MAX_SIDE = 4800  # of an image that is drawn larger
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,8 +88,9 @@ def draw(image, instances: Instances, metadata: Metadata, path: Path) -> None:
     """Writes ``image`` (H, W, 3) BGR with boxes, names and scores to ``path``."""
     from detectron2.utils.visualizer import Visualizer
 
-    scale = max(1.0, min(MIN_SIDE / min(image.shape[:2]), MAX_SIDE / max(image.shape[:2])))
-    Visualizer(image[:, :, ::-1], metadata, scale).draw_instance_predictions(instances).save(str(path))
+    Visualizer(image[:, :, ::-1], metadata, drawing_scale(image.shape[:2])).draw_instance_predictions(instances).save(
+        str(path)
+    )
 
 
 def as_records(path: Path, instances: Instances, metadata: Metadata) -> list[dict]:

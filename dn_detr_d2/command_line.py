@@ -1,7 +1,7 @@
 """What the programs share: overrides of the config on the command line, and exit codes.
 
 Overrides are KEY VALUE pairs at the end, as in Detectron2. Bad input is one sentence on stderr and exit code 2, which is
-also argparse's; programs that users' scripts know with code 1 have that.
+also argparse's; some programs have code 1 instead, which scripts may rely on.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from .errors import ConfigError, UserError
 from .utils.text_output import escape_unwritable
 
 BAD_INPUT = 2
-FAILED = 1  # where a program says it so
+FAILED = 1  # for bad input, in those programs
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

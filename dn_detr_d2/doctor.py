@@ -176,9 +176,8 @@ def _train_one_step(device: str) -> str:
     """Sum of the losses of a small model; raises if it, or a gradient, is missing or not finite."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(
-            setup_cfg("", [*chain.from_iterable(TOY.items()), "MODEL.DEVICE", device], splits=())
-        ).train()
+        overrides = chain.from_iterable((TOY | {"MODEL.DEVICE": device}).items())
+        model = build_model(setup_cfg("", list(overrides), splits=())).train()
         boxes = Boxes(torch.tensor([[8.0, 8.0, 40.0, 48.0], [20.0, 4.0, 60.0, 30.0]]))
         target = Instances((64, 64), gt_boxes=boxes, gt_classes=torch.tensor([0, 2]))
         image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)

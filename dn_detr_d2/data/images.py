@@ -25,6 +25,8 @@ from .issues import MAX_PIXELS, Issue
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # More than 8 bits a channel; Pillow's conversion to RGB saturates them, nearly everything would be white.
 DEEP_MODES = ("I", "F")
+# Sides of an image that is drawn larger, in pixels: the shorter one, and what the longer one must not exceed for it.
+DRAWN_SIDE, MAX_DRAWN_SIDE = 480, 4800
 PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 ERRORS = (
     OSError,
@@ -212,6 +214,11 @@ def image_size(file_name: str) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone; raises DatasetError, see open_image."""
     with open_image(file_name) as image:
         return _size(image)
+
+
+def drawing_scale(size: tuple[int, int]) -> float:
+    """By how much an image of this size is drawn larger, so that the labels on it can be read; 1 or more."""
+    return max(1.0, min(DRAWN_SIDE / min(size), MAX_DRAWN_SIDE / max(size)))
 
 
 def _size(image: Image.Image) -> tuple[int, int]:

@@ -29,6 +29,7 @@ GRACE_PERIOD = 1.0  # seconds that loader processes have to exit after SIGTERM
 BEFORE_MULTIPROCESSING = 10
 # PyTorch's sentence where it misses a loader process before the signal tells how that one has ended.
 UNEXPECTED_EXIT = re.compile(r"DataLoader worker \(pid\(s\) .*\) exited unexpectedly")
+MEMORY_HINT = "if nobody did it, look whether memory ran out (dmesg)"
 _registered: set[int] = set()  # process ids, because a forked process starts without the finalizers of its parent
 
 
@@ -97,15 +98,12 @@ def explained(batches: Iterator) -> Iterator:
         if str(error).startswith("Caught "):  # raised by what reads the images, and told by PyTorch
             raise
         raise RuntimeError(
-            f"a loader process was killed while it handed over a batch ({type(error).__name__}); if nobody did it, look "
-            "whether memory ran out (dmesg)"
+            f"a loader process was killed while it handed over a batch ({type(error).__name__}); {MEMORY_HINT}"
         ) from error
     except RuntimeError as error:
         if not UNEXPECTED_EXIT.match(str(error)):
             raise
-        raise RuntimeError(
-            f"{error}: a loader process was killed or has crashed; if nobody did it, look whether memory ran out (dmesg)"
-        ) from error
+        raise RuntimeError(f"{error}: a loader process was killed or has crashed; {MEMORY_HINT}") from error
 
 
 def _answer_signals(parent: int, inherited: str) -> None:
@@ -170,9 +168,8 @@ def end_loader_processes(grace: float = GRACE_PERIOD) -> None:
     if not children:
         return
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # PyTorch's handler would raise because a loader process has exited
+        # PyTorch's handler would raise because a loader process has exited.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in children:
         child.terminate()
     deadline = time.monotonic() + grace

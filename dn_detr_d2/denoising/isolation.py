@@ -87,8 +87,8 @@ def check_groups(
         )
     trials = 0
     for chosen in separating_sets(groups.num_groups):
-        changed = torch.isin(group, torch.tensor(chosen, device=group.device))
-        may_notice = groups.visible[:, torch.tensor(chosen, device=group.device)].any(1)[group]
+        chosen = torch.tensor(chosen, device=group.device)
+        changed, may_notice = torch.isin(group, chosen), groups.visible[:, chosen].any(1)[group]
         for strength in strengths:
             after = decode(_perturb(queries, changed, strength, generator))
             _refuse_movement(largest_change(before, after).masked_fill(may_notice, 0), group, groups, tolerance)

@@ -108,8 +108,7 @@ class QueryDenoising(nn.Module):
         """
         noised = self.generator(targets, targets.counts if normalizers is None else normalizers.step_counts)
         if normalizers is None:
-            pairs = torch.full((), float(max(len(noised.assignment), 1)), device=targets.labels.device)
-            normalizers = LossNormalizers(pairs, targets.counts)
+            normalizers = LossNormalizers.of(max(len(noised.assignment), 1), targets)
         return DenoisingQueries(self, targets, noised, self.embed(noised), normalizers)
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:

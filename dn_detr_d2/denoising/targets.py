@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..structures import Targets
 
+ROUNDING = 1e-3  # a box may reach out of [0, 1] by this much
+
 
 def pad_targets(
     targets: list[dict[str, Tensor]], num_classes: int, device: torch.device | str | None = None
@@ -32,20 +34,22 @@ def pad_targets(
             raise ValueError(
                 f"target {i} must have labels (n,) and boxes (n, 4), got {tuple(labels.shape)} and {tuple(boxes.shape)}"
             )
-        _check_values(i, labels, boxes, num_classes)
+        _check_values(i, labels, boxes.reshape(-1, 4), num_classes)
     if device is None:
         device = targets[0]["labels"].device if targets else "cpu"
     return Targets.pad([x["labels"] for x in targets], [x["boxes"].reshape(-1, 4) for x in targets], device)
 
 
 def _check_values(i: int, labels: Tensor, boxes: Tensor, num_classes: int) -> None:
-    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        bad = labels[(labels < 0) | (labels >= num_classes)][0].item()
+    if labels.device.type == "cpu" and len(wrong := labels[(labels < 0) | (labels >= num_classes)]):
         raise ValueError(
-            f"target {i} has the label {bad}, outside [0, {num_classes}); give the generator a num_classes above every label"
+            f"target {i} has the label {wrong[0].item()}, outside [0, {num_classes}); give the generator a num_classes "
+            "above every label"
         )
-    if boxes.device.type == "cpu" and not ((boxes >= -1e-3) & (boxes <= 1 + 1e-3)).all():
-        raise ValueError(
-            f"target {i} has the box {boxes[((boxes < -1e-3) | (boxes > 1 + 1e-3) | boxes.isnan()).any(1)][0].tolist()}; "
-            "boxes are (centre x, centre y, width, height) divided by the size of the image, so in [0, 1]"
-        )
+    if boxes.device.type == "cpu":
+        inside = ((boxes >= -ROUNDING) & (boxes <= 1 + ROUNDING)).all(-1)  # False for NaN
+        if not inside.all():
+            raise ValueError(
+                f"target {i} has the box {boxes[~inside][0].tolist()}; boxes are (centre x, centre y, width, height) "
+                "divided by the size of the image, so in [0, 1]"
+            )

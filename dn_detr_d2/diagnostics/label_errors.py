@@ -6,11 +6,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..data import read_image, records_of
+from ..data.images import drawing_scale
 from .denoising_health import JudgedLabel
 
 COLUMNS = ("score", "image_id", "annotation", "file_name", "label", "suggested", "x0", "y0", "x1", "y1")
-SHORTEST_SIDE = 480  # smaller images are drawn larger, so that the labels can be read
-LONGEST_SIDE = 4800  # of an image that is drawn larger
 
 
 def as_rows(judged: list[JudgedLabel], names: list[str], dataset: str) -> list[dict]:
@@ -41,7 +40,7 @@ def write_report(rows: list[dict], top: int, folder: Path) -> None:
 def draw(row: dict) -> Image.Image:
     """The image with the box, the annotated and the suggested class."""
     picture = Image.fromarray(read_image(row["file_name"], "RGB"))
-    scale = max(1.0, min(SHORTEST_SIDE / min(picture.size), LONGEST_SIDE / max(picture.size)))
+    scale = drawing_scale(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
     box = [row[key] * scale for key in ("x0", "y0", "x1", "y1")]
     pen = ImageDraw.Draw(picture)

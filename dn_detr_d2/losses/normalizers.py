@@ -27,7 +27,9 @@ class LossNormalizers:
         """``value`` itself, or a number of pairs where the images of ``targets`` are the whole step."""
         if isinstance(value, cls):
             return value
-        return cls(torch.as_tensor(value, device=targets.labels.device), targets.counts)
+        if not isinstance(value, Tensor):
+            value = torch.full((), float(value), device=targets.labels.device)
+        return cls(value, targets.counts)
 
 
 @dataclass

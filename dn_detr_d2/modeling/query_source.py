@@ -20,6 +20,21 @@ from .heads import DetectionHeads
 from .registry import QUERY_SOURCE_REGISTRY
 
 
+def common_arguments(root) -> dict:
+    """The constructor arguments that all sources share, from ``MODEL.DN_DETR``."""
+    return {
+        "num_queries": root.NUM_QUERIES,
+        "dim": root.HIDDEN_DIM,
+        "num_classes": root.NUM_CLASSES,
+        "denoising": bool(root.DENOISING.NAME),
+    }
+
+
+def without_size(points: Tensor) -> Tensor:
+    """(..., 2) centres -> (..., 4) references whose width and height are not known: 0.5."""
+    return F.pad(points, (0, 2), value=0.5)
+
+
 def refuse_patterns(root, name: str) -> None:
     """Raises ConfigError if a source without content patterns is asked for some, or for no query."""
     if root.QUERY_SOURCE.NUM_PATTERNS or root.NUM_QUERIES < 1:
@@ -74,14 +89,7 @@ class LearnedAnchors(nn.Module):
                 f"MODEL.DN_DETR.NUM_QUERIES = {root.NUM_QUERIES} must be positive and QUERY_SOURCE.NUM_PATTERNS = "
                 f"{node.NUM_PATTERNS} not negative"
             )
-        return {
-            "num_queries": root.NUM_QUERIES,
-            "dim": root.HIDDEN_DIM,
-            "num_classes": root.NUM_CLASSES,
-            "content": node.CONTENT,
-            "num_patterns": node.NUM_PATTERNS,
-            "denoising": bool(root.DENOISING.NAME),
-        }
+        return common_arguments(root) | {"content": node.CONTENT, "num_patterns": node.NUM_PATTERNS}
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The matching queries, the same for every image."""
@@ -126,9 +134,9 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.queries = nn.Embedding(num_queries, self.PARTS * dim)
-        if denoising:
-            self.label_encoder = LabelEncoder(num_classes, dim, indicator=False)
-            self.box_embed = nn.Linear(4, dim)
+        self.label_encoder = LabelEncoder(num_classes, dim, indicator=False) if denoising else None
+        self.box_embed = nn.Linear(4, dim) if denoising else None
+        if self.box_embed is not None:
             nn.init.xavier_uniform_(self.box_embed.weight)
             nn.init.zeros_(self.box_embed.bias)
 
@@ -137,12 +145,7 @@ class LearnedPositions(nn.Module):
         """Constructor arguments from ``MODEL.DN_DETR``; patterns do not go with it."""
         root = cfg.MODEL.DN_DETR
         refuse_patterns(root, cls.__name__)
-        return {
-            "num_queries": root.NUM_QUERIES,
-            "dim": root.HIDDEN_DIM,
-            "num_classes": root.NUM_CLASSES,
-            "denoising": bool(root.DENOISING.NAME),
-        }
+        return common_arguments(root)
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
@@ -152,11 +155,11 @@ class LearnedPositions(nn.Module):
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries; like the matching ones they have no content and no reference."""
-        position = self.embed_boxes(noised) + self.label_encoder(noised)
+        position = self.box_position(noised) + self.label_encoder(noised)
         boxes = torch.full_like(noised.boxes, 0.5)
         return ObjectQueries(torch.zeros_like(position), boxes, position=position)
 
-    def embed_boxes(self, noised: NoisedTargets) -> Tensor:
+    def box_position(self, noised: NoisedTargets) -> Tensor:
         """(N, D, C) linear function of the noised boxes; zeros where padded."""
         return self.box_embed(noised.boxes) * noised.valid[..., None]
 
@@ -186,12 +189,12 @@ class LearnedQueries(LearnedPositions):
         position, content = self.queries.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)
         with torch.autocast(position.device.type, enabled=False):  # boxes are float32
             points = self.reference(position).sigmoid()
-        return ObjectQueries(content, F.pad(points, (0, 2), value=0.5), position=position)
+        return ObjectQueries(content, without_size(points), position=position)
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries; width and height of their references are 0.5, as those of the matching queries."""
-        boxes = F.pad(noised.boxes[..., :2], (0, 2), value=0.5)
-        return ObjectQueries(self.label_encoder(noised), boxes, position=self.embed_boxes(noised))
+        boxes = without_size(noised.boxes[..., :2])
+        return ObjectQueries(self.label_encoder(noised), boxes, position=self.box_position(noised))
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -228,24 +231,18 @@ class LearnedPoints(nn.Module):
                 "MODEL.DN_DETR.QUERY_SOURCE.NAME = 'LearnedPoints' needs QUERY_SOURCE.NUM_PATTERNS and NUM_QUERIES above 0, "
                 f"got {patterns} and {root.NUM_QUERIES}"
             )
-        return {
-            "num_queries": root.NUM_QUERIES,
-            "dim": root.HIDDEN_DIM,
-            "num_patterns": patterns,
-            "num_classes": root.NUM_CLASSES,
-            "denoising": bool(root.DENOISING.NAME),
-        }
+        return common_arguments(root) | {"num_patterns": patterns}
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; width and height of their references are not known: 0.5."""
         content = self.patterns.weight.repeat_interleave(len(self.points.weight), 0)
-        boxes = F.pad(self.points.weight, (0, 2), value=0.5).tile(len(self.patterns.weight), 1)
+        boxes = without_size(self.points.weight).tile(len(self.patterns.weight), 1)
         n = len(memory.tokens)
         return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries: one for each noised object, whatever the number of patterns."""
-        return ObjectQueries(self.label_encoder(noised), F.pad(noised.boxes[..., :2], (0, 2), value=0.5))
+        return ObjectQueries(self.label_encoder(noised), without_size(noised.boxes[..., :2]))
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -295,13 +292,7 @@ class TopKAnchors(nn.Module):
                 f"MODEL.DN_DETR.NUM_QUERIES = {root.NUM_QUERIES} must be positive, and QUERY_SOURCE.NUM_PATTERNS = "
                 f"{node.NUM_PATTERNS} must be 0 with TopKAnchors"
             )
-        return {
-            "num_queries": root.NUM_QUERIES,
-            "dim": root.HIDDEN_DIM,
-            "num_classes": root.NUM_CLASSES,
-            "content": node.CONTENT,
-            "denoising": bool(root.DENOISING.NAME),
-        }
+        return common_arguments(root) | {"content": node.CONTENT}
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The matching queries and what they were chosen from; fewer than Q where the image has fewer cells."""
@@ -410,25 +401,20 @@ class TwoStageQueries(ObjectnessAnchors):
         """Constructor arguments from ``MODEL.DN_DETR``."""
         root = cfg.MODEL.DN_DETR
         refuse_patterns(root, "TwoStageQueries")
-        return {
-            "num_queries": root.NUM_QUERIES,
-            "dim": root.HIDDEN_DIM,
-            "num_classes": root.NUM_CLASSES,
-            "denoising": bool(root.DENOISING.NAME),
-        }
+        return common_arguments(root)
 
     def make_queries(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
         """(content, boxes, no mask, position)."""
-        position, content = self.embed_boxes(boxes)
+        position, content = self.position_and_content(boxes)
         return content, boxes, None, position
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries."""
         queries = embed_boxes(self.label_encoder, noised)
-        position, _ = self.embed_boxes(queries.boxes)
+        position, _ = self.position_and_content(queries.boxes)
         return replace(queries, position=position * noised.valid[..., None])
 
-    def embed_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def position_and_content(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """(N, Q, 4) -> (position, content), (N, Q, C) each. Encoded in the order x, y, w, h here, unlike anywhere else."""
         width = self.transform.in_features // 4
         sine = sine_encoding(boxes * (2 * math.pi), width).flatten(-2)
