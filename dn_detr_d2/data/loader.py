@@ -41,7 +41,8 @@ def build_train_loader(cfg):
                 "not trained on; set iscrowd to 0 where they are single objects"
             )
         raise DatasetError(
-            f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box; there is nothing to learn"
+            f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box; add images with boxes, "
+            "and see what tools/check_dataset.py says of those that are there"
         )
     if not usable:
         raise DatasetError(

@@ -22,13 +22,17 @@ def pad_targets(
         device: of the result; None = that of the labels.
 
     Raises:
-        ValueError: a key is missing, a shape is wrong, or a value on the CPU is outside its range (values on other
-            devices are not read, because that would wait for the device).
+        ValueError: there is no image, a tensor is missing, a shape is wrong, or a value on the CPU is outside its
+            range (values on other devices are not read, because that would wait for the device).
     """
+    if not targets:
+        raise ValueError("there are no targets; give one dict an image, with empty tensors where it has no object")
     for i, image in enumerate(targets):
         for key in ("labels", "boxes"):
-            if not isinstance(image, dict) or key not in image:
-                raise ValueError(f"targets are one dict an image with 'labels' and 'boxes', target {i} has no {key!r}")
+            if not isinstance(image, dict) or not isinstance(image.get(key), Tensor):
+                raise ValueError(
+                    f"targets are one dict an image with 'labels' and 'boxes', target {i} has no tensor {key!r}"
+                )
         labels, boxes = image["labels"], image["boxes"]
         if labels.dim() != 1 or boxes.numel() != 4 * len(labels) or (len(labels) and boxes.shape != (len(labels), 4)):
             raise ValueError(
@@ -36,7 +40,7 @@ def pad_targets(
             )
         _check_values(i, labels, boxes.reshape(-1, 4), num_classes)
     if device is None:
-        device = targets[0]["labels"].device if targets else "cpu"
+        device = targets[0]["labels"].device
     return Targets.pad([x["labels"] for x in targets], [x["boxes"].reshape(-1, 4) for x in targets], device)
 
 

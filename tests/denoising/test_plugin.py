@@ -223,6 +223,9 @@ def test_padded_targets_are_taken_too():
         ([{"labels": torch.tensor([[1]]), "boxes": torch.full((1, 4), 0.5)}], r"\(1, 1\)"),
         ([{"labels": torch.tensor([1])}], "boxes"),
         ([3], "labels"),
+        ([{"labels": [1], "boxes": torch.full((1, 4), 0.5)}], "labels"),
+        ({"labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5)}, "labels"),
+        ([], "no targets"),
     ],
 )
 def test_targets_that_cannot_be_used_are_named(bad, named):
