@@ -154,7 +154,7 @@ class TrainStep(SimpleTrainer):
                 f"the {len(batch)} images that a process gets of SOLVER.IMS_PER_BATCH are not divisible by "
                 f"SOLVER.ACCUMULATION_STEPS = {self.accumulation}"
             )
-        normalizers = unwrap(self.model).step_normalizers([len(image["instances"]) for image in batch])
+        normalizers = unwrap(self.model).step_normalizers(batch)
         return [(batch[i : i + size], normalizers) for i in range(0, len(batch), size)]
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
