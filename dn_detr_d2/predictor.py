@@ -50,7 +50,8 @@ class Predictor(DefaultPredictor):
         Args:
             original_image: (H, W, 3) uint8 in BGR, as OpenCV reads it.
             known: objects that need not be found, in pixels of this image: ``gt_boxes`` and ``gt_classes``, or
-                ``pred_boxes`` and ``pred_classes``, so that detections can be given back. None or no objects = nothing is known.
+                ``pred_boxes`` and ``pred_classes``, so that detections can be given back. None or no objects = nothing is
+                known.
             labels: names or numbers of the classes to look for; [] = none, None = all.
 
         Returns:
