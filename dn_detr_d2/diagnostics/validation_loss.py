@@ -59,9 +59,9 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
 
 def _divisor(loss: LossValue) -> str:
     """What the sum of a term over the images is divided by."""
-    if loss.is_mean:
-        return "images"
-    return "noised objects" if loss.kind == "denoising" else "objects"
+    if loss.kind == "denoising":
+        return "noised objects"
+    return "images" if loss.is_mean else "objects"
 
 
 def _row(outputs: ForwardOutputs, losses: dict[str, Tensor]) -> tuple[int, int, dict[str, float]]:
