@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
 from dev.compare.train import folders_of, train_interleaved
-from dev.compare.variants import ABLATIONS, FOLDER, PAIRS, variants_of
+from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, PAIRS, variants_of
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import add_overrides, parse, run_command
@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"one seed, {QUICK_ITERATIONS} iterations")
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", choices=[*PAIRS, *HOSTS], default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     names = [variant.name for variant in ABLATIONS]
     parser.add_argument(

@@ -1,5 +1,6 @@
 """A training of seconds for tests of what stops and goes on; DATASETS.TEST is empty."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from dev.stress.toy import differing, load
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
 
-__all__ = ["command", "differing", "load", "make_cfg", "train"]
+__all__ = ["command", "differing", "load", "make_cfg", "stop_at", "train"]
 
 OPTIONS = [
     *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0),
@@ -21,10 +22,9 @@ OPTIONS = [
 ]
 
 
-def make_cfg(folder, *overrides):
+def make_cfg(folder, *overrides, config=SYSTEMS["dn_detr"]):
     """The config of a training that writes into ``folder``."""
-    config = ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"
-    return setup_cfg(str(config), [*OPTIONS, *overrides, "OUTPUT_DIR", str(folder)])
+    return setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*OPTIONS, *overrides, "OUTPUT_DIR", str(folder)])
 
 
 def train(cfg, resume=False, seed=0):
@@ -43,3 +43,11 @@ def command(folder, *options, overrides=()):
     config = ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"
     changes = [str(x) for x in (*OPTIONS, *overrides, "OUTPUT_DIR", folder)]
     return [str(ROOT / "train_net.py"), "--config-file", str(config), *options, *changes]
+
+
+def stop_at(folder, name, target):
+    """A folder as a stop after the checkpoint ``name`` leaves it."""
+    target.mkdir()
+    for file in folder.glob(f"{name}.pth*"):
+        shutil.copy(file, target)
+    (target / "last_checkpoint").write_text(f"{name}.pth")

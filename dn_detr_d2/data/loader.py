@@ -17,6 +17,9 @@ from .worker_process import guard
 
 logger = logging.getLogger(__name__)
 
+# Detectron2's detectors, whose objects no number of queries limits.
+WITHOUT_QUERIES = ("FCOS", "GeneralizedRCNN", "ProposalNetwork", "RetinaNet")
+
 
 def build_train_loader(cfg):
     """An endless loader of this process's batches; logs how images without boxes are treated.
@@ -28,9 +31,10 @@ def build_train_loader(cfg):
         DatasetError: no image has a box.
     """
     everything, usable = [], 0
+    num_queries = 0 if cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES else cfg.MODEL.DN_DETR.NUM_QUERIES
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
         records = _counted_records(name)
-        usable += log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
+        usable += log_summary(name, records, num_queries)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):

@@ -13,8 +13,9 @@ from functools import partial
 import numpy as np
 import torch
 from detectron2.config import configurable
+from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
@@ -102,6 +103,7 @@ class DetrDatasetMapper:
         image_format: channel order, "RGB" or "BGR".
         num_classes: P; labels must lie in [0, P). 0 = not checked.
         new_labels: label of each class of the data set, None to keep them (raw COCO ids, see :mod:`dn_detr_d2.coco`).
+        masks: "polygon" or "bitmask" attaches ``gt_masks`` in this form, made from the segmentations; None = no masks.
         flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
         prompts: what to tell the model beforehand, from the objects of an image, also outside of training; None = nothing.
             See :mod:`.prompts`.
@@ -115,6 +117,7 @@ class DetrDatasetMapper:
         image_format: str,
         num_classes: int,
         new_labels: tuple[int, ...] | None = None,
+        masks: str | None = None,
         flips: list[T.Augmentation],
         resizes: list[T.Augmentation],
         crops: list[T.Augmentation],
@@ -122,7 +125,7 @@ class DetrDatasetMapper:
     ):
         self.is_train, self.prompts = is_train, prompts
         self.image_format = image_format
-        self.num_classes, self.new_labels = num_classes, new_labels
+        self.num_classes, self.new_labels, self.masks = num_classes, new_labels, masks
         self.plain = T.AugmentationList([*flips, *resizes])
         self.cropping = T.AugmentationList([*flips, *crops, *resizes]) if crops else None
         self.check_box = BoxChecker()
@@ -151,6 +154,7 @@ class DetrDatasetMapper:
             "image_format": node.FORMAT,
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
+            "masks": node.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
             "flips": flips,
             "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,
@@ -164,14 +168,15 @@ class DetrDatasetMapper:
         ``labels``.
 
         Raises:
-            DatasetError: the image cannot be read or has another size than annotated, or a label is out of range.
+            DatasetError: the image cannot be read or has another size than annotated, a label is out of range, or a mask is
+                asked for that is not there.
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
         self._check_size(record, image.shape[:2])  # what was decoded, after what the header said
         annotated = self.is_train or self.prompts is not None
         raw = self._raw_boxes(record, image.shape[:2]) if annotated else ([], [], [])
-        record.pop("annotations", None)
+        annotations = record.pop("annotations", [])
 
         crop = self.cropping is not None and np.random.rand() < 0.5
         augmented = T.AugInput(image)
@@ -179,10 +184,15 @@ class DetrDatasetMapper:
         record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if annotated:
             objects = self._instances(*raw, transforms, augmented.image.shape[:2])
-            record |= {"instances": objects} if self.prompts is None else self.prompts(objects)
-        if not self.is_train:
-            record.pop("instances", None)
+            if self.masks is not None:
+                objects.gt_masks = self._masks(record, annotations, transforms)
+            record |= self._given(objects)
         return record
+
+    def _given(self, objects: Instances) -> dict:
+        """Prompts, and in training what is to be found."""
+        given = {"instances": objects} if self.prompts is None else self.prompts(objects)
+        return given if self.is_train else {key: x for key, x in given.items() if key != "instances"}
 
     @staticmethod
     def _check_size(record: dict, size: tuple[int, int]) -> None:
@@ -225,6 +235,31 @@ class DetrDatasetMapper:
         gt_classes, gt_index = (torch.tensor(column, dtype=torch.int64) for column in (labels, numbers))
         keep = gt_boxes.nonempty()
         return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep], gt_index=gt_index[keep])
+
+    def _masks(self, record: dict, annotations: list[dict], transforms: T.TransformList):
+        """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image."""
+        instances, moved = record["instances"], []
+        for i in instances.gt_index.tolist():
+            what = f"{record['file_name']}, annotation {annotations[i].get('id', f'number {i}')}"
+            if not annotations[i].get("segmentation"):
+                raise DatasetError(
+                    f"{what} has no segmentation, but MODEL.MASK_ON is True; set it to False, or add the mask"
+                )
+            try:
+                mask = detection_utils.transform_instance_annotations(annotations[i], transforms, instances.image_size)
+                detection_utils.annotations_to_instances([mask], instances.image_size, self.masks)
+            except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise DatasetError(
+                    f"{what} has a segmentation that cannot be used as a {self.masks}: {reason}; use "
+                    "INPUT.MASK_FORMAT bitmask for run lengths, and correct or take out what is neither polygons nor "
+                    "run lengths"
+                ) from None
+            moved.append(mask)
+        if not moved:
+            height, width = instances.image_size
+            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, height, width))
+        return detection_utils.annotations_to_instances(moved, instances.image_size, self.masks).gt_masks
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):
