@@ -113,7 +113,7 @@ def read_known(path: str, images: list[Path], cfg) -> dict[Path, list[tuple[list
         if not numbers or not isinstance(record.get("file_name"), str) or "class" not in record:
             raise ConfigError(
                 f"--known {path}, entry {i} must be an object with file_name, class and box_xyxy of four numbers, got "
-                f"{json.dumps(record):.100}"
+                f"{json.dumps(record):.300}"
             )
         image = given.get(Path(record["file_name"]).resolve())
         if image is None:
