@@ -182,7 +182,8 @@ def page(args: argparse.Namespace) -> str:
         [
             "# Known objects and known labels: shapes_train",
             "",
-            f"`{called}`, {machine()}. Means, in brackets the seeds {args.seeds} in this order.",
+            f"`{called}`,",
+            f"{machine()}. AP of 0 to 100: means, in brackets the seeds {args.seeds} in this order.",
             "",
             "## AP of the unknown classes",
             "",
