@@ -41,6 +41,15 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return found
 
 
+# Detectron2's detectors, whose objects no number of queries limits, and which may have mask heads.
+WITHOUT_QUERIES = ("FCOS", "GeneralizedRCNN", "ProposalNetwork", "RetinaNet")
+
+
+def trains_masks(cfg) -> bool:
+    """Whether the detector of the config takes masks in training."""
+    return cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES
+
+
 class BoxChecker:
     """Sorts out boxes that cannot be trained on, and counts what it did.
 
@@ -149,7 +158,7 @@ class DetrDatasetMapper:
             "image_format": node.FORMAT,
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
-            "masks": node.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+            "masks": node.MASK_FORMAT if trains_masks(cfg) else None,
             "flips": flips,
             "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,
