@@ -45,6 +45,24 @@ ABLATIONS = (
     _ablation("gamma 0.5", LABEL_NOISE_PROB=0.5),
     _ablation("lambda 0.8", CENTER_NOISE_SCALE=0.8, SIZE_NOISE_SCALE=0.8),
 )
+# Other noise than DN-DETR's of the same scale, one kind at a time (docs/noise.md). The schedules have its mean. The confusion
+# matrix is a file that must be given: DENOISING.LABEL_NOISE.CONFUSION_MATRIX.
+NOISES = (
+    _ablation("gaussian boxes", **{"BOX_NOISE.NAME": "gaussian"}),
+    _ablation("truncated gaussian boxes", **{"BOX_NOISE.NAME": "truncated_gaussian"}),
+    _ablation("boxes by IoU", **{"BOX_NOISE.NAME": "iou_targeted"}),
+    _ablation("scale-aware boxes", **{"BOX_NOISE.NAME": "scale_aware", "BOX_NOISE.REFERENCE_SIZE": 0.35}),
+    _ablation("labels by class frequency", **{"LABEL_NOISE.NAME": "class_frequency"}),
+    _ablation("labels by confusion", **{"LABEL_NOISE.NAME": "confusion"}),
+    _ablation(
+        "linear from 1.5 to 0.5",
+        **{"NOISE_SCHEDULE.NAME": "linear", "NOISE_SCHEDULE.START": 1.5, "NOISE_SCHEDULE.END": 0.5},
+    ),
+    _ablation(
+        "cosine from 1.5 to 0.5",
+        **{"NOISE_SCHEDULE.NAME": "cosine", "NOISE_SCHEDULE.START": 1.5, "NOISE_SCHEDULE.END": 0.5},
+    ),
+)
 PAIRS = tuple(ALONE)
 
 
@@ -55,5 +73,5 @@ def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
         pair: of PAIRS.
         ablations: names of those that take the place of the half schedule.
     """
-    chosen = tuple(variant for variant in ABLATIONS if variant.name in ablations)
+    chosen = tuple(variant for variant in (*ABLATIONS, *NOISES) if variant.name in ablations)
     return [ALONE[pair], *STANDARD[:1], *(chosen or STANDARD[1:])]
