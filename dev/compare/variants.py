@@ -45,8 +45,8 @@ ABLATIONS = (
     _ablation("gamma 0.5", LABEL_NOISE_PROB=0.5),
     _ablation("lambda 0.8", CENTER_NOISE_SCALE=0.8, SIZE_NOISE_SCALE=0.8),
 )
-# Other noise than DN-DETR's of the same scale, one kind at a time (docs/noise.md). The schedules have its mean. The confusion
-# matrix is a file that must be given: DENOISING.LABEL_NOISE.CONFUSION_MATRIX.
+# Other noise than DN-DETR's of the same scale, one kind at a time (docs/noise.md). Half of the sides in the shapes are below
+# 0.35; the schedules have the mean 1; the confusion matrix is a file to be given: LABEL_NOISE.CONFUSION_MATRIX.
 NOISES = (
     _ablation("gaussian boxes", **{"BOX_NOISE.NAME": "gaussian"}),
     _ablation("truncated gaussian boxes", **{"BOX_NOISE.NAME": "truncated_gaussian"}),

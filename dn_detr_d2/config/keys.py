@@ -127,8 +127,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.LABEL_NOISE.CLASS_COUNTS = []
     # confusion only: the confusion_matrix.json that an evaluation writes into OUTPUT_DIR/inference.
     node.DENOISING.LABEL_NOISE.CONFUSION_MATRIX = ""
-    # What the scales of the box noise are multiplied with during training: constant (START all along), linear or cosine, from
-    # START in the first iteration to END in the last of SOLVER.MAX_ITER. The papers have no schedule.
+    # What the scales of the box noise are multiplied with during training: constant (START all along), linear or cosine,
+    # from START in the first iteration to END in the last of SOLVER.MAX_ITER. The papers have no schedule.
     node.DENOISING.NOISE_SCHEDULE = CfgNode()
     node.DENOISING.NOISE_SCHEDULE.NAME = "constant"
     node.DENOISING.NOISE_SCHEDULE.START = 1.0

@@ -98,7 +98,7 @@ def distance_at_iou(direction: Tensor, loss: Tensor) -> Tensor:
 
 
 def least_iou(scale: NoiseScale) -> float:
-    """The least IoU of a box with what uniform noise of this scale makes of it: (1 - lambda) ** 2 where both are lambda <= 1.
+    """The least IoU of a box with what uniform noise of this scale makes of it; (1 - lambda) ** 2 if both are lambda <= 1.
 
     IoU falls with the shift of the centre, and as a function of one side it has no minimum but at its ends, so the least
     lies at a corner of the range of (shift, width, height).

@@ -38,7 +38,7 @@ class ClassFrequency:
         if not _are_weights(counts) or sum(counts) == 0:
             raise ValueError(
                 "label noise by class frequency needs the number of objects of each class, not negative and not all 0, got "
-                f"{list(counts)!r:.100}"
+                f"{counts!r:.100}"
             )
         self._weights = torch.tensor(counts, dtype=torch.float64)
 
