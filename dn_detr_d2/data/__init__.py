@@ -5,7 +5,7 @@ from ..utils import needs_detectron2  # noqa: F401
 # isort: split
 from .coco_custom import check_files, class_names, dataset_path, load_coco_json, register_coco_json
 from .images import read_image
-from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
+from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader, count_classes
 from .mapper import DetrDatasetMapper, ResizeShortestEdge
 from .registered import check_records, records_of
 from .shapes import cache_folder, register_shapes
@@ -23,6 +23,7 @@ __all__ = [
     "check_files",
     "check_records",
     "class_names",
+    "count_classes",
     "dataset_path",
     "load_coco_json",
     "read_image",

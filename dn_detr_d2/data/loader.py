@@ -1,11 +1,13 @@
 """Data loaders of training and evaluation; they log how images without boxes are treated."""
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
 
 from detectron2.data import MetadataCatalog, build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
-from ..coco import coco_names, raw_names
+from ..coco import RAW_IDS, coco_names, raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
@@ -110,6 +112,24 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
         else record
         for record in records
     ]
+
+
+def count_classes(dataset_names: Iterable[str], class_names: list[str], num_classes: int) -> list[int]:
+    """Objects of each class of the model in some data sets, crowds left out.
+
+    Args:
+        dataset_names: registered.
+        class_names: of the model, see :func:`in_model_order`.
+        num_classes: of the model.
+    """
+    raw = list(class_names) == list(raw_names())
+    counts = Counter()
+    for name in dataset_names:
+        for record in in_model_order(records_of(name), name, class_names):
+            counts.update(x["category_id"] for x in record.get("annotations", []) if not x.get("iscrowd", 0))
+    if raw:
+        counts = Counter({RAW_IDS[index]: count for index, count in counts.items()})
+    return [counts[index] for index in range(num_classes)]
 
 
 def _counted_records(dataset_name: str, masks: bool = False) -> list[dict]:

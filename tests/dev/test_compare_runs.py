@@ -17,7 +17,18 @@ from PIL import Image
 
 from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
 from dev.compare.train import InterleavedRun, configure, train_interleaved
-from dev.compare.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, variants_of
+from dev.compare.variants import (
+    ABLATIONS,
+    ALONE,
+    DENOISED,
+    FOLDER,
+    HALF,
+    MATCHING,
+    NOISES,
+    PAIRS,
+    Variant,
+    variants_of,
+)
 from dev.compare_runs import main, options, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization.runs import Group, read_run
@@ -50,10 +61,13 @@ def test_a_pair_differs_in_denoising_and_in_nothing_else(pair, tmp_path):
     assert first["MODEL.DN_DETR.DENOISING.NAME"] == ""
 
 
-@pytest.mark.parametrize("variant", ABLATIONS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [*ABLATIONS, *NOISES], ids=lambda v: v.name)
 def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
+    (tmp_path / "matrix.json").write_text("{}")
+    matrix = ["MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX", str(tmp_path / "matrix.json")]
     full, changed = (
-        dict(leaves(configure(FOLDER / "deformable.yaml", v, 1, tmp_path, SMALL))) for v in (Variant(DENOISED), variant)
+        dict(leaves(configure(FOLDER / "deformable.yaml", v, 1, tmp_path, [*SMALL, *matrix])))
+        for v in (Variant(DENOISED), variant)
     )
     differing = {key for key in full if full[key] != changed[key]} - {"OUTPUT_DIR"}
     assert differing
@@ -64,6 +78,17 @@ def test_every_training_of_an_ablation_has_a_colour_of_its_own():
     count = len(variants_of("deformable", parse_arguments(["--ablations"]).ablations))
     assert count == 2 + len(ABLATIONS)
     assert len({colour(i) for i in range(count)}) == count
+
+
+def test_other_kinds_of_noise_are_none_or_those_that_are_named_or_all():
+    kinds = [variant.name for variant in NOISES]
+    assert parse_arguments([]).noise == []
+    assert parse_arguments(["--noise", "boxes by IoU"]).noise == ["boxes by IoU"]
+    args = parse_arguments(["--noise", "--seeds", "1"])
+    assert args.noise == kinds
+    assert args.runs == "output/noise"
+    assert [v.name for v in variants_of("deformable", args.noise)] == [MATCHING, DENOISED, *kinds]
+    assert len({colour(i) for i in range(2 + len(kinds))}) == 2 + len(kinds)
 
 
 def test_ablations_are_none_or_those_that_are_named_or_all():
