@@ -54,22 +54,10 @@ def setup_cfg(
 
 
 def share_num_classes(cfg: CfgNode) -> None:
-    """Gives NUM_CLASSES, where it is known, to Detectron2's own heads.
-
-    Raises:
-        ConfigError: the head of the chosen meta-architecture has been given another number.
-    """
-    number, default = cfg.MODEL.DN_DETR.NUM_CLASSES, get_cfg()
-    if number is None:
-        return
-    for name in ("ROI_HEADS", "RETINANET"):
-        given = cfg.MODEL[name].NUM_CLASSES
-        if given not in (number, default.MODEL[name].NUM_CLASSES):
-            raise ConfigError(
-                f"MODEL.{name}.NUM_CLASSES = {given}, but MODEL.DN_DETR.NUM_CLASSES is {number}, which it is set to; leave "
-                "it out, or set MODEL.DN_DETR.NUM_CLASSES"
-            )
-        cfg.MODEL[name].NUM_CLASSES = number
+    """Sets the number of classes of Detectron2's own heads to NUM_CLASSES, where that is known."""
+    number = cfg.MODEL.DN_DETR.NUM_CLASSES
+    if number is not None:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = number
 
 
 def check_detector(cfg: CfgNode) -> None:
