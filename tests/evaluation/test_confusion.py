@@ -109,7 +109,11 @@ def evaluated(folder, class_names, model_classes=None, annotated=True):
 
 def test_an_evaluation_writes_it_beside_its_results(tmp_path):
     found = evaluated(tmp_path, ["cat", "dog", "cow"])
-    assert found == {"iou_threshold": 0.5, "classes": ["cat", "dog", "cow"], "matrix": [[1, 1, 0], [0, 2, 0], [0, 0, 0]]}
+    assert found == {
+        "iou_threshold": 0.5,
+        "classes": ["cat", "dog", "cow"],
+        "matrix": [[1, 1, 0], [0, 2, 0], [0, 0, 0]],
+    }
     assert (tmp_path / "coco_instances_results.json").exists()
 
 
