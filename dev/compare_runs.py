@@ -32,7 +32,7 @@ from tabulate import tabulate
 
 from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
 from dev.compare.train import folders_of, train_interleaved
-from dev.compare.variants import ABLATIONS, FOLDER, NOISES, PAIRS, variants_of
+from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, NOISES, PAIRS, variants_of
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import add_overrides, parse, run_command
@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"one seed, {QUICK_ITERATIONS} iterations")
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", choices=[*PAIRS, *HOSTS], default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     what = {"ablations": "without one part of denoising at a time", "noise": "with other kinds of noise"}
     names = {"ablations": [variant.name for variant in ABLATIONS], "noise": [variant.name for variant in NOISES]}

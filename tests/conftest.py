@@ -85,14 +85,18 @@ def toy_model(toy_cfg):
     """toy_model(system, *overrides) -> a small model with weights off their symmetric start."""
 
     def make(system, *overrides):
-        model = build_model(toy_cfg(system, *overrides))
-        with torch.no_grad():  # zero-initialised heads and offsets would hide what they should react to
-            for name, parameter in model.named_parameters():
-                if not name.startswith("backbone."):
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-        return model
+        return off_the_start(build_model(toy_cfg(system, *overrides)))
 
     return make
+
+
+def off_the_start(model):
+    """The model with random numbers added: zero-initialised heads and offsets would hide what they should react to."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone."):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
 
 
 def make_batch(*counts, sizes=((64, 96), (96, 64), (80, 80)), num_classes=5, seed=0):

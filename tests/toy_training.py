@@ -1,5 +1,6 @@
 """A training of seconds for tests of what stops and goes on; DATASETS.TEST is empty."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from dev.stress.toy import differing, load
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
 
-__all__ = ["command", "differing", "load", "make_cfg", "train"]
+__all__ = ["RCNN", "command", "differing", "load", "make_cfg", "make_rcnn_cfg", "stop_at", "train"]
 
 OPTIONS = [
     *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0),
@@ -21,10 +22,24 @@ OPTIONS = [
 ]
 
 
-def make_cfg(folder, *overrides):
+def make_cfg(folder, *overrides, config=SYSTEMS["dn_detr"]):
     """The config of a training that writes into ``folder``."""
-    config = ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"
-    return setup_cfg(str(config), [*OPTIONS, *overrides, "OUTPUT_DIR", str(folder)])
+    return setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*OPTIONS, *overrides, "OUTPUT_DIR", str(folder)])
+
+
+# A Faster R-CNN as narrow as it goes, whose every region is sampled, the same number in each image.
+RCNN = [
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]], "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 4096),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 12, "MODEL.RPN.POST_NMS_TOPK_TEST", 12, "MODEL.RPN.NMS_THRESH", 0.95),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 1000, "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False),
+    *("SOLVER.WARMUP_ITERS", 0),
+]
+
+
+def make_rcnn_cfg(folder, *overrides):
+    """:func:`make_cfg` of Faster R-CNN with denoising."""
+    return make_cfg(folder, *RCNN, *overrides, config="faster_rcnn_dn_R50_FPN_12ep")
 
 
 def train(cfg, resume=False, seed=0):
@@ -43,3 +58,11 @@ def command(folder, *options, overrides=()):
     config = ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml"
     changes = [str(x) for x in (*OPTIONS, *overrides, "OUTPUT_DIR", folder)]
     return [str(ROOT / "train_net.py"), "--config-file", str(config), *options, *changes]
+
+
+def stop_at(folder, name, target):
+    """A folder as a stop after the checkpoint ``name`` leaves it."""
+    target.mkdir()
+    for file in folder.glob(f"{name}.pth*"):
+        shutil.copy(file, target)
+    (target / "last_checkpoint").write_text(f"{name}.pth")

@@ -64,14 +64,18 @@ NOISES = (
     ),
 )
 PAIRS = tuple(ALONE)
+# Detectors that were published without denoising; each has a file of its own, in which it has it.
+HOSTS = ("plain_deformable", "refine", "two_stage", "detr", "anchor", "faster_rcnn")
 
 
 def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
     """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest.
 
     Args:
-        pair: of PAIRS.
+        pair: of PAIRS or HOSTS; of hosts the baseline and the whole denoising.
         ablations: names of those that take the place of the half schedule.
     """
+    if pair in HOSTS:
+        return [Variant(MATCHING, [DENOISING + "NAME", ""]), STANDARD[0]]
     chosen = tuple(variant for variant in (*ABLATIONS, *NOISES) if variant.name in ablations)
     return [ALONE[pair], *STANDARD[:1], *(chosen or STANDARD[1:])]

@@ -60,7 +60,7 @@ def convert(
     """
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     state = {key: tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor) for key, tensor in state.items()}
-    source = identify(state)
+    source = identify(state) or _by_model(state, model_state)
     if source is None:
         raise CheckpointError(
             f"this is not a checkpoint of a known system: its tensors are named {_some(state) or 'nothing at all'}; name "
@@ -95,6 +95,12 @@ def convert(
     rows = match.rows if match else []
     new = [our_names[i] if our_names else f"class {i}" for i, row in enumerate(rows) if row is None]
     return Conversion(state, source, log, new, absent)
+
+
+def _by_model(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> Source | None:
+    """A detector of Detectron2, such as Faster R-CNN, has the names of the model that it is for."""
+    common = sum(name in model_state for name in state)
+    return Source("a detector of Detectron2", "this project") if 2 * common > len(state) else None
 
 
 def _fit_backbone(

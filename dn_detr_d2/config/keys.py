@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
     """Adds this project's keys to a Detectron2 config, in place (Detectron2's convention for projects)."""
-    # The one meta-architecture of this project.
+    # The meta-architecture of this project. Detectron2's GeneralizedRCNN gets denoising by MODEL.ROI_HEADS.NAME
+    # DenoisingROIHeads or DenoisingCascadeROIHeads; of MODEL.DN_DETR it reads NUM_CLASSES, CLASS_NAMES and DENOISING.
     cfg.MODEL.META_ARCHITECTURE = "DenoisingDETR"
     # Where the model runs. Detectron2's default is "cuda"; ours is what this machine has.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +24,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.MODEL.DN_DETR = CfgNode()
     node = cfg.MODEL.DN_DETR
     # Number of classes P. null (or "auto", which setup_cfg() takes for null) means the classes of DATASETS.TRAIN. With COCO
-    # also 91: its raw ids, as the official models count.
+    # also 91: its raw ids, as the official models count. setup_cfg() also sets MODEL.ROI_HEADS.NUM_CLASSES and
+    # MODEL.RETINANET.NUM_CLASSES to it.
     node.NUM_CLASSES = None
     # Names of the classes in order of their ids. Filled in by training and kept in config.yaml, so that pictures have
     # names where the data set is not at hand.
@@ -154,6 +156,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # What denoising losses are divided by: noised objects averaged over ranks ("global"), or of this rank ("local",
     # the official code). The same with one process.
     node.DENOISING.NORMALIZER = "global"
+    # R-CNN only: a class loss of the noised regions besides their box loss. Off, because nearly one in ten of them overlaps
+    # its object by less than the 0.5 from which a proposal counts as foreground.
+    node.DENOISING.REGION_CLASS_LOSS = False
 
     node.MATCHER = CfgNode()
     # Weights of the matching costs: focal class cost, L1 of cxcywh in [0, 1], GIoU. 2, 5, 2 in DAB and DN.
@@ -213,7 +218,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Batches of like aspect ratio would change the order of the data; the official code has none.
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
 
-    # Only "ADAMW" is known.
+    # "ADAMW" (all DETRs) or "SGD" with Detectron2's SOLVER.MOMENTUM and NESTEROV (R-CNNs).
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning rate of the transformer, per iteration of IMS_PER_BATCH images. 1e-4 in DN.
     cfg.SOLVER.BASE_LR = 1e-4

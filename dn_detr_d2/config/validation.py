@@ -15,7 +15,7 @@ def check_config(cfg: CfgNode) -> None:
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise ConfigError(f"MODEL.DN_DETR.NUM_CLASSES must be a positive number or auto, got {num_classes!r}")
     choices = {
-        "SOLVER.OPTIMIZER": ("ADAMW",),
+        "SOLVER.OPTIMIZER": ("ADAMW", "SGD"),
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
         "SOLVER.NONFINITE": ("raise", "skip"),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),

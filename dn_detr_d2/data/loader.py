@@ -11,7 +11,7 @@ from ..coco import RAW_IDS, coco_names, raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
-from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
+from .mapper import WITHOUT_QUERIES, AnnotatedDatasetMapper, DetrDatasetMapper, trains_masks
 from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
@@ -30,9 +30,10 @@ def build_train_loader(cfg):
         DatasetError: no image has a box.
     """
     everything, usable = [], 0
+    num_queries = 0 if cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES else cfg.MODEL.DN_DETR.NUM_QUERIES
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
-        records = _counted_records(name)
-        usable += log_summary(name, records, cfg.MODEL.DN_DETR.NUM_QUERIES)
+        records = _counted_records(name, trains_masks(cfg))
+        usable += log_summary(name, records, num_queries)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
@@ -131,9 +132,9 @@ def count_classes(dataset_names: Iterable[str], class_names: list[str], num_clas
     return [counts[index] for index in range(num_classes)]
 
 
-def _counted_records(dataset_name: str) -> list[dict]:
+def _counted_records(dataset_name: str, masks: bool = False) -> list[dict]:
     """The records of a data set that has images, with Detectron2's count of objects a class in the log."""
-    records = records_of(dataset_name)
+    records = records_of(dataset_name, masks)
     if not len(records):
         raise DatasetError(f"data set {dataset_name!r} has no images; take it out of DATASETS")
     classes = MetadataCatalog.get(dataset_name).get("thing_classes")

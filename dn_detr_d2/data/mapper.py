@@ -12,8 +12,9 @@ from functools import partial
 import numpy as np
 import torch
 from detectron2.config import configurable
+from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
@@ -38,6 +39,15 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         if isinstance(found, T.ResizeTransform):  # a shortest edge of 0 keeps the size
             found = T.ResizeTransform(found.h, found.w, max(found.new_h, 1), max(found.new_w, 1), found.interp)
         return found
+
+
+# Detectron2's detectors, whose objects no number of queries limits, and which may have mask heads.
+WITHOUT_QUERIES = ("FCOS", "GeneralizedRCNN", "ProposalNetwork", "RetinaNet")
+
+
+def trains_masks(cfg) -> bool:
+    """Whether the detector of the config takes masks in training."""
+    return cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES
 
 
 class BoxChecker:
@@ -100,6 +110,7 @@ class DetrDatasetMapper:
         image_format: channel order, "RGB" or "BGR".
         num_classes: P; labels must lie in [0, P). 0 = not checked.
         new_labels: label of each class of the data set, None to keep them (raw COCO ids, see :mod:`dn_detr_d2.coco`).
+        masks: "polygon" or "bitmask" attaches ``gt_masks`` in this form, made from the segmentations; None = no masks.
         flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
     """
 
@@ -111,13 +122,14 @@ class DetrDatasetMapper:
         image_format: str,
         num_classes: int,
         new_labels: tuple[int, ...] | None = None,
+        masks: str | None = None,
         flips: list[T.Augmentation],
         resizes: list[T.Augmentation],
         crops: list[T.Augmentation],
     ):
         self.is_train = is_train
         self.image_format = image_format
-        self.num_classes, self.new_labels = num_classes, new_labels
+        self.num_classes, self.new_labels, self.masks = num_classes, new_labels, masks
         self.plain = T.AugmentationList([*flips, *resizes])
         self.cropping = T.AugmentationList([*flips, *crops, *resizes]) if crops else None
         self.check_box = BoxChecker()
@@ -146,6 +158,7 @@ class DetrDatasetMapper:
             "image_format": node.FORMAT,
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
+            "masks": node.MASK_FORMAT if trains_masks(cfg) else None,
             "flips": flips,
             "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,
@@ -157,13 +170,14 @@ class DetrDatasetMapper:
         Their ``gt_index`` is the index of each box among the annotations of the record.
 
         Raises:
-            DatasetError: the image cannot be read or has another size than annotated, or a label is out of range.
+            DatasetError: the image cannot be read or has another size than annotated, a label is out of range, or a mask is
+                asked for that is not there.
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
         self._check_size(record, image.shape[:2])  # what was decoded, after what the header said
         raw = self._raw_boxes(record, image.shape[:2]) if self.is_train else ([], [], [])
-        record.pop("annotations", None)
+        annotations = record.pop("annotations", [])
 
         crop = self.cropping is not None and np.random.rand() < 0.5
         augmented = T.AugInput(image)
@@ -171,6 +185,8 @@ class DetrDatasetMapper:
         record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if self.is_train:
             record["instances"] = self._instances(*raw, transforms, augmented.image.shape[:2])
+            if self.masks is not None:
+                record["instances"].gt_masks = self._masks(record, annotations, transforms)
         return record
 
     @staticmethod
@@ -214,6 +230,31 @@ class DetrDatasetMapper:
         gt_classes, gt_index = (torch.tensor(column, dtype=torch.int64) for column in (labels, numbers))
         keep = gt_boxes.nonempty()
         return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep], gt_index=gt_index[keep])
+
+    def _masks(self, record: dict, annotations: list[dict], transforms: T.TransformList):
+        """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image."""
+        instances, moved = record["instances"], []
+        for i in instances.gt_index.tolist():
+            what = f"{record['file_name']}, annotation {annotations[i].get('id', f'number {i}')}"
+            if not annotations[i].get("segmentation"):
+                raise DatasetError(
+                    f"{what} has no segmentation, but MODEL.MASK_ON is True; set it to False, or add the mask"
+                )
+            try:
+                mask = detection_utils.transform_instance_annotations(annotations[i], transforms, instances.image_size)
+                detection_utils.annotations_to_instances([mask], instances.image_size, self.masks)
+            except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise DatasetError(
+                    f"{what} has a segmentation that cannot be used as a {self.masks}: {reason}; use "
+                    "INPUT.MASK_FORMAT bitmask for run lengths, and correct or take out what is neither polygons nor "
+                    "run lengths"
+                ) from None
+            moved.append(mask)
+        if not moved:
+            height, width = instances.image_size
+            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, height, width))
+        return detection_utils.annotations_to_instances(moved, instances.image_size, self.masks).gt_masks
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):

@@ -30,18 +30,18 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
     Args:
         name: of a registered data set.
         records: its dataset dicts.
-        num_queries: NUM_QUERIES of the model, which bounds the objects that an image can have.
+        num_queries: NUM_QUERIES of the model, which bounds the objects that an image can have; 0 = it has no queries.
 
     Returns:
         int: boxes that are trained on.
     """
     found = _cached(name, records)
     problems = "; ".join(f"{count} x {kind}" for kind, count in found["problems"].items()) or "none"
-    crowded = found["fullest"] > num_queries
+    crowded = 0 < num_queries < found["fullest"]
     logger.log(
         logging.WARNING if crowded else logging.INFO,
         "%s: %d images (%d without boxes), %d boxes, %d crowds; boxes that are dropped or clipped: %s; the fullest image %s "
-        "has %d objects, NUM_QUERIES is %d%s. tools/check_dataset.py lists everything and reads the images",
+        "has %d objects%s%s. tools/check_dataset.py lists everything and reads the images",
         name,
         found["images"],
         found["empty"],
@@ -50,7 +50,7 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
         problems,
         found["fullest_name"],
         found["fullest"],
-        num_queries,
+        f", NUM_QUERIES is {num_queries}" if num_queries else "",
         ": the rest of its objects is not learned" if crowded else "",
     )
     dropped = sum(count for kind, count in found["problems"].items() if kind != Issue.STICKS_OUT)

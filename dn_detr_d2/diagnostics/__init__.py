@@ -7,7 +7,7 @@ from .denoising_health import JudgedLabel, Restoration, judge_labels, measure_re
 from .diagnostic_hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_diagnostics
 from .instability import anchor_distances, anchor_metrics, average_top_k, churn, instability
 from .leak import check_denoising
-from .model_state import preserve_state
+from .model_state import preserve_state, require_queries
 from .probe import ProbedImage, probe
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "measure_restoration",
     "preserve_state",
     "probe",
+    "require_queries",
 ]

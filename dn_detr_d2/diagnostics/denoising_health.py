@@ -19,9 +19,9 @@ from ..denoising import QueryDenoising
 from ..errors import ConfigError
 from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
-from ..utils.distributed import device_of, unwrap
+from ..utils.distributed import device_of
 from ..utils.rng import seed_all
-from .model_state import gather, preserve_state
+from .model_state import gather, preserve_state, require_queries
 from .probe import require_objects
 
 
@@ -133,7 +133,7 @@ def judge_labels(
 
 def denoising_of(model: nn.Module) -> QueryDenoising:
     """The model's denoising, through DistributedDataParallel; raises ConfigError if it has none."""
-    denoising = unwrap(model).denoising
+    denoising = require_queries(model).denoising
     if denoising is None:
         raise ConfigError(
             "the model has no denoising (MODEL.DN_DETR.DENOISING.NAME is ''), so there are no denoising queries to look at; "

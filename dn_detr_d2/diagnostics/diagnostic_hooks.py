@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.engine import HookBase
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
 from ..data import build_annotated_batch
@@ -17,6 +18,7 @@ from ..utils.rng import isolated_rng
 from .denoising_health import Restoration, measure_restoration
 from .instability import anchor_metrics, churn, instability
 from .leak import check_denoising
+from .model_state import require_queries
 from .probe import ProbedImage, probe
 from .validation_loss import validation_losses
 
@@ -31,6 +33,8 @@ def build_diagnostics(cfg) -> list[HookBase]:
         DatasetError: the chosen images have no boxes.
     """
     hooks, node = [], cfg.TEST.INSTABILITY
+    if cfg.DEBUG.CHECK_DENOISING or node.NUM_IMAGES or cfg.TEST.VALIDATION_LOSS:
+        require_queries(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
     if cfg.DEBUG.CHECK_DENOISING:
         with isolated_rng(0):  # Detectron2's resize draws even where there is one size
             hooks.append(LeakCheckHook(build_annotated_batch(cfg, cfg.DATASETS.TRAIN[0], 2)))

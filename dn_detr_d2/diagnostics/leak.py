@@ -6,7 +6,7 @@ from torch import nn
 
 from ..denoising import check_groups
 from ..denoising.isolation import STRENGTHS, TOLERANCE
-from .model_state import preserve_state
+from .model_state import preserve_state, require_queries
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def check_denoising(
     Raises:
         LeakError: somebody noticed; the text says who and by how much.
     """
-    with preserve_state(model, seed) as bare:
+    with preserve_state(require_queries(model), seed) as bare:
         if bare.denoising is None:
             logger.info("DEBUG.CHECK_DENOISING: the model trains without denoising, there is no mask to check")
             return

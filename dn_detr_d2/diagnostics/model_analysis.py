@@ -17,6 +17,7 @@ from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 
 from ..export import PARTS, OneImage
+from .model_state import require_queries
 
 
 def attention_flops(inputs, outputs) -> Counter:
@@ -49,7 +50,7 @@ NOT_IN_PAPERS = ("linear", "deformable attention")
 
 def analyze(cfg, height: int, width: int) -> dict:
     """Part -> {"parameters", "trainable", "gflops", "paper_gflops", "mactivations"}, and the same for "total"."""
-    model = build_model(cfg).eval()
+    model = require_queries(build_model(cfg)).eval()
     image = torch.zeros(1, 3, height, width)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():

@@ -8,6 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.interruption import agree
+from ..errors import ConfigError
 from ..utils.distributed import device_of, unwrap
 from ..utils.rng import isolated_rng
 
@@ -31,6 +32,19 @@ def preserve_state(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def require_queries(model: nn.Module | type) -> nn.Module | type:
+    """The model out of DistributedDataParallel, or its class; raises ConfigError if it has no queries to look at."""
+    bare = unwrap(model)
+    if not hasattr(bare, "forward_outputs"):
+        name = (bare if isinstance(bare, type) else type(bare)).__name__
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE = {name!r} has no object queries, which the diagnostics and pictures of "
+            "queries look at; take a config of DenoisingDETR, and leave TEST.INSTABILITY, TEST.VALIDATION_LOSS and "
+            "DEBUG.CHECK_DENOISING off"
+        )
+    return bare
 
 
 def gather(items: list) -> list:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import DatasetError
 from ..modeling.outputs import ForwardOutputs
 from ..structures import Assignment
-from .model_state import gather, preserve_state
+from .model_state import gather, preserve_state, require_queries
 
 
 @dataclass
@@ -52,7 +52,7 @@ def probe(model: nn.Module, loader: Iterable[list[dict]]) -> list[ProbedImage]:
         DatasetError: no image has a box that can be used.
     """
     images = []
-    with preserve_state(model) as bare:
+    with preserve_state(require_queries(model)) as bare:
         for batch in loader:
             outputs = bare.forward_outputs(batch)
             assignment = bare.matcher(outputs.matching, outputs.targets)

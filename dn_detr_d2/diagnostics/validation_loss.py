@@ -11,7 +11,7 @@ from ..losses import LossNormalizers, LossValue, StepNormalizers
 from ..modeling.batch import count_objects
 from ..modeling.outputs import ForwardOutputs
 from ..utils.rng import seed_all
-from .model_state import gather, preserve_state
+from .model_state import gather, preserve_state, require_queries
 from .probe import require_objects
 
 
@@ -36,7 +36,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         FloatingPointError: predictions are not finite.
     """
     rows = []
-    with preserve_state(model) as bare:
+    with preserve_state(require_queries(model)) as bare:
         one = bare.pixel_mean.new_ones(())
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)
@@ -59,9 +59,9 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
 
 def _divisor(loss: LossValue) -> str:
     """What the sum of a term over the images is divided by."""
-    if loss.is_mean:
-        return "images"
-    return "noised objects" if loss.kind == "denoising" else "objects"
+    if loss.kind == "denoising":
+        return "noised objects"
+    return "images" if loss.is_mean else "objects"
 
 
 def _row(outputs: ForwardOutputs, losses: dict[str, Tensor]) -> tuple[int, int, dict[str, float]]:

@@ -13,7 +13,7 @@ _MODULES = {
     ".trainer": ("Trainer", "best_metrics", "evaluate", "load_for_evaluation"),
     ".train_step": ("TrainStep",),
     ".training_state": ("capture_training_state", "restore_training_state"),
-    ".optimizer": ("ClippedAdamW", "build_optimizer", "parameter_groups"),
+    ".optimizer": ("ClippedAdamW", "ClippedSGD", "build_optimizer", "parameter_groups"),
     ".launch": (
         "ProcessError",
         "rank_info_from_env",

@@ -16,6 +16,8 @@ LEARNING_RATE_TABLE = (
     ("sampling_offsets.", "SAMPLING_MULTIPLIER"),
     ("query_source.reference.", "SAMPLING_MULTIPLIER"),
 )
+# Detectron2's R-CNN recipes have 0.02, for SGD; no published DETR has more than 2e-4.
+LARGE_FOR_ADAMW = 0.01
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -45,7 +47,7 @@ def parameter_groups(cfg, model: nn.Module) -> list[dict]:
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over :func:`parameter_groups`, clipped as ``SOLVER.CLIP_GRADIENTS`` says."""
+    """``SOLVER.OPTIMIZER`` over :func:`parameter_groups`, clipped as ``SOLVER.CLIP_GRADIENTS`` says."""
     groups = parameter_groups(cfg, model)
     for group in groups:
         logger.info(
@@ -55,36 +57,46 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
             group["lr"],
             group["weight_decay"],
         )
-    clip = cfg.SOLVER.CLIP_GRADIENTS
+    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+    kind, clipped, settings = torch.optim.AdamW, ClippedAdamW, {"lr": solver.BASE_LR}
+    if solver.OPTIMIZER == "SGD":
+        kind, clipped = torch.optim.SGD, ClippedSGD
+        settings |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    elif solver.BASE_LR >= LARGE_FOR_ADAMW:
+        logger.warning(
+            "SOLVER.BASE_LR = %g is large for AdamW; a recipe of SGD needs SOLVER.OPTIMIZER SGD", solver.BASE_LR
+        )
     if clip.ENABLED and clip.CLIP_TYPE != "full_model":
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, cfg.SOLVER.BASE_LR)
+        return maybe_add_gradient_clipping(cfg, kind)(groups, **settings)
     if not clip.ENABLED:
-        return torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR)
-    return ClippedAdamW(groups, cfg.SOLVER.BASE_LR, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+        return kind(groups, **settings)
+    return clipped(groups, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE, **settings)
 
 
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that first scales all gradients together so that their joint norm is at most ``max_norm``.
+class ClipsWholeModel:
+    """Scales all gradients together before each step so that their joint norm is at most ``max_norm``.
 
-    The fused implementation is several times faster on a CPU. It lets a GradScaler leave gradients scaled, so with fp16
-    ``scaler.unscale_(optimizer)`` must come before ``scaler.step(optimizer)``, as in ``engine.TrainStep``.
+    Stands before an optimizer of ``torch.optim`` in the order of inheritance. The fused implementations are several times
+    faster on a CPU. They let a GradScaler leave gradients scaled, so with fp16 ``scaler.unscale_(optimizer)`` must come
+    before ``scaler.step(optimizer)``, as in ``engine.TrainStep``.
 
     Args:
-        parameters: as for ``torch.optim.AdamW``.
+        parameters: as for the optimizer.
         lr: learning rate of groups that have none.
         max_norm: largest joint norm.
         norm_type: order of the norm.
+        settings: of the optimizer.
     """
 
-    def __init__(self, parameters: Iterable, lr: float, *, max_norm: float, norm_type: float = 2.0):
-        super().__init__(parameters, lr, fused=True)
+    def __init__(self, parameters: Iterable, lr: float, *, max_norm: float, norm_type: float = 2.0, **settings):
+        super().__init__(parameters, lr, fused=True, **settings)
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def step(self, closure=None, *, norm: Tensor | None = None):
         """Clips, then steps.
 
         Args:
-            closure: as for ``torch.optim.AdamW``.
+            closure: as for the optimizer.
             norm: the 2-norm of all gradients if it is known, see :func:`total_norm`.
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -92,6 +104,14 @@ class ClippedAdamW(torch.optim.AdamW):
             norm = total_norm(self, self.norm_type)
         torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return super().step(closure)
+
+
+class ClippedAdamW(ClipsWholeModel, torch.optim.AdamW):
+    """AdamW with :class:`ClipsWholeModel`."""
+
+
+class ClippedSGD(ClipsWholeModel, torch.optim.SGD):
+    """Stochastic gradient descent with :class:`ClipsWholeModel`."""
 
 
 def total_norm(optimizer: torch.optim.Optimizer, norm_type: float = 2.0) -> Tensor:

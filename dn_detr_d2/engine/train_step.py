@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..utils.distributed import unwrap
 from ..utils.rng import set_torch_state, torch_state
 from .nonfinite import NonfiniteTensor, file_name, search, write_report
-from .optimizer import ClippedAdamW, total_norm
+from .optimizer import ClipsWholeModel, total_norm
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,9 @@ class TrainStep(SimpleTrainer):
         amp_dtype: autocast precision, None = float32.
         dump_folder: where reports are written.
         may_skip: how many steps of the whole training may be skipped instead of raising the error.
-        accumulation: number of parts that a batch is split into; their gradients add up to the batch's. With more than one,
-            ``model`` has :meth:`~dn_detr_d2.modeling.meta_arch.DenoisingDETR.step_normalizers`.
+        accumulation: number of parts that a batch is split into; their gradients add up to the batch's. A model that has
+            :meth:`~dn_detr_d2.modeling.meta_arch.DenoisingDETR.step_normalizers` divides the losses of each part by those of
+            the whole batch; of any other the mean over the parts counts.
 
     Attributes:
         stepped: whether the last iteration has changed the weights.
@@ -97,6 +98,7 @@ class TrainStep(SimpleTrainer):
         self.device = next(model.parameters()).device
         self.scaler = self._fresh_scaler()
         self.stepped, self.skipped, self.overflows = False, 0, 0
+        self._normalizers = getattr(unwrap(model), "step_normalizers", None)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
@@ -140,7 +142,7 @@ class TrainStep(SimpleTrainer):
         self.stepped = math.isfinite(outcome.values[0][NORM])
         self.overflows += not self.stepped
         if self.stepped:
-            known = {"norm": outcome.norm} if isinstance(self.optimizer, ClippedAdamW) else {}
+            known = {"norm": outcome.norm} if isinstance(self.optimizer, ClipsWholeModel) else {}
             self.scaler.step(self.optimizer, **known)
         self.scaler.update()
 
@@ -154,8 +156,10 @@ class TrainStep(SimpleTrainer):
                 f"the {len(batch)} images that a process gets of SOLVER.IMS_PER_BATCH are not divisible by "
                 f"SOLVER.ACCUMULATION_STEPS = {self.accumulation}"
             )
-        normalizers = unwrap(self.model).step_normalizers([len(image["instances"]) for image in batch])
-        return [(batch[i : i + size], normalizers) for i in range(0, len(batch), size)]
+        shared = ()
+        if self._normalizers is not None:
+            shared = (self._normalizers([len(image["instances"]) for image in batch]),)
+        return [(batch[i : i + size], *shared) for i in range(0, len(batch), size)]
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         """Where backward passes do not all-reduce gradients."""
@@ -163,7 +167,10 @@ class TrainStep(SimpleTrainer):
 
     def _losses(self, model: nn.Module, *part) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model(*part)
+            losses = model(*part)
+        if self._normalizers is None and self.accumulation > 1:
+            losses = {name: value / self.accumulation for name, value in losses.items()}
+        return losses
 
     def _backward(self, losses: dict[str, Tensor]) -> Tensor:
         """Adds the gradients to those of the parameters; returns the terms."""
@@ -254,18 +261,18 @@ class TrainStep(SimpleTrainer):
         return f"iteration {self.iter}, rank {rank}: {what}; images: {', '.join(names)}; see {path}.json"
 
     def _log(self, values: list[dict[str, float]]) -> None:
-        """Logs every term under its name, and the sums of the groups main / aux / dn for the console."""
+        """Logs every term under its name, their sum, and the sums of the groups main / aux / dn for the console."""
         if not comm.is_main_process():
             return
         storage = get_event_storage()
         means = {name: sum(rank[name] for rank in values) / len(values) for name in values[0]}
         means["data_time"] = max(rank["data_time"] for rank in values)
-        groups = {}
-        for name, value in means.items():
+        terms, groups = {name: value for name, value in means.items() if name not in (NORM, "data_time")}, {}
+        for name, value in terms.items():
             if "/" in name:
                 group = f"loss_{name.split('/')[0]}"
                 groups[group] = groups.get(group, 0.0) + value
-        storage.put_scalars(total_loss=sum(groups.values()), **groups, **means)
+        storage.put_scalars(total_loss=sum(terms.values()), **groups, **means)
         if self.scaler.is_enabled():
             storage.put_scalar("overflow_steps", self.overflows, smoothing_hint=False)
 

@@ -24,7 +24,8 @@ class LossTerm:
 
     Attributes:
         name: of the term in the dict of losses.
-        is_mean: whether the term is a mean over queries already, rather than a sum over pairs divided by ``num_pairs``.
+        is_mean: whether the term of queries without ``class_loss_mask`` is a mean over queries already, rather than a sum
+            over pairs divided by ``num_pairs``.
 
     Raises:
         ValueError: a negative weight.
@@ -106,7 +107,11 @@ class ClassSoftmax(LossTerm):
     def __call__(
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizers: LossNormalizers
     ) -> Tensor:
-        """(K,) weighted means over the queries of all images of the step, or of ``assignment.class_loss_mask``."""
+        """(K,) weighted means over the queries of all images of the step.
+
+        With ``assignment.class_loss_mask`` sums over its queries, divided by the number of pairs: of denoising queries the
+        mean over the noised objects of the step.
+        """
         logits, mask = predictions.logits, assignment.class_loss_mask
         no_object = logits.shape[-1] - 1
         target = torch.full(logits.shape[:-1], no_object, device=logits.device)  # (K, N, Q)
@@ -118,7 +123,7 @@ class ClassSoftmax(LossTerm):
         entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(weight)
         sums = (entropy * weight).flatten(1).sum(1)
         if mask is not None:
-            return sums / weight.flatten(1).sum(1).clamp(min=1e-6)
+            return sums / normalizers.num_pairs
         queries, counts = logits.shape[2], normalizers.step_counts
         found = sum(min(count, queries) for count in counts)
         return sums / (found + self.no_object_weight * (queries * len(counts) - found))

@@ -40,6 +40,7 @@ from .registry import (
     ENCODER_REGISTRY,
     QUERY_SOURCE_REGISTRY,
 )
+from .roi_heads import DenoisingCascadeROIHeads, DenoisingROIHeads
 
 __all__ = [
     "DECODER_LAYER_REGISTRY",
@@ -51,7 +52,9 @@ __all__ = [
     "Decoder",
     "DeformableDecoderLayer",
     "DeformableEncoder",
+    "DenoisingCascadeROIHeads",
     "DenoisingDETR",
+    "DenoisingROIHeads",
     "DenseEncoder",
     "Detached",
     "DetectionHeads",

@@ -8,12 +8,13 @@ from torch import nn
 from ..data import DetrDatasetMapper, check_files, records_of
 from ..data.loader import has_boxes
 from ..data.mapper import AnnotatedDatasetMapper
+from ..diagnostics import require_queries
 from ..engine import Trainer, load_for_evaluation
 from ..errors import CheckpointError, ConfigError, DatasetError
 
 
 def load_model(cfg, weights: str) -> nn.Module:
-    """The model of a config in evaluation mode.
+    """The model of a config in evaluation mode, with object queries to look at.
 
     Args:
         cfg: not frozen; its MODEL.WEIGHTS becomes ``weights``.
@@ -21,12 +22,12 @@ def load_model(cfg, weights: str) -> nn.Module:
 
     Raises:
         CheckpointError: the file does not exist, or is of another model.
-        ConfigError: the model cannot be built.
+        ConfigError: the model cannot be built, or is no DETR.
     """
     if weights and "://" not in weights and not Path(weights).is_file():
         raise CheckpointError(f"--weights {weights} does not exist; name the model_final.pth of a training")
     cfg.MODEL.WEIGHTS = weights
-    return load_for_evaluation(cfg) if weights else Trainer.build_model(cfg).eval()
+    return require_queries(load_for_evaluation(cfg) if weights else Trainer.build_model(cfg).eval())
 
 
 def training_image(cfg, wanted: str | None) -> dict:

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils.events import EventStorage
 from naming import naming
 from PIL import Image
 
@@ -53,7 +54,8 @@ def test_every_config_builds_in_its_own_size(path):
 def test_every_model_of_the_configs_builds_and_trains_one_step_and_predicts(path, narrow):
     model = build_model(setup_cfg(str(path), [*NO_DATA, *(narrower(path) if narrow else ())]))
     batch = make_batch(2, 0, sizes=((64, 64),))
-    losses = model.train()(batch)
+    with EventStorage():  # which Detectron2's own detectors log to
+        losses = model.train()(batch)
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     assert len(model.eval()(batch)) == 2
@@ -72,7 +74,7 @@ def test_every_config_also_works_with_detectron2s_own_functions(path):
     add_dn_detr_config(cfg)
     cfg.merge_from_file(str(path))
     cfg.merge_from_list(["MODEL.DN_DETR.NUM_CLASSES", 3])
-    assert cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
+    assert ("GeneralizedRCNN" if "rcnn" in path.stem else "DenoisingDETR") == cfg.MODEL.META_ARCHITECTURE
 
 
 def test_config_survives_a_round_trip_through_yaml(tmp_path):
@@ -115,7 +117,7 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
         (["MODEL.DN_DETR.NUM_QUERIES", "many"], ["MODEL.DN_DETR.NUM_QUERIES", "int", "str"]),
         (["SOLVER.IMS_PER_BATCH", 0], ["SOLVER.IMS_PER_BATCH", 0]),
         (["SOLVER.BASE_LR", -1.0], ["SOLVER.BASE_LR", -1.0]),
-        (["SOLVER.OPTIMIZER", "SGD"], ["SOLVER.OPTIMIZER", "'SGD'", "'ADAMW'"]),
+        (["SOLVER.OPTIMIZER", "LAMB"], ["SOLVER.OPTIMIZER", "'LAMB'", "'ADAMW'"]),
         (["SOLVER.AMP.DTYPE", "fp8"], ["SOLVER.AMP.DTYPE", "'fp8'", "'bf16'"]),
         (["INPUT.CROP.TYPE", "relative"], ["INPUT.CROP.TYPE", "'relative'", "'absolute_range'"]),
         (["DATASETS.COCO_JSON", [["a", "b"]]], ["DATASETS.COCO_JSON", "['a', 'b']"]),

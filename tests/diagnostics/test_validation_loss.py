@@ -76,6 +76,15 @@ def test_a_mean_over_queries_is_averaged_over_the_images(toy_model):
     assert found["main/l1"] == pytest.approx((3 * single[0]["main/l1"] + single[2]["main/l1"]).item() / 4, rel=1e-5)
 
 
+def test_the_class_loss_of_denoising_is_a_mean_over_all_noised_objects(toy_model):
+    """Also DETR's, whose class loss of matching queries is a mean over queries."""
+    model = toy_model("detr", "MODEL.DN_DETR.DENOISING.NAME", "DenoisingGenerator", *NOISELESS).eval()
+    batch, loader = one_by_one(3, 0, 1)
+    with torch.no_grad():
+        expected = model.losses(model.forward_outputs(batch, model.denoising))["dn/class"].value.item()
+    assert validation_losses(model, loader)["dn/class"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("system", ["dn_detr", "dino"])
 def test_they_are_the_same_each_time_and_leave_no_trace(toy_model, system):
     model = toy_model(system, *DROPOUT).train()

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from conftest import make_batch
-from detectron2.engine import create_ddp_model
-from detectron2.modeling import build_model
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from gradients import COUNTS, HIDDEN, QUIET, distance, gradients, in_float64, of_this_rank
 from naming import naming
 from ranks import on_ranks
 from toy_training import differing, load, make_cfg, train
@@ -14,43 +12,11 @@ from toy_training import differing, load, make_cfg, train
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.engine import TrainStep, check_processes
 
-NOISE = ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE", "CORNER_NOISE_SCALE")
-QUIET = [x for key in NOISE for x in (f"MODEL.DN_DETR.DENOISING.{key}", 0.0)]
-HIDDEN = ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]
-COUNTS = [(3, 1, 0, 2), (0, 0, 1, 4)]
-
-
-class Gradient(torch.optim.SGD):
-    """Leaves the weights, and keeps the gradients of the last step."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, 0.0)
-        self.seen = None
-
-    def step(self, closure=None):
-        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-
-def gradients(model, batch, accumulation, dtype=None):
-    """(flat gradient of a step, its terms)."""
-    optimizer = Gradient(model.parameters())
-    step = TrainStep(model, [batch], optimizer, dtype, "", accumulation=accumulation)
-    with EventStorage() as storage:
-        step.run_step()
-        terms = {name: value for name, (value, _) in storage.latest().items() if "/" in name}
-    return torch.cat([g.flatten() for g in optimizer.seen]), terms
-
-
-def distance(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
 
 @pytest.fixture
 def float64():
-    """Models are made and run in float64, where rounding does not hide a difference."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    with in_float64():
+        yield
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -87,29 +53,16 @@ def test_bfloat16_parts_differ_by_the_rounding_of_one_sum(toy_model):
     assert distance(parts, whole) < distance(whole, exact)  # less than what bfloat16 costs in any case
 
 
-def two_ranks(cfg, folder, accumulation):
-    torch.set_num_threads(1)
-    results = []
-    for counts in COUNTS:
-        torch.manual_seed(0)
-        model = create_ddp_model(build_model(cfg), device_ids=None, broadcast_buffers=False).train()
-        share = 4 // comm.get_world_size()
-        mine = slice(comm.get_rank() * share, (comm.get_rank() + 1) * share)
-        results.append(gradients(model, make_batch(*counts, sizes=((64, 64),))[mine], accumulation)[0])
-    if comm.is_main_process():
-        torch.save(results, f"{folder}/{comm.get_world_size()}_{accumulation}.pth")
-
-
 def test_parts_on_two_processes_give_the_gradient_of_the_batch_on_one(toy_cfg, tmp_path):
     """Padding is hidden, because each process pads to its own fullest image, see test_two_gloo_processes_equal_one."""
     cfg = toy_cfg("dn_detr", *QUIET, *HIDDEN)
-    two_ranks(cfg, str(tmp_path), 1)
+    of_this_rank(cfg, str(tmp_path), 1)
     for accumulation in (1, 2):
-        on_ranks(two_ranks, cfg, str(tmp_path), accumulation)
+        on_ranks(of_this_rank, cfg, str(tmp_path), accumulation)
     one, two, parts = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("1_1", "2_1", "2_2"))
     for a, b, c in zip(one, two, parts, strict=True):
-        assert distance(c, b) < 1e-6
-        assert distance(c, a) < 2e-6
+        assert distance(c, b) < 1e-9
+        assert distance(c, a) < 1e-9
 
 
 def test_an_accumulating_training_resumes_to_the_bit(tmp_path):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import ROOT, TOY
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer as detectron2_optimizer
 from torch import nn
 
 from dn_detr_d2 import setup_cfg
-from dn_detr_d2.engine.optimizer import ClippedAdamW, build_optimizer, parameter_groups
+from dn_detr_d2.engine.optimizer import ClippedAdamW, ClippedSGD, build_optimizer, parameter_groups
 
 
 def groups_by_name(cfg, model):
@@ -77,12 +78,15 @@ def test_clip_types(toy_cfg, toy_model, kind, expected):
 BACKBONE = {r"^backbone\.": 1e-5}
 DEFORMABLE = {r"^backbone\.": 2e-5, r"sampling_offsets\.": 2e-5, r"^query_source\.reference\.": 2e-5}
 OWN_RECIPES = ("bccd", "quickstart")
+DETECTRON2S = ("faster_rcnn_R50_FPN_12ep", "faster_rcnn_dn_R50_FPN_12ep")
 
 
 @pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("[!B]*.yaml")))
 def test_learning_rates_are_the_authors(config):
     if config in OWN_RECIPES:
         pytest.skip("a recipe of this project")
+    if config in DETECTRON2S:
+        pytest.skip("a recipe of Detectron2, compared below")
     deformable = config.startswith("deformable_detr")
     base, rules = (2e-4, DEFORMABLE) if deformable else (1e-4, BACKBONE)
     small = [*TOY, "MODEL.SWIN.SIZE", "T"]
@@ -95,3 +99,34 @@ def test_learning_rates_are_the_authors(config):
     assert any(name.startswith("query_source.reference.") for name in names) == (
         deformable and "two_stage" not in config
     )
+
+
+@pytest.mark.parametrize("config", DETECTRON2S)
+def test_the_recipe_of_faster_rcnn_is_detectron2s(config):
+    """Its own optimizer over the same model: the same rate, decay and momentum of every parameter."""
+    cfg = setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*TOY, "MODEL.RESNETS.NORM", "BN"])
+    model = build_model(cfg)
+    ours, theirs = build_optimizer(cfg, model), detectron2_optimizer(cfg, model)
+    assert type(ours) is type(theirs) is torch.optim.SGD
+    groups = [{id(p): group for group in x.param_groups for p in group["params"]} for x in (ours, theirs)]
+    assert groups[0].keys() == groups[1].keys()
+    for key, group in groups[0].items():
+        for name in ("lr", "weight_decay", "momentum", "nesterov"):
+            assert group[name] == groups[1][key][name], name
+
+
+def test_sgd_with_clipping_of_the_whole_model(toy_cfg, toy_model):
+    """One step by hand: the gradient of norm 5 is scaled to 0.1, times the rate."""
+    optimizer = build_optimizer(toy_cfg("dn_detr", "SOLVER.OPTIMIZER", "SGD"), toy_model("dn_detr"))
+    assert isinstance(optimizer, ClippedSGD)
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    weight.grad = torch.tensor([3.0, 4.0])
+    ClippedSGD([weight], 0.5, max_norm=0.1, momentum=0.9).step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([1.0 - 0.5 * 0.06, 2.0 - 0.5 * 0.08]), atol=1e-6, rtol=0)
+
+
+def test_a_rate_of_sgd_with_adamw_is_told(toy_cfg, toy_model, caplog):
+    for rate, told in ((0.02, True), (1e-4, False)):
+        caplog.clear()
+        build_optimizer(toy_cfg("dn_detr", "SOLVER.BASE_LR", rate), toy_model("dn_detr"))
+        assert any("SOLVER.OPTIMIZER" in record.getMessage() for record in caplog.records) == told

@@ -2,25 +2,16 @@
 
 import json
 import logging
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from naming import naming
 from ranks import on_ranks
-from toy_training import differing, load, make_cfg, train
+from toy_training import differing, load, make_cfg, stop_at, train
 
 from dn_detr_d2 import CheckpointError
 from dn_detr_d2.engine import BestCheckpointer, EarlyStopping, EvaluationRecord, RepeatEvaluation
-
-
-def stop_at(folder, name, target):
-    """A folder as a stop after the checkpoint ``name`` leaves it."""
-    target.mkdir()
-    for file in folder.glob(f"{name}.pth*"):
-        shutil.copy(file, target)
-    (target / "last_checkpoint").write_text(f"{name}.pth")
 
 
 @pytest.mark.parametrize("options", [

@@ -2,13 +2,13 @@
 
 import json
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_batch
 from detectron2.utils.events import EventStorage
+from gradients import HIDDEN, QUIET, in_float64
 from naming import naming
 from ranks import on_ranks
 
@@ -347,18 +347,7 @@ def test_an_uneven_batch_is_refused(toy_cfg, monkeypatch):
         check_processes(toy_cfg("dn_detr", "SOLVER.IMS_PER_BATCH", 3), 2, cpu_wanted=True)
 
 
-QUIET = [f"MODEL.DN_DETR.DENOISING.{key}" for key in ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE")]
 COUNTS = [(3, 1, 0, 0), (2, 0, 1, 4)]  # four images; the first case leaves the second of two processes without objects
-
-
-@contextmanager
-def in_float64():
-    """New models compute in float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def gradients_of_this_rank(cfg, folder, plant=None):
@@ -389,8 +378,7 @@ def gradients_of_this_rank(cfg, folder, plant=None):
 
 def differences_of_two_processes(toy_cfg, folder, plant=None):
     """For each case the largest difference of any gradient between one and two processes, as a part of the largest."""
-    overrides = [x for key in QUIET for x in (key, 0.0)] + ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]
-    cfg = toy_cfg("dn_deformable_detr", *overrides)
+    cfg = toy_cfg("dn_deformable_detr", *QUIET, *HIDDEN)
     gradients_of_this_rank(cfg, str(folder), plant)
     on_ranks(gradients_of_this_rank, cfg, str(folder), plant)
     one, two = (torch.load(folder / f"{n}.pth", weights_only=True) for n in (1, 2))
@@ -477,9 +465,7 @@ def test_after_twenty_steps_of_adamw_two_processes_have_the_weights_of_one(toy_c
 
     The deformable toy has weights whose gradient is nearly zero, where even float64's rounding shows in the tenth digit.
     """
-    overrides = [x for key in QUIET for x in (key, 0.0)] + ["MODEL.DN_DETR.DENOISING.MASK_PADDING", True]
-    overrides += RESNET_18
-    cfgs = {system: toy_cfg(system, *overrides)}
+    cfgs = {system: toy_cfg(system, *QUIET, *HIDDEN, *RESNET_18)}
     twenty_steps(cfgs, str(tmp_path))
     on_ranks(twenty_steps, cfgs, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{system}_{n}.pth", weights_only=True) for n in (1, 2))

@@ -82,6 +82,24 @@ def test_a_step_in_parts_divides_a_mean_by_the_queries_of_all_its_images():
     torch.testing.assert_close(total, whole)
 
 
+def test_a_step_in_parts_divides_the_class_loss_of_denoising_by_the_noised_objects_of_all_its_images():
+    """Cross-entropies of 3 and 1 copies, of which 4 are in the step; the fourth query of the second image is padding."""
+    predictions, targets = case()
+    logits = predictions.logits.log_softmax(-1)
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, :3] = mask[1, 0] = True
+    norm, total = LossNormalizers(torch.tensor(4.0), targets.counts), torch.zeros(3)
+    for i, (query, target) in enumerate([([0, 1, 2], [0, 1, 0]), ([0], [0])]):
+        part = Predictions(predictions.logits[:, i : i + 1], predictions.boxes[:, i : i + 1])
+        pairs = Assignment(
+            torch.zeros(len(query)).long(), torch.tensor([query]), torch.tensor([target]), mask[i : i + 1]
+        )
+        total += ClassSoftmax()(part, Targets.pad([targets.labels[i]], [targets.boxes[i]]), pairs, norm)
+    first, second = targets.labels[0, [0, 1, 0]], targets.labels[1, 0]
+    expected = -(logits[:, 0, [0, 1, 2], first].sum(1) + logits[:, 1, 0, second]) / 4
+    torch.testing.assert_close(total, expected)
+
+
 def test_normalizers_of_one_process():
     both = step_normalizers([2, 1, 0], 15, "cpu")
     assert (both.matching.num_pairs.item(), both.denoising.num_pairs.item()) == (3, 15)

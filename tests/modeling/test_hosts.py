@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, TOY, make_batch
+from conftest import ROOT, TOY, make_batch, off_the_start
 from detectron2.modeling import build_model
 
 from dn_detr_d2 import DenoisingGenerator, setup_cfg
@@ -24,11 +24,7 @@ def make(config, *overrides):
     """A small model with weights off their symmetric start."""
     model = build_model(setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*TOY, *DROPOUT, *overrides]))
     torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("backbone."):
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return off_the_start(model)
 
 
 def noise(groups=2, counts=(2, 1)):
