@@ -208,7 +208,7 @@ def test_a_function_that_changes_the_shape_is_refused():
         generator.noise_boxes(torch.rand(2, 5, 4))
 
 
-@pytest.mark.parametrize("name", ["gausian", "", None, 7, ["uniform"]])
+@pytest.mark.parametrize("name", ["normal", "", None, 7, ["uniform"]])
 def test_an_unknown_noise_is_refused_with_those_that_there_are(name):
     with pytest.raises(ValueError, match=naming("box_noise", name, *NAMES)):
         DenoisingGenerator(num_classes=3, box_noise=name)

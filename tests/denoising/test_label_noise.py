@@ -64,11 +64,16 @@ def test_by_class_frequency_the_new_label_has_the_share_of_its_class(label, prob
     assert 1 - found[label] == pytest.approx(prob * (1 - share[label]), abs=0.01)
 
 
+def always(u):
+    """torch.rand that gives one number."""
+    return lambda *shape, dtype=None, device=None: torch.zeros(*shape, dtype=dtype) + u
+
+
 def test_a_class_without_objects_is_never_drawn_whatever_the_draw(monkeypatch):
     """The ends of the unit interval, and the borders between the classes."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None, device=None: torch.zeros(*shape, dtype=dtype) + u)
     drawn = []
     for u in (0.0, 0.3 - 1e-12, 0.3 + 1e-12, 0.9 - 1e-12, 0.9 + 1e-12, 1 - 2**-53):
+        monkeypatch.setattr(torch, "rand", always(u))
         drawn += ClassFrequency(COUNTS)(torch.tensor([1]), 1.1, 4).tolist()
     assert drawn == [0, 0, 2, 2, 3, 3]
 
@@ -177,7 +182,7 @@ def test_a_training_counts_the_classes_of_its_data_and_keeps_them(toy_cfg, toy_m
     labels = [x["category_id"] for record in records_of("shapes_train") for x in record["annotations"]]
     cfg = toy_cfg("dn_detr", *TRAINED, NODE + "NAME", "class_frequency")
     node = cfg.MODEL.DN_DETR.DENOISING.LABEL_NOISE
-    assert node.CLASS_COUNTS == np.bincount(labels).tolist()
+    assert np.bincount(labels).tolist() == node.CLASS_COUNTS
     model = toy_model("dn_detr", *TRAINED, NODE + "NAME", "class_frequency")
     assert weights_of(model.denoising.generator.label_noise) == node.CLASS_COUNTS
     given = toy_cfg("dn_detr", *TRAINED, NODE + "NAME", "class_frequency", NODE + "CLASS_COUNTS", [3, 2, 1])

@@ -32,7 +32,7 @@ from dev.compare.variants import (
 from dev.compare_runs import main, options, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization.runs import Group, read_run
-from dn_detr_d2.visualization.style import colour
+from dn_detr_d2.visualization.style import colour, line_style
 
 OVERRIDES = {
     "MODEL.DEVICE": "cpu",
@@ -88,7 +88,7 @@ def test_other_kinds_of_noise_are_none_or_those_that_are_named_or_all():
     assert args.noise == kinds
     assert args.runs == "output/noise"
     assert [v.name for v in variants_of("deformable", args.noise)] == [MATCHING, DENOISED, *kinds]
-    assert len({colour(i) for i in range(2 + len(kinds))}) == 2 + len(kinds)
+    assert len({(colour(i), line_style(i)) for i in range(2 + len(kinds))}) == 2 + len(kinds)
 
 
 def test_ablations_are_none_or_those_that_are_named_or_all():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from naming import naming
 from ranks import on_ranks
 from test_resume_training import stop_at
-from toy_training import differing, load, make_cfg, train
 from torch import nn
+from toy_training import differing, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError, DenoisingGenerator, QueryDenoising
 from dn_detr_d2.engine import NoiseSchedule, Trainer, noise_factor
