@@ -54,7 +54,7 @@ def in_float64():
 
 
 def of_this_rank(cfg, folder, accumulation, cases=COUNTS):
-    """The gradients of each case, of which a process has its share; rank 0 saves them as "{processes}_{accumulation}.pth"."""
+    """Gradients of the cases, of which a process has its share; rank 0 saves them: "{processes}_{accumulation}.pth"."""
     torch.set_num_threads(1)
     results = []
     share = 4 // comm.get_world_size()

@@ -12,6 +12,7 @@ from toy_training import differing, load, make_cfg, train
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.engine import TrainStep, check_processes
 
+
 @pytest.fixture
 def float64():
     with in_float64():

@@ -91,7 +91,9 @@ def test_a_step_in_parts_divides_the_class_loss_of_denoising_by_the_noised_objec
     norm, total = LossNormalizers(torch.tensor(4.0), targets.counts), torch.zeros(3)
     for i, (query, target) in enumerate([([0, 1, 2], [0, 1, 0]), ([0], [0])]):
         part = Predictions(predictions.logits[:, i : i + 1], predictions.boxes[:, i : i + 1])
-        pairs = Assignment(torch.zeros(len(query)).long(), torch.tensor([query]), torch.tensor([target]), mask[i : i + 1])
+        pairs = Assignment(
+            torch.zeros(len(query)).long(), torch.tensor([query]), torch.tensor([target]), mask[i : i + 1]
+        )
         total += ClassSoftmax()(part, Targets.pad([targets.labels[i]], [targets.boxes[i]]), pairs, norm)
     first, second = targets.labels[0, [0, 1, 0]], targets.labels[1, 0]
     expected = -(logits[:, 0, [0, 1, 2], first].sum(1) + logits[:, 1, 0, second]) / 4

@@ -11,11 +11,9 @@ from conftest import make_batch
 from detectron2.modeling import build_model
 from gradients import COUNTS, HIDDEN, QUIET, distance, of_this_rank
 from ranks import on_ranks
-from toy_training import differing, load, make_cfg, stop_at, train
+from toy_training import LEARNING, differing, learn, load, make_cfg, stop_at, train
 
-from dn_detr_d2.data import build_train_loader
 from dn_detr_d2.engine import load_for_evaluation
-from dn_detr_d2.engine.optimizer import build_optimizer
 
 NODES = [f"MODEL.DN_DETR.{part}" for part in ("ENCODER", "DECODER")]
 CHECKPOINTED = [x for node in NODES for x in (f"{node}.ACTIVATION_CHECKPOINTING", True)]
@@ -29,11 +27,14 @@ CONFIGS = [
     "deformable_detr_two_stage_dn_R50_50ep",
 ]
 HOSTS = {config: partial(make_cfg, config=config) for config in CONFIGS}  # (folder, *overrides) -> config of a toy
-PARTS, STEPS = ("main/", "dn/"), 110
 every_host = pytest.mark.parametrize("host", HOSTS)
+SLOWER = {"deformable_detr_refine_dn_R50_50ep"}  # and like its neighbours
+most_hosts = pytest.mark.parametrize(
+    "host", [pytest.param(x, marks=pytest.mark.long if x in SLOWER else ()) for x in HOSTS]
+)
 
 
-@every_host
+@most_hosts
 def test_two_processes_and_parts_give_the_gradient_of_one_batch(tmp_path, host):
     """Padding is hidden, because each process pads to its own fullest image."""
     cfg = HOSTS[host](tmp_path, *QUIET, *HIDDEN, *NO_DROPOUT, *FIVE)
@@ -106,27 +107,13 @@ def test_a_resumed_training_equals_one_that_was_not_stopped(trained, tmp_path):
     assert differing(load(folder), load(tmp_path / "stopped")) == []
 
 
-LEARNING = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.CROP.ENABLED", False, "INPUT.RANDOM_FLIP", "none", "SEED", 3]
-LEARNING += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 1e-3, "SOLVER.BACKBONE_MULTIPLIER", 1.0]
-LEARNING += ["MODEL.RESNETS.NORM", "BN"]
+# The last ten losses as a part of the first ten, at most. With seeds 0, 1, 2 they were 0.86 to 0.92 (DETR, which begins
+# late) and 0.45 to 0.67 (the others).
+LEARNT = {"detr_dn_R50_300ep": 0.95}
 
 
-@every_host
+@most_hosts
 def test_a_training_on_the_embedded_shapes_lowers_matching_and_denoising_losses(tmp_path, host):
-    cfg = HOSTS[host](tmp_path, *LEARNING)
-    loader = iter(build_train_loader(cfg))
-    batches = [next(loader) for _ in range(5)]
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    optimizer = build_optimizer(cfg, model)
-    history = []
-    for i in range(STEPS):
-        losses = model(batches[i % len(batches)])
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        history.append({part: sum(x.item() for n, x in losses.items() if n.startswith(part)) for part in PARTS})
-    for part in PARTS:
-        first, last = (sum(x[part] for x in few) for few in (history[:10], history[-10:]))
-        print(host, part, last / first)
-        assert last < 0.8 * first
+    history = learn(HOSTS[host](tmp_path, *LEARNING), 60, "main/", "dn/")
+    first, last = history[:10].sum(0), history[-10:].sum(0)
+    assert (last < LEARNT.get(host, 0.75) * first).all()
