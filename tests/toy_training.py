@@ -5,13 +5,28 @@ from pathlib import Path
 
 import torch
 from conftest import ROOT, SYSTEMS, TOY
+from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 
 from dev.stress.toy import differing, load
 from dn_detr_d2 import setup_cfg
+from dn_detr_d2.data import build_train_loader
 from dn_detr_d2.engine import Trainer
+from dn_detr_d2.engine.optimizer import build_optimizer
 
-__all__ = ["RCNN", "command", "differing", "load", "make_cfg", "make_rcnn_cfg", "stop_at", "train"]
+__all__ = [
+    "LEARNING",
+    "RCNN",
+    "command",
+    "differing",
+    "learn",
+    "load",
+    "make_cfg",
+    "make_rcnn_cfg",
+    "stop_at",
+    "train",
+]
 
 OPTIONS = [
     *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0),
@@ -51,6 +66,30 @@ def train(cfg, resume=False, seed=0):
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
+
+
+LEARNING = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.CROP.ENABLED", False, "INPUT.RANDOM_FLIP", "none", "SEED", 3]
+LEARNING += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 1e-3, "SOLVER.BACKBONE_MULTIPLIER", 1.0]
+LEARNING += ["MODEL.RESNETS.NORM", "BN", "SOLVER.OPTIMIZER", "ADAMW"]
+
+
+def learn(cfg, steps, *parts):
+    """(steps, parts) sums of losses by the beginning of their names, in a training that sees five batches again and again."""
+    loader = iter(build_train_loader(cfg))
+    batches = [next(loader) for _ in range(5)]
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    history = torch.zeros(steps, len(parts))
+    for i in range(steps):
+        with EventStorage():
+            losses = model(batches[i % len(batches)])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        for j, part in enumerate(parts):
+            history[i, j] = sum(value.item() for name, value in losses.items() if name.startswith(part))
+    return history
 
 
 def command(folder, *options, overrides=()):
