@@ -74,7 +74,7 @@ LEARNING += ["MODEL.RESNETS.NORM", "BN", "SOLVER.OPTIMIZER", "ADAMW"]
 
 
 def learn(cfg, steps, *parts):
-    """(steps, parts) sums of losses by the beginning of their names, in a training that sees five batches again and again."""
+    """(steps, parts) sums of losses by the beginning of their names, of a training on five batches again and again."""
     loader = iter(build_train_loader(cfg))
     batches = [next(loader) for _ in range(5)]
     torch.manual_seed(0)
