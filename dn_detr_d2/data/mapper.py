@@ -143,6 +143,8 @@ class DetrDatasetMapper:
         )
         style = node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice"
         flips, crops = [], []
+        if is_train and cfg.MODEL.KEYPOINT_ON:
+            raise ConfigError("MODEL.KEYPOINT_ON = True needs key points, which are not read here; set it to False")
         if is_train and node.RANDOM_FLIP != "none":
             if node.RANDOM_FLIP not in ("horizontal", "vertical"):
                 raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal or vertical, got {node.RANDOM_FLIP!r}")

@@ -105,6 +105,7 @@ def least_iou(scale: NoiseScale) -> float:
     """
 
     def corner(width: float, height: float) -> float:
+        """The IoU of a unit square with a box of this size whose centre is shifted as far as it goes."""
         overlap = math.prod(max(min(1, side, (1 + side - scale.center) / 2), 0) for side in (width, height))
         return overlap / (1 + width * height - overlap)
 

@@ -86,6 +86,11 @@ class RegionDenoising:
     def from_config(cls, cfg, input_shape) -> dict:
         """Constructor arguments from ``MODEL.ROI_HEADS`` and ``MODEL.DN_DETR.DENOISING``."""
         check_pickle(cfg.MODEL.WEIGHTS)  # the last moment before DefaultPredictor unpickles it
+        if not cfg.MODEL.ROI_BOX_HEAD.NAME:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NAME = {cfg.MODEL.ROI_HEADS.NAME!r} needs a MODEL.ROI_BOX_HEAD.NAME such as "
+                "'FastRCNNConvFCHead', got ''; C4 models have none, take an FPN model"
+            )
         arguments = super().from_config(cfg, input_shape)
         return arguments | {
             "generator": build_generator(cfg),

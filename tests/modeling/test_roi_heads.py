@@ -283,6 +283,7 @@ def test_a_config_of_detectron2_gets_denoising_by_the_name_of_its_heads():
         (["MODEL.DN_DETR.DENOISING.MAX_QUERIES", 100], "MAX_QUERIES"),
         (["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 0], "DENOISING"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "RetinaNet"),
+        (["MODEL.ROI_BOX_HEAD.NAME", ""], "MODEL.ROI_BOX_HEAD.NAME"),
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "StandardROIHeads"),
         (["MODEL.META_ARCHITECTURE", "FasterRCNN"], "FasterRCNN"),
     ],
