@@ -150,6 +150,7 @@ def _refusal(reason: str) -> LabelNoise:
     """Noise of a model that is not trained: what it is drawn by need not be at hand."""
 
     def refuse(labels: Tensor, prob: float, num_classes: int) -> Tensor:
+        """Raises the reason when labels are to be noised."""
         raise ConfigError(reason)
 
     return refuse
