@@ -23,6 +23,7 @@ from dev.compare.variants import (
     DENOISED,
     FOLDER,
     HALF,
+    HOSTS,
     MATCHING,
     NOISES,
     PAIRS,
@@ -52,9 +53,11 @@ def leaves(node, prefix=""):
         yield from leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", str(value))]
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [*PAIRS, *HOSTS])
 def test_a_pair_differs_in_denoising_and_in_nothing_else(pair, tmp_path):
-    made = [configure(FOLDER / f"{pair}.yaml", v, 1, tmp_path, SMALL) for v in (ALONE[pair], Variant(DENOISED))]
+    variants = variants_of(pair)[:2]
+    assert [variant.name for variant in variants] == [MATCHING, DENOISED]
+    made = [configure(FOLDER / f"{pair}.yaml", variant, 1, tmp_path, SMALL) for variant in variants]
     first, second = (dict(leaves(cfg)) for cfg in made)
     differing = {key for key in first if first[key] != second[key]} - {"OUTPUT_DIR"}
     assert differing <= {"MODEL.DN_DETR.DENOISING.NAME", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT"}
@@ -213,6 +216,18 @@ def test_the_table_holds_what_was_worked_out_by_hand(groups):
     assert denoised[2:6] == ["42.0 (41.0 to 43.0)", "50% (40% to 60%)", "1.80 (1.60 to 2.00)", "0.400 (0.400 to 0.400)"]
     assert denoised[6] == "1.08 (1.05 to 1.10)"
     assert half[3] == "40%, 1 of 2 runs"
+
+
+def test_detectors_without_queries_have_no_matching_to_be_measured(tmp_path):
+    found = [make_run(tmp_path / name, [10, ap], [0, 0], 0.5, [2.0]) for name, ap in (("a", 20), ("b", 30))]
+    for run in found:
+        path = run.folder / "metrics.json"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if not k.startswith(("instability", "anchors"))} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    groups = [Group(name, [read_run(run.folder)]) for name, run in zip((MATCHING, DENOISED), found, strict=True)]
+    assert [row[2:6] for row in table_rows(groups)] == [["20.0", "100%", "-", "-"], ["30.0", "100%", "-", "-"]]
+    assert not any("stable" in line or "anchor" in line for line in check_claims(groups))
 
 
 def test_a_training_that_was_cut_off_is_not_reported(groups):
