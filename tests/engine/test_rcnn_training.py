@@ -18,7 +18,7 @@ from toy_training import OPTIONS, RCNN, make_rcnn_cfg, train
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, setup_cfg
 from dn_detr_d2.diagnostics import check_denoising, judge_labels, probe
 from dn_detr_d2.diagnostics.validation_loss import validation_losses
-from dn_detr_d2.engine import load_for_evaluation
+from dn_detr_d2.engine import Trainer, load_for_evaluation
 from dn_detr_d2.predictor import Predictor
 
 SHORT = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)]
@@ -96,12 +96,16 @@ def _forget():
 def test_mask_rcnn_trains_on_the_masks_of_a_coco_file(tmp_path, form):
     """The mask that arrives covers the annotated square, whichever its form."""
     options = [*five_classes(tmp_path), *MASKS, *SHORT, "INPUT.MASK_FORMAT", form, "SOLVER.IMS_PER_BATCH", 1]
+    options += ["DATASETS.TEST", ("test_five",)]
     trainer = train(make_rcnn_cfg(tmp_path / "out", *options, "MODEL.DN_DETR.NUM_CLASSES", 5))
     losses = [json.loads(x).get("loss_mask") for x in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
     assert any(losses)
     assert all(loss is None or math.isfinite(loss) for loss in losses)
     (image,) = next(iter(trainer.data_loader))
     instances = image["instances"]
+    trainer.model.roi_heads.box_predictor.test_score_thresh = 0.0
+    results = Trainer.test(trainer.cfg.clone(), trainer.model.eval(), [Trainer.build_evaluator(trainer.cfg, "test_five")])
+    assert math.isfinite(results["bbox"]["AP"])
     (area,) = instances.gt_masks.area().tolist() if form == "polygon" else [int(instances.gt_masks.tensor.sum())]
     assert area == pytest.approx(instances.gt_boxes.area().item(), rel=0.12)  # pixels of a 22 x 22 square at the border
 
