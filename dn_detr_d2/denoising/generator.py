@@ -127,7 +127,9 @@ class DenoisingGenerator:
         return num_groups, f"num_groups = {num_groups}"
 
     def renoised(self, *, label_noise_prob: float, box_noise_scale: float) -> "DenoisingGenerator":
-        """The same generator with noise of another strength and no limit of queries: every object is in every group.
+        """The same generator with uniform noise of a given strength and no limit of queries: every object is in every group.
+
+        So what is measured with it is the same for models that are trained with different kinds of noise.
 
         Args:
             label_noise_prob: gamma in [0, 1].
@@ -144,6 +146,7 @@ class DenoisingGenerator:
             )
         twin = copy.copy(self)
         twin.label_noise_prob, twin.max_queries, twin.noise_factor = label_noise_prob, 0, 1.0
+        twin.box_noise, twin.label_noise = BOX_NOISES.resolve("uniform"), LABEL_NOISES.resolve("uniform")
         twin._scale_boxes(box_noise_scale)
         return twin
 

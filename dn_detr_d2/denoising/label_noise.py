@@ -6,8 +6,8 @@ PyTorch's global generator.
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,16 +95,12 @@ class Confusion:
             ConfigError: the file cannot be read, has another form, or has classes that the model has not.
         """
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
+            content = json.loads(Path(path).read_bytes())
             rows, names = content["matrix"], content.get("classes")
             cls(rows)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{path} holds no confusion matrix: {type(error).__name__}, {reason}; take the confusion_matrix.json of an "
-                "evaluation"
-            ) from None
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ConfigError(f"{path} holds no confusion matrix ({why}); take that of an evaluation") from None
         if not names or not class_names:
             _check_number(len(rows), num_classes, path)
             return cls(rows)
@@ -122,7 +118,7 @@ class Confusion:
     def from_config(cls, cfg) -> LabelNoise:
         """From the file ``DENOISING.LABEL_NOISE.CONFUSION_MATRIX``; without it, a function that refuses to noise labels."""
         path, node = _node(cfg).CONFUSION_MATRIX, cfg.MODEL.DN_DETR
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             return _refusal(f"MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX = {path!r} is no file")
         return cls.from_file(path, node.CLASS_NAMES, node.NUM_CLASSES)
 

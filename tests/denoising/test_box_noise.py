@@ -196,10 +196,21 @@ def test_a_generator_takes_a_name_or_a_function_and_its_scales():
     assert torch.equal(generator.noise_boxes(boxes), boxes / 2)
     generator.noise_factor = 0.5
     generator.noise_boxes(boxes)
-    generator.renoised(label_noise_prob=0.0, box_noise_scale=0.7).noise_boxes(boxes)
-    assert seen == [(0.4, 0.2), (0.2, 0.1), (0.7, 0.7)]
+    assert seen == [(0.4, 0.2), (0.2, 0.1)]
     assert (seen[0].center, seen[0].size) == (0.4, 0.2)
     assert DenoisingGenerator(num_classes=3, box_noise="gaussian").box_noise is BOX_NOISES.resolve("gaussian")
+
+
+def test_diagnostics_have_the_uniform_noise_of_the_scale_that_they_name():
+    """Whatever the training's kind and schedule: labels must say nothing where gamma is 1."""
+    generator = DenoisingGenerator(num_classes=3, box_noise="gaussian", label_noise=lambda labels, *_: labels)
+    generator.noise_factor = 0.1
+    twin = generator.renoised(label_noise_prob=1.0, box_noise_scale=0.3)
+    moved = in_reaches(twin.noise_boxes(torch.tensor([0.5, 0.5, 0.2, 0.1]).expand(2000, 4)), scale=NoiseScale(0.3, 0.3))
+    assert 0.99 < np.abs(moved).max() <= 1 + 1e-5
+    labels = torch.bincount(twin.noise_labels(torch.zeros(3000, dtype=torch.int64)))
+    assert (labels / 3000 - 1 / 3).abs().max() < 0.04
+    assert generator.noise_factor == 0.1
 
 
 def test_a_function_that_changes_the_shape_is_refused():

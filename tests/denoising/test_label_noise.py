@@ -125,9 +125,10 @@ def test_a_name_alone_does_not_say_what_to_draw_by(name):
 
 @pytest.mark.parametrize("system", [DenoisingGenerator, ContrastiveDenoisingGenerator])
 def test_generators_redraw_labels_by_it_and_padding_stays_unknown(system):
-    generator = system(num_classes=3, num_groups=4, label_noise=Confusion([[0, 1, 0], [0, 0, 1], [1, 0, 0]]))
+    confused = Confusion([[0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    generator = system(num_classes=3, num_groups=4, label_noise_prob=1.0, label_noise=confused)
     targets = Targets.pad([torch.tensor([0, 1]), torch.tensor([2])], [torch.rand(2, 4), torch.rand(1, 4)])
-    noised = generator.renoised(label_noise_prob=1.0, box_noise_scale=0.0)(targets)
+    noised = generator(targets)
     pairs = noised.assignment
     restored = noised.labels[pairs.image, pairs.query[0]]
     assert torch.equal(restored, (targets.labels[pairs.image, pairs.target[0]] + 1) % 3)

@@ -11,7 +11,7 @@ from naming import naming
 from ranks import on_ranks
 from test_resume_training import stop_at
 from torch import nn
-from toy_training import differing, load, make_cfg, train
+from toy_training import differing, load, make_cfg, make_rcnn_cfg, train
 
 from dn_detr_d2 import ConfigError, DenoisingGenerator, QueryDenoising
 from dn_detr_d2.engine import NoiseSchedule, Trainer, noise_factor
@@ -67,6 +67,16 @@ def test_every_generator_of_the_model_is_set():
     hook.trainer.start_iter = 3  # what is measured again before a resumed training belongs to iteration 2
     hook.before_train()
     assert model.factors() == [0.5, 0.5]
+
+
+def test_the_regions_of_faster_rcnn_are_noised_by_it_too(tmp_path, monkeypatch):
+    seen, noise_boxes = [], DenoisingGenerator.noise_boxes
+    monkeypatch.setattr(
+        DenoisingGenerator, "noise_boxes",
+        lambda self, boxes: (seen.append(self.noise_factor), noise_boxes(self, boxes))[1],
+    )  # fmt: skip
+    train(make_rcnn_cfg(tmp_path / "out", *LINEAR, "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", ()))
+    assert list(dict.fromkeys(seen)) == [2.0, 1.0, 0.0]
 
 
 def spied(monkeypatch):
