@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_batch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from naming import naming
@@ -21,6 +20,7 @@ from dn_detr_d2.diagnostics.validation_loss import validation_losses
 from dn_detr_d2.engine import Trainer, load_for_evaluation
 from dn_detr_d2.predictor import Predictor
 
+pytestmark = pytest.mark.usefixtures("forgotten_sets")
 SHORT = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)]
 MASKS = ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
 MASKS += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
@@ -84,14 +84,6 @@ def five_classes(folder):
     ]
 
 
-@pytest.fixture(autouse=True)
-def _forget():
-    yield
-    if "test_five" in DatasetCatalog:
-        DatasetCatalog.remove("test_five")
-        MetadataCatalog.remove("test_five")
-
-
 @pytest.mark.parametrize("form", ["polygon", "bitmask"])
 def test_mask_rcnn_trains_on_the_masks_of_a_coco_file(tmp_path, form):
     """The mask that arrives covers the annotated square, whichever its form."""
@@ -104,7 +96,9 @@ def test_mask_rcnn_trains_on_the_masks_of_a_coco_file(tmp_path, form):
     (image,) = next(iter(trainer.data_loader))
     instances = image["instances"]
     trainer.model.roi_heads.box_predictor.test_score_thresh = 0.0
-    results = Trainer.test(trainer.cfg.clone(), trainer.model.eval(), [Trainer.build_evaluator(trainer.cfg, "test_five")])
+    results = Trainer.test(
+        trainer.cfg.clone(), trainer.model.eval(), [Trainer.build_evaluator(trainer.cfg, "test_five")]
+    )
     assert math.isfinite(results["bbox"]["AP"])
     (area,) = instances.gt_masks.area().tolist() if form == "polygon" else [int(instances.gt_masks.tensor.sum())]
     assert area == pytest.approx(instances.gt_boxes.area().item(), rel=0.12)  # pixels of a 22 x 22 square at the border
