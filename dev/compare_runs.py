@@ -4,6 +4,7 @@
     python dev/compare_runs.py --quick                    # one seed, both pairs, under 15 minutes on two cores
     python dev/compare_runs.py --seeds 1 2 3 --output docs/evidence/convergence
     python dev/compare_runs.py --pairs deformable --ablations --seeds 1
+    python dev/compare_runs.py --pairs deformable --noise --seeds 1 2
     python dev/compare_runs.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
     python dev/compare_runs.py --pairs deformable --bccd datasets/bccd SOLVER.MAX_ITER 1800
 
@@ -31,7 +32,7 @@ from tabulate import tabulate
 
 from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
 from dev.compare.train import folders_of, train_interleaved
-from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, PAIRS, variants_of
+from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, NOISES, PAIRS, variants_of
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import add_overrides, parse, run_command
@@ -49,13 +50,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"one seed, {QUICK_ITERATIONS} iterations")
     parser.add_argument("--pairs", nargs="+", choices=[*PAIRS, *HOSTS], default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    names = [variant.name for variant in ABLATIONS]
-    parser.add_argument(
-        "--ablations",
-        nargs="*",
-        choices=names,
-        help="also one part of denoising at a time: all, or those that are named",
-    )
+    what = {"ablations": "without one part of denoising at a time", "noise": "with other kinds of noise"}
+    names = {"ablations": [variant.name for variant in ABLATIONS], "noise": [variant.name for variant in NOISES]}
+    for kind, text in what.items():
+        parser.add_argument(
+            f"--{kind}", nargs="*", choices=names[kind], help=f"also {text}: all, or those that are named"
+        )
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument(
         "--bccd", metavar="FOLDER", help="train on BCCD, with train.json, test.json and images/ in FOLDER"
@@ -71,7 +71,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", help="where tables and pictures go (default: beside the trainings)")
     add_overrides(parser)
     args = parse(parser, argv)
-    args.ablations = names if args.ablations == [] else args.ablations or []
+    for kind, known in names.items():
+        given = getattr(args, kind)
+        setattr(args, kind, known if given == [] else given or [])
     args.runs = args.runs or f"output/{default_name(args)}"
     args.output = args.output or args.runs
     return args
@@ -79,7 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def default_name(args: argparse.Namespace) -> str:
     """Name of the folder, so that comparisons of different kinds do not overwrite each other."""
-    what = "ablations" if args.ablations else "convergence"
+    what = "ablations" if args.ablations else "noise" if args.noise else "convergence"
     if args.quick:
         what += "_quick"
     return f"{what}_bccd" if args.bccd else what
@@ -137,7 +139,13 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     opts, seeds = options(args), args.seeds[:1] if args.quick else args.seeds
     threads = args.threads or max((os.cpu_count() or 1) // args.jobs, 1)
     tasks = {
-        (pair, seed): (FOLDER / f"{pair}.yaml", variants_of(pair, args.ablations), seed, Path(args.runs), opts)
+        (pair, seed): (
+            FOLDER / f"{pair}.yaml",
+            variants_of(pair, args.ablations + args.noise),
+            seed,
+            Path(args.runs),
+            opts,
+        )
         for pair in args.pairs
         for seed in seeds
     }
@@ -151,7 +159,7 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     found = {}
     for pair in args.pairs:
         columns = zip(*(folders[pair, seed] for seed in seeds), strict=True)
-        names = [variant.name for variant in variants_of(pair, args.ablations)]
+        names = [variant.name for variant in variants_of(pair, args.ablations + args.noise)]
         found[pair] = [Group(name, [read_run(x) for x in column]) for name, column in zip(names, columns, strict=True)]
         require_complete(found[pair])
     return found

@@ -12,6 +12,7 @@ if "DN_DETR_CACHE" not in os.environ:
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
@@ -68,6 +69,15 @@ def pytest_runtest_makereport():
     report = yield
     report.sections = [(name, escaped(text)) for name, text in report.sections]
     return report
+
+
+@pytest.fixture
+def forgotten_sets():
+    """Takes away the data sets that a test has registered under a name with test_."""
+    yield
+    for name in [name for name in DatasetCatalog.list() if name.startswith("test_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

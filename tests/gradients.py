@@ -1,6 +1,6 @@
 """The gradient of a training step as one vector, on one process and on several, whole or in parts."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from conftest import make_batch, off_the_start
@@ -53,13 +53,13 @@ def in_float64():
         torch.set_default_dtype(torch.float32)
 
 
-def of_this_rank(cfg, folder, accumulation, cases=COUNTS):
-    """The gradients of each case, of which a process has its share; rank 0 saves them as "{processes}_{accumulation}.pth"."""
+def of_this_rank(cfg, folder, accumulation, cases=COUNTS, double=True):
+    """Gradients of the cases, of which a process has its share; rank 0 saves them: "{processes}_{accumulation}.pth"."""
     torch.set_num_threads(1)
     results = []
     share = 4 // comm.get_world_size()
     mine = slice(comm.get_rank() * share, (comm.get_rank() + 1) * share)
-    with in_float64():
+    with in_float64() if double else nullcontext():
         for counts in cases:
             torch.manual_seed(0)
             model = off_the_start(build_model(cfg))

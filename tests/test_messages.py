@@ -136,6 +136,16 @@ ROWS = {
         ["MODEL.DN_DETR.HIDDEN_DIM", 36], "ENCODER.NUM_HEADS"),
     "model: a source without denoising": (
         model("MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "zero"), ConfigError, ["DENOISING.NAME"], "QUERY_SOURCE.CONTENT"),
+    "model: a kind of noise": (
+        model("MODEL.DN_DETR.DENOISING.BOX_NOISE.NAME", "normal"), ConfigError, ["BOX_NOISE.NAME", "'normal'"], "gaussian"),
+    "model: a kind of label noise": (
+        model("MODEL.DN_DETR.DENOISING.LABEL_NOISE.NAME", "x"), ConfigError, ["LABEL_NOISE.NAME", "'x'"], "confusion"),
+    "model: box noise of contrastive denoising": (
+        model("MODEL.DN_DETR.DENOISING.BOX_NOISE.NAME", "gaussian", system="dino"), ConfigError, ["BOX_NOISE.NAME"],
+        "DenoisingGenerator"),
+    "config: no confusion matrix": (
+        config("MODEL.DN_DETR.DENOISING.LABEL_NOISE.NAME", "confusion"), ConfigError, ["LABEL_NOISE.CONFUSION_MATRIX", "''"],
+        "confusion_matrix.json"),
     "launcher: no process": (launcher("--num-gpus", "0"), ConfigError, ["--num-gpus", 0], 1),
     "launcher: more processes than GPUs": (launcher("--num-gpus", "2"), ConfigError, ["--num-gpus", 2], "MODEL.DEVICE cpu"),
     "launcher: an uneven batch": (

@@ -16,6 +16,7 @@ from ranks import fork_what_is_spawned
 import train_net
 from dn_detr_d2 import ConfigError
 
+pytestmark = pytest.mark.usefixtures("forgotten_sets")
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
 
@@ -45,16 +46,6 @@ def users_set(tmp_path, **changes):
     (tmp_path / "set.json").write_text(json.dumps(content))
     listed = [["test_users", str(tmp_path / "set.json"), str(tmp_path)]]
     return ["DATASETS.COCO_JSON", str(listed), "DATASETS.TRAIN", "('test_users',)", "DATASETS.TEST", "()"]
-
-
-@pytest.fixture(autouse=True)
-def _forget_users_set():
-    yield
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    if "test_users" in DatasetCatalog:
-        DatasetCatalog.remove("test_users")
-        MetadataCatalog.remove("test_users")
 
 
 @pytest.mark.parametrize(

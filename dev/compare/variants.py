@@ -45,6 +45,24 @@ ABLATIONS = (
     _ablation("gamma 0.5", LABEL_NOISE_PROB=0.5),
     _ablation("lambda 0.8", CENTER_NOISE_SCALE=0.8, SIZE_NOISE_SCALE=0.8),
 )
+# Other noise than DN-DETR's of the same scale, one kind at a time (docs/noise.md). Half of the sides in the shapes are below
+# 0.35; the schedules have the mean 1; the confusion matrix is a file to be given: LABEL_NOISE.CONFUSION_MATRIX.
+NOISES = (
+    _ablation("gaussian boxes", **{"BOX_NOISE.NAME": "gaussian"}),
+    _ablation("truncated gaussian boxes", **{"BOX_NOISE.NAME": "truncated_gaussian"}),
+    _ablation("boxes by IoU", **{"BOX_NOISE.NAME": "iou_targeted"}),
+    _ablation("scale-aware boxes", **{"BOX_NOISE.NAME": "scale_aware", "BOX_NOISE.REFERENCE_SIZE": 0.35}),
+    _ablation("labels by class frequency", **{"LABEL_NOISE.NAME": "class_frequency"}),
+    _ablation("labels by confusion", **{"LABEL_NOISE.NAME": "confusion"}),
+    _ablation(
+        "linear from 1.5 to 0.5",
+        **{"NOISE_SCHEDULE.NAME": "linear", "NOISE_SCHEDULE.START": 1.5, "NOISE_SCHEDULE.END": 0.5},
+    ),
+    _ablation(
+        "cosine from 1.5 to 0.5",
+        **{"NOISE_SCHEDULE.NAME": "cosine", "NOISE_SCHEDULE.START": 1.5, "NOISE_SCHEDULE.END": 0.5},
+    ),
+)
 PAIRS = tuple(ALONE)
 # Detectors that were published without denoising; each has a file of its own, in which it has it.
 HOSTS = ("plain_deformable", "refine", "two_stage", "detr", "anchor", "faster_rcnn")
@@ -59,5 +77,5 @@ def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
     """
     if pair in HOSTS:
         return [Variant(MATCHING, [DENOISING + "NAME", ""]), STANDARD[0]]
-    chosen = tuple(variant for variant in ABLATIONS if variant.name in ablations)
+    chosen = tuple(variant for variant in (*ABLATIONS, *NOISES) if variant.name in ablations)
     return [ALONE[pair], *STANDARD[:1], *(chosen or STANDARD[1:])]

@@ -114,6 +114,27 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.CENTER_NOISE_SCALE = 0.4
     # Largest change of width and height in widths and heights, lambda2 in DN Sec. 4.1; 0.4 in the official code.
     node.DENOISING.SIZE_NOISE_SCALE = 0.4
+    # Kind of box noise, of the two scales above (docs/noise.md): uniform (DN), gaussian, truncated_gaussian, iou_targeted,
+    # scale_aware, or one of your own. Contrastive denoising has only its own.
+    node.DENOISING.BOX_NOISE = CfgNode()
+    node.DENOISING.BOX_NOISE.NAME = "uniform"
+    # scale_aware only: a side below this, in sides of the image, is noised as if it had this length. COCO's limit of small
+    # objects, 32 pixels, in an image of 640.
+    node.DENOISING.BOX_NOISE.REFERENCE_SIZE = 0.05
+    # Which label is drawn where one is redrawn: uniform (DN), class_frequency, confusion, or one of your own.
+    node.DENOISING.LABEL_NOISE = CfgNode()
+    node.DENOISING.LABEL_NOISE.NAME = "uniform"
+    # class_frequency only: objects of each class, in the order of the model. [] = counted in DATASETS.TRAIN and filled in by
+    # training.
+    node.DENOISING.LABEL_NOISE.CLASS_COUNTS = []
+    # confusion only: the confusion_matrix.json that an evaluation writes into OUTPUT_DIR/inference.
+    node.DENOISING.LABEL_NOISE.CONFUSION_MATRIX = ""
+    # What the scales of the box noise are multiplied with during training: constant (START all along), linear or cosine,
+    # from START in the first iteration to END in the last of SOLVER.MAX_ITER. The papers have no schedule.
+    node.DENOISING.NOISE_SCHEDULE = CfgNode()
+    node.DENOISING.NOISE_SCHEDULE.NAME = "constant"
+    node.DENOISING.NOISE_SCHEDULE.START = 1.0
+    node.DENOISING.NOISE_SCHEDULE.END = 1.0
     # Contrastive only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100 in DINO.
     node.DENOISING.NUM_QUERIES = 100
     # Contrastive only: reach of the near copies' corners in half sizes, the far ones move one to two times as far. 1.0 in

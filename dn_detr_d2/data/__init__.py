@@ -5,7 +5,7 @@ from ..utils import needs_detectron2  # noqa: F401
 # isort: split
 from .coco_custom import check_files, class_names, dataset_path, load_coco_json, register_coco_json
 from .images import read_image
-from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
+from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader, count_classes
 from .mapper import DetrDatasetMapper, ResizeShortestEdge
 from .prompts import class_number, evaluated_classes, split_classes
 from .registered import check_records, records_of
@@ -25,6 +25,7 @@ __all__ = [
     "check_records",
     "class_names",
     "class_number",
+    "count_classes",
     "dataset_path",
     "evaluated_classes",
     "load_coco_json",

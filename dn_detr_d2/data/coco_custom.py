@@ -144,10 +144,13 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     return load_with_categories(Path(json_file), Path(image_folder))[0]
 
 
-def load_with_categories(json_file: Path, image_folder: Path, published: bool = False) -> tuple[list[dict], dict]:
+def load_with_categories(
+    json_file: Path, image_folder: Path, published: bool = False, masks: bool = False
+) -> tuple[list[dict], dict]:
     """(dataset dicts, {category id: name}), see :func:`load_coco_json`.
 
-    ``published`` allows what COCO's own files have: doubled ids in the minival of 2014.
+    ``published`` allows what COCO's own files have: doubled ids in the minival of 2014. With ``masks`` annotations keep
+    their ``segmentation``, which takes more memory than everything else.
     """
     report = Report()
     content, _ = normalised(read_content(json_file), report)
@@ -167,7 +170,9 @@ def load_with_categories(json_file: Path, image_folder: Path, published: bool = 
     seen = Counter()
     for annotation in annotations:
         seen[annotation["id"]] += 1
-        _add(annotation, records, classes, json_file)
+        added = _add(annotation, records, classes, json_file)
+        if masks and "segmentation" in annotation:
+            added["segmentation"] = annotation["segmentation"]
     doubled = [key for key, count in seen.items() if count > 1]
     if doubled and not (published and "minival" in json_file.name):
         raise DatasetError(
@@ -180,8 +185,8 @@ def load_with_categories(json_file: Path, image_folder: Path, published: bool = 
     return ordered, categories
 
 
-def _add(annotation: dict, records: dict, classes: dict, json_file: Path) -> None:
-    """Puts an annotation into the record of its image."""
+def _add(annotation: dict, records: dict, classes: dict, json_file: Path) -> dict:
+    """Puts an annotation into the record of its image, and returns what it has put there."""
     where = f"{json_file}: annotation {annotation['id']!r:.200}"
     image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
     record = records.get(image_id) if is_id(image_id) else None
@@ -201,16 +206,16 @@ def _add(annotation: dict, records: dict, classes: dict, json_file: Path) -> Non
         raise DatasetError(f"{where} has iscrowd {crowd!r:.60}; it must be 0 or 1; {way}")
     box = _box(annotation.get("bbox"), where)
     area = usable_area(annotation.get("area"))
-    record["annotations"].append(
-        {
-            "id": annotation["id"],
-            "bbox": box,
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": classes[category_id],
-            "iscrowd": crowd,
-            "area": box[2] * box[3] if area is None else area,
-        }
-    )
+    added = {
+        "id": annotation["id"],
+        "bbox": box,
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": classes[category_id],
+        "iscrowd": crowd,
+        "area": box[2] * box[3] if area is None else area,
+    }
+    record["annotations"].append(added)
+    return added
 
 
 def _refuse_foreign_references(content: dict, json_file: Path) -> None:

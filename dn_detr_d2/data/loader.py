@@ -1,24 +1,23 @@
 """Data loaders of training and evaluation; they log how images without boxes are treated."""
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
 
 from detectron2.data import MetadataCatalog, build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
-from ..coco import coco_names, raw_names
+from ..coco import RAW_IDS, coco_names, raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
-from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper
+from .mapper import WITHOUT_QUERIES, AnnotatedDatasetMapper, DetrDatasetMapper, trains_masks
 from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
 from .worker_process import guard
 
 logger = logging.getLogger(__name__)
-
-# Detectron2's detectors, whose objects no number of queries limits.
-WITHOUT_QUERIES = ("FCOS", "GeneralizedRCNN", "ProposalNetwork", "RetinaNet")
 
 
 def build_train_loader(cfg):
@@ -33,7 +32,7 @@ def build_train_loader(cfg):
     everything, usable = [], 0
     num_queries = 0 if cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES else cfg.MODEL.DN_DETR.NUM_QUERIES
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
-        records = _counted_records(name)
+        records = _counted_records(name, trains_masks(cfg))
         usable += log_summary(name, records, num_queries)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
@@ -115,9 +114,27 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
     ]
 
 
-def _counted_records(dataset_name: str) -> list[dict]:
+def count_classes(dataset_names: Iterable[str], class_names: list[str], num_classes: int) -> list[int]:
+    """Objects of each class of the model in some data sets, crowds left out.
+
+    Args:
+        dataset_names: registered.
+        class_names: of the model, see :func:`in_model_order`.
+        num_classes: of the model.
+    """
+    raw = list(class_names) == list(raw_names())
+    counts = Counter()
+    for name in dataset_names:
+        for record in in_model_order(records_of(name), name, class_names):
+            counts.update(x["category_id"] for x in record.get("annotations", []) if not x.get("iscrowd", 0))
+    if raw:
+        counts = Counter({RAW_IDS[index]: count for index, count in counts.items()})
+    return [counts[index] for index in range(num_classes)]
+
+
+def _counted_records(dataset_name: str, masks: bool = False) -> list[dict]:
     """The records of a data set that has images, with Detectron2's count of objects a class in the log."""
-    records = records_of(dataset_name)
+    records = records_of(dataset_name, masks)
     if not len(records):
         raise DatasetError(f"data set {dataset_name!r} has no images; take it out of DATASETS")
     classes = MetadataCatalog.get(dataset_name).get("thing_classes")

@@ -43,6 +43,15 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return found
 
 
+# Detectron2's detectors, whose objects no number of queries limits, and which may have mask heads.
+WITHOUT_QUERIES = ("FCOS", "GeneralizedRCNN", "ProposalNetwork", "RetinaNet")
+
+
+def trains_masks(cfg) -> bool:
+    """Whether the detector of the config takes masks in training."""
+    return cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES
+
+
 class BoxChecker:
     """Sorts out boxes that cannot be trained on, and counts what it did.
 
@@ -139,6 +148,8 @@ class DetrDatasetMapper:
         )
         style = node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice"
         flips, crops = [], []
+        if is_train and cfg.MODEL.KEYPOINT_ON:
+            raise ConfigError("MODEL.KEYPOINT_ON = True needs key points, which are not read here; set it to False")
         if is_train and node.RANDOM_FLIP != "none":
             if node.RANDOM_FLIP not in ("horizontal", "vertical"):
                 raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal or vertical, got {node.RANDOM_FLIP!r}")
@@ -154,7 +165,7 @@ class DetrDatasetMapper:
             "image_format": node.FORMAT,
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
-            "masks": node.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+            "masks": node.MASK_FORMAT if trains_masks(cfg) else None,
             "flips": flips,
             "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,

@@ -5,33 +5,36 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import DatasetError
-from .coco_custom import check_files, class_names, load_with_categories
+from .coco_custom import check_files, class_names, load_with_categories, register_coco_json
 
 # Where Detectron2 makes the functions that read ``coco_2017_train`` and what its register_coco_instances is given.
 THEIR_READER = "detectron2.data.datasets.coco"
 
 
-def records_of(name: str) -> list[dict]:
+def records_of(name: str, masks: bool = False) -> list[dict]:
     """Dataset dicts of a registered data set.
 
     Detectron2's own reader looks neither at where a ``file_name`` leads nor at what a record holds, so its detection sets
-    in COCO format are read as those of ``DATASETS.COCO_JSON`` are. Images, their order, boxes and classes are the same;
-    masks and key points stay out, and an unusable mask does not cost its box. Any other set, such as one that is registered
-    with a function of the user's, is what its function returns.
+    in COCO format are read as those of ``DATASETS.COCO_JSON`` are. Images, their order, boxes and classes are the same; key
+    points stay out, and so do masks unless they are asked for. An unusable mask does not cost its box. Any other set, such
+    as one that is registered with a function of the user's, is what its function returns.
 
     Args:
         name: of the data set.
+        masks: keep the ``segmentation`` of annotations; a set of ``DATASETS.COCO_JSON`` is read once more for it.
 
     Raises:
         DatasetError: a file is missing or has a fault, see :func:`.coco_custom.load_coco_json`, or its categories are not
             those that the data set is known to have.
     """
+    metadata = MetadataCatalog.get(name)
     if not _in_coco_format(name):
+        if masks and _read_by(name) == register_coco_json.__module__:
+            return load_with_categories(Path(metadata.json_file), Path(metadata.image_root), masks=True)[0]
         return DatasetCatalog.get(name)
     check_files(name)
-    metadata = MetadataCatalog.get(name)
     json_file = Path(metadata.json_file)
-    records, categories = load_with_categories(json_file, Path(metadata.image_root), published=True)
+    records, categories = load_with_categories(json_file, Path(metadata.image_root), published=True, masks=masks)
     _refuse_other_categories(name, categories, json_file)
     metadata.set(  # as Detectron2's reader does
         thing_classes=list(categories.values()),
@@ -79,8 +82,12 @@ def _in_coco_format(name: str) -> bool:
     metadata = MetadataCatalog.get(name)
     files = (metadata.get("json_file"), metadata.get("image_root"))
     local = all(path and "://" not in str(path) for path in files)
-    theirs = name in DatasetCatalog and getattr(DatasetCatalog[name], "__module__", "") == THEIR_READER
-    return theirs and local and metadata.get("evaluator_type") == "coco"
+    return _read_by(name) == THEIR_READER and local and metadata.get("evaluator_type") == "coco"
+
+
+def _read_by(name: str) -> str:
+    """The module of the function that the data set was registered with, "" if there is no such set."""
+    return getattr(DatasetCatalog[name], "__module__", "") if name in DatasetCatalog else ""
 
 
 def _refuse_other_categories(name: str, categories: dict, json_file: Path) -> None:

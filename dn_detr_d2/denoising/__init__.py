@@ -3,9 +3,11 @@
 :class:`QueryDenoising` is the whole of it as one module, :class:`DenoisingGenerator` the noise alone.
 """
 
+from .box_noise import BOX_NOISES, NoiseScale, ScaleAware
 from .embedding import LabelEncoder, embed_boxes
 from .generator import ContrastiveDenoisingGenerator, DenoisingGenerator
 from .isolation import check_groups, check_isolation
+from .label_noise import LABEL_NOISES, ClassFrequency, Confusion
 from .noised_targets import NoisedTargets
 from .outputs import to_predictions
 from .plugin import DenoisingQueries, QueryDenoising
@@ -13,13 +15,19 @@ from .query_groups import QueryGroups
 from .targets import pad_targets
 
 __all__ = [
+    "BOX_NOISES",
+    "LABEL_NOISES",
+    "ClassFrequency",
+    "Confusion",
     "ContrastiveDenoisingGenerator",
     "DenoisingGenerator",
     "DenoisingQueries",
     "LabelEncoder",
+    "NoiseScale",
     "NoisedTargets",
     "QueryDenoising",
     "QueryGroups",
+    "ScaleAware",
     "check_groups",
     "check_isolation",
     "embed_boxes",

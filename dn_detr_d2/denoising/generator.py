@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..structures import Assignment, Targets, upload
-from .noise import flip_labels, jitter_corners, random_subset, shift_and_scale
+from .box_noise import BOX_NOISES, BoxNoise, NoiseScale
+from .label_noise import LABEL_NOISES, LabelNoise
+from .noise import jitter_corners, random_subset
 from .noised_targets import NoisedTargets
 from .query_groups import QueryGroups
 
@@ -31,11 +33,18 @@ class DenoisingGenerator:
         max_queries: at most so many denoising queries; 0 = no limit. When G * M is more, each group gets a fresh random
             subset of ``max_queries // G`` objects of each image that has more.
         mask_padding: hide padded slots from the real queries of their group (the official code does not).
+        box_noise: a name of :data:`~dn_detr_d2.denoising.BOX_NOISES`, or a function ``(boxes, scale) -> boxes`` of
+            (..., 4) cxcywh boxes in [0, 1] and a :class:`~dn_detr_d2.denoising.NoiseScale`.
+        label_noise: a name of :data:`~dn_detr_d2.denoising.LABEL_NOISES`, or a function ``(labels, gamma, num_classes) ->
+            labels``.
 
     The defaults are those of the paper's models.
 
+    Attributes:
+        noise_factor: what the scales of the box noise are multiplied with, 1 unless a schedule sets it.
+
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or an unknown name.
     """
 
     COPIES = 1  # of an object in a group
@@ -50,6 +59,8 @@ class DenoisingGenerator:
         size_noise_scale: float = 0.4,
         max_queries: int = 0,
         mask_padding: bool = False,
+        box_noise: str | BoxNoise = "uniform",
+        label_noise: str | LabelNoise = "uniform",
     ):
         if num_classes < 1 or num_groups < 1:
             raise ValueError(f"num_classes and num_groups must be positive, got {num_classes} and {num_groups}")
@@ -64,6 +75,8 @@ class DenoisingGenerator:
         self.label_noise_prob = label_noise_prob
         self.center_noise_scale, self.size_noise_scale = center_noise_scale, size_noise_scale
         self.max_queries, self.mask_padding = max_queries, mask_padding
+        self.box_noise, self.label_noise = BOX_NOISES.resolve(box_noise), LABEL_NOISES.resolve(label_noise)
+        self.noise_factor = 1.0
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -77,6 +90,8 @@ class DenoisingGenerator:
             "size_noise_scale": node.SIZE_NOISE_SCALE,
             "max_queries": node.MAX_QUERIES,
             "mask_padding": node.MASK_PADDING,
+            "box_noise": BOX_NOISES.from_config(node.BOX_NOISE.NAME, cfg),
+            "label_noise": LABEL_NOISES.from_config(node.LABEL_NOISE.NAME, cfg),
         }
 
     def __call__(self, targets: Targets, step_counts: list[int] | None = None) -> NoisedTargets:
@@ -93,7 +108,7 @@ class DenoisingGenerator:
         image = torch.arange(len(targets.labels), device=chosen.device)[:, None, None, None]
         labels, boxes, valid = (x[image, chosen] for x in (targets.labels, targets.boxes, targets.valid))
 
-        labels = flip_labels(labels, self.label_noise_prob, self.num_classes)
+        labels = self.noise_labels(labels)
         labels = torch.where(valid, labels, self.num_classes)
         boxes = torch.where(valid[..., None], self.noise_boxes(boxes), 0.5)
         has_class_loss = self.has_class_loss(valid, targets.counts if step_counts is None else step_counts)
@@ -112,11 +127,14 @@ class DenoisingGenerator:
         return num_groups, f"num_groups = {num_groups}"
 
     def renoised(self, *, label_noise_prob: float, box_noise_scale: float) -> "DenoisingGenerator":
-        """The same generator with other noise and no limit of queries, so that every object is in every group.
+        """The same generator with uniform noise of a given strength and no limit of queries: every object is in every group.
+
+        So what is measured with it is the same for models that are trained with different kinds of noise.
 
         Args:
             label_noise_prob: gamma in [0, 1].
-            box_noise_scale: lambda1 = lambda2; of contrastive denoising the reach of the corners. Not negative.
+            box_noise_scale: lambda1 = lambda2, whatever a schedule says; of contrastive denoising the reach of the corners.
+                Not negative.
 
         Raises:
             ValueError: a value outside its range.
@@ -127,7 +145,8 @@ class DenoisingGenerator:
                 f"and {box_noise_scale}"
             )
         twin = copy.copy(self)
-        twin.label_noise_prob, twin.max_queries = label_noise_prob, 0
+        twin.label_noise_prob, twin.max_queries, twin.noise_factor = label_noise_prob, 0, 1.0
+        twin.box_noise, twin.label_noise = BOX_NOISES.resolve("uniform"), LABEL_NOISES.resolve("uniform")
         twin._scale_boxes(box_noise_scale)
         return twin
 
@@ -150,9 +169,18 @@ class DenoisingGenerator:
         groups, room = self.layout(max([*counts, 1]))
         return groups * sum(min(count, room) for count in counts)
 
+    def noise_labels(self, labels: Tensor) -> Tensor:
+        """(...) clean labels -> noised ones."""
+        return self.label_noise(labels, self.label_noise_prob, self.num_classes)
+
     def noise_boxes(self, boxes: Tensor) -> Tensor:
-        """(N, G, copies, m, 4) clean boxes -> noised ones."""
-        return shift_and_scale(boxes, self.center_noise_scale, self.size_noise_scale)
+        """(..., 4) clean boxes -> noised ones. Raises ValueError if the noise gives another shape."""
+        factor = self.noise_factor
+        scale = NoiseScale(factor * self.center_noise_scale, factor * self.size_noise_scale)
+        noised = self.box_noise(boxes, scale)
+        if noised.shape != boxes.shape:
+            raise ValueError(f"box noise must keep the shape {tuple(boxes.shape)}, got {tuple(noised.shape)}")
+        return noised
 
     def has_class_loss(self, valid: Tensor, step_counts: list[int]) -> Tensor:
         """(N, G, copies, m) bool: slots with a class loss; here those that restore an object."""
@@ -163,10 +191,10 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
     """Contrastive denoising of DINO (Zhang et al., ICLR 2023, Sec. 3.3): each group also holds one far copy of every object.
 
     The near copies restore their object, the far ones and the padded slots must say "no object". Box noise is
-    :func:`~dn_detr_d2.denoising.noise.jitter_corners`.
+    :func:`~dn_detr_d2.denoising.noise.jitter_corners` and no other.
 
     Args:
-        num_classes, label_noise_prob, max_queries, mask_padding: as for :class:`DenoisingGenerator`.
+        num_classes, label_noise_prob, max_queries, mask_padding, label_noise: as for :class:`DenoisingGenerator`.
         num_queries: there are ``num_queries // M`` groups, at least one, so that near copies number about ``num_queries``
             whatever the number of objects M of the fullest image.
         num_groups: groups if ``num_queries`` is 0.
@@ -176,7 +204,7 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
     The defaults are those of the published DINO models.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or box noise of another kind.
     """
 
     COPIES = 2
@@ -194,6 +222,11 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
         if num_queries < 0 or corner_noise_scale < 0:
             raise ValueError(
                 f"num_queries and corner_noise_scale must not be negative, got {num_queries} and {corner_noise_scale}"
+            )
+        if self.box_noise is not BOX_NOISES.resolve("uniform"):
+            raise ValueError(
+                "contrastive denoising has box noise of its own, near and far, so box_noise (BOX_NOISE.NAME) must stay "
+                "'uniform'; DenoisingGenerator takes any other"
             )
         self.num_queries, self.corner_noise_scale, self.keep_order = num_queries, corner_noise_scale, keep_order
 
@@ -226,12 +259,13 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
         self.corner_noise_scale = scale
 
     def noise_boxes(self, boxes: Tensor) -> Tensor:
-        """The first copy of each group stays near, the second goes far."""
+        """(N, G, 2, m, 4): the first copy of each group stays near, the second goes far."""
         near, far = boxes.unbind(2)
+        scale = self.noise_factor * self.corner_noise_scale
         return torch.stack(
             [
-                jitter_corners(near, self.corner_noise_scale, False, self.keep_order),
-                jitter_corners(far, self.corner_noise_scale, True, self.keep_order),
+                jitter_corners(near, scale, False, self.keep_order),
+                jitter_corners(far, scale, True, self.keep_order),
             ],
             2,
         )

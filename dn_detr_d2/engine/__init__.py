@@ -27,6 +27,7 @@ _MODULES = {
     ".hooks.early_stopping": ("EarlyEnd", "EarlyStopping"),
     ".hooks.ema": ("AverageHook", "average_weights"),
     ".hooks.graceful_stop": ("REQUEUE", "LeaveHook", "StopHook", "StopRequest", "leave_training"),
+    ".hooks.noise_schedule": ("NoiseSchedule", "noise_factor"),
     ".hooks.repeat_evaluation": ("EvaluationRecord", "RepeatEvaluation"),
     "..checkpoint.checkpointer": ("Checkpointer", "load_weights"),
     "..evaluation": ("TolerantCOCOEvaluator",),

@@ -1,12 +1,14 @@
 """A complete config: read, checked, its data sets registered, its classes those of the data sets."""
 
 import logging
+from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
 from ..config import add_dn_detr_config, load_config
+from ..data import count_classes
 from ..data.coco_custom import register_coco_json
 from ..data.registered import known_classes, used_classes
 from ..errors import ConfigError
@@ -21,6 +23,8 @@ def setup_cfg(
     config_file: str = "", opts: list | None = None, *, splits: tuple[str, ...] = ("TRAIN", "TEST")
 ) -> CfgNode:
     """A complete config from a YAML file and overrides, checked; data sets of ``DATASETS.COCO_JSON`` registered.
+
+    For a training also what its label noise is drawn by, see :func:`resolve_label_noise`.
 
     Args:
         config_file: path of a YAML file, a name of the model zoo, or "" for the defaults.
@@ -44,26 +48,16 @@ def setup_cfg(
         resolve_classes(cfg, used)
     share_num_classes(cfg)
     check_detector(cfg)
+    if "TRAIN" in splits and cfg.MODEL.DN_DETR.DENOISING.NAME:
+        resolve_label_noise(cfg)
     return cfg
 
 
 def share_num_classes(cfg: CfgNode) -> None:
-    """Gives NUM_CLASSES, where it is known, to Detectron2's own heads.
-
-    Raises:
-        ConfigError: the head of the chosen meta-architecture has been given another number.
-    """
-    number, default = cfg.MODEL.DN_DETR.NUM_CLASSES, get_cfg()
-    if number is None:
-        return
-    for name in ("ROI_HEADS", "RETINANET"):
-        given = cfg.MODEL[name].NUM_CLASSES
-        if given not in (number, default.MODEL[name].NUM_CLASSES):
-            raise ConfigError(
-                f"MODEL.{name}.NUM_CLASSES = {given}, but MODEL.DN_DETR.NUM_CLASSES is {number}, which it is set to; leave "
-                "it out, or set MODEL.DN_DETR.NUM_CLASSES"
-            )
-        cfg.MODEL[name].NUM_CLASSES = number
+    """Sets the number of classes of Detectron2's own heads to NUM_CLASSES, where that is known."""
+    number = cfg.MODEL.DN_DETR.NUM_CLASSES
+    if number is not None:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = number
 
 
 def check_detector(cfg: CfgNode) -> None:
@@ -98,6 +92,24 @@ def check_detector(cfg: CfgNode) -> None:
         )
     if unread := sorted({*changed} - {"DENOISING"}):
         logger.warning("MODEL.META_ARCHITECTURE = %s does not read MODEL.DN_DETR.%s", name, ", ".join(unread))
+
+
+def resolve_label_noise(cfg: CfgNode) -> None:
+    """Fills in LABEL_NOISE.CLASS_COUNTS for noise by class frequency; raises ConfigError for a file that is not there."""
+    node = cfg.MODEL.DN_DETR.DENOISING.LABEL_NOISE
+    if node.NAME == "class_frequency" and not node.CLASS_COUNTS:
+        root = cfg.MODEL.DN_DETR
+        node.CLASS_COUNTS = count_classes(cfg.DATASETS.TRAIN, root.CLASS_NAMES, root.NUM_CLASSES)
+        if not any(node.CLASS_COUNTS):
+            raise ConfigError(
+                f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no objects to count for LABEL_NOISE.NAME = "
+                "'class_frequency'; set MODEL.DN_DETR.DENOISING.LABEL_NOISE.CLASS_COUNTS"
+            )
+    if node.NAME == "confusion" and not Path(node.CONFUSION_MATRIX).is_file():
+        raise ConfigError(
+            f"MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX = {node.CONFUSION_MATRIX!r} is no file; name the "
+            "confusion_matrix.json that an evaluation has written"
+        )
 
 
 def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:

@@ -31,6 +31,7 @@ from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, S
 from .hooks.early_stopping import EarlyEnd, EarlyStopping
 from .hooks.ema import AverageHook, average_weights
 from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_training
+from .hooks.noise_schedule import NoiseSchedule
 from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
 from .train_step import TrainStep
 from .training_state import capture_training_state, restore_training_state
@@ -111,7 +112,17 @@ class Trainer(DefaultTrainer):
         ends = (
             [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
         )
-        return [stop, ShortHistory(), *averages, *found, *ends, RepeatEvaluation(record, [*evaluating, *ends])]
+        noise = cfg.MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE
+        schedule = NoiseSchedule(noise.NAME, noise.START, noise.END)
+        return [
+            stop,
+            schedule,
+            ShortHistory(),
+            *averages,
+            *found,
+            *ends,
+            RepeatEvaluation(record, [*evaluating, *ends]),
+        ]
 
     def build_writers(self) -> list:
         """Detectron2's, with our printer instead of the first, its own."""

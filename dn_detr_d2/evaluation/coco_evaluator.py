@@ -24,6 +24,7 @@ from ..data.normalise import is_id, sort_key, usable_area
 from ..data.registered import records_of
 from ..errors import DatasetError
 from ..utils.files import atomic_write
+from .confusion import IOU_THRESHOLD, count_confusions
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class RecordsEvaluator(COCOEvaluator):
         class_names: of the P classes; None = no AP of each class.
         category_ids: the P ids that ``coco_instances_results.json`` names classes by; None = 0 .. P-1.
         distributed: whether to collect the predictions of all processes.
-        output_dir: of ``coco_instances_results.json`` and ``instances_predictions.pth``; None = not written.
+        output_dir: of ``coco_instances_results.json``, ``instances_predictions.pth`` and, where there are annotations,
+            ``confusion_matrix.json`` (see :func:`.confusion.count_confusions`); None = not written.
         raw_ids: the model predicts COCO's 91 raw ids; detections of unused ids are left out.
         model_classes: names of the classes that the model predicts, where they are others or in another order than
             ``class_names``; detections of those that are not among them are left out.
@@ -257,11 +259,12 @@ class RecordsEvaluator(COCOEvaluator):
                 "; ".join(f"{count} x {kind}" for kind, count in self._dropped.items()),
             )
         numbered = [self._inside(x, sizes) for x in results]
+        rows = sorted(row + 1 for row in wanted.values())
         with without_exchange():  # minutes on large data sets, while the other ranks wait
-            evaluation = self._evaluated(numbered, sorted(row + 1 for row in wanted.values())) if numbered else None
-        names = self._class_names and [
-            x for i, x in enumerate(self._class_names) if not self._only or i + 1 in self._only
-        ]
+            evaluation = self._evaluated(numbered, rows) if numbered else None
+            self._write_confusions(numbered, rows)
+        chosen = self._only or range(1, len(self._category_ids) + 1)
+        names = self._class_names and [self._class_names[i - 1] for i in chosen]
         self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=names)
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:
@@ -300,6 +303,14 @@ class RecordsEvaluator(COCOEvaluator):
         evaluation.accumulate()
         evaluation.summarize()
         return evaluation
+
+    def _write_confusions(self, results: list[dict], image_ids: list[int]) -> None:
+        if self._output_dir:
+            objects = [x for image in image_ids for x in self._coco_api.imgToAnns[image]]
+            names = [category["name"] for category in self._coco_api.dataset["categories"]]
+            matrix = count_confusions(objects, results, len(self._category_ids)).tolist()
+            with atomic_write(os.path.join(self._output_dir, "confusion_matrix.json"), "w") as file:
+                json.dump({"iou_threshold": IOU_THRESHOLD, "classes": names, "matrix": matrix}, file)
 
     def _make_contiguous(self, instances) -> dict:
         known = instances[self._contiguous[instances.pred_classes] >= 0]

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale, xyxy_to_cxcywh
+from ..checkpoint import check_pickle
 from ..denoising import ContrastiveDenoisingGenerator, DenoisingGenerator
 from ..errors import ConfigError
 from .registry import DENOISING_REGISTRY, lookup, name_the_node
@@ -84,6 +85,12 @@ class RegionDenoising:
     @classmethod
     def from_config(cls, cfg, input_shape) -> dict:
         """Constructor arguments from ``MODEL.ROI_HEADS`` and ``MODEL.DN_DETR.DENOISING``."""
+        check_pickle(cfg.MODEL.WEIGHTS)  # the last moment before DefaultPredictor unpickles it
+        if not cfg.MODEL.ROI_BOX_HEAD.NAME:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NAME = {cfg.MODEL.ROI_HEADS.NAME!r} needs a MODEL.ROI_BOX_HEAD.NAME such as "
+                "'FastRCNNConvFCHead', got ''; C4 models have none, take an FPN model"
+            )
         arguments = super().from_config(cfg, input_shape)
         return arguments | {
             "generator": build_generator(cfg),

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import UserError
 from .runs import AXES, Group, Run
-from .style import colour, new_figure, save
+from .style import colour, line_style, new_figure, save
 
 AP = r"(.*/)?bbox/AP"
 # What a row of panels shows: (pattern of the key, label of the axis)
@@ -56,7 +56,7 @@ def _draw_panel(panel, groups: list[Group], pattern: str, label: str, axis: str)
         band = group.band(pattern, axis)
         name = group.name if len(group.runs) == 1 else f"{group.name}: mean, band min to max of {len(group.runs)} runs"
         x, mean, low, high = band.T if band is not None else np.empty((4, 0))
-        panel.plot(x, mean, color=colour(i), label=name, marker="o", markersize=3, linewidth=1.5)
+        panel.plot(x, mean, line_style(i), color=colour(i), label=name, marker="o", markersize=3, linewidth=1.5)
         if len(group.runs) > 1:
             panel.fill_between(x, low, high, color=colour(i), alpha=0.2, linewidth=0)
     panel.set(xlabel=UNITS[axis], ylabel=label)

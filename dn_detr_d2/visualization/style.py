@@ -17,6 +17,11 @@ def colour(index: int, palette: tuple[str, ...] = PALETTE) -> str:
     return palette[index % len(palette)]
 
 
+def line_style(index: int) -> str:
+    """Of curve number ``index``: solid until all colours are in use, then dashed."""
+    return ("-", "--")[index // len(PALETTE) % 2]
+
+
 def new_figure(rows: int, columns: int, panel: tuple[float, float]) -> tuple[Figure, list]:
     """A figure and its panels, row by row.
 

@@ -74,7 +74,7 @@ def test_every_config_also_works_with_detectron2s_own_functions(path):
     add_dn_detr_config(cfg)
     cfg.merge_from_file(str(path))
     cfg.merge_from_list(["MODEL.DN_DETR.NUM_CLASSES", 3])
-    assert cfg.MODEL.META_ARCHITECTURE == ("GeneralizedRCNN" if "rcnn" in path.stem else "DenoisingDETR")
+    assert ("GeneralizedRCNN" if "rcnn" in path.stem else "DenoisingDETR") == cfg.MODEL.META_ARCHITECTURE
 
 
 def test_config_survives_a_round_trip_through_yaml(tmp_path):

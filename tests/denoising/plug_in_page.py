@@ -10,10 +10,15 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "plug_in.md"
 
 
 def page_code():
-    """All Python blocks of the page, run one after the other in one namespace."""
+    """The code of docs/plug_in.md."""
+    return run_blocks(PAGE)
+
+
+def run_blocks(page):
+    """All Python blocks of a page, run one after the other in one namespace."""
     names = {}
-    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
-        exec(compile(block, str(PAGE), "exec"), names)
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(page), "exec"), names)
     return SimpleNamespace(**names)
 
 

@@ -17,11 +17,23 @@ from PIL import Image
 
 from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
 from dev.compare.train import InterleavedRun, configure, train_interleaved
-from dev.compare.variants import ABLATIONS, ALONE, DENOISED, FOLDER, HALF, MATCHING, PAIRS, Variant, variants_of
+from dev.compare.variants import (
+    ABLATIONS,
+    ALONE,
+    DENOISED,
+    FOLDER,
+    HALF,
+    HOSTS,
+    MATCHING,
+    NOISES,
+    PAIRS,
+    Variant,
+    variants_of,
+)
 from dev.compare_runs import main, options, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization.runs import Group, read_run
-from dn_detr_d2.visualization.style import colour
+from dn_detr_d2.visualization.style import colour, line_style
 
 OVERRIDES = {
     "MODEL.DEVICE": "cpu",
@@ -41,19 +53,24 @@ def leaves(node, prefix=""):
         yield from leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", str(value))]
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [*PAIRS, *HOSTS])
 def test_a_pair_differs_in_denoising_and_in_nothing_else(pair, tmp_path):
-    made = [configure(FOLDER / f"{pair}.yaml", v, 1, tmp_path, SMALL) for v in (ALONE[pair], Variant(DENOISED))]
+    variants = variants_of(pair)[:2]
+    assert [variant.name for variant in variants] == [MATCHING, DENOISED]
+    made = [configure(FOLDER / f"{pair}.yaml", variant, 1, tmp_path, SMALL) for variant in variants]
     first, second = (dict(leaves(cfg)) for cfg in made)
     differing = {key for key in first if first[key] != second[key]} - {"OUTPUT_DIR"}
     assert differing <= {"MODEL.DN_DETR.DENOISING.NAME", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT"}
     assert first["MODEL.DN_DETR.DENOISING.NAME"] == ""
 
 
-@pytest.mark.parametrize("variant", ABLATIONS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [*ABLATIONS, *NOISES], ids=lambda v: v.name)
 def test_an_ablation_changes_what_its_name_says(variant, tmp_path):
+    (tmp_path / "matrix.json").write_text("{}")
+    matrix = ["MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX", str(tmp_path / "matrix.json")]
     full, changed = (
-        dict(leaves(configure(FOLDER / "deformable.yaml", v, 1, tmp_path, SMALL))) for v in (Variant(DENOISED), variant)
+        dict(leaves(configure(FOLDER / "deformable.yaml", v, 1, tmp_path, [*SMALL, *matrix])))
+        for v in (Variant(DENOISED), variant)
     )
     differing = {key for key in full if full[key] != changed[key]} - {"OUTPUT_DIR"}
     assert differing
@@ -64,6 +81,17 @@ def test_every_training_of_an_ablation_has_a_colour_of_its_own():
     count = len(variants_of("deformable", parse_arguments(["--ablations"]).ablations))
     assert count == 2 + len(ABLATIONS)
     assert len({colour(i) for i in range(count)}) == count
+
+
+def test_other_kinds_of_noise_are_none_or_those_that_are_named_or_all():
+    kinds = [variant.name for variant in NOISES]
+    assert parse_arguments([]).noise == []
+    assert parse_arguments(["--noise", "boxes by IoU"]).noise == ["boxes by IoU"]
+    args = parse_arguments(["--noise", "--seeds", "1"])
+    assert args.noise == kinds
+    assert args.runs == "output/noise"
+    assert [v.name for v in variants_of("deformable", args.noise)] == [MATCHING, DENOISED, *kinds]
+    assert len({(colour(i), line_style(i)) for i in range(2 + len(kinds))}) == 2 + len(kinds)
 
 
 def test_ablations_are_none_or_those_that_are_named_or_all():
@@ -188,6 +216,18 @@ def test_the_table_holds_what_was_worked_out_by_hand(groups):
     assert denoised[2:6] == ["42.0 (41.0 to 43.0)", "50% (40% to 60%)", "1.80 (1.60 to 2.00)", "0.400 (0.400 to 0.400)"]
     assert denoised[6] == "1.08 (1.05 to 1.10)"
     assert half[3] == "40%, 1 of 2 runs"
+
+
+def test_detectors_without_queries_have_no_matching_to_be_measured(tmp_path):
+    found = [make_run(tmp_path / name, [10, ap], [0, 0], 0.5, [2.0]) for name, ap in (("a", 20), ("b", 30))]
+    for run in found:
+        path = run.folder / "metrics.json"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if not k.startswith(("instability", "anchors"))} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    groups = [Group(name, [read_run(run.folder)]) for name, run in zip((MATCHING, DENOISED), found, strict=True)]
+    assert [row[2:6] for row in table_rows(groups)] == [["20.0", "100%", "-", "-"], ["30.0", "100%", "-", "-"]]
+    assert not any("stable" in line or "anchor" in line for line in check_claims(groups))
 
 
 def test_a_training_that_was_cut_off_is_not_reported(groups):

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from naming import naming
 
 from dn_detr_d2 import ConfigError
+from dn_detr_d2.diagnostics import check_denoising
 
 SWIN = ["MODEL.BACKBONE.NAME", "build_swin_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p1", "p2", "p3"]]
 VIT = ["MODEL.BACKBONE.NAME", "build_vitdet_backbone", "MODEL.DN_DETR.IN_FEATURES", ["p3", "p4", "p5"]]
@@ -18,9 +19,11 @@ FPN += ["MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.FPN.IN_FE
 
 @pytest.mark.parametrize("backbone", [SWIN, VIT, FPN], ids=["Swin-T", "ViTDet-B", "FPN"])
 @pytest.mark.parametrize("system", ["dino", "dn_deformable_detr"])
-def test_other_backbones_train_a_step_and_predict(toy_cfg, system, backbone):
+def test_other_backbones_train_a_step_without_a_leak_and_predict(toy_cfg, system, backbone):
     model = build_model(toy_cfg(system, *backbone)).train()
+    check_denoising(model, make_batch(2, 1))
     losses = model(make_batch(2, 1))
+    assert {"main/class", "dn/class", "dn/l1", "dn/giou"} <= losses.keys()
     sum(losses.values()).backward()
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []  # distributed training stops at a parameter without gradient

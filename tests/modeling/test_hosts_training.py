@@ -7,15 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_batch
+from conftest import ROOT, make_batch
 from detectron2.modeling import build_model
 from gradients import COUNTS, HIDDEN, QUIET, distance, of_this_rank
 from ranks import on_ranks
-from toy_training import differing, load, make_cfg, stop_at, train
+from toy_training import LEARNING, differing, learn, load, make_cfg, make_rcnn_cfg, stop_at, train
 
-from dn_detr_d2.data import build_train_loader
+from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import load_for_evaluation
-from dn_detr_d2.engine.optimizer import build_optimizer
 
 NODES = [f"MODEL.DN_DETR.{part}" for part in ("ENCODER", "DECODER")]
 CHECKPOINTED = [x for node in NODES for x in (f"{node}.ACTIVATION_CHECKPOINTING", True)]
@@ -29,32 +28,35 @@ CONFIGS = [
     "deformable_detr_two_stage_dn_R50_50ep",
 ]
 HOSTS = {config: partial(make_cfg, config=config) for config in CONFIGS}  # (folder, *overrides) -> config of a toy
-PARTS, STEPS = ("main/", "dn/"), 110
-every_host = pytest.mark.parametrize("host", HOSTS)
+HOSTS["faster_rcnn_dn_R50_FPN_12ep"] = make_rcnn_cfg
+SLOWER = {"deformable_detr_refine_dn_R50_50ep"}  # and like its neighbours
+most_hosts = pytest.mark.parametrize(
+    "host", [pytest.param(x, marks=pytest.mark.long if x in SLOWER else ()) for x in HOSTS]
+)
 
 
-@every_host
+@most_hosts
 def test_two_processes_and_parts_give_the_gradient_of_one_batch(tmp_path, host):
-    """Padding is hidden, because each process pads to its own fullest image."""
+    """Padding is hidden, because each process pads to its own fullest image. Detectron2's NMS takes no float64."""
     cfg = HOSTS[host](tmp_path, *QUIET, *HIDDEN, *NO_DROPOUT, *FIVE)
-    cases = EVEN if host == "detr_dn_R50_300ep" else COUNTS
-    whole_and_parts(cfg, str(tmp_path), cases)
-    on_ranks(whole_and_parts, cfg, str(tmp_path), cases)
+    cases, double = EVEN if host == "detr_dn_R50_300ep" else COUNTS, "rcnn" not in host
+    whole_and_parts(cfg, str(tmp_path), cases, double)
+    on_ranks(whole_and_parts, cfg, str(tmp_path), cases, double)
     whole, *others = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("1_1", "1_2", "2_1", "2_2"))
     for other in others:
-        assert max(distance(a, b) for a, b in zip(other, whole, strict=True)) < 1e-9
+        assert max(distance(a, b) for a, b in zip(other, whole, strict=True)) < (1e-9 if double else 1e-4)
 
 
 # DETR's class loss is a mean over the queries of a process, in which objects weigh more: as many on each process, then.
 EVEN = [(3, 1, 0, 4), (0, 0, 0, 0)]
 
 
-def whole_and_parts(cfg, folder, cases):
+def whole_and_parts(cfg, folder, cases, double):
     for accumulation in (1, 2):
-        of_this_rank(cfg, folder, accumulation, cases)
+        of_this_rank(cfg, folder, accumulation, cases, double)
 
 
-@every_host
+@pytest.mark.parametrize("host", CONFIGS)  # Detectron2's detectors have no such keys
 def test_activation_checkpointing_gives_the_same_gradients(tmp_path, host):
     torch.set_num_threads(1)
     found = []
@@ -106,27 +108,22 @@ def test_a_resumed_training_equals_one_that_was_not_stopped(trained, tmp_path):
     assert differing(load(folder), load(tmp_path / "stopped")) == []
 
 
-LEARNING = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.CROP.ENABLED", False, "INPUT.RANDOM_FLIP", "none", "SEED", 3]
-LEARNING += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 1e-3, "SOLVER.BACKBONE_MULTIPLIER", 1.0]
-LEARNING += ["MODEL.RESNETS.NORM", "BN"]
+# The last ten losses as a part of the first ten, at most. With seeds 0, 1, 2 they were 0.86 to 0.92 (DETR, which begins
+# late) and 0.45 to 0.67 (the others).
+LEARNT = {"detr_dn_R50_300ep": 0.95}
 
 
-@every_host
+@pytest.mark.parametrize("host", [pytest.param(x, marks=pytest.mark.long if x in SLOWER else ()) for x in CONFIGS])
 def test_a_training_on_the_embedded_shapes_lowers_matching_and_denoising_losses(tmp_path, host):
-    cfg = HOSTS[host](tmp_path, *LEARNING)
-    loader = iter(build_train_loader(cfg))
-    batches = [next(loader) for _ in range(5)]
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    optimizer = build_optimizer(cfg, model)
-    history = []
-    for i in range(STEPS):
-        losses = model(batches[i % len(batches)])
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        history.append({part: sum(x.item() for n, x in losses.items() if n.startswith(part)) for part in PARTS})
-    for part in PARTS:
-        first, last = (sum(x[part] for x in few) for few in (history[:10], history[-10:]))
-        print(host, part, last / first)
-        assert last < 0.8 * first
+    history = learn(HOSTS[host](tmp_path, *LEARNING), 60, "main/", "dn/")
+    first, last = history[:10].sum(0), history[-10:].sum(0)
+    assert (last < LEARNT.get(host, 0.75) * first).all()
+
+
+@pytest.mark.long
+def test_faster_rcnn_learns_to_restore_regions_of_the_embedded_shapes(tmp_path):
+    """Its box head needs features that a toy does not learn in 60 steps."""
+    cfg = setup_cfg(str(ROOT / "dev" / "compare" / "faster_rcnn.yaml"), ["OUTPUT_DIR", str(tmp_path)])
+    history = learn(cfg, 150, "loss_", "dn/")
+    first, last = history[:10].sum(0), history[-10:].sum(0)
+    assert (last < 0.75 * first).all()

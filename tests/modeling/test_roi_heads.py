@@ -283,8 +283,8 @@ def test_a_config_of_detectron2_gets_denoising_by_the_name_of_its_heads():
         (["MODEL.DN_DETR.DENOISING.MAX_QUERIES", 100], "MAX_QUERIES"),
         (["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 0], "DENOISING"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "RetinaNet"),
+        (["MODEL.ROI_BOX_HEAD.NAME", ""], "MODEL.ROI_BOX_HEAD.NAME"),
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "StandardROIHeads"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", 7], "MODEL.ROI_HEADS.NUM_CLASSES"),
         (["MODEL.META_ARCHITECTURE", "FasterRCNN"], "FasterRCNN"),
     ],
 )
@@ -297,4 +297,6 @@ def test_the_number_of_classes_is_that_of_the_data_set():
     config = str(ROOT / "configs" / "faster_rcnn_dn_R50_FPN_12ep.yaml")
     cfg = setup_cfg(config, ["DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",)])
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 3
-    assert setup_cfg(config, ["MODEL.DN_DETR.NUM_CLASSES", 7], splits=()).MODEL.ROI_HEADS.NUM_CLASSES == 7
+    for again in (["MODEL.DN_DETR.NUM_CLASSES", 7], ["MODEL.DN_DETR.NUM_CLASSES", 7, "MODEL.ROI_HEADS.NUM_CLASSES", 3]):
+        assert setup_cfg(config, again, splits=()).MODEL.ROI_HEADS.NUM_CLASSES == 7
+    assert setup_cfg(config, ["MODEL.ROI_HEADS.NUM_CLASSES", 9], splits=()).MODEL.ROI_HEADS.NUM_CLASSES == 9
