@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, make_batch
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from naming import naming
 from PIL import Image
 from ranks import run_program
@@ -53,6 +54,18 @@ def test_the_predictor_is_detectron2s_and_reads_no_other_detector(trained):
     cfg.MODEL.FPN.OUT_CHANNELS = 8
     with pytest.raises(CheckpointError, match=naming("backbone.fpn_lateral2.weight")):
         Predictor(cfg)
+
+
+def test_known_objects_and_labels_are_refused(trained):
+    cfg = make_rcnn_cfg(trained, "MODEL.WEIGHTS", str(trained / "model_final.pth"))
+    image, predictor = np.zeros((48, 64, 3), np.uint8), Predictor(cfg)
+    nothing = Instances((48, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
+    for prompts in ({"labels": [0]}, {"known": nothing}):
+        with pytest.raises(ConfigError, match=naming("MODEL.META_ARCHITECTURE", "'GeneralizedRCNN'")):
+            predictor(image, **prompts)
+    for key, value in (("KNOWN_FRACTION", 0.5), ("LABEL_PROMPTS", True)):
+        with pytest.raises(ConfigError, match=naming(key, "'GeneralizedRCNN'")):
+            make_rcnn_cfg(trained, f"MODEL.DN_DETR.DENOISING.{key}", value)
 
 
 def test_weights_of_other_classes_are_refused_and_a_training_may_leave_them_out(trained, tmp_path):
