@@ -6,23 +6,29 @@
 
 A folder means all images in it. A picture has the name of its image, .jpg for JPEG files and .png for the others;
 --json adds results.json with every box above the threshold, in pixels of the image.
+
+--known boxes.json tells the model of objects, and it looks for the others: a list like results.json, of
+{"file_name": "a.jpg", "class": 0, "box_xyxy": [x0, y0, x1, y1]}, the class by number or name. --labels circle,square looks
+for these classes alone. The model must be trained for it (docs/prompting.md).
 """
 
 import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dn_detr_d2 import setup_cfg  # before detectron2, whose import alone warns of torch.jit
 
 # isort: split
+import torch
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from dn_detr_d2 import ConfigError, DatasetError, UserError
 from dn_detr_d2.command_line import add_overrides, parse
-from dn_detr_d2.data import read_image
+from dn_detr_d2.data import class_number, read_image
 from dn_detr_d2.data.images import drawing_scale
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.utils.text_output import escape_unwritable
@@ -42,6 +48,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--confidence-threshold", type=float, default=0.5, help="lowest score to show, from 0 to 1 (default 0.5)"
     )
     parser.add_argument("--json", action="store_true", help="also write results.json")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument("--known", metavar="FILE", help="objects that need not be found, in the form of results.json")
+    told.add_argument(
+        "--labels", metavar="A,B", help="names or numbers of the classes to look for, with commas between"
+    )
     add_overrides(parser)
     return parse(parser, argv)
 
@@ -84,6 +95,54 @@ def class_metadata(cfg) -> Metadata:
     return MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata(name="demo")
 
 
+def read_known(path: str, images: list[Path], cfg) -> dict[Path, list[tuple[list[float], int]]]:
+    """{image: its known boxes and classes} from a file like results.json.
+
+    Raises:
+        ConfigError: the file cannot be read, or has another form.
+        UserError: an object of another image, or of a class that the model has not.
+    """
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--known {path} cannot be read as JSON: {error}") from None
+    given, found = {image.resolve(): image for image in images}, {}
+    for i, record in enumerate(records if isinstance(records, list) else [records]):
+        box = record.get("box_xyxy") if isinstance(record, dict) else None
+        numbers = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
+        if not numbers or not isinstance(record.get("file_name"), str) or "class" not in record:
+            raise ConfigError(
+                f"--known {path}, entry {i} must be an object with file_name, class and box_xyxy of four numbers, got "
+                f"{json.dumps(record):.300}"
+            )
+        image = given.get(Path(record["file_name"]).resolve())
+        if image is None:
+            raise ConfigError(
+                f"--known {path}, entry {i} is of {record['file_name']}, which is not in --input; take it out"
+            )
+        found.setdefault(image, []).append((box, class_number(record["class"], cfg)))
+    return found
+
+
+def read_prompts(args: argparse.Namespace, images: list[Path], cfg) -> Callable[[Path, tuple[int, int]], dict]:
+    """From an image and its (height, width) to what the predictor is told of it."""
+    if args.labels is not None:
+        names = [name.strip() for name in args.labels.split(",") if name.strip()]
+        known_names = cfg.MODEL.DN_DETR.CLASS_NAMES
+        labels = [class_number(int(x) if x.isdecimal() and x not in known_names else x, cfg) for x in names]
+        return lambda path, size: {"labels": labels}
+    if args.known is None:
+        return lambda path, size: {}
+    known = read_known(args.known, images, cfg)
+
+    def _told(path: Path, size: tuple[int, int]) -> dict:
+        boxes, classes = zip(*known[path], strict=True) if path in known else ((), ())
+        boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+        return {"known": Instances(size, gt_boxes=boxes, gt_classes=torch.tensor(classes, dtype=torch.int64))}
+
+    return _told
+
+
 def draw(image, instances: Instances, metadata: Metadata, path: Path) -> None:
     """Writes ``image`` (H, W, 3) BGR with boxes, names and scores to ``path``."""
     from detectron2.utils.visualizer import Visualizer
@@ -121,6 +180,7 @@ def predict(args: argparse.Namespace) -> int:
     weights = cfg.MODEL.WEIGHTS
     if not weights or ("://" not in weights and not Path(weights).is_file()):
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; add --opts MODEL.WEIGHTS model_final.pth")
+    told = read_prompts(args, list(targets), cfg)
     predictor, metadata = Predictor(cfg), class_metadata(cfg)
 
     output.mkdir(parents=True, exist_ok=True)
@@ -128,7 +188,7 @@ def predict(args: argparse.Namespace) -> int:
     for path, target in targets.items():
         try:
             image = read_image(str(path), "BGR")
-            instances = predictor(image)["instances"].to("cpu")
+            instances = predictor(image, **told(path, image.shape[:2]))["instances"].to("cpu")
             instances = instances[instances.scores >= args.confidence_threshold]
             draw(image, instances, metadata, target)
         except DatasetError as error:

@@ -227,6 +227,17 @@ def replace_on_query_axis(item, change: Callable[[Tensor, int, str], Tensor]):
     return replace(item, **changed)
 
 
+def take_images(item, index: Tensor):
+    """The same dataclass with the images of ``index``, (n,) int64, each as often as it stands there.
+
+    Args:
+        item: a :class:`Memory`, or :class:`ObjectQueries` without mask: all tensors begin with the axis of the images.
+        index: on the device of the tensors.
+    """
+    tensors = {entry.name: value for entry in fields(item) if isinstance(value := getattr(item, entry.name), Tensor)}
+    return replace(item, **{name: value[index] for name, value in tensors.items()})
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on ``device``; from the host to a GPU without a wait.
 

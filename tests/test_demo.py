@@ -8,11 +8,13 @@ import pytest
 import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from naming import naming
 from PIL import Image
 
 import demo
 from dn_detr_d2.data import read_image
+from dn_detr_d2.predictor import Predictor
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -190,3 +192,89 @@ def test_a_threshold_that_is_no_probability_is_refused(run, images, tmp_path, th
 @pytest.mark.parametrize("threshold", ["0", "1"])
 def test_the_ends_of_the_range_are_thresholds(run, images, threshold):
     assert run("--input", images / "tall.png", "--confidence-threshold", threshold)[0] == 0
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+@pytest.fixture
+def promptable(finished, toy_cfg, toy_model, tmp_path):
+    """A model whose queries have the unknown label, in the place of the finished training."""
+    cfg = toy_cfg("dn_detr", "MODEL.DN_DETR.CLASS_NAMES", NAMES, "INPUT.MIN_SIZE_TEST", 64)
+    torch.save({"model": toy_model("dn_detr").state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    return cfg
+
+
+def test_what_was_found_can_be_given_as_known(run, images, promptable, tmp_path):
+    """results.json of one run is --known of the next; the predictor says the same of it."""
+    run("--input", images, "--confidence-threshold", "0", "--json")
+    first = results(tmp_path)
+    few = [next(x for x in first if x["file_name"].endswith(name)) for name in ("wide.jpg", "wide.jpg", "tall.png")]
+    few[1] = few[1] | {"class": "b"}  # by its name
+    (tmp_path / "boxes.json").write_text(json.dumps(few))
+    code, _, errors = run(
+        "--input", images, "--confidence-threshold", "0", "--json", "--known", tmp_path / "boxes.json"
+    )
+    assert (code, errors) == (0, "")
+    boxes = Boxes(torch.tensor([x["box_xyxy"] for x in few[:2]]))
+    known = Instances((60, 150), gt_boxes=boxes, gt_classes=torch.tensor([few[0]["class"], 1]))
+    predictor = Predictor(promptable)
+    expected = predictor(read_image(str(images / "wide.jpg"), "BGR"), known=known)["instances"]
+    found = {
+        name: [x["score"] for x in results(tmp_path) if x["file_name"].endswith(name)]
+        for name in ("wide.jpg", "tiny.bmp")
+    }
+    assert found["wide.jpg"] == pytest.approx(expected.scores.tolist(), abs=1e-4)
+    assert found["tiny.bmp"] == [x["score"] for x in first if x["file_name"].endswith("tiny.bmp")]
+
+
+@pytest.mark.parametrize(("labels", "classes"), [("b, d", {1, 3}), ("1,d", {1, 3}), ("e", {4}), ("", set())])
+def test_labels_are_looked_for_by_name_or_number(run, images, promptable, tmp_path, labels, classes):
+    code, _, _ = run("--input", images, "--confidence-threshold", "0", "--json", "--labels", labels)
+    assert code == 0
+    assert {x["class"] for x in results(tmp_path)} == classes
+
+
+ENTRY = {"file_name": "IMAGE", "class": 0, "box_xyxy": [1, 2, 30, 40]}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("not json", ("--known",)),
+        (None, ("--known", "boxes.json")),
+        ([ENTRY | {"file_name": "other.png"}], ("--known", 0, "other.png")),
+        ([ENTRY, ENTRY | {"box_xyxy": [1, 2, 3]}], ("--known", 1, "[1, 2, 3]")),
+        ([ENTRY | {"box_xyxy": [1, 2, 3, "4"]}], ("--known", 0)),
+        ([{"class": 0, "box_xyxy": [1, 2, 30, 40]}], ("--known", 0)),
+        ([[1, 2, 30, 40]], ("--known", 0, "[1, 2, 30, 40]")),
+        (3, ("--known", 0)),
+        ([ENTRY | {"class": "z"}], ("'z'",)),
+        ([ENTRY | {"class": 5}], (5,)),
+        ([ENTRY | {"box_xyxy": [1, 2, 151, 40]}], (151.0, "wide.jpg")),
+    ],
+)
+def test_known_objects_that_are_none_are_one_sentence(run, images, promptable, tmp_path, content, named):
+    text = content if isinstance(content, str) else json.dumps(content).replace("IMAGE", str(images / "wide.jpg"))
+    if content is not None:
+        (tmp_path / "boxes.json").write_text(text)
+    code, _, said = run("--input", images / "wide.jpg", "--known", tmp_path / "boxes.json")
+    assert code == 1
+    assert naming(*named).search(said)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("labels", "named"), [("z", ("'z'",)), ("a,9", (9,)), ("a,a", ("[0, 0]",))])
+def test_labels_that_do_not_exist_are_one_sentence(run, images, promptable, labels, named):
+    code, _, said = run("--input", images / "wide.jpg", "--labels", labels)
+    assert code == 1
+    assert naming(*named).search(said)
+
+
+def test_a_model_with_learnt_contents_refuses_labels(run, images):
+    code, _, said = run("--input", images / "wide.jpg", "--labels", "a")
+    assert code == 1
+    assert naming("QUERY_SOURCE.CONTENT").search(said)

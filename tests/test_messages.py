@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, valid_coco
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
+from detectron2.structures import Boxes, Instances
 from naming import naming
 from PIL import Image
 
@@ -75,6 +76,17 @@ def launcher(*arguments):
 
 def predictor(given):
     return lambda bench: Predictor.__new__(Predictor)(given)
+
+
+def prompt(system="dn_detr", **prompts):
+    def ask(bench):
+        torch.save({"model": bench.model(system).state_dict()}, bench.folder / "w.pth")
+        cfg = bench.cfg(
+            system, "MODEL.WEIGHTS", str(bench.folder / "w.pth"), "MODEL.DN_DETR.CLASS_NAMES", list("abcde")
+        )
+        Predictor(cfg)(torch.zeros(20, 30, 3, dtype=torch.uint8).numpy(), **prompts)
+
+    return ask
 
 
 def command(main, *arguments):
@@ -141,6 +153,16 @@ ROWS = {
         ["SOLVER.IMS_PER_BATCH", 3], 2),
     "predictor: no image": (predictor(None), ValueError, ["NoneType"], "cv2.imread"),
     "predictor: an array of another form": (predictor(torch.zeros(2, 2).numpy()), ValueError, ["float32", "(2, 2)"], "BGR"),
+    "prompts: a config that cannot": (
+        model("MODEL.DN_DETR.DENOISING.KNOWN_FRACTION", 0.5), ConfigError, ["KNOWN_FRACTION", 0.5, 5], "NUM_GROUPS 1"),
+    "prompts: a host that cannot": (
+        prompt(labels=["a"], system="dn_deformable_detr"), ConfigError, ["'labels'"], "QUERY_SOURCE.CONTENT 'unknown'"),
+    "prompts: a model without denoising": (
+        prompt(labels=["a"], system="dab_detr"), ConfigError, ["'labels'", "DENOISING.NAME"], "trained with denoising"),
+    "prompts: a class that is not there": (prompt(labels=["z"]), ValueError, ["'z'"], "['a', 'b', 'c', 'd', 'e']"),
+    "prompts: a box outside": (
+        prompt(known=Instances((20, 30), gt_boxes=Boxes(torch.tensor([[1.0, 1, 31, 9]])), gt_classes=torch.tensor([1]))),
+        ValueError, [31.0], "(20, 30)"),
     "tool: plot_runs": (command(plot_runs.main, "nowhere"), RuntimeError, ["nowhere"], "metrics.json"),
     "tool: convert_dataset": (
         command(convert_dataset.main, "yolo", "{folder}/gone", "{folder}", "out.json"), RuntimeError, ["gone"], None),

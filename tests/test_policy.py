@@ -83,7 +83,7 @@ DETECTRON2 = {
     "checkpoint": {"checkpoint", "utils"},
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
     "model_zoo": {"config"},
-    "predictor": {"engine"},
+    "predictor": {"engine", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
 }
 

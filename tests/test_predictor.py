@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, Instances
 from naming import naming
 
-from dn_detr_d2 import CheckpointError
+from dn_detr_d2 import CheckpointError, UserError
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.predictor import Predictor
 
@@ -98,3 +99,77 @@ def test_detectron2s_predictor_refuses_them_too(toy_cfg, toy_model, tmp_path, co
     torch.save(FILES[content](toy_model), tmp_path / "given.pth")
     with pytest.raises(CheckpointError):
         DefaultPredictor(toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "given.pth")))
+
+
+@pytest.fixture
+def told(toy_cfg, toy_model, tmp_path):
+    """(predictor, its image of 64 x 48 pixels, which it doubles)."""
+    torch.save({"model": toy_model("dn_detr").state_dict()}, tmp_path / "model.pth")
+    names = ["MODEL.DN_DETR.CLASS_NAMES", ["a", "b", "c", "d", "e"], "INPUT.MIN_SIZE_TEST", 96]
+    cfg = toy_cfg("dn_detr", "MODEL.WEIGHTS", str(tmp_path / "model.pth"), *names)
+    return Predictor(cfg), np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)
+
+
+def known(*boxes, size=(48, 64), label=1, kind="gt"):
+    boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    return Instances(size, **{f"{kind}_boxes": boxes, f"{kind}_classes": torch.full((len(boxes),), label)})
+
+
+def same(a, b):
+    return torch.equal(a.scores, b.scores) and torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+def test_known_objects_are_in_pixels_of_the_given_image(told):
+    """The model on the resized image, with boxes that are resized by hand."""
+    predictor, image = told
+    found = predictor(image, known=known((4, 6, 20, 40), (30, 3, 60, 40)))["instances"]
+    resized = predictor.aug.get_transform(image).apply_image(image[:, :, ::-1])
+    record = {"image": torch.from_numpy(resized.copy()).permute(2, 0, 1).float(), "height": 48, "width": 64}
+    record["known"] = known((8, 12, 40, 80), (60, 6, 120, 80), size=(96, 128))
+    with torch.no_grad():
+        expected = predictor.model([record])[0]["instances"]
+    torch.testing.assert_close(found.scores, expected.scores)
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert not same(found, predictor(image)["instances"])
+
+
+def test_detections_can_be_given_back(told):
+    predictor, image = told
+    first = predictor(image)["instances"][:3]
+    assert first.has("pred_boxes")
+    given = Instances((48, 64), gt_boxes=first.pred_boxes, gt_classes=first.pred_classes)
+    assert same(*(predictor(image, known=x)["instances"] for x in (first, given)))
+
+
+def test_nothing_known_is_as_ever_to_the_bit(told):
+    predictor, image = told
+    ordinary = predictor(image)["instances"]
+    assert same(predictor(image, known=known())["instances"], ordinary)
+    assert same(predictor(image, known=known(kind="pred"))["instances"], ordinary)
+
+
+def test_labels_are_names_or_numbers(told):
+    predictor, image = told
+    found = predictor(image, labels=["b", 3])["instances"]
+    assert same(found, predictor(image, labels=[1, "d"])["instances"])
+    assert set(found.pred_classes.tolist()) == {1, 3}
+    assert len(predictor(image, labels=[])["instances"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ({"known": known((4, 6, 65, 40))}, (65.0, "(48, 64)")),
+        ({"known": known((4, 6, 20, 40), label=5)}, (5,)),
+        ({"known": known((4, 6, 20, 40), size=(64, 48))}, ("(64, 48)",)),
+        ({"known": [[4, 6, 20, 40]]}, ("list",)),
+        ({"labels": ["z"]}, ("'z'",)),
+        ({"labels": [5]}, (5,)),
+        ({"labels": ["a", 0]}, ("[0, 0]",)),
+        ({"labels": [0], "known": known((4, 6, 20, 40))}, ("known", "labels")),
+    ],
+)
+def test_what_is_not_of_the_image_or_the_model_is_refused_in_pixels_of_the_image(told, prompts, named):
+    predictor, image = told
+    with pytest.raises(UserError, match=naming(*named)):
+        predictor(image, **prompts)

@@ -156,6 +156,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # What denoising losses are divided by: noised objects averaged over ranks ("global"), or of this rank ("local",
     # the official code). The same with one process.
     node.DENOISING.NORMALIZER = "global"
+    # Known objects (DN-DETR, TPAMI 2024; docs/prompting.md): floor(KNOWN_FRACTION * P) classes, drawn once from KNOWN_SEED,
+    # are known. Their objects are the denoising part, in training and in evaluation, and matching queries see them; the
+    # objects of the other classes are to be found. 0 = off; 0.5 and 0.7 in the paper. Needs NUM_GROUPS 1.
+    node.DENOISING.KNOWN_FRACTION = 0.0
+    node.DENOISING.KNOWN_SEED = 0
+    # Known labels (the same paper): a training step looks for one class of each image, whose label embedding is the content
+    # of all matching queries; an evaluation asks for each class that is in the image. For fine-tuning with a small BASE_LR.
+    node.DENOISING.LABEL_PROMPTS = False
     # R-CNN only: a class loss of the noised regions besides their box loss. Off, because nearly one in ten of them overlaps
     # its object by less than the 0.5 from which a proposal counts as foreground.
     node.DENOISING.REGION_CLASS_LOSS = False
@@ -264,6 +272,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Detections of an image and class that AP counts. 0 = COCO's 100; where an image has more than 100 objects of one class,
     # as many as it has, or DETECTIONS_PER_IMAGE if that is more, and a warning says so.
     cfg.TEST.MAX_DETECTIONS_EVALUATED = 0
+    # Names of the classes that AP is averaged over (their numbers where the data set has no names); [] = all, with
+    # DENOISING.KNOWN_FRACTION the unknown ones.
+    cfg.TEST.AP_CLASSES = []
     # Images that a process evaluates at a time; detections do not depend on it unless PAD_TO_LARGEST is True.
     cfg.TEST.IMS_PER_BATCH = 1
     # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the

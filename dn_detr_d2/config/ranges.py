@@ -99,17 +99,23 @@ CHECKS: tuple[tuple[Sequence[str], str, Callable], ...] = (
     ((f"{_ROOT}LOSS.FOCAL_ALPHA", "MODEL.WEIGHTS_MATCHED"), "lie in [0, 1]", lambda x: 0 <= x <= 1),
     ((f"{_ROOT}DECODER.LOGIT_EPS",), "lie between 0 and 0.5", lambda x: 0 < x < 0.5),
     (
-        ("MODEL.SWIN.DROP_PATH_RATE", "MODEL.VIT.DROP_PATH_RATE", "MODEL_EMA.DECAY"),
+        (
+            f"{_ROOT}DENOISING.KNOWN_FRACTION",
+            "MODEL.SWIN.DROP_PATH_RATE",
+            "MODEL.VIT.DROP_PATH_RATE",
+            "MODEL_EMA.DECAY",
+        ),
         "lie in [0, 1)",
         lambda x: 0 <= x < 1,
     ),
+    ((f"{_ROOT}DENOISING.KNOWN_SEED",), "lie in [0, 2^32)", lambda x: 0 <= x < 2**32),
     (("TEST.MAX_DETECTIONS_EVALUATED",), "be 0 or more than 10", lambda x: x == 0 or 10 < x < math.inf),
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
     (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
     (("INPUT.CROP.RESIZE", "INPUT.MIN_SIZE_TRAIN"), "be positive numbers of pixels", _sizes),
     (("SOLVER.STEPS",), "be positive iterations in ascending order", _steps),
     (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
-    ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES"), "be a list of names", _strings),
+    ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES", "TEST.AP_CLASSES"), "be a list of names", _strings),
 )
 
 

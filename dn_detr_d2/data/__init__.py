@@ -7,6 +7,7 @@ from .coco_custom import check_files, class_names, dataset_path, load_coco_json,
 from .images import read_image
 from .loader import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader, count_classes
 from .mapper import DetrDatasetMapper, ResizeShortestEdge
+from .prompts import class_number, evaluated_classes, split_classes
 from .registered import check_records, records_of
 from .shapes import cache_folder, register_shapes
 
@@ -23,11 +24,14 @@ __all__ = [
     "check_files",
     "check_records",
     "class_names",
+    "class_number",
     "count_classes",
     "dataset_path",
+    "evaluated_classes",
     "load_coco_json",
     "read_image",
     "records_of",
     "register_coco_json",
     "register_shapes",
+    "split_classes",
 ]

@@ -7,6 +7,7 @@ of the augmented image.
 import copy
 import logging
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
 from .images import read_image
+from .prompts import PresentLabels, build_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,8 @@ class DetrDatasetMapper:
         new_labels: label of each class of the data set, None to keep them (raw COCO ids, see :mod:`dn_detr_d2.coco`).
         masks: "polygon" or "bitmask" attaches ``gt_masks`` in this form, made from the segmentations; None = no masks.
         flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
+        prompts: what to tell the model beforehand, from the objects of an image, also outside of training; None = nothing.
+            See :mod:`.prompts`.
     """
 
     @configurable
@@ -126,8 +130,9 @@ class DetrDatasetMapper:
         flips: list[T.Augmentation],
         resizes: list[T.Augmentation],
         crops: list[T.Augmentation],
+        prompts: Callable[[Instances], dict] | None = None,
     ):
-        self.is_train = is_train
+        self.is_train, self.prompts = is_train, prompts
         self.image_format = image_format
         self.num_classes, self.new_labels, self.masks = num_classes, new_labels, masks
         self.plain = T.AugmentationList([*flips, *resizes])
@@ -164,12 +169,14 @@ class DetrDatasetMapper:
             "flips": flips,
             "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,
+            "prompts": build_prompts(cfg, draw=is_train),
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
         """One Detectron2 dataset dict -> the same with ``image`` (3, H, W) uint8 and, in training, ``instances``.
 
-        Their ``gt_index`` is the index of each box among the annotations of the record.
+        Their ``gt_index`` is the index of each box among the annotations of the record. With prompts also ``known`` or
+        ``labels``.
 
         Raises:
             DatasetError: the image cannot be read or has another size than annotated, a label is out of range, or a mask is
@@ -178,18 +185,25 @@ class DetrDatasetMapper:
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
         self._check_size(record, image.shape[:2])  # what was decoded, after what the header said
-        raw = self._raw_boxes(record, image.shape[:2]) if self.is_train else ([], [], [])
+        annotated = self.is_train or self.prompts is not None
+        raw = self._raw_boxes(record, image.shape[:2]) if annotated else ([], [], [])
         annotations = record.pop("annotations", [])
 
         crop = self.cropping is not None and np.random.rand() < 0.5
         augmented = T.AugInput(image)
         transforms = (self.cropping if crop else self.plain)(augmented)
         record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
-        if self.is_train:
-            record["instances"] = self._instances(*raw, transforms, augmented.image.shape[:2])
+        if annotated:
+            objects = self._instances(*raw, transforms, augmented.image.shape[:2])
             if self.masks is not None:
-                record["instances"].gt_masks = self._masks(record, annotations, transforms)
+                objects.gt_masks = self._masks(record, annotations, transforms)
+            record |= self._given(objects)
         return record
+
+    def _given(self, objects: Instances) -> dict:
+        """Prompts, and in training what is to be found."""
+        given = {"instances": objects} if self.prompts is None else self.prompts(objects)
+        return given if self.is_train else {key: x for key, x in given.items() if key != "instances"}
 
     @staticmethod
     def _check_size(record: dict, size: tuple[int, int]) -> None:
@@ -260,9 +274,15 @@ class DetrDatasetMapper:
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):
-    """Images as evaluation sees them, resized by ``INPUT.*_SIZE_TEST``, with the targets that training sees."""
+    """Images as evaluation sees them, resized by ``INPUT.*_SIZE_TEST``, with the targets that training sees.
+
+    Known objects are set apart; labels are not told.
+    """
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Constructor arguments of the test-time mapper that also attaches ``instances``."""
-        return super().from_config(cfg, False) | {"is_train": True}
+        arguments = super().from_config(cfg, False)
+        if isinstance(arguments["prompts"], PresentLabels):
+            arguments["prompts"] = None
+        return arguments | {"is_train": True}

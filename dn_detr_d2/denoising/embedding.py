@@ -32,7 +32,11 @@ class LabelEncoder(nn.Module):
 
     def forward(self, noised: NoisedTargets) -> Tensor:
         """(N, D, C) content of the denoising queries; zeros where padded."""
-        return F.pad(self.embed(noised.labels), (0, self.indicator), value=1.0) * noised.valid[..., None]
+        return self.prompt(noised.labels) * noised.valid[..., None]
+
+    def prompt(self, labels: Tensor) -> Tensor:
+        """(...) labels -> (..., C) content of a matching query that looks for objects of its label; indicator 1."""
+        return F.pad(self.embed(labels), (0, self.indicator), value=1.0)
 
     def unknown(self) -> Tensor:
         """(C,) content of a query that has no label."""

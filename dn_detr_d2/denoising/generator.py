@@ -150,6 +150,12 @@ class DenoisingGenerator:
         twin._scale_boxes(box_noise_scale)
         return twin
 
+    def clean(self) -> "DenoisingGenerator":
+        """The same generator with one group in which every object stands as it is, without noise."""
+        twin = self.renoised(label_noise_prob=0.0, box_noise_scale=0.0)
+        twin.num_groups = 1
+        return twin
+
     def _scale_boxes(self, scale: float) -> None:
         self.center_noise_scale = self.size_noise_scale = scale
 

@@ -4,7 +4,7 @@ Shapes: N images, D denoising queries, Q matching queries. Denoising queries sta
 belongs to which group is said by :class:`~dn_detr_d2.denoising.QueryGroups`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class NoisedTargets:
     def num_groups(self) -> int:
         """G."""
         return self.groups.num_groups
+
+    def as_known(self) -> "NoisedTargets":
+        """The same as known objects: matching queries see them; nobody sees padding, which would tell of other images."""
+        return replace(self, groups=self.groups.shown_to_matching(), mask_padding=True)
 
     def attention_mask(self, num_matching: int) -> Tensor:
         """Self-attention mask over denoising and matching queries (DN-DETR Eq. 8-9), from the table of ``groups``.

@@ -98,15 +98,20 @@ class QueryDenoising(nn.Module):
             targets = pad_targets(targets, self.generator.num_classes, device)
         return self.noise(targets, self.normalizers(targets.counts, targets.labels.device).denoising)
 
-    def noise(self, targets: Targets, normalizers: LossNormalizers | None = None) -> "DenoisingQueries":
+    def noise(
+        self, targets: Targets, normalizers: LossNormalizers | None = None, *, known: bool = False
+    ) -> "DenoisingQueries":
         """Denoising queries of padded targets in any mode.
 
         Args:
             targets: clean ground truth.
             normalizers: of the losses, where the targets are a part of a training step; None = of these targets alone,
                 without asking other processes.
+            known: whether matching queries may see the objects, see :meth:`NoisedTargets.as_known`.
         """
         noised = self.generator(targets, targets.counts if normalizers is None else normalizers.step_counts)
+        if known:
+            noised = noised.as_known()
         if normalizers is None:
             normalizers = LossNormalizers.of(max(len(noised.assignment), 1), targets)
         return DenoisingQueries(self, targets, noised, self.embed(noised), normalizers)
@@ -115,19 +120,33 @@ class QueryDenoising(nn.Module):
         """The denoising queries as they enter the decoder: (N, D, C) contents and (N, D, 4) boxes."""
         return self._embed(noised) if self._embed is not None else embed_boxes(self.label_encoder, noised)
 
-    def normalizers(self, counts: list[int], device: torch.device | str) -> StepNormalizers:
+    def normalizers(
+        self, counts: list[int], device: torch.device | str, denoised: list[int] | None = None
+    ) -> StepNormalizers:
         """What matching and denoising losses of a step are divided by; all processes call it together.
 
         Args:
             counts: objects of each image of this process.
             device: of the result.
+            denoised: objects of each image in the denoising part, where they are others.
         """
-        return step_normalizers(counts, self.generator.num_pairs(counts), device, self.local_normalizer)
+        denoised = counts if denoised is None else denoised
+        pairs = self.generator.num_pairs(denoised)
+        return step_normalizers(counts, pairs, device, self.local_normalizer, denoised=denoised)
 
     def renoised(self, *, label_noise_prob: float, box_noise_scale: float) -> "QueryDenoising":
         """The same part, sharing all weights, with :meth:`~dn_detr_d2.DenoisingGenerator.renoised` of its generator."""
+        return self._with_generator(
+            self.generator.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
+        )
+
+    def clean(self) -> "QueryDenoising":
+        """The same part, sharing all weights, with :meth:`~dn_detr_d2.DenoisingGenerator.clean` of its generator."""
+        return self._with_generator(self.generator.clean())
+
+    def _with_generator(self, generator: DenoisingGenerator) -> "QueryDenoising":
         twin = copy.copy(self)
-        twin.generator = self.generator.renoised(label_noise_prob=label_noise_prob, box_noise_scale=box_noise_scale)
+        twin.generator = generator
         return twin
 
     def criterion_for(self, num_logits: int) -> SetCriterion:

@@ -3,7 +3,7 @@
 Shapes: G groups, D denoising queries, Q matching queries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ class QueryGroups:
         visible[:, -1] = True
         slot = torch.arange(num_groups * copies * room, device=device)
         return cls(slot // (copies * room), slot // room % copies, visible, copies)
+
+    def shown_to_matching(self) -> "QueryGroups":
+        """The same places with a table in which matching queries see all groups: known objects (DN-DETR, TPAMI 2024).
+
+        Groups still do not see each other.
+        """
+        visible = self.visible.clone()
+        visible[-1] = True
+        return replace(self, visible=visible)
 
     @property
     def num_groups(self) -> int:

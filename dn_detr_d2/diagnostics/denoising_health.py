@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..boxes import cxcywh_to_xyxy, image_scale
 from ..denoising import QueryDenoising
 from ..errors import ConfigError
+from ..modeling.batch import denoised_objects
 from ..modeling.outputs import ForwardOutputs
 from ..modeling.postprocess import class_probability
 from ..utils.distributed import device_of
@@ -157,9 +158,9 @@ def _count_restored(outputs: ForwardOutputs, num_classes: int) -> tuple[np.ndarr
     """Sums over the near copies of one pass: (K,) right classes, (K,) IoU, IoU before the decoder, copies."""
     pairs = outputs.noised.assignment
     query, target = pairs.query[0], pairs.target[0]
-    clean = outputs.targets.boxes[pairs.image, target]
+    clean = outputs.denoised.boxes[pairs.image, target]
     logits = outputs.denoising.logits[:, pairs.image, query, :num_classes]  # without "no object" of softmax heads
-    right = logits.argmax(-1) == outputs.targets.labels[pairs.image, target]
+    right = logits.argmax(-1) == outputs.denoised.labels[pairs.image, target]
     overlap = torch.stack([_iou(boxes, clean) for boxes in outputs.denoising.boxes[:, pairs.image, query]])
     start = _iou(outputs.noised.boxes[pairs.image, query], clean)
     return right.sum(-1).cpu().numpy(), overlap.double().sum(-1).cpu().numpy(), start.double().sum().item(), len(pairs)
@@ -179,7 +180,7 @@ def _average(rows: list[tuple[np.ndarray, np.ndarray, float, int]]) -> Restorati
 def _mean_probability(outputs: ForwardOutputs, num_classes: int) -> Tensor:
     """(N, M, P) class probabilities of the last layer, averaged over the near copies of each ground truth."""
     pairs = outputs.noised.assignment
-    (n, m), probability = outputs.targets.labels.shape, class_probability(outputs.denoising.logits[-1], num_classes)
+    (n, m), probability = outputs.denoised.labels.shape, class_probability(outputs.denoising.logits[-1], num_classes)
     row = pairs.image * m + pairs.target[0]
     total = probability.new_zeros(n * m, probability.shape[-1]).index_add(
         0, row, probability[pairs.image, pairs.query[0]]
@@ -189,7 +190,7 @@ def _mean_probability(outputs: ForwardOutputs, num_classes: int) -> Tensor:
 
 def _judge(record: dict, probability: Tensor) -> list[JudgedLabel]:
     """The annotations of one image from its (M, P) class probabilities."""
-    instances, judged = record["instances"], []
+    instances, judged = denoised_objects(record), []
     size = (record["height"], record["width"])
     boxes = instances.gt_boxes.tensor
     boxes = boxes / image_scale(instances.image_size, boxes) * image_scale(size, boxes)

@@ -41,8 +41,7 @@ def validation_losses(model: nn.Module, loader: Iterable[list[dict]], seed: int 
         for batch in loader:
             names = ",".join(str(record["image_id"]) for record in batch)
             seed_all(zlib.crc32(f"{seed}:{names}".encode("utf-8", "surrogatepass")), bare.device)
-            pairs = LossNormalizers(one, count_objects(batch))
-            normalizers = StepNormalizers(pairs, pairs)
+            normalizers = StepNormalizers(*(LossNormalizers(one, counts) for counts in count_objects(batch)))
             outputs = bare.forward_outputs(batch, bare.denoising, normalizers=normalizers)
             losses = bare.losses(outputs, normalizers)
             divisors = {name: _divisor(loss) for name, loss in losses.items()}

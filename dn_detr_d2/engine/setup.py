@@ -74,6 +74,11 @@ def check_detector(cfg: CfgNode) -> None:
         )
     if hasattr(META_ARCH_REGISTRY.get(name), "forward_outputs"):
         return
+    if node.DENOISING.KNOWN_FRACTION or node.DENOISING.LABEL_PROMPTS:
+        raise ConfigError(
+            f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION or LABEL_PROMPTS is set, but MODEL.META_ARCHITECTURE = {name!r} takes "
+            "neither known objects nor labels; take a config of DenoisingDETR"
+        )
     default = get_cfg()
     add_dn_detr_config(default)
     changed = [key for key, value in node.items() if value != default.MODEL.DN_DETR[key] and key not in READ_BY_ALL]

@@ -158,7 +158,7 @@ class TrainStep(SimpleTrainer):
             )
         shared = ()
         if self._normalizers is not None:
-            shared = (self._normalizers([len(image["instances"]) for image in batch]),)
+            shared = (self._normalizers(batch),)
         return [(batch[i : i + size], *shared) for i in range(0, len(batch), size)]
 
     def _no_sync(self) -> contextlib.AbstractContextManager:

@@ -237,6 +237,7 @@ class Trainer(DefaultTrainer):
             model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             max_detections=cfg.TEST.MAX_DETECTIONS_EVALUATED,
+            only=data.evaluated_classes(cfg),
         )
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -62,9 +63,10 @@ class RecordsEvaluator(COCOEvaluator):
         max_detections: of an image and class that AP counts; 0 = 100, and ``detections_per_image`` or the objects of the
             fullest image, whichever is more, where an image has more than 100 objects of one class.
         name: of the data set, for messages.
+        only: names of the classes that AP is averaged over, their numbers where there are no names; [] = all.
 
     Raises:
-        DatasetError: a record has no image id, or one that another has.
+        DatasetError: a record has no image id, or one that another has, or ``only`` names a class that is not there.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RecordsEvaluator(COCOEvaluator):
         detections_per_image: int = 0,
         max_detections: int = 0,
         name: str = "the data set",
+        only: Sequence[str] = (),
     ):
         self._logger, self._cpu_device = logger, torch.device("cpu")
         self._distributed, self._output_dir, self._tasks = distributed, output_dir, ("bbox",)
@@ -109,6 +112,7 @@ class RecordsEvaluator(COCOEvaluator):
         self._sizes = {}
         self._set_ground_truth()
         self._limits = self._choose_limits(detections_per_image, max_detections)
+        self._only = self._chosen_categories(only)
 
     def process(self, inputs, outputs) -> None:
         """Takes the detections of a batch."""
@@ -204,6 +208,18 @@ class RecordsEvaluator(COCOEvaluator):
             )
         return [*LIMITS[:2], limit]
 
+    def _chosen_categories(self, only: Sequence[str]) -> list[int]:
+        """Ids of the COCO object for the classes of these names, in the order of the data set; [] = all."""
+        names = [str(x) for x in self._class_names or range(len(self._category_ids))]
+        if unknown := [x for x in only if x not in names]:
+            raise DatasetError(
+                f"AP is to be averaged over {unknown[:8]}, but {self._name} has the classes {names[:8]}; name some "
+                "of these in TEST.AP_CLASSES"
+            )
+        if only:
+            logger.info("%s: AP is averaged over the classes %s", self._name, list(only))
+        return [i + 1 for i, x in enumerate(names) if x in only]
+
     def _name_of(self, category: int) -> str:
         return self._coco_api.cats[category]["name"] if category in self._coco_api.cats else str(category)
 
@@ -247,7 +263,9 @@ class RecordsEvaluator(COCOEvaluator):
         with without_exchange():  # minutes on large data sets, while the other ranks wait
             evaluation = self._evaluated(numbered, rows) if numbered else None
             self._write_confusions(numbered, rows)
-        self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=self._class_names)
+        chosen = self._only or range(1, len(self._category_ids) + 1)
+        names = self._class_names and [self._class_names[i - 1] for i in chosen]
+        self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=names)
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:
         found = max((x["category_id"] for x in results), default=-1)
@@ -279,6 +297,7 @@ class RecordsEvaluator(COCOEvaluator):
         usual = self._limits == list(LIMITS)
         evaluation = (COCOeval_opt if usual else _COCOeval)(ground_truth, found, "bbox")
         evaluation.params.imgIds = image_ids
+        evaluation.params.catIds = self._only or evaluation.params.catIds
         evaluation.params.maxDets = list(self._limits)
         evaluation.evaluate()
         evaluation.accumulate()

@@ -63,7 +63,12 @@ def mean_over_ranks(counts: list[int], device: torch.device | str) -> Tensor:
 
 
 def step_normalizers(
-    counts: list[int], num_noised: int, device: torch.device | str, local_denoising: bool = False
+    counts: list[int],
+    num_noised: int,
+    device: torch.device | str,
+    local_denoising: bool = False,
+    *,
+    denoised: list[int] | None = None,
 ) -> StepNormalizers:
     """The normalizers of a step, with one all-reduce for both; all processes call it together.
 
@@ -73,8 +78,10 @@ def step_normalizers(
         device: of the result.
         local_denoising: divide denoising losses by the noised objects of this process (official DN-DETR) instead of the mean
             over all.
+        denoised: objects of each image in the denoising part, where they are others than those of the matching part.
     """
     objects, noised = mean_over_ranks([sum(counts), num_noised], device)
     if local_denoising:
         noised = torch.full((), float(max(num_noised, 1)), device=device)
-    return StepNormalizers(LossNormalizers(objects, counts), LossNormalizers(noised, counts))
+    denoised = counts if denoised is None else denoised
+    return StepNormalizers(LossNormalizers(objects, counts), LossNormalizers(noised, denoised))

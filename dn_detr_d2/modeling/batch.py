@@ -7,9 +7,20 @@ from ..boxes import image_scale, xyxy_to_cxcywh
 from ..structures import Targets
 
 
-def count_objects(batched_inputs: list[dict]) -> list[int]:
-    """Objects of each image."""
-    return [len(x["instances"]) for x in batched_inputs]
+def matching_objects(record: dict) -> Instances:
+    """What the matching queries of a training image shall find: ``instances``, with ``labels`` those of its one label."""
+    objects = record["instances"]
+    return objects[objects.gt_classes == record["labels"][0]] if "labels" in record else objects
+
+
+def denoised_objects(record: dict) -> Instances:
+    """What the denoising queries of an image stand for: ``known`` objects where they are given, else ``instances``."""
+    return record["known"] if "known" in record else record["instances"]
+
+
+def count_objects(batched_inputs: list[dict]) -> tuple[list[int], list[int]]:
+    """Objects of each image in the matching and in the denoising part."""
+    return [len(matching_objects(x)) for x in batched_inputs], [len(denoised_objects(x)) for x in batched_inputs]
 
 
 def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:

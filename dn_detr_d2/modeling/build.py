@@ -11,6 +11,7 @@ from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
 from .neck import Neck
 from .postprocess import Postprocess, select_best, select_top
+from .prompting import check_config
 from .registry import (
     DECODER_REGISTRY,
     DENOISING_REGISTRY,
@@ -40,13 +41,15 @@ def build_parts(cfg) -> dict:
     neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
     choose_backend(cfg, encoder, decoder)
     query_source = build_query_source(cfg)
+    denoising = build_denoising(cfg, query_source, criterion)
+    check_config(cfg, query_source, denoising)
     return {
         "backbone": backbone,
         "neck": neck,
         "encoder": encoder,
         "query_source": query_source,
         "decoder": decoder,
-        "denoising": build_denoising(cfg, query_source, criterion),
+        "denoising": denoising,
         "matcher": matcher,
         "criterion": criterion,
         "postprocess": Postprocess(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
-from ..structures import Pyramid, to_device
-from .batch import count_objects, group_by_size, make_targets
+from ..structures import Memory, Pyramid, to_device
+from .batch import count_objects, group_by_size, make_targets, matching_objects
 from .build import build_parts
 from .neck import padding_mask
 from .outputs import ForwardOutputs
 from .postprocess import Postprocess
+from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
 from .training_losses import training_losses
 
 
@@ -80,7 +81,9 @@ class DenoisingDETR(nn.Module):
         Args:
             batched_inputs: one dict an image: ``image`` (3, H, W) uint8 or float32 in 0..255 and the channel order of
                 ``INPUT.FORMAT``; for training ``instances`` with ``gt_boxes`` and ``gt_classes``; optionally ``height``
-                and ``width`` of the wanted output.
+                and ``width`` of the wanted output. Prompts (see :mod:`.prompting`): ``known``, Instances like these of
+                objects that need not be found, or ``labels``, class numbers to be looked for, in training exactly one;
+                in training all images of a batch have them, or none.
             normalizers: in training, of the step that these images are a part of; None = they are all of it.
 
         Returns:
@@ -89,24 +92,39 @@ class DenoisingDETR(nn.Module):
 
         Raises:
             FloatingPointError: predictions are not finite.
+            UserError: prompts that the model cannot take.
         """
+        check_prompts(self, batched_inputs)
         if self.training:
             # First, because it talks to the other processes: from here on one may fail without leaving them waiting.
-            normalizers = normalizers or self.step_normalizers(count_objects(batched_inputs))
+            normalizers = normalizers or self.step_normalizers(batched_inputs)
             outputs = self.forward_outputs(batched_inputs, self.denoising, normalizers=normalizers)
             return {name: loss.value for name, loss in self.losses(outputs, normalizers).items()}
         found = {}
         for same in [range(len(batched_inputs))] if self.pad_to_largest else group_by_size(batched_inputs):
             part = [batched_inputs[i] for i in same]
-            predictions = self.forward_outputs(part, annotated=False).predictions
-            found |= zip(same, self.postprocess(predictions, part), strict=True)
+            found |= zip(same, self.detect(part), strict=True)
         return [found[i] for i in range(len(batched_inputs))]
 
-    def step_normalizers(self, counts: list[int]) -> StepNormalizers:
-        """What the losses of a step with ``counts`` objects in each image are divided by; all processes call it together."""
+    def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
+        """Detections of images that pass the model together; what one is told changes nothing for the others."""
+        memory = self.encode(batched_inputs)
+        queries, found = self.query_source(memory), {}
+        if not all(is_prompted(x) for x in batched_inputs):  # all images, as they would pass without prompts
+            found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
+        found |= prompted(self, batched_inputs, memory, queries)
+        return [found[i] for i in range(len(batched_inputs))]
+
+    def check_prompts(self, batched_inputs: list[dict]) -> None:
+        """:func:`~dn_detr_d2.modeling.prompting.check_prompts`; :meth:`forward` does so too."""
+        check_prompts(self, batched_inputs)
+
+    def step_normalizers(self, batched_inputs: list[dict]) -> StepNormalizers:
+        """What the losses of a step with these images are divided by; all processes call it together."""
+        counts, denoised = count_objects(batched_inputs)
         if self.denoising is None:
             return step_normalizers(counts, 0, self.device)
-        return self.denoising.normalizers(counts, self.device)
+        return self.denoising.normalizers(counts, self.device, denoised)
 
     def forward_outputs(
         self,
@@ -121,7 +139,7 @@ class DenoisingDETR(nn.Module):
         Args:
             batched_inputs: as for :meth:`forward`; with ``instances`` where ``annotated``.
             denoising: puts denoising queries before the matching ones, in training and in evaluation mode; None = no such
-                queries.
+                queries but those of known objects, without noise.
             annotated: whether to read the ground truth.
             normalizers: of the step that these images are a part of; None = they are all of it, on this process alone.
 
@@ -130,15 +148,19 @@ class DenoisingDETR(nn.Module):
         """
         if denoising is not None and not annotated:
             raise ValueError("denoising queries are noised ground truth: with annotated=False, denoising must be None")
-        memory = self.encoder(self.pyramid(self.preprocess(batched_inputs)))
+        memory = self.encode(batched_inputs)
         queries, targets, dn = self.query_source(memory), None, None
         if annotated:
             slots = max(normalizers.step_counts, default=1) if normalizers is not None else 1
-            targets = make_targets([x["instances"] for x in batched_inputs], self.device, slots)
-        if denoising is not None:
-            dn = denoising.noise(targets, normalizers.denoising if normalizers is not None else None)
-            queries = dn.join(queries)
+            targets = make_targets([matching_objects(x) for x in batched_inputs], self.device, slots)
+            queries = prompt_labels(self.query_source, queries, batched_inputs)
+            dn = denoising_part(self, denoising, batched_inputs, targets, normalizers)
+        queries = queries if dn is None else dn.join(queries)
         return ForwardOutputs(memory, targets, queries, dn, self.decoder(queries, memory))
+
+    def encode(self, batched_inputs: list[dict]) -> Memory:
+        """What the decoder looks at: preprocessing, backbone, neck and encoder."""
+        return self.encoder(self.pyramid(self.preprocess(batched_inputs)))
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""

@@ -30,6 +30,11 @@ class ForwardOutputs:
         return self.dn.noised if self.dn is not None else None
 
     @property
+    def denoised(self) -> Targets | None:
+        """What the denoising queries restore, None without them."""
+        return self.dn.targets if self.dn is not None else None
+
+    @property
     def matching(self) -> Predictions:
         """Predictions of the matching queries."""
         return self._parts[1]

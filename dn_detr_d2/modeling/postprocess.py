@@ -41,13 +41,7 @@ def select_top(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_k
     """
     num_classes = logits.shape[1]
     scores, index = logits.float().sigmoid().flatten().topk(min(top_k, logits.numel()))
-    chosen = boxes.float()[index // num_classes]
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(cxcywh_to_xyxy(chosen) * image_scale(image_size, chosen)),
-        scores=scores,
-        pred_classes=index % num_classes,
-    )
+    return _detections(scores, boxes[index // num_classes], index % num_classes, image_size)
 
 
 def select_best(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_k: int) -> Instances:
@@ -62,12 +56,38 @@ def select_best(logits: Tensor, boxes: Tensor, image_size: tuple[int, int], top_
     """
     scores, classes = logits.float().softmax(-1)[:, :-1].max(-1)
     scores, index = scores.topk(min(top_k, len(scores)))
-    chosen = boxes.float()[index]
+    return _detections(scores, boxes[index], classes[index], image_size)
+
+
+def select_labelled(
+    logits: Tensor, boxes: Tensor, labels: Tensor, image_size: tuple[int, int], top_k: int, softmax: bool = False
+) -> Instances:
+    """The ``top_k`` best queries of all passes over one image, by the probability of the label that was looked for.
+
+    Args:
+        logits: (L, Q, P), or (L, Q, P + 1) with ``softmax``.
+        boxes: (L, Q, 4) cxcywh in [0, 1] of the image.
+        labels: (L,) what was looked for in each pass.
+        image_size, top_k: as for :func:`select_top`.
+        softmax: whether the last logit is "no object".
+
+    Returns:
+        Instances: as of :func:`select_top`; none where there is no pass.
+    """
+    probability = class_probability(logits, logits.shape[-1] - softmax)
+    scores = probability.gather(-1, labels[:, None, None].expand(*logits.shape[:2], 1)).flatten()
+    scores, index = scores.topk(min(top_k, len(scores)))
+    return _detections(scores, boxes.flatten(0, 1)[index], labels[index // logits.shape[1]], image_size)
+
+
+def _detections(scores: Tensor, boxes: Tensor, classes: Tensor, image_size: tuple[int, int]) -> Instances:
+    """Instances in pixels from (n,) scores and classes and (n, 4) cxcywh boxes in [0, 1]."""
+    boxes = boxes.float()
     return Instances(
         image_size,
-        pred_boxes=Boxes(cxcywh_to_xyxy(chosen) * image_scale(image_size, chosen)),
+        pred_boxes=Boxes(cxcywh_to_xyxy(boxes) * image_scale(image_size, boxes)),
         scores=scores,
-        pred_classes=classes[index],
+        pred_classes=classes,
     )
 
 
@@ -92,17 +112,50 @@ class Postprocess:
         Raises:
             FloatingPointError: predictions are not finite.
         """
-        logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-        if not torch.stack([logits.isfinite().all(), boxes.isfinite().all()]).all():  # one wait for the device
-            raise FloatingPointError(
-                "the model predicts NaN or Inf: its weights or its input are not finite "
-                f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
-            )
-        results = []
-        for image_logits, image_boxes, x in zip(logits, boxes, batched_inputs, strict=True):
-            size = tuple(x["image"].shape[-2:])
-            found = self.select(image_logits, image_boxes, size, self.top_k)
-            results.append(
-                {"instances": detector_postprocess(found, x.get("height", size[0]), x.get("width", size[1]))}
-            )
-        return results
+        logits, boxes = _last_layer(predictions, batched_inputs)
+        return [
+            _output(self.select(image_logits, image_boxes, _size(x), self.top_k), x)
+            for image_logits, image_boxes, x in zip(logits, boxes, batched_inputs, strict=True)
+        ]
+
+    def of_labels(
+        self, predictions: Predictions, labels: list[Tensor], batched_inputs: list[dict]
+    ) -> list[dict[str, Instances]]:
+        """Detections where each label of an image was looked for in a pass of its own, see :func:`select_labelled`.
+
+        Args:
+            predictions: of L passes in the place of images, those of one image one after the other.
+            labels: (l,) of each image.
+            batched_inputs: as for :meth:`__call__`.
+
+        Raises:
+            FloatingPointError: predictions are not finite.
+        """
+        counts = [len(own) for own in labels]
+        logits, boxes = (x.split(counts) for x in _last_layer(predictions, batched_inputs))
+        return [
+            _output(select_labelled(*found, _size(x), self.top_k, softmax=self.select is select_best), x)
+            for *found, x in zip(logits, boxes, labels, batched_inputs, strict=True)
+        ]
+
+
+def _size(record: dict) -> tuple[int, int]:
+    """(height, width) of the image that the model sees."""
+    return tuple(record["image"].shape[-2:])
+
+
+def _output(found: Instances, record: dict) -> dict[str, Instances]:
+    """Detections in pixels of the wanted output size."""
+    height, width = found.image_size
+    return {"instances": detector_postprocess(found, record.get("height", height), record.get("width", width))}
+
+
+def _last_layer(predictions: Predictions, batched_inputs: list[dict]) -> tuple[Tensor, Tensor]:
+    """Logits and boxes of the last layer; raises FloatingPointError if they are not finite."""
+    logits, boxes = predictions.logits[-1], predictions.boxes[-1]
+    if not torch.stack([logits.isfinite().all(), boxes.isfinite().all()]).all():  # one wait for the device
+        raise FloatingPointError(
+            "the model predicts NaN or Inf: its weights or its input are not finite "
+            f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
+        )
+    return logits, boxes

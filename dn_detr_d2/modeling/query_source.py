@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..denoising import LabelEncoder, NoisedTargets, embed_boxes
 from ..errors import ConfigError
 from ..layers import sine_encoding
-from ..structures import Memory, ObjectQueries, Predictions, Targets
+from ..structures import Memory, ObjectQueries, Predictions, Targets, slice_queries
 from .encoder import cell_points
 from .heads import DetectionHeads
 from .registry import QUERY_SOURCE_REGISTRY
@@ -95,14 +95,28 @@ class LearnedAnchors(nn.Module):
         """The matching queries, the same for every image."""
         copies = max(len(self.patterns.weight) if self.patterns is not None else 0, 1)
         content, boxes = self._content().tile(copies, 1), self.anchors.weight.sigmoid().tile(copies, 1)
-        if self.patterns is not None:
-            content = content + self.patterns.weight.repeat_interleave(len(self.anchors.weight), 0)
         n = len(memory.tokens)
-        return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
+        return ObjectQueries(self._add_patterns(content).expand(n, -1, -1), boxes.expand(n, -1, -1))
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries."""
         return embed_boxes(self.label_encoder, noised)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether :meth:`prompt` can be called: content that is learnt has no label that another could replace."""
+        return self.content is None and self.label_encoder is not None
+
+    def prompt(self, queries: ObjectQueries, labels: Tensor) -> ObjectQueries:
+        """The matching queries with the embedding of a label, (N,) one an image, in the place of the unknown one."""
+        content = self.label_encoder.prompt(labels)[:, None].expand_as(queries.content)
+        return replace(queries, content=self._add_patterns(content))
+
+    def _add_patterns(self, content: Tensor) -> Tensor:
+        """(..., Q, C) with the pattern of each query, if there are patterns."""
+        if self.patterns is None:
+            return content
+        return content + self.patterns.weight.repeat_interleave(len(self.anchors.weight), 0)
 
     def _content(self) -> Tensor:
         """(num_queries, C) content of the anchors."""
@@ -159,6 +173,15 @@ class LearnedPositions(nn.Module):
         boxes = torch.full_like(noised.boxes, 0.5)
         return ObjectQueries(torch.zeros_like(position), boxes, position=position)
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether :meth:`prompt` can be called."""
+        return self.label_encoder is not None
+
+    def prompt(self, queries: ObjectQueries, labels: Tensor) -> ObjectQueries:
+        """The matching queries with the embedding of a label, (N,) one an image, added to each position."""
+        return replace(queries, position=queries.position + self.label_encoder.prompt(labels)[:, None])
+
     def box_position(self, noised: NoisedTargets) -> Tensor:
         """(N, D, C) linear function of the noised boxes; zeros where padded."""
         return self.box_embed(noised.boxes) * noised.valid[..., None]
@@ -195,6 +218,10 @@ class LearnedQueries(LearnedPositions):
         """The denoising queries; width and height of their references are 0.5, as those of the matching queries."""
         boxes = without_size(noised.boxes[..., :2])
         return ObjectQueries(self.label_encoder(noised), boxes, position=self.box_position(noised))
+
+    def prompt(self, queries: ObjectQueries, labels: Tensor) -> ObjectQueries:
+        """The matching queries with the embedding of a label, (N,) one an image, as content."""
+        return replace(queries, content=self.label_encoder.prompt(labels)[:, None].expand_as(queries.content))
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -243,6 +270,16 @@ class LearnedPoints(nn.Module):
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries: one for each noised object, whatever the number of patterns."""
         return ObjectQueries(self.label_encoder(noised), without_size(noised.boxes[..., :2]))
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether :meth:`prompt` can be called."""
+        return self.label_encoder is not None
+
+    def prompt(self, queries: ObjectQueries, labels: Tensor) -> ObjectQueries:
+        """One matching query for each point, with the embedding of a label, (N,) one an image, in the place of a pattern."""
+        points = slice_queries(queries, slice(len(self.points.weight)))
+        return replace(points, content=self.label_encoder.prompt(labels)[:, None].expand_as(points.content))
 
 
 @QUERY_SOURCE_REGISTRY.register()

@@ -69,7 +69,7 @@ def draw_noise(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], gr
         groups: at least 1.
     """
     count = min(groups, outputs.noised.num_groups)
-    clean, noisy = to_pixels(outputs.targets.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
+    clean, noisy = to_pixels(outputs.denoised.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
     figure, panels = image_grid(pixels, count)
     for group, panel in enumerate(panels):
         kinds = copies_of(outputs, group)
@@ -86,7 +86,7 @@ def draw_noise(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], gr
 
 def _draw_copies(panel, outputs: ForwardOutputs, kind: Copies, clean: Tensor, noisy: Tensor, names: list[str]) -> int:
     """Draws one kind of copies with their objects; returns how many labels are flipped."""
-    labels, truths = outputs.noised.labels[0].cpu(), outputs.targets.labels[0].cpu()
+    labels, truths = outputs.noised.labels[0].cpu(), outputs.denoised.labels[0].cpu()
     flips = labels[kind.slot] != truths[kind.target]
     for slot, target in zip(kind.slot.tolist(), kind.target.tolist(), strict=True):
         draw_box(panel, clean[target], colour(target, ON_IMAGE), "-", 1.2)
@@ -110,8 +110,8 @@ def draw_refinement(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str
         group: which.
     """
     restored, *far = copies_of(outputs, group)
-    clean = to_pixels(outputs.targets.boxes[0], pixels)
-    truths = outputs.targets.labels[0].cpu()[restored.target]
+    clean = to_pixels(outputs.denoised.boxes[0], pixels)
+    truths = outputs.denoised.labels[0].cpu()[restored.target]
     stages = refinement(outputs, pixels, len(names))
     figure, panels = image_grid(pixels, len(stages))
     for i, (panel, (boxes, labels)) in enumerate(zip(panels, stages, strict=True)):

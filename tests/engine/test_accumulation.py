@@ -80,7 +80,7 @@ class Steep(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def step_normalizers(self, counts):
+    def step_normalizers(self, batched_inputs):
         return None
 
     def forward(self, batch, share):

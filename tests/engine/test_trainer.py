@@ -1,5 +1,6 @@
 """The trainer on the embedded data set: a few iterations of a toy model, on this CPU."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -76,6 +77,34 @@ def test_eval_only_equals_the_evaluation_of_the_training(trained):
     after = evaluate(cfg)["bbox"]
     for name, value in trainer._last_eval_results["bbox"].items():
         assert after[name] == pytest.approx(value, nan_ok=True), name
+
+
+PROMPTS = {
+    "known objects": ["MODEL.DN_DETR.DENOISING.KNOWN_FRACTION", 0.7, "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 1],
+    "labels": ["MODEL.DN_DETR.DENOISING.LABEL_PROMPTS", True],
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_training_with_prompts_trains_evaluates_and_resumes(toy_cfg, tmp_path, kind):
+    """With diagnostics; a resumed training draws the same labels, which the weights tell."""
+    diagnostics = ["TEST.VALIDATION_LOSS", 4, "TEST.INSTABILITY.NUM_IMAGES", 4, "TEST.INSTABILITY.HEALTH_SCALES", [0.4]]
+    make = functools.partial(toy_cfg, "dn_detr", *SMALL, *PROMPTS[kind], *diagnostics, "TEST.IMS_PER_BATCH", 50)
+    states = []
+    for name, parts in (("whole", (4,)), ("parts", (2, 4))):
+        for end in parts:
+            cfg = make("OUTPUT_DIR", str(tmp_path / name), "SOLVER.MAX_ITER", end)
+            torch.manual_seed(0)
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=end != parts[0])
+            trainer.train()
+        states.append(parameters(trainer.model))
+    assert all(torch.equal(a, states[1][name]) for name, a in states[0].items())
+    results = trainer._last_eval_results["bbox"]
+    known = PROMPTS[kind][1] == 0.7
+    assert ("AP-circle" in results) == (not known)  # one unknown class: Detectron2 gives no AP of each class
+    lines = [json.loads(line) for line in Path(cfg.OUTPUT_DIR, "metrics.json").read_text().splitlines()]
+    assert {"dn/giou", "main/class", "bbox/AP", "validation/total_loss"} <= {key for line in lines for key in line}
 
 
 def test_checkpoints_load_with_weights_only(trained):

@@ -211,6 +211,27 @@ def test_evaluator_gives_the_numbers_and_the_file_of_detectron2(registered, tmp_
     assert sorted(map(repr, written[0])) == sorted(map(repr, written[1]))
 
 
+def test_evaluator_averages_over_the_classes_that_are_asked_for(registered):
+    """The mean of their AP of each class; detections and objects of the others count nowhere."""
+    content, found = random_set(0, 5, 12, 25, 0.1)
+    name, results = registered(content), {}
+    names = MetadataCatalog.get(name).thing_classes
+    for only in ([], names[3:4], [names[4], names[1]]):
+        evaluator = TolerantCOCOEvaluator(name, only=only)
+        evaluator.reset()
+        for image, (boxes, labels, scores) in found.items():
+            evaluator.process([{"image_id": image}], [{"instances": instances((480, 640), boxes, labels, scores)}])
+        results[tuple(only)] = evaluator.evaluate()["bbox"]
+    every = results[()]
+    for only in ([names[3]], [names[4], names[1]]):
+        part = results[tuple(only)]
+        assert part["AP"] == pytest.approx(np.mean([every[f"AP-{x}"] for x in only]))
+        assert {key for key in part if key.startswith("AP-")} == ({f"AP-{x}" for x in only} if len(only) > 1 else set())
+    assert len({x["AP"] for x in results.values()}) == 3
+    with pytest.raises(DatasetError, match=naming("'nut'", name, "TEST.AP_CLASSES")):
+        TolerantCOCOEvaluator(name, only=[names[0], "nut"])
+
+
 def test_evaluator_counts_more_than_100_objects_of_one_class_and_says_so(tmp_path, caplog):
     Image.new("RGB", (300, 200)).save(tmp_path / "0.png")
     records, categories = load_with_categories(ODD / "dense.json", tmp_path)
