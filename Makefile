@@ -39,7 +39,7 @@ lint: $(ENVIRONMENT)
 environment: $(ENVIRONMENT)
 
 $(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py $(wildcard csrc/* csrc/*/*)
-	@echo "== Making the environment $(VENV) (5.5 GB, a few minutes; the next time it is there)"
+	@echo "== Making the environment $(VENV) (5.7 GB, a few minutes; the next time it is there)"
 	@mkdir -p $(VENV)
 	@free=$$(df -Pk $(VENV) | awk 'NR == 2 {print int($$4 / 1000000)}'); test -x $(VENV)/bin/pip -o "$$free" -ge 8 || \
 	  { echo "error: $(VENV) and what pip unpacks on the way need 8 GB, and $$free GB are free there"; exit 1; }
