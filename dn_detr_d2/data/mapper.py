@@ -15,7 +15,6 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 
 from ..coco import RAW_IDS, raw_names
@@ -46,8 +45,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 def has_queries(cfg) -> bool:
     """Whether the meta-architecture of the config is ours: its object queries limit the objects, and it has no mask head."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    return name not in META_ARCH_REGISTRY or hasattr(META_ARCH_REGISTRY.get(name), "forward_outputs")
+    return cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
 
 
 def trains_masks(cfg) -> bool:
