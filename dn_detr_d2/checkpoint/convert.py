@@ -10,8 +10,11 @@ from ..errors import CheckpointError
 from .classes import LABELS, count_classes, describe, match_classes, take_rows
 from .names import Source, identify, rename_all
 
-# Names that hold no weight of a model: counters of BatchNorm, and what detrex registers beside its models.
-NOTHING = re.compile(r"num_batches_tracked$|^criterion\.|^pixel_(mean|std)$")
+# Names that hold no weight of a model: counters of BatchNorm, what detrex registers beside its models, and anchors in older
+# checkpoints of Detectron2.
+NOTHING = re.compile(r"num_batches_tracked$|^criterion\.|^pixel_(mean|std)$|anchor_generator\.cell_anchors")
+
+DETECTRON2S = "a detector of Detectron2"
 
 # Where feature pyramids of Detectron2 keep the network that ImageNet has trained: FPN, and that of ViTDet.
 BODIES = ("backbone.bottom_up.", "backbone.net.")
@@ -67,6 +70,8 @@ def convert(
             "one of this project, or of the authors' codes, detrex or torchvision, that MODEL_ZOO.md lists"
         )
     log = []
+    if source.system == DETECTRON2S:
+        state = {key: x for key, x in state.items() if not NOTHING.search(key)}
     if source.code != "this project":
         log.append(f"the checkpoint is one of {source}; its names were converted")
         state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, log)
@@ -100,7 +105,7 @@ def convert(
 def _by_model(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> Source | None:
     """A detector of Detectron2, such as Faster R-CNN, has the names of the model that it is for."""
     common = sum(name in model_state for name in state)
-    return Source("a detector of Detectron2", "this project") if 2 * common > len(state) else None
+    return Source(DETECTRON2S, "this project") if 2 * common > len(state) else None
 
 
 def _fit_backbone(
@@ -179,7 +184,8 @@ def _compare(
     classes = f", with {theirs} classes for the model's {ours}" if theirs != ours else ""
     raise CheckpointError(
         f"the checkpoint does not fit the model: it looks like {source}{classes}; {matched}. {said}. "
-        "Choose the config of that system, and compare its NUM_QUERIES and NUM_CLASSES; a training may start from a part of "
+        f"Choose the config of that system, and compare its {'' if source.system == DETECTRON2S else 'NUM_QUERIES and '}"
+        "NUM_CLASSES; a training may start from a part of "
         "it, see MODEL.WEIGHTS_MATCHED"
     )
 

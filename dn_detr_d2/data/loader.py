@@ -11,7 +11,7 @@ from ..coco import RAW_IDS, coco_names, raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
-from .mapper import WITHOUT_QUERIES, AnnotatedDatasetMapper, DetrDatasetMapper, trains_masks
+from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper, has_queries, trains_masks
 from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
@@ -30,7 +30,7 @@ def build_train_loader(cfg):
         DatasetError: no image has a box.
     """
     everything, usable = [], 0
-    num_queries = 0 if cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES else cfg.MODEL.DN_DETR.NUM_QUERIES
+    num_queries = cfg.MODEL.DN_DETR.NUM_QUERIES if has_queries(cfg) else 0
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
         records = _counted_records(name, trains_masks(cfg))
         usable += log_summary(name, records, num_queries)

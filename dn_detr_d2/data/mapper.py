@@ -43,13 +43,14 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return found
 
 
-# Detectron2's detectors, whose objects no number of queries limits, and which may have mask heads.
-WITHOUT_QUERIES = ("FCOS", "GeneralizedRCNN", "ProposalNetwork", "RetinaNet")
+def has_queries(cfg) -> bool:
+    """Whether the meta-architecture of the config is ours: its object queries limit the objects, and it has no mask head."""
+    return cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
 
 
 def trains_masks(cfg) -> bool:
     """Whether the detector of the config takes masks in training."""
-    return cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE in WITHOUT_QUERIES
+    return cfg.MODEL.MASK_ON and not has_queries(cfg)
 
 
 class BoxChecker:
@@ -148,8 +149,6 @@ class DetrDatasetMapper:
         )
         style = node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice"
         flips, crops = [], []
-        if is_train and cfg.MODEL.KEYPOINT_ON:
-            raise ConfigError("MODEL.KEYPOINT_ON = True needs key points, which are not read here; set it to False")
         if is_train and node.RANDOM_FLIP != "none":
             if node.RANDOM_FLIP not in ("horizontal", "vertical"):
                 raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal or vertical, got {node.RANDOM_FLIP!r}")
@@ -196,7 +195,7 @@ class DetrDatasetMapper:
         if annotated:
             objects = self._instances(*raw, transforms, augmented.image.shape[:2])
             if self.masks is not None:
-                objects.gt_masks = self._masks(record, annotations, transforms)
+                objects.gt_masks = self._masks(record["file_name"], objects, annotations, transforms)
             record |= self._given(objects)
         return record
 
@@ -247,11 +246,11 @@ class DetrDatasetMapper:
         keep = gt_boxes.nonempty()
         return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep], gt_index=gt_index[keep])
 
-    def _masks(self, record: dict, annotations: list[dict], transforms: T.TransformList):
+    def _masks(self, file_name: str, instances: Instances, annotations: list[dict], transforms: T.TransformList):
         """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image."""
-        instances, moved = record["instances"], []
+        moved = []
         for i in instances.gt_index.tolist():
-            what = f"{record['file_name']}, annotation {annotations[i].get('id', f'number {i}')}"
+            what = f"{file_name}, annotation {annotations[i].get('id', f'number {i}')}"
             if not annotations[i].get("segmentation"):
                 raise DatasetError(
                     f"{what} has no segmentation, but MODEL.MASK_ON is True; set it to False, or add the mask"

@@ -21,6 +21,7 @@ class NoiseRegistry:
         """A decorator that makes a function, or a class of functions, known as ``name``; ValueError if there is one."""
 
         def keep(noise: Callable) -> Callable:
+            """Keeps the function under the name."""
             if name in self._noises:
                 raise ValueError(f"{self.argument} {name!r} is registered already; choose another name")
             self._noises[name] = noise

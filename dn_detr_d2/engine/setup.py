@@ -1,22 +1,16 @@
 """A complete config: read, checked, its data sets registered, its classes those of the data sets."""
 
-import logging
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.config import CfgNode
 
 from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
-from ..config import add_dn_detr_config, load_config
+from ..config import load_config
 from ..data import count_classes
 from ..data.coco_custom import register_coco_json
 from ..data.registered import known_classes, used_classes
 from ..errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-# Keys of MODEL.DN_DETR that count for every detector.
-READ_BY_ALL = ("NUM_CLASSES", "CLASS_NAMES")
+from .foreign_detectors import check_detector
 
 
 def setup_cfg(
@@ -47,7 +41,7 @@ def setup_cfg(
     if used:
         resolve_classes(cfg, used)
     share_num_classes(cfg)
-    check_detector(cfg)
+    check_detector(cfg, training="TRAIN" in splits)
     if "TRAIN" in splits and cfg.MODEL.DN_DETR.DENOISING.NAME:
         resolve_label_noise(cfg)
     return cfg
@@ -58,40 +52,6 @@ def share_num_classes(cfg: CfgNode) -> None:
     number = cfg.MODEL.DN_DETR.NUM_CLASSES
     if number is not None:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = number
-
-
-def check_detector(cfg: CfgNode) -> None:
-    """Looks at what another meta-architecture than ours reads of ``MODEL.DN_DETR``; the log names keys that it does not.
-
-    Raises:
-        ConfigError: the meta-architecture is not known, or keys of denoising are set and it would train without.
-    """
-    name, heads, node = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.DN_DETR
-    if name not in META_ARCH_REGISTRY:
-        raise ConfigError(
-            f"MODEL.META_ARCHITECTURE = {name!r} is not known; use DenoisingDETR, or GeneralizedRCNN with "
-            "MODEL.ROI_HEADS.NAME DenoisingROIHeads"
-        )
-    if hasattr(META_ARCH_REGISTRY.get(name), "forward_outputs"):
-        return
-    if node.DENOISING.KNOWN_FRACTION or node.DENOISING.LABEL_PROMPTS:
-        raise ConfigError(
-            f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION or LABEL_PROMPTS is set, but MODEL.META_ARCHITECTURE = {name!r} takes "
-            "neither known objects nor labels; take a config of DenoisingDETR"
-        )
-    default = get_cfg()
-    add_dn_detr_config(default)
-    changed = [key for key, value in node.items() if value != default.MODEL.DN_DETR[key] and key not in READ_BY_ALL]
-    denoising_heads = heads in ROI_HEADS_REGISTRY and hasattr(ROI_HEADS_REGISTRY.get(heads), "has_denoising")
-    lost = name == "RetinaNet" if denoising_heads else "DENOISING" in changed
-    if lost and node.DENOISING.NAME:
-        raise ConfigError(
-            f"MODEL.DN_DETR.DENOISING is set, but MODEL.META_ARCHITECTURE = {name!r} with MODEL.ROI_HEADS.NAME = {heads!r} "
-            "trains without denoising; use GeneralizedRCNN with DenoisingROIHeads or DenoisingCascadeROIHeads, or set "
-            "MODEL.DN_DETR.DENOISING.NAME ''"
-        )
-    if unread := sorted({*changed} - {"DENOISING"}):
-        logger.warning("MODEL.META_ARCHITECTURE = %s does not read MODEL.DN_DETR.%s", name, ", ".join(unread))
 
 
 def resolve_label_noise(cfg: CfgNode) -> None:

@@ -22,6 +22,7 @@ from .optimizer import ClipsWholeModel, total_norm
 logger = logging.getLogger(__name__)
 
 NORM = "gradient_norm"
+NONFINITE_BOXES = "infinite or NaN"  # what Detectron2's Boxes.clip says, which the stages of a cascade call
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,12 @@ class TrainStep(SimpleTrainer):
 
     def _losses(self, model: nn.Module, *part) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            losses = model(*part)
+            try:
+                losses = model(*part)
+            except AssertionError as error:
+                if NONFINITE_BOXES not in str(error):
+                    raise
+                raise FloatingPointError(str(error)) from error
         if self._normalizers is None and self.accumulation > 1:
             losses = {name: value / self.accumulation for name, value in losses.items()}
         return losses

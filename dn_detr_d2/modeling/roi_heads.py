@@ -89,7 +89,12 @@ class RegionDenoising:
         if not cfg.MODEL.ROI_BOX_HEAD.NAME:
             raise ConfigError(
                 f"MODEL.ROI_HEADS.NAME = {cfg.MODEL.ROI_HEADS.NAME!r} needs a MODEL.ROI_BOX_HEAD.NAME such as "
-                "'FastRCNNConvFCHead', got ''; C4 models have none, take an FPN model"
+                "'FastRCNNConvFCHead', got ''; C4 models have none, take an FPN or DC5 model"
+            )
+        if issubclass(cls, CascadeROIHeads) and not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NAME = {cfg.MODEL.ROI_HEADS.NAME!r} needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True, "
+                "as every Cascade R-CNN; set it, or use DenoisingROIHeads"
             )
         arguments = super().from_config(cfg, input_shape)
         return arguments | {
@@ -193,13 +198,13 @@ def build_generator(cfg) -> DenoisingGenerator | None:
     kind = lookup(DENOISING_REGISTRY, node.NAME, "MODEL.DN_DETR.DENOISING.NAME")
     if issubclass(kind, ContrastiveDenoisingGenerator):
         raise ConfigError(
-            f"MODEL.DN_DETR.DENOISING.NAME = {node.NAME!r} cannot be had with MODEL.ROI_HEADS.NAME = "
+            f"MODEL.DN_DETR.DENOISING.NAME = {node.NAME!r} does not work with MODEL.ROI_HEADS.NAME = "
             f"{cfg.MODEL.ROI_HEADS.NAME!r}: its far copies need a class loss, and noised regions have none; use "
             "'DenoisingGenerator'"
         )
     if node.MAX_QUERIES:
         raise ConfigError(
-            f"MODEL.DN_DETR.DENOISING.MAX_QUERIES = {node.MAX_QUERIES} cannot be had with MODEL.ROI_HEADS.NAME = "
+            f"MODEL.DN_DETR.DENOISING.MAX_QUERIES = {node.MAX_QUERIES} does not work with MODEL.ROI_HEADS.NAME = "
             f"{cfg.MODEL.ROI_HEADS.NAME!r}, whose noised regions are no queries; set it to 0, and lower NUM_GROUPS"
         )
     with name_the_node("MODEL.DN_DETR.DENOISING"):

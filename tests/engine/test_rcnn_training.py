@@ -122,14 +122,17 @@ def test_masks_that_are_not_there_are_told(tmp_path):
         train(make_rcnn_cfg(tmp_path, *MASKS, *SHORT))
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_and_is_named(tmp_path):
-    cfg = make_rcnn_cfg(tmp_path, *SHORT)
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "start.pth")
-    state = torch.load(tmp_path / "start.pth", weights_only=True)
-    state["model"]["roi_heads.box_predictor.bbox_pred.bias"][5] = math.nan
-    torch.save(state, tmp_path / "start.pth")
-    with pytest.raises(FloatingPointError, match=naming("roi_heads.box_predictor.bbox_pred.bias")):
-        train(make_rcnn_cfg(tmp_path / "out", *SHORT, "MODEL.WEIGHTS", str(tmp_path / "start.pth")))
+@pytest.mark.parametrize("cascade", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_training_and_is_named(tmp_path, cascade):
+    """In a cascade Detectron2 asserts that the boxes of the first stage are finite, before any loss is."""
+    heads = ["MODEL.ROI_HEADS.NAME", "DenoisingCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    options = [*SHORT, *(heads if cascade else [])]
+    bias = f"roi_heads.box_predictor.{'0.' if cascade else ''}bbox_pred.bias"
+    state = build_model(make_rcnn_cfg(tmp_path, *options)).state_dict()
+    state[bias][1] = math.nan
+    torch.save({"model": state}, tmp_path / "start.pth")
+    with pytest.raises(FloatingPointError, match=naming(bias)):
+        train(make_rcnn_cfg(tmp_path / "out", *options, "MODEL.WEIGHTS", str(tmp_path / "start.pth")))
     assert list((tmp_path / "out" / "nan_report").glob("*.json"))
 
 

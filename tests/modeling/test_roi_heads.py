@@ -1,9 +1,12 @@
 """Denoising of regions in Faster R-CNN, Mask R-CNN and Cascade R-CNN."""
 
 from itertools import pairwise
+from pathlib import Path
 
+import detectron2
 import pytest
 import torch
+import yaml
 from conftest import ROOT, make_batch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -15,6 +18,8 @@ from hypothesis import strategies as st
 from naming import naming
 
 from dn_detr_d2 import ConfigError, DenoisingGenerator, add_dn_detr_config, setup_cfg
+from dn_detr_d2.checkpoint.convert import convert
+from dn_detr_d2.config.ranges import flatten
 from dn_detr_d2.modeling.roi_heads import noised_regions
 
 SMALL = [
@@ -286,6 +291,12 @@ def test_a_config_of_detectron2_gets_denoising_by_the_name_of_its_heads():
         (["MODEL.ROI_BOX_HEAD.NAME", ""], "MODEL.ROI_BOX_HEAD.NAME"),
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "StandardROIHeads"),
         (["MODEL.META_ARCHITECTURE", "FasterRCNN"], "FasterRCNN"),
+        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "ProposalNetwork"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "PanopticFPN"),
+        (["MODEL.KEYPOINT_ON", True], "KEYPOINT_ON"),
+        (["MODEL.LOAD_PROPOSALS", True], "LOAD_PROPOSALS"),
+        (["MODEL.ROI_HEADS.NAME", "DenoisingCascadeROIHeads"], "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
+        (["MODEL.DN_DETR.DENOISING.KNOWN_FRACTION", 0.5], "KNOWN_FRACTION"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_way_out(overrides, named):
@@ -300,3 +311,53 @@ def test_the_number_of_classes_is_that_of_the_data_set():
     for again in (["MODEL.DN_DETR.NUM_CLASSES", 7], ["MODEL.DN_DETR.NUM_CLASSES", 7, "MODEL.ROI_HEADS.NUM_CLASSES", 3]):
         assert setup_cfg(config, again, splits=()).MODEL.ROI_HEADS.NUM_CLASSES == 7
     assert setup_cfg(config, ["MODEL.ROI_HEADS.NUM_CLASSES", 9], splits=()).MODEL.ROI_HEADS.NUM_CLASSES == 9
+
+
+DETECTRON2S = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+BASE = ROOT / "configs" / "Base-Detectron2-Defaults.yaml"
+
+
+def test_the_defaults_of_detectron2_are_its_own():
+    """Each value of the file is what Detectron2 has without this project."""
+    given, theirs = dict(flatten(yaml.safe_load(BASE.read_text()))), dict(flatten(get_cfg()))
+    ours = {key: value for key, value in given.items() if key not in theirs}
+    assert ours == {"SOLVER.OPTIMIZER": "SGD", "SOLVER.BACKBONE_MULTIPLIER": 1.0}
+    for key in given.keys() - ours.keys():
+        assert given[key] == pytest.approx(theirs[key]), key
+
+
+@pytest.mark.parametrize(
+    ("file", "heads", "losses"),
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "DenoisingROIHeads", ["dn/box_reg"]),
+        ("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml", "DenoisingROIHeads", ["dn/box_reg"]),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "DenoisingROIHeads", ["dn/box_reg", "loss_mask"]),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "DenoisingCascadeROIHeads", ["dn/box_reg_stage2", "loss_mask"]),
+    ],
+)
+def test_config_files_of_detectron2_train_with_denoising(tmp_path, file, heads, losses):
+    (tmp_path / "mine.yaml").write_text(
+        f"_BASE_: [{BASE}, {DETECTRON2S / file}]\nMODEL: {{ROI_HEADS: {{NAME: {heads}}}, RESNETS: {{NORM: FrozenBN}}}}\n"
+    )
+    dc5 = ["MODEL.RESNETS.RES5_DILATION", 2] if "DC5" in file else []
+    small = [x for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if "ANCHOR" not in pair[0] for x in pair]
+    small += ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1]
+    model = build_model(setup_cfg(str(tmp_path / "mine.yaml"), [*small, *dc5])).train()
+    assert {*losses} <= losses_of(model, batch_of(2, 1)).keys()
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([103.53, 116.28, 123.675])
+
+
+def test_ordinary_heads_and_weights_of_another_colour_order_are_told(caplog):
+    """Detectron2's own file without the defaults below it."""
+    file = DETECTRON2S / "COCO-Detection" / "faster_rcnn_R_50_FPN_1x.yaml"
+    cfg = setup_cfg(str(file), ["MODEL.DN_DETR.NUM_CLASSES", 3], splits=())
+    assert cfg.INPUT.FORMAT == "RGB"
+    said = [record.getMessage() for record in caplog.records]
+    assert any("StandardROIHeads" in line and "without denoising" in line for line in said)
+    assert any("MSRA" in line and "BGR" in line for line in said)
+
+
+def test_anchors_of_older_checkpoints_are_left_out():
+    state = make().state_dict()
+    old = {**state, "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4)}
+    assert convert(old, state).state.keys() == state.keys()
