@@ -30,6 +30,7 @@ BAD = {
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
     "dev.flip_labels": ["/nowhere.json", "/nowhere/out.json"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
+    "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
     "dev.readme_picture": ["--output", "/proc/no/such.png"],
     "dev.stress_test": ["no-such-scenario"],
 }
@@ -41,6 +42,7 @@ OVERRIDDEN = {
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out"],
     "dev.compare_runs": ["--quick", "--jobs", "1", "--pairs", "dense", "--report"],
+    "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
 }
 
 
