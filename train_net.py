@@ -106,7 +106,7 @@ def check(args) -> float:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS")
     local = "://" not in weights
     if weights and local and not Path(weights).is_file():
-        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist")
+        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; name a checkpoint, or '' to start at random")
     check_model(cfg, load=args.eval_only and local)
     return cfg.DIST_TIMEOUT
 

@@ -16,7 +16,10 @@ from dn_detr_d2.engine import Trainer
 from dn_detr_d2.engine.optimizer import build_optimizer
 
 __all__ = [
+    "CASCADE",
     "LEARNING",
+    "MASKS",
+    "NARROW_RCNN",
     "RCNN",
     "command",
     "differing",
@@ -42,10 +45,17 @@ def make_cfg(folder, *overrides, config=SYSTEMS["dn_detr"]):
     return setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*OPTIONS, *overrides, "OUTPUT_DIR", str(folder)])
 
 
-# A Faster R-CNN as narrow as it goes, whose every region is sampled, the same number in each image.
-RCNN = [
+# A Faster R-CNN as narrow as it goes.
+NARROW_RCNN = [
     *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3),
-    *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]], "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 4096),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+]
+CASCADE = ["MODEL.ROI_HEADS.NAME", "DenoisingCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+MASKS = ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
+MASKS += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
+# One whose every region is sampled, the same number in each image.
+RCNN = [
+    *(*NARROW_RCNN, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 4096),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 12, "MODEL.RPN.POST_NMS_TOPK_TEST", 12, "MODEL.RPN.NMS_THRESH", 0.95),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 1000, "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False),
     *("SOLVER.WARMUP_ITERS", 0),

@@ -248,7 +248,7 @@ class DetrDatasetMapper:
 
     def _masks(self, file_name: str, instances: Instances, annotations: list[dict], transforms: T.TransformList):
         """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image."""
-        moved = []
+        size, masks = instances.image_size, []
         for i in instances.gt_index.tolist():
             what = f"{file_name}, annotation {annotations[i].get('id', f'number {i}')}"
             if not annotations[i].get("segmentation"):
@@ -256,8 +256,8 @@ class DetrDatasetMapper:
                     f"{what} has no segmentation, but MODEL.MASK_ON is True; set it to False, or add the mask"
                 )
             try:
-                mask = detection_utils.transform_instance_annotations(annotations[i], transforms, instances.image_size)
-                detection_utils.annotations_to_instances([mask], instances.image_size, self.masks)
+                moved = detection_utils.transform_instance_annotations(annotations[i], transforms, size)
+                masks.append(detection_utils.annotations_to_instances([moved], size, self.masks).gt_masks)
             except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise DatasetError(
@@ -265,11 +265,9 @@ class DetrDatasetMapper:
                     "INPUT.MASK_FORMAT bitmask for run lengths, and correct or take out what is neither polygons nor "
                     "run lengths"
                 ) from None
-            moved.append(mask)
-        if not moved:
-            height, width = instances.image_size
-            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, height, width))
-        return detection_utils.annotations_to_instances(moved, instances.image_size, self.masks).gt_masks
+        if not masks:
+            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, *size))
+        return type(masks[0]).cat(masks)
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):

@@ -35,8 +35,16 @@ def split_classes(cfg) -> tuple[list[int], list[int]]:
 
 
 def evaluated_classes(cfg) -> list[str]:
-    """Names of the classes that AP is averaged over, [] for all: ``TEST.AP_CLASSES``, or the unknown ones."""
-    names = cfg.MODEL.DN_DETR.CLASS_NAMES
+    """Names of the classes that AP is averaged over, [] for all: ``TEST.AP_CLASSES``, or the unknown ones.
+
+    Raises:
+        ConfigError: the model has no class of such a name, or the classes cannot be split.
+    """
+    names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
+    if lacking := [name for name in cfg.TEST.AP_CLASSES if names and name not in names]:
+        raise ConfigError(
+            f"TEST.AP_CLASSES names {lacking[:8]}, but the model has the classes {names[:8]}; name some of these"
+        )
     unknown = split_classes(cfg)[1] if cfg.MODEL.DN_DETR.DENOISING.KNOWN_FRACTION else []
     return list(cfg.TEST.AP_CLASSES) or [names[i] if names else str(i) for i in unknown]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import shift_and_scale
+from .noise import reach, shift_and_scale
 from .noise_registry import NoiseRegistry
 
 
@@ -32,11 +32,6 @@ BoxNoise = Callable[[Tensor, NoiseScale], Tensor]
 BOX_NOISES = NoiseRegistry("box_noise", "MODEL.DN_DETR.DENOISING.BOX_NOISE.NAME")
 
 
-def reach(size: Tensor, scale: NoiseScale) -> Tensor:
-    """(..., 4) largest change of (cx, cy, w, h) in DN-DETR's noise, for (..., 2) widths and heights."""
-    return torch.cat([size / 2 * scale.center, size * scale.size], -1)
-
-
 @BOX_NOISES.register("uniform")
 def uniform(boxes: Tensor, scale: NoiseScale) -> Tensor:
     """DN-DETR's noise (Sec. 4.1): each number moves by u times its reach, u uniform in (-1, 1)."""
@@ -46,7 +41,7 @@ def uniform(boxes: Tensor, scale: NoiseScale) -> Tensor:
 @BOX_NOISES.register("gaussian")
 def gaussian(boxes: Tensor, scale: NoiseScale) -> Tensor:
     """Normal noise with the standard deviation of the uniform one, reach / sqrt(3), and no bound but the clamp."""
-    return (boxes + torch.randn_like(boxes) * reach(boxes[..., 2:], scale) / math.sqrt(3)).clamp(0, 1)
+    return (boxes + torch.randn_like(boxes) * reach(boxes[..., 2:], *scale) / math.sqrt(3)).clamp(0, 1)
 
 
 @BOX_NOISES.register("truncated_gaussian")
@@ -56,7 +51,7 @@ def truncated_gaussian(boxes: Tensor, scale: NoiseScale) -> Tensor:
     Drawn by the inverse of its distribution function. Its own standard deviation is 0.4398 reaches (uniform: 0.5774).
     """
     u = (2 * torch.rand_like(boxes) - 1) * math.erf(math.sqrt(2))
-    return (boxes + u.erfinv() / math.sqrt(2) * reach(boxes[..., 2:], scale)).clamp(0, 1)
+    return (boxes + u.erfinv() / math.sqrt(2) * reach(boxes[..., 2:], *scale)).clamp(0, 1)
 
 
 @BOX_NOISES.register("iou_targeted")
@@ -68,7 +63,7 @@ def iou_targeted(boxes: Tensor, scale: NoiseScale) -> Tensor:
     unevenly. The IoU is as wanted but where the clamp changes a number: for a centre outside the image or a side above 1.
     (Boxes of a wanted IoU are also made by Oksuz et al., WACV 2020, corner by corner.)
     """
-    direction = (2 * torch.rand_like(boxes) - 1) * reach(torch.ones_like(boxes[..., 2:]), scale)
+    direction = (2 * torch.rand_like(boxes) - 1) * reach(torch.ones_like(boxes[..., 2:]), *scale)
     loss = torch.rand_like(boxes[..., :1]) * (1 - least_iou(scale))
     return (boxes + distance_at_iou(direction, loss) * direction * boxes[..., 2:].tile(2)).clamp(0, 1)
 
@@ -140,6 +135,6 @@ class ScaleAware:
     def __call__(self, boxes: Tensor, scale: NoiseScale) -> Tensor:
         """Noised boxes."""
         size = boxes[..., 2:]
-        shift, change = reach(size.clamp(min=self.reference_size), scale).split(2, -1)
+        shift, change = reach(size.clamp(min=self.reference_size), *scale).split(2, -1)
         step = torch.cat([shift, torch.minimum(change, size)], -1)
         return (boxes + (2 * torch.rand_like(boxes) - 1) * step).clamp(0, 1)

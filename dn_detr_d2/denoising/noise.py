@@ -48,9 +48,12 @@ def shift_and_scale(boxes: Tensor, center_scale: float, size_scale: float) -> Te
     Args:
         boxes: (..., 4) cxcywh in [0, 1].
     """
-    size = boxes[..., 2:]
-    reach = torch.cat([size / 2 * center_scale, size * size_scale], -1)
-    return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+    return (boxes + (2 * torch.rand_like(boxes) - 1) * reach(boxes[..., 2:], center_scale, size_scale)).clamp(0, 1)
+
+
+def reach(size: Tensor, center_scale: float, size_scale: float) -> Tensor:
+    """(..., 4) largest change of (cx, cy, w, h) in the noise of DN-DETR, for (..., 2) widths and heights."""
+    return torch.cat([size / 2 * center_scale, size * size_scale], -1)
 
 
 def jitter_corners(boxes: Tensor, scale: float, negative: bool, keep_order: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
 from ..config import load_config
-from ..data import count_classes
+from ..data import count_classes, evaluated_classes
 from ..data.coco_custom import register_coco_json
 from ..data.registered import known_classes, used_classes
 from ..errors import ConfigError
@@ -42,6 +42,7 @@ def setup_cfg(
         resolve_classes(cfg, used)
     share_num_classes(cfg)
     check_detector(cfg, training="TRAIN" in splits)
+    evaluated_classes(cfg)  # or a wrong name would end the training at its first evaluation
     if "TRAIN" in splits and cfg.MODEL.DN_DETR.DENOISING.NAME:
         resolve_label_noise(cfg)
     return cfg

@@ -11,7 +11,7 @@ from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
 from .neck import Neck
 from .postprocess import Postprocess, select_best, select_top
-from .prompting import check_config
+from .prompting import check_prompt_keys
 from .registry import (
     DECODER_REGISTRY,
     DENOISING_REGISTRY,
@@ -42,7 +42,7 @@ def build_parts(cfg) -> dict:
     choose_backend(cfg, encoder, decoder)
     query_source = build_query_source(cfg)
     denoising = build_denoising(cfg, query_source, criterion)
-    check_config(cfg, query_source, denoising)
+    check_prompt_keys(cfg, query_source, denoising)
     return {
         "backbone": backbone,
         "neck": neck,

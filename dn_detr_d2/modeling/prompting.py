@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..boxes import image_scale
 from ..denoising import DenoisingQueries, QueryDenoising
+from ..denoising.targets import ROUNDING
 from ..errors import ConfigError, UserError
 from ..losses import StepNormalizers
 from ..structures import Memory, ObjectQueries, Targets, take_images
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .meta_arch import DenoisingDETR
 
 KNOWN, LABELS = "known", "labels"
-ROUNDING = 1e-3  # a known box may reach out of its image by this part of it
 
 
 def is_prompted(record: dict) -> bool:
@@ -32,7 +32,7 @@ def is_prompted(record: dict) -> bool:
     return bool(len(record.get(KNOWN, ()))) or LABELS in record
 
 
-def check_config(cfg, query_source: nn.Module, denoising: QueryDenoising | None) -> None:
+def check_prompt_keys(cfg, query_source: nn.Module, denoising: QueryDenoising | None) -> None:
     """Refuses prompts that the model of a config cannot take; raises ConfigError."""
     node = cfg.MODEL.DN_DETR.DENOISING
     if not node.KNOWN_FRACTION and not node.LABEL_PROMPTS:

@@ -151,3 +151,10 @@ def test_diagnostics_are_told_known_objects_and_no_labels(toy_cfg, record):
 def test_without_prompts_records_are_as_ever(toy_cfg, record):
     assert {"known", "labels"}.isdisjoint(mapper(toy_cfg)(record))
     assert "instances" not in mapper(toy_cfg, is_train=False)(record)
+
+
+def test_classes_of_ap_that_the_model_has_not_are_refused_before_a_training():
+    data = ["DATASETS.TRAIN", ("shapes_train",), "DATASETS.TEST", ("shapes_val",)]
+    with pytest.raises(ConfigError, match=naming("TEST.AP_CLASSES", "'squares'", "'rectangle'")):
+        setup_cfg("", [*data, "TEST.AP_CLASSES", ["circle", "squares"]])
+    assert setup_cfg("", [*data, "TEST.AP_CLASSES", ["circle"]]).TEST.AP_CLASSES == ["circle"]

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from naming import naming
 from PIL import Image
 from ranks import run_program
-from toy_training import OPTIONS, RCNN, make_rcnn_cfg, train
+from toy_training import CASCADE, MASKS, OPTIONS, RCNN, make_rcnn_cfg, train
 
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, setup_cfg
 from dn_detr_d2.diagnostics import check_denoising, judge_labels, probe
@@ -23,8 +23,6 @@ from dn_detr_d2.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("forgotten_sets")
 SHORT = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)]
-MASKS = ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
-MASKS += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
 CONFIG = ROOT / "configs" / "faster_rcnn_dn_R50_FPN_12ep.yaml"
 
 
@@ -125,8 +123,7 @@ def test_masks_that_are_not_there_are_told(tmp_path):
 @pytest.mark.parametrize("cascade", [False, True])
 def test_a_loss_that_is_not_finite_stops_the_training_and_is_named(tmp_path, cascade):
     """In a cascade Detectron2 asserts that the boxes of the first stage are finite, before any loss is."""
-    heads = ["MODEL.ROI_HEADS.NAME", "DenoisingCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
-    options = [*SHORT, *(heads if cascade else [])]
+    options = [*SHORT, *(CASCADE if cascade else [])]
     bias = f"roi_heads.box_predictor.{'0.' if cascade else ''}bbox_pred.bias"
     state = build_model(make_rcnn_cfg(tmp_path, *options)).state_dict()
     state[bias][1] = math.nan

@@ -7,7 +7,7 @@ import detectron2
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make_batch
+from conftest import ROOT, TOY, make_batch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -16,22 +16,14 @@ from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naming import naming
+from toy_training import CASCADE, MASKS, NARROW_RCNN
 
 from dn_detr_d2 import ConfigError, DenoisingGenerator, add_dn_detr_config, setup_cfg
 from dn_detr_d2.checkpoint.convert import convert
 from dn_detr_d2.config.ranges import flatten
 from dn_detr_d2.modeling.roi_heads import noised_regions
 
-SMALL = [
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DN_DETR.NUM_CLASSES", 5),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
-    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3),
-    *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]], "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"),
-]
-CASCADE = ["MODEL.ROI_HEADS.NAME", "DenoisingCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
-MASKS = ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
-MASKS += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
+SMALL = [*TOY, *NARROW_RCNN, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16]
 VARIANTS = {"faster": [], "mask": MASKS, "cascade": CASCADE, "cascade_mask": [*CASCADE, *MASKS]}
 PLAIN = {name: "CascadeROIHeads" if "cascade" in name else "StandardROIHeads" for name in VARIANTS}
 

@@ -33,10 +33,11 @@ class NoiseSchedule(HookBase):
     """
 
     def __init__(self, name: str, start: float, end: float):
-        self.name, self.start, self.end = name, start, end
+        self.name, self.start, self.end, self._generators = name, start, end, []
 
     def before_train(self) -> None:
         """An evaluation that is repeated when a training is resumed belongs to the step before."""
+        self._generators = find_generators(unwrap(self.trainer.model))
         self._set(max(self.trainer.start_iter - 1, 0))
 
     def before_step(self) -> None:
@@ -45,7 +46,7 @@ class NoiseSchedule(HookBase):
 
     def _set(self, iteration: int) -> None:
         factor = noise_factor(self.name, self.start, self.end, iteration, self.trainer.max_iter)
-        for generator in find_generators(unwrap(self.trainer.model)):
+        for generator in self._generators:
             generator.noise_factor = factor
 
 
