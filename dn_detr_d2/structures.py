@@ -22,7 +22,8 @@ class Targets:
         boxes: (N, M, 4) cxcywh in [0, 1] of the unpadded image, float32, 0.5 where padded.
         valid: (N, M) bool, False where padded.
         counts: objects of each image, on the host.
-        masks: (N, M, h, w) bool, False where padded; None where no part of the model asks for them.
+        masks: (N, M, h, w) bool in pixels of the padded image, False where padded; None where no part of the model asks
+            for them.
     """
 
     labels: Tensor
@@ -137,6 +138,8 @@ class Memory:
         valid_ratios: (N, L, 2) part of each level's (width, height) that lies inside the image.
         axis_encoding: how the encoder turned the coordinates of cells into channels, where the queries must do the same with
             theirs (Anchor DETR): (...) in [0, 1] -> (..., C). None elsewhere.
+        mask_features: (N, C, h, w) what mask embeddings are multiplied with, at a quarter of the padded image's height and
+            width; None in models without masks.
     """
 
     tokens: Tensor
@@ -145,6 +148,7 @@ class Memory:
     shapes: list[tuple[int, int]]
     valid_ratios: Tensor
     axis_encoding: Callable[[Tensor], Tensor] | None = None
+    mask_features: Tensor | None = None
 
 
 @dataclass
@@ -172,17 +176,26 @@ class ObjectQueries:
 
 @dataclass
 class Predictions:
-    """Outputs of all K decoder layers; fields with the metadata ``query_axis`` are split along it.
+    """Outputs of K prediction sets, one a decoder layer; fields with the metadata ``query_axis`` are split along it.
+
+    Masks are kept as embeddings, because their maps would be (h * w) / C times as large; :meth:`mask_logits` makes those that
+    are needed.
 
     Attributes:
         logits: (K, N, Q, P) class logits.
-        boxes: (K, N, Q, 4) cxcywh in [0, 1] of the unpadded image, float32.
-        masks: (K, N, Q, h, w) mask logits, or None.
+        boxes: (K, N, Q, 4) cxcywh in [0, 1] of the unpadded image, float32; None in systems without boxes (Mask2Former).
+        mask_embeddings: (K, N, Q, C), or None in models without masks.
+        mask_features: (N, C, h, w) that they are multiplied with, or None.
     """
 
     logits: Tensor = field(metadata={"query_axis": 2})
-    boxes: Tensor = field(metadata={"query_axis": 2})
-    masks: Tensor | None = field(default=None, metadata={"query_axis": 2})
+    boxes: Tensor | None = field(default=None, metadata={"query_axis": 2})
+    mask_embeddings: Tensor | None = field(default=None, metadata={"query_axis": 2})
+    mask_features: Tensor | None = None
+
+    def mask_logits(self, row: int = -1) -> Tensor:
+        """(N, Q, h, w) mask logits of one prediction set."""
+        return torch.einsum("nqc,nchw->nqhw", self.mask_embeddings[row], self.mask_features)
 
     def split(self, num_denoising: int) -> tuple["Predictions", "Predictions"]:
         """(denoising part, matching part) by position on the query axis."""

@@ -94,10 +94,14 @@ def test_a_field_that_only_one_part_has_is_named(lacking):
 
 
 def test_predictions_with_masks_are_split_with_them():
-    predictions = Predictions(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 4), torch.arange(5.0).view(1, 1, 5, 1, 1))
+    features = torch.arange(8.0).view(1, 2, 2, 2)
+    embeddings = torch.eye(2).repeat(1, 1, 3, 1)[:, :, :5]
+    predictions = Predictions(torch.zeros(1, 1, 5, 2), None, embeddings, features)
     denoising, matching = predictions.split(2)
-    assert denoising.masks.flatten().tolist() == [0, 1]
-    assert matching.masks.flatten().tolist() == [2, 3, 4]
+    maps = [features[0, i % 2].tolist() for i in range(5)]
+    assert denoising.mask_logits()[0].tolist() == maps[:2]
+    assert matching.mask_logits()[0].tolist() == maps[2:]
+    assert matching.boxes is None
 
 
 def test_masks_are_padded_with_nothing():

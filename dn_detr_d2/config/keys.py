@@ -39,6 +39,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Levels L of the pyramid; levels beyond IN_FEATURES are made by stride-2 convolutions. DN: 1; DD: 4.
     node.NUM_FEATURE_LEVELS = 1
 
+    # Images are padded to multiples of this many pixels; 0 = what the backbone asks for. 32 in Mask2Former and Mask DINO.
+    node.SIZE_DIVISIBILITY = 0
+    # Tell encoder and decoder which cells are padding. False = padding is a part of the image, as in Mask2Former and Mask
+    # DINO; boxes are then relative to the padded image inside the model.
+    node.PADDING_MASK = True
+
     # What computes deformable attention: "auto" = the compiled kernel of the device where there is one, else PyTorch's
     # operators, and says which; "cuda", "cpu" = that kernel or an error; "torch" = PyTorch's operators (the reference).
     node.OP_BACKEND = "auto"
@@ -59,6 +65,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
     # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
     node.QUERY_SOURCE.CONTENT = "unknown"
+    # LearnedAnchors with denoising: a channel of the content that says which queries denoise. True in DN; Mask DINO has none.
+    node.QUERY_SOURCE.INDICATOR = True
+    # MaskDinoQueries: where the first boxes come from: "" = the box head, "mask2box" or "bitmask" = the masks of the proposals;
+    # bitmask counts the last row and column in. mask2box in the 46.3 AP model, bitmask in the 46.1 AP model.
+    node.QUERY_SOURCE.BOXES_FROM_MASKS = ""
     # Content patterns that share each anchor; 0 = none. 3 in the "3pat" models.
     node.QUERY_SOURCE.NUM_PATTERNS = 0
 
@@ -99,8 +110,35 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Start of the width and height logits of the first box head. 0 in DAB and DN, -2 in DD: begin with small boxes.
     node.DECODER.FIRST_SIZE_BIAS = 0.0
 
+    # Whether focal class heads start at the probability 0.01. False in Mask DINO.
+    node.DECODER.CLASS_PRIOR = True
     # Clamp of the logit of a reference box before it is corrected. 1e-3 in DAB, DN and DINO, 1e-5 in DD.
     node.DECODER.LOGIT_EPS = 1e-3
+
+    # Masks (Mask2Former, Mask DINO; docs/masks.md).
+    node.MASK = CfgNode()
+    # A pixel decoder, and a mask head beside the class head. Training then needs a mask of every object.
+    node.MASK.ENABLED = False
+    # Backbone map of a quarter of the image's size that the pixel decoder adds to the finest level of the encoder.
+    node.MASK.FEATURE = "res2"
+    # Points at which masks are compared, n: all of them uniform in matching; in the loss IMPORTANCE_SAMPLE_RATIO * n are the
+    # most uncertain ones of OVERSAMPLE_RATIO * n. 112^2, 0.75 and 3 in Mask2Former.
+    node.MASK.NUM_POINTS = 12544
+    node.MASK.IMPORTANCE_SAMPLE_RATIO = 0.75
+    node.MASK.OVERSAMPLE_RATIO = 3.0
+    # What inference returns, by Detectron2's names: any of "instances", "panoptic_seg", "sem_seg".
+    node.MASK.OUTPUTS = ["instances"]
+    # Classes that are things, by number; [] = those that the data set calls things, filled in by training, else all.
+    node.MASK.THING_CLASSES = []
+    # Panoptic: queries of less probability are dropped; so are regions of which less than OVERLAP_THRESHOLD is left beside
+    # the others. 0.8 and 0.8 in Mask2Former, 0.25 and 0.8 in Mask DINO.
+    node.MASK.OBJECT_THRESHOLD = 0.8
+    node.MASK.OVERLAP_THRESHOLD = 0.8
+    # Instances: multiply the class probability by the mean probability of the mask's pixels.
+    node.MASK.SCORE_BY_MASK = True
+    # Panoptic and semantic output of focal models: softmax(sigmoid / TEMPERATURE) stands for the probabilities. 0.06 in Mask
+    # DINO.
+    node.MASK.TEMPERATURE = 0.06
 
     node.DENOISING = CfgNode()
     # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO), or "" to train by
@@ -168,17 +206,28 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # its object by less than the 0.5 from which a proposal counts as foreground.
     node.DENOISING.REGION_CLASS_LOSS = False
 
+    # Mask2Former: of how many decoder layers, from the first, the noised mask is the attention mask; after them it is the
+    # query's own prediction, as for every other query. 1 = noised once, as an anchor is; 9 in MP-Former.
+    node.DENOISING.MASK_LAYERS = 1
+    # Restore masks too. False = the ablation of the DN-DETR TPAMI paper (Mask DINO's DN "standard").
+    node.DENOISING.MASK_LOSS = True
+
     node.MATCHER = CfgNode()
     # Weights of the matching costs: focal class cost, L1 of cxcywh in [0, 1], GIoU. 2, 5, 2 in DAB and DN.
     node.MATCHER.CLASS_COST = 2.0
     node.MATCHER.L1_COST = 5.0
     node.MATCHER.GIOU_COST = 2.0
+    # Of models with masks: binary cross-entropy and dice at NUM_POINTS points. 5 and 5 in Mask2Former and Mask DINO.
+    node.MATCHER.MASK_COST = 5.0
+    node.MATCHER.DICE_COST = 5.0
 
     node.LOSS = CfgNode()
     # Weights of the losses, the same for every decoder layer: 1, 5, 2 in DAB and DN.
     node.LOSS.CLASS_WEIGHT = 1.0
     node.LOSS.L1_WEIGHT = 5.0
     node.LOSS.GIOU_WEIGHT = 2.0
+    node.LOSS.MASK_WEIGHT = 5.0
+    node.LOSS.DICE_WEIGHT = 5.0
     # "focal" = sigmoid focal loss, one probability a class (DAB, DN, DINO, DD); "softmax" = cross-entropy with one class
     # more for "no object" (DETR), which counts NO_OBJECT_WEIGHT. 0.1 in DETR.
     node.LOSS.CLASS_LOSS = "focal"
