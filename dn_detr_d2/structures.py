@@ -178,8 +178,7 @@ class ObjectQueries:
 class Predictions:
     """Outputs of K prediction sets, one a decoder layer; fields with the metadata ``query_axis`` are split along it.
 
-    Masks are kept as embeddings, because their maps would be (h * w) / C times as large; :meth:`mask_logits` makes those that
-    are needed.
+    Masks are kept as embeddings, because their maps would be (h * w) / C times as large; :meth:`mask_logits` makes maps.
 
     Attributes:
         logits: (K, N, Q, P) class logits.

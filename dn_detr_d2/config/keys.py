@@ -65,10 +65,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
     # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
     node.QUERY_SOURCE.CONTENT = "unknown"
-    # LearnedAnchors with denoising: a channel of the content that says which queries denoise. True in DN; Mask DINO has none.
+    # LearnedAnchors with denoising: a channel of the content that says which queries denoise. True in DN, not in Mask DINO.
     node.QUERY_SOURCE.INDICATOR = True
-    # MaskDinoQueries: where the first boxes come from: "" = the box head, "mask2box" or "bitmask" = the masks of the proposals;
-    # bitmask counts the last row and column in. mask2box in the 46.3 AP model, bitmask in the 46.1 AP model.
+    # MaskDinoQueries: where the first boxes come from: "" = the box head, "mask2box" or "bitmask" = the masks of the
+    # proposals; bitmask counts the last row and column in. mask2box in the 46.3 AP model, bitmask in the 46.1 AP model.
     node.QUERY_SOURCE.BOXES_FROM_MASKS = ""
     # Content patterns that share each anchor; 0 = none. 3 in the "3pat" models.
     node.QUERY_SOURCE.NUM_PATTERNS = 0
