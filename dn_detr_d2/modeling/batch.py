@@ -1,9 +1,12 @@
 """What a batch of Detectron2's input dicts says: how many objects, which sizes, which targets."""
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances, PolygonMasks
+from torch import Tensor
+from torch.nn.functional import pad
 
 from ..boxes import image_scale, xyxy_to_cxcywh
+from ..errors import DatasetError
 from ..structures import Targets
 
 
@@ -31,16 +34,48 @@ def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
     return list(groups.values())
 
 
-def make_targets(instances: list[Instances], device: torch.device, min_slots: int = 1) -> Targets:
+def require_masks(batched_inputs: list[dict]) -> None:
+    """Raises DatasetError unless the training images have ``gt_masks``."""
+    for record in batched_inputs:
+        if not record["instances"].has("gt_masks"):
+            raise DatasetError(
+                f"a model with masks trains on gt_masks, but the instances of {record.get('file_name', 'an image')} have "
+                f"only {sorted(record['instances'].get_fields())}; add masks, or set MODEL.DN_DETR.MASK.ENABLED to False"
+            )
+
+
+def make_targets(
+    instances: list[Instances],
+    device: torch.device,
+    min_slots: int = 1,
+    padded_size: tuple[int, int] | None = None,
+) -> Targets:
     """Absolute xyxy boxes of each augmented image -> padded cxcywh in [0, 1].
 
     Args:
-        instances: with ``gt_boxes`` and ``gt_classes``.
+        instances: with ``gt_boxes`` and ``gt_classes``, and perhaps all with ``gt_masks``.
         device: of the result.
         min_slots: of :meth:`~dn_detr_d2.structures.Targets.pad`.
+        padded_size: (height, width) of the padded images in models with masks, where padding is a part of the image: boxes
+            are relative to it, and masks are padded to it. None in all other models.
     """
-    boxes = []
+    boxes, masks = [], []
     for image in instances:
         absolute = image.gt_boxes.tensor.to(torch.promote_types(image.gt_boxes.tensor.dtype, torch.float32))
-        boxes.append(xyxy_to_cxcywh(absolute / image_scale(image.image_size, absolute)))
-    return Targets.pad([image.gt_classes for image in instances], boxes, device, min_slots=min_slots)
+        boxes.append(xyxy_to_cxcywh(absolute / image_scale(padded_size or image.image_size, absolute)))
+        if padded_size is not None and image.has("gt_masks"):
+            bits, (height, width) = mask_bits(image), padded_size
+            masks.append(pad(bits, (0, width - bits.shape[2], 0, height - bits.shape[1])))
+    labels = [image.gt_classes for image in instances]
+    return Targets.pad(
+        labels, boxes, device, masks=masks if masks and len(masks) == len(boxes) else None, min_slots=min_slots
+    )
+
+
+def mask_bits(image: Instances) -> Tensor:
+    """(n, h, w) bool masks of the instances of an image, in pixels of this image."""
+    masks = image.gt_masks
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *image.image_size)
+    bits = masks if isinstance(masks, Tensor) else masks.tensor
+    return bits.bool().reshape(len(image), *image.image_size)

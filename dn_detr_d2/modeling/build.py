@@ -9,7 +9,9 @@ from ..denoising import QueryDenoising
 from ..errors import ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
+from .mask_queries import MaskDinoQueries
 from .neck import Neck
+from .pixel_decoder import PixelDecoder
 from .postprocess import Postprocess, select_best, select_top
 from .prompting import check_prompt_keys
 from .registry import (
@@ -40,7 +42,10 @@ def build_parts(cfg) -> dict:
     matcher, criterion = build_matcher(cfg), build_criterion(cfg)
     neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
     choose_backend(cfg, encoder, decoder)
+    pixel_decoder = PixelDecoder(cfg, backbone.output_shape()) if root.MASK.ENABLED else None
     query_source = build_query_source(cfg)
+    if isinstance(query_source, MaskDinoQueries):
+        query_source.borrow_heads(decoder)
     denoising = build_denoising(cfg, query_source, criterion)
     check_prompt_keys(cfg, query_source, denoising)
     return {
@@ -49,6 +54,7 @@ def build_parts(cfg) -> dict:
         "encoder": encoder,
         "query_source": query_source,
         "decoder": decoder,
+        "pixel_decoder": pixel_decoder,
         "denoising": denoising,
         "matcher": matcher,
         "criterion": criterion,
@@ -56,6 +62,7 @@ def build_parts(cfg) -> dict:
             select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, cfg.TEST.DETECTIONS_PER_IMAGE
         ),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
+        "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }

@@ -20,6 +20,7 @@ from ..errors import ConfigError, UserError
 from ..losses import StepNormalizers
 from ..structures import Memory, ObjectQueries, Targets, take_images
 from .batch import denoised_objects, make_targets
+from .pixel_decoder import padded_size
 
 if TYPE_CHECKING:
     from .meta_arch import DenoisingDETR
@@ -170,7 +171,7 @@ def prompted(
 
 
 def _find_others(model: "DenoisingDETR", part: list[dict], memory: Memory, queries: ObjectQueries) -> list[dict]:
-    dn = denoising_part(model, None, part)
+    dn = denoising_part(model, None, part, memory)
     return model.postprocess(dn.split(model.decoder(dn.join(queries), memory))[0], part)
 
 
@@ -194,6 +195,7 @@ def denoising_part(
     model: "DenoisingDETR",
     denoising: QueryDenoising | None,
     batched_inputs: list[dict],
+    memory: Memory,
     targets: Targets | None = None,
     normalizers: StepNormalizers | None = None,
 ) -> DenoisingQueries | None:
@@ -203,6 +205,7 @@ def denoising_part(
         model: what they are for.
         denoising: makes them; None = known objects as they are, and no queries where there are none.
         batched_inputs: all images with known objects, or none.
+        memory: of the images.
         targets: of the matching part, used where both parts have the same objects.
         normalizers: of the step that these images are a part of; None = they are all of it.
     """
@@ -214,5 +217,5 @@ def denoising_part(
     of_step = normalizers.denoising if normalizers is not None else None
     if known or LABELS in batched_inputs[0]:
         slots = max(of_step.step_counts, default=1) if of_step is not None else 1
-        targets = make_targets([denoised_objects(x) for x in batched_inputs], model.device, slots)
+        targets = make_targets([denoised_objects(x) for x in batched_inputs], model.device, slots, padded_size(memory))
     return denoising.noise(targets, of_step, known=known)
