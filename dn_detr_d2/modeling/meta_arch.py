@@ -173,7 +173,10 @@ class DenoisingDETR(nn.Module):
 
     def encode(self, batched_inputs: list[dict]) -> Memory:
         """What the decoder looks at: preprocessing, backbone, neck, encoder and pixel decoder."""
-        images = self.preprocess(batched_inputs)
+        return self.encode_images(self.preprocess(batched_inputs))
+
+    def encode_images(self, images: ImageList) -> Memory:
+        """:meth:`encode` after the preprocessing."""
         features, size = self.backbone(images.tensor), images.tensor.shape[-2:]
         if self.pixel_decoder is None:
             padding = padding_mask(images.image_sizes, *size, device=self.device)
