@@ -86,16 +86,18 @@ class Assignment:
     that holds for all of them. The loss does not know which.
 
     Attributes:
-        image: (T,) int64 index into the batch, the same for all rows.
+        image: (T,) int64 index into the batch, the same for all rows; ascending.
         query: (K or 1, T) int64 index on the query axis.
         target: (K or 1, T) int64 index on the target axis (M) of that image.
         class_loss_mask: (N, Q) bool, queries that have a class loss, paired or not; None = all.
+        counts: pairs of each image, on the host; None = a loss that needs them reads ``image`` from the device.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
     class_loss_mask: Tensor | None = None
+    counts: list[int] | None = None
 
     def __len__(self) -> int:
         """Number of pairs T."""
@@ -104,6 +106,12 @@ class Assignment:
     def index(self, num_sets: int) -> tuple[Tensor, Tensor, Tensor]:
         """What picks the paired queries out of (K, N, Q, ...) as (K, T, ...): indices of set, image and query."""
         return torch.arange(num_sets, device=self.image.device)[:, None], self.image, self.query
+
+    def image_counts(self, num_images: int) -> list[int]:
+        """How many pairs each image has; reads the device only where ``counts`` are not given."""
+        if self.counts is not None:
+            return self.counts
+        return torch.bincount(self.image, minlength=num_images).tolist()
 
     def per_image(self, num_images: int, row: int = -1) -> list[tuple[Tensor, Tensor]]:
         """The pairs of one row as a list of (query indices, target indices), one entry an image; reads the device."""

@@ -288,6 +288,6 @@ def _assign(chosen: Tensor, counts: list[int]) -> Assignment:
     _, groups, copies, room = chosen.shape
     filled = np.arange(room) < np.minimum(counts, room)[:, None]  # (N, m)
     first = np.arange(copies)[:, None] == 0  # (copies, 1)
-    image, slot = np.nonzero(np.tile((filled[:, None] & first).reshape(len(counts), -1), groups))
-    image, slot = upload(np.stack([image, slot]), chosen)
-    return Assignment(image, slot[None], chosen.flatten(1)[image, slot][None])
+    paired = np.tile((filled[:, None] & first).reshape(len(counts), -1), groups)  # (N, D)
+    image, slot = upload(np.stack(np.nonzero(paired)), chosen)
+    return Assignment(image, slot[None], chosen.flatten(1)[image, slot][None], counts=paired.sum(1).tolist())

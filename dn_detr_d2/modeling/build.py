@@ -8,10 +8,19 @@ from ..checkpoint import check_pickle
 from ..denoising import QueryDenoising
 from ..errors import ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
-from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
+from ..losses import (
+    HungarianMatcher,
+    MaskPointCost,
+    MaskPoints,
+    SetCriterion,
+    SoftmaxCriterion,
+    SoftmaxMatcher,
+    without_masks,
+)
 from .mask_queries import MaskDinoQueries
 from .neck import Neck
 from .pixel_decoder import PixelDecoder
+from .points import draw_points
 from .postprocess import Postprocess, select_best, select_top
 from .prompting import check_prompt_keys
 from .registry import (
@@ -107,7 +116,7 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
         return QueryDenoising(
             generator(**generator.from_config(cfg)),
             embed=query_source.embed,
-            criterion=criterion,
+            criterion=criterion if node.MASK_LOSS else without_masks(criterion),
             loss_weight=node.LOSS_WEIGHT,
             attention_mask=node.ATTENTION_MASK,
             local_normalizer=node.NORMALIZER == "local",
@@ -115,11 +124,11 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
 
 
 def build_matcher(cfg) -> HungarianMatcher:
-    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``."""
+    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``; boxes as in :func:`build_criterion`."""
     root = cfg.MODEL.DN_DETR
-    node, loss = root.MATCHER, root.LOSS
+    node, loss, mask = root.MATCHER, root.LOSS, root.MASK
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
-        return (SoftmaxMatcher if loss.CLASS_LOSS == "softmax" else HungarianMatcher)(
+        matcher = (SoftmaxMatcher if loss.CLASS_LOSS == "softmax" else HungarianMatcher)(
             class_cost=node.CLASS_COST,
             l1_cost=node.L1_COST,
             giou_cost=node.GIOU_COST,
@@ -127,11 +136,20 @@ def build_matcher(cfg) -> HungarianMatcher:
             focal_gamma=loss.FOCAL_GAMMA,
             giou_eps=loss.GIOU_EPS,
         )
+        if mask.ENABLED:
+            masks = MaskPointCost(node.MASK_COST, node.DICE_COST, num_points=mask.NUM_POINTS, draw=draw_points)
+            matcher = HungarianMatcher([*_without_boxes(matcher.costs), masks])
+    return matcher
+
+
+def _without_boxes(terms: list) -> list:
+    """Terms or costs without those of boxes whose weight is 0: a model with masks may have no boxes."""
+    return [term for term in terms if term.name == "class" or term.weight]
 
 
 def build_criterion(cfg) -> SetCriterion:
-    """The criterion of ``MODEL.DN_DETR.LOSS``."""
-    node = cfg.MODEL.DN_DETR.LOSS
+    """The criterion of ``MODEL.DN_DETR.LOSS``; losses of boxes with the weight 0 are left out of models with masks."""
+    node, mask = cfg.MODEL.DN_DETR.LOSS, cfg.MODEL.DN_DETR.MASK
     settings = {
         "class_weight": node.CLASS_WEIGHT,
         "l1_weight": node.L1_WEIGHT,
@@ -142,8 +160,20 @@ def build_criterion(cfg) -> SetCriterion:
     }
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
         if node.CLASS_LOSS == "softmax":
-            return SoftmaxCriterion(no_object_weight=node.NO_OBJECT_WEIGHT, **settings)
-        return SetCriterion(**settings)
+            criterion = SoftmaxCriterion(no_object_weight=node.NO_OBJECT_WEIGHT, **settings)
+        else:
+            criterion = SetCriterion(**settings)
+        if mask.ENABLED:
+            masks = MaskPoints(
+                node.MASK_WEIGHT,
+                node.DICE_WEIGHT,
+                num_points=mask.NUM_POINTS,
+                draw=draw_points,
+                oversample_ratio=mask.OVERSAMPLE_RATIO,
+                importance_ratio=mask.IMPORTANCE_SAMPLE_RATIO,
+            )
+            criterion = type(criterion)([*_without_boxes(criterion.terms), masks])
+    return criterion
 
 
 def choose_backend(cfg, *parts: nn.Module) -> None:
