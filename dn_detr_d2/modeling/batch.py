@@ -64,18 +64,32 @@ def make_targets(
         absolute = image.gt_boxes.tensor.to(torch.promote_types(image.gt_boxes.tensor.dtype, torch.float32))
         boxes.append(xyxy_to_cxcywh(absolute / image_scale(padded_size or image.image_size, absolute)))
         if padded_size is not None and image.has("gt_masks"):
-            bits, (height, width) = mask_bits(image), padded_size
-            masks.append(pad(bits, (0, width - bits.shape[2], 0, height - bits.shape[1])))
+            masks.append(padded_masks(image, padded_size))
     labels = [image.gt_classes for image in instances]
     return Targets.pad(
         labels, boxes, device, masks=masks if masks and len(masks) == len(boxes) else None, min_slots=min_slots
     )
 
 
-def mask_bits(image: Instances) -> Tensor:
-    """(n, h, w) bool masks of the instances of an image, in pixels of this image."""
-    masks = image.gt_masks
+def padded_masks(image: Instances, size: tuple[int, int]) -> Tensor:
+    """(n, height, width) bool masks of the instances of an image, with nothing on the padding.
+
+    Args:
+        image: with ``gt_masks``: BitMasks, PolygonMasks or a tensor.
+        size: (height, width) of the padded image.
+
+    Raises:
+        DatasetError: masks of a larger image.
+    """
+    masks, (height, width) = image.gt_masks, size
+    if not len(image):
+        return torch.zeros(0, height, width, dtype=torch.bool)
     if isinstance(masks, PolygonMasks):
         masks = BitMasks.from_polygon_masks(masks, *image.image_size)
-    bits = masks if isinstance(masks, Tensor) else masks.tensor
-    return bits.bool().reshape(len(image), *image.image_size)
+    bits = (masks if isinstance(masks, Tensor) else masks.tensor).bool()
+    if bits.shape[1] > height or bits.shape[2] > width:
+        raise DatasetError(
+            f"gt_masks of {bits.shape[2]}x{bits.shape[1]} pixels (width x height) belong to an image that is {width}x{height} "
+            "with its padding; move them with the image"
+        )
+    return pad(bits, (0, width - bits.shape[2], 0, height - bits.shape[1]))
