@@ -89,7 +89,7 @@ def padded_masks(image: Instances, size: tuple[int, int]) -> Tensor:
     bits = (masks if isinstance(masks, Tensor) else masks.tensor).bool()
     if bits.shape[1] > height or bits.shape[2] > width:
         raise DatasetError(
-            f"gt_masks of {bits.shape[2]}x{bits.shape[1]} pixels (width x height) belong to an image that is {width}x{height} "
+            f"gt_masks of {bits.shape[2]}x{bits.shape[1]} pixels (width x height) belong to an image of {width}x{height} "
             "with its padding; move them with the image"
         )
     return pad(bits, (0, width - bits.shape[2], 0, height - bits.shape[1]))

@@ -17,6 +17,7 @@ from ..losses import (
     SoftmaxMatcher,
     without_masks,
 )
+from .decoder import Decoder
 from .mask_queries import MaskDinoQueries
 from .neck import Neck
 from .pixel_decoder import PixelDecoder
@@ -57,6 +58,7 @@ def build_parts(cfg) -> dict:
         query_source.borrow_heads(decoder)
     denoising = build_denoising(cfg, query_source, criterion)
     check_prompt_keys(cfg, query_source, denoising)
+    check_boxes(cfg, decoder, matcher, criterion)
     return {
         "backbone": backbone,
         "neck": neck,
@@ -75,6 +77,21 @@ def build_parts(cfg) -> dict:
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }
+
+
+def check_boxes(cfg, decoder: Decoder, matcher: HungarianMatcher, criterion: SetCriterion) -> None:
+    """Refuses losses and costs of boxes in a model that has none; raises ConfigError."""
+    if decoder.BOXES:
+        return
+    root = cfg.MODEL.DN_DETR
+    names = {"l1": "L1", "giou": "GIOU"}
+    wrong = [f"LOSS.{names[x.name]}_WEIGHT {x.weight}" for x in criterion.terms if x.name in names]
+    wrong += [f"MATCHER.{names[x.name]}_COST {x.weight}" for x in matcher.costs if x.name in names]
+    if wrong:
+        raise ConfigError(
+            f"MODEL.DN_DETR.DECODER.NAME = {root.DECODER.NAME!r} predicts no boxes, but there are {', '.join(wrong)}; set "
+            "them to 0"
+        )
 
 
 def build_query_source(cfg) -> nn.Module:
