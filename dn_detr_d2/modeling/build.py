@@ -9,8 +9,8 @@ from ..denoising import QueryDenoising
 from ..errors import ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
+from .mask_postprocess import build_postprocess
 from .neck import Neck
-from .postprocess import Postprocess, select_best, select_top
 from .prompting import check_prompt_keys
 from .registry import (
     DECODER_REGISTRY,
@@ -52,9 +52,7 @@ def build_parts(cfg) -> dict:
         "denoising": denoising,
         "matcher": matcher,
         "criterion": criterion,
-        "postprocess": Postprocess(
-            select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, cfg.TEST.DETECTIONS_PER_IMAGE
-        ),
+        "postprocess": build_postprocess(cfg),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
