@@ -32,25 +32,16 @@ def image_scale(image_size: tuple[int, int], like: Tensor) -> Tensor:
     return like.new_tensor([width, height, width, height])
 
 
-def mask_boxes(masks: Tensor, count_last: bool = True) -> Tensor:
-    """(..., h, w) bool -> (..., 4) xyxy boxes of masks in pixels, float32, without a loop and without a read of the device.
+def boxes_of_masks(masks: Tensor) -> Tensor:
+    """(..., 4) xyxy boxes of (..., h, w) bool masks, in whole pixels; the box of an empty mask is 0 throughout.
 
-    Args:
-        masks: one a box.
-        count_last: count the last row and column in, so that a pixel has a box of side 1 (Detectron2); an empty mask has the
-            box 0, 0, 0, 0. False (Mask DINO's "mask2box"): a pixel is a point, and an empty mask has the box 2w, 2h, 0, 0.
+    x1 and y1 are the first column and row behind the mask, as of Detectron2's ``BitMasks.get_bounding_boxes``.
     """
-    sides = []
-    for axis in (-2, -1):  # columns, then rows
-        line = masks.any(axis)
-        length = line.shape[-1]
-        first = line.int().argmax(-1)
-        last = length - 1 - line.flip(-1).int().argmax(-1)
-        empty = ~line.any(-1)
-        low, high = (0, 0) if count_last else (2 * length, 0)
-        sides.append((first.masked_fill(empty, low), (last + count_last).masked_fill(empty, high)))
-    (x0, x1), (y0, y1) = sides
-    return torch.stack([x0, y0, x1, y1], -1).to(torch.get_default_dtype())
+    low, high = [], []
+    for line in (masks.amax(-2), masks.amax(-1)):  # columns, rows; faster than any()
+        low.append(line.byte().argmax(-1))
+        high.append((line.shape[-1] - line.flip(-1).byte().argmax(-1)) * line.any(-1))
+    return torch.stack(low + high, -1)
 
 
 def logit(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:

@@ -18,11 +18,11 @@ from ..losses import (
     without_masks,
 )
 from .decoder import Decoder
+from .mask_postprocess import build_postprocess
 from .mask_queries import MaskDinoQueries
 from .neck import Neck
 from .pixel_decoder import PixelDecoder
 from .points import draw_points
-from .postprocess import Postprocess, select_best, select_top
 from .prompting import check_prompt_keys
 from .registry import (
     DECODER_REGISTRY,
@@ -69,9 +69,7 @@ def build_parts(cfg) -> dict:
         "denoising": denoising,
         "matcher": matcher,
         "criterion": criterion,
-        "postprocess": Postprocess(
-            select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, cfg.TEST.DETECTIONS_PER_IMAGE
-        ),
+        "postprocess": build_postprocess(cfg),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
         "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..boxes import image_scale, logit, mask_boxes, xyxy_to_cxcywh
+from ..boxes import boxes_of_masks, image_scale, logit, xyxy_to_cxcywh
 from ..denoising import LabelEncoder, NoisedTargets, embed_boxes
 from ..errors import ConfigError
 from ..structures import Memory, ObjectQueries, Predictions
@@ -155,12 +155,16 @@ class MaskDinoQueries(TopKAnchors):
     @torch.no_grad()
     def first_boxes(self, proposals: Predictions) -> Tensor:
         """(N, Q, 4) boxes of the masks of the proposals, image by image, because the maps of all would be large."""
-        features, boxes = proposals.mask_features, []
+        features, corners = proposals.mask_features, []
         for embeddings, own in zip(proposals.mask_embeddings[0], features, strict=True):
-            masks = torch.einsum("qc,chw->qhw", embeddings, own) > 0
-            boxes.append(mask_boxes(masks, self.boxes_from_masks == "bitmask"))
-        relative = torch.stack(boxes) / image_scale(features.shape[-2:], features)
-        return logit(xyxy_to_cxcywh(relative), EPS).sigmoid()
+            corners.append(boxes_of_masks(torch.einsum("qc,chw->qhw", embeddings, own) > 0))
+        corners = torch.stack(corners).to(features.dtype)
+        scale = image_scale(features.shape[-2:], features)
+        if self.boxes_from_masks == "mask2box":
+            empty = corners[..., 2:3] == 0
+            point = (scale * 2).masked_fill(scale.new_tensor([False, False, True, True], dtype=torch.bool), 0)
+            corners = torch.where(empty, point, corners - corners.new_tensor([0, 0, 1, 1]))
+        return logit(xyxy_to_cxcywh(corners / scale), EPS).sigmoid()
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries."""

@@ -34,9 +34,15 @@ def weight(key, shape, seed):
     return small - 4 if "class_embed" in key and last == "bias" else small
 
 
+def recorded(case):
+    """(meta, arrays): what is stored."""
+    with np.load(FOLDER / f"{case}.npz") as file:
+        return json.loads((FOLDER / f"{case}.json").read_text()), dict(file)
+
+
 def load(case):
     """(meta, arrays, {authors' key: array}, images uint8 CHW RGB, [(labels, cxcywh boxes)])."""
-    meta = json.loads((FOLDER / f"{case}.json").read_text())
+    meta, arrays = recorded(case)
     seed = meta["seed"]
     shapes = {k: tuple(v) for k, v in meta["params"].items() if not k.endswith("num_batches_tracked")}
     images, targets = [], []
@@ -46,8 +52,6 @@ def load(case):
         boxes = [stream.uniform(0.2, 0.8, (count, 2)), stream.uniform(0.05, 0.35, (count, 2))]
         labels = stream.randint(0, meta.get("num_classes", 91), count)
         targets.append((labels, np.concatenate(boxes, 1).astype(np.float32)))
-    with np.load(FOLDER / f"{case}.npz") as file:
-        arrays = dict(file)
     canonical = next((rename for start, rename in SHARED.items() if case.startswith(start)), str)
     return meta, arrays, {k: weight(canonical(k), shape, seed) for k, shape in shapes.items()}, images, targets
 
