@@ -139,14 +139,15 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.MASK.TEMPERATURE = 0.06
 
     node.DENOISING = CfgNode()
-    # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO), or "" to train by
-    # matching alone (DAB).
+    # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO),
+    # BudgetDenoisingGenerator (Mask DINO), or "" to train by matching alone (DAB).
     node.DENOISING.NAME = "DenoisingGenerator"
     # Groups of noised copies ("scalar" in the official code). 5 in DN.
     node.DENOISING.NUM_GROUPS = 5
     # Chance that a label is redrawn, gamma in DN Sec. 4.1; 0.2 in the official code, which does not halve it.
     node.DENOISING.LABEL_NOISE_PROB = 0.2
-    # Largest centre shift in half widths and heights, lambda1 in DN Sec. 4.1; 0.4 in the official code.
+    # Largest centre shift in half widths and heights, lambda1 in DN Sec. 4.1; 0.4 in the official code. Also the largest
+    # shift of masks.
     node.DENOISING.CENTER_NOISE_SCALE = 0.4
     # Largest change of width and height in widths and heights, lambda2 in DN Sec. 4.1; 0.4 in the official code.
     node.DENOISING.SIZE_NOISE_SCALE = 0.4
@@ -171,7 +172,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.NOISE_SCHEDULE.NAME = "constant"
     node.DENOISING.NOISE_SCHEDULE.START = 1.0
     node.DENOISING.NOISE_SCHEDULE.END = 1.0
-    # Contrastive only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100 in DINO.
+    # Contrastive and budget only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100
+    # in DINO and Mask DINO.
     node.DENOISING.NUM_QUERIES = 100
     # Contrastive only: reach of the near copies' corners in half sizes, the far ones move one to two times as far. 1.0 in
     # all published DINO runs (their config files say 0.4, their scripts override it).
