@@ -48,7 +48,7 @@ def test_losses_come_in_groups(toy_model, system):
     groups = {"main", "aux", "dn"} | ({"proposal"} if system == "mask_dino" else set())
     assert {name.split("/")[0] for name in losses} == groups
     for group in groups - {"aux"}:
-        assert {name for name in losses if name.startswith(group) and not name[-1].isdigit()} == {
+        assert {name for name in losses if name.startswith(group) and "_" not in name} == {
             f"{group}/{term}" for term in terms
         }
     # Three layers and the set before them.
