@@ -207,7 +207,9 @@ def test_extra_levels_stand_at_the_coarse_end(toy_model, names):
     back = memory.reversed_levels()
     assert back.shapes == memory.shapes[::-1]
     assert torch.equal(back.reversed_levels().tokens, memory.tokens)
-    assert torch.equal(back.tokens[:, :2 if names[0] == "res3" else 512], memory.tokens[:, -(2 if names[0] == "res3" else 512) :])
+    assert torch.equal(
+        back.tokens[:, : 2 if names[0] == "res3" else 512], memory.tokens[:, -(2 if names[0] == "res3" else 512) :]
+    )
 
 
 def test_padding_is_a_part_of_the_image(toy_model):
@@ -248,7 +250,8 @@ def test_the_order_of_objects_does_not_change_the_matching_losses(toy_model, sys
     """With points that are the same for all masks."""
     grid = torch.stack(torch.meshgrid(*[(torch.arange(14) + 0.5) / 14] * 2, indexing="xy"), -1).view(1, -1, 2)
     monkeypatch.setattr(
-        "dn_detr_d2.modeling.points.random_points", lambda kind, sets, count, device: grid[:, :count].expand(sets, -1, -1)
+        "dn_detr_d2.modeling.points.random_points",
+        lambda kind, sets, count, device: grid[:, :count].expand(sets, -1, -1),
     )
     model = toy_model(system, DENOISING + "NAME", "").train()
     batch = batch_of(4, 3)
