@@ -361,3 +361,20 @@ def test_masks_of_a_generator_are_moved_copies(toy_model):
     noised = model.denoising.generator(targets)
     first, second = noised.masks.offsets[:, :3], noised.masks.offsets[:, 3:6]
     assert (first != second).any()
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr", "dino", "detr", "anchor_detr"])
+def test_other_detectors_get_masks_by_keys_alone(toy_model, system):
+    """A mask head beside the others; the proposals of two stages have none, and so no loss of masks."""
+    keys = [ROOT_KEY + "MASK.ENABLED", True, ROOT_KEY + "SIZE_DIVISIBILITY", 32]
+    keys += ["MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]]
+    model = toy_model(system, *keys).train()
+    losses = model(batch_of(3, 0))
+    assert {"main/mask", "main/dice", "main/l1", "aux/mask_0"} <= set(losses)
+    assert ("dn/dice" in losses) == (model.denoising is not None)
+    assert "proposal/mask" not in losses
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    with torch.no_grad():
+        found = model.eval()(batch_of(0))[0]["instances"]
+    assert found.pred_masks.shape == (len(found), 64, 96)
