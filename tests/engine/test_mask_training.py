@@ -84,7 +84,10 @@ def test_masks_that_are_not_there_are_told_before_the_training(tmp_path):
         train(mask_cfg(tmp_path / "out", "mask2former", *options, "DATASETS.TRAIN", ("test_bare",)))
 
 
-@pytest.mark.parametrize("key", ["KNOWN_FRACTION", "LABEL_PROMPTS"])
-def test_prompts_of_queries_that_take_none_are_refused(toy_model, key):
-    with pytest.raises(ConfigError, match=naming("DENOISING", "MaskDinoQueries")):
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [("KNOWN_FRACTION", ["DENOISING", "MaskDinoQueries"]), ("LABEL_PROMPTS", ["labels", "MODEL.DN_DETR.MASK.ENABLED"])],
+)
+def test_prompts_that_queries_do_not_take_are_refused(toy_model, key, named):
+    with pytest.raises(ConfigError, match=naming(*named)):
         toy_model("mask_dino", f"MODEL.DN_DETR.DENOISING.{key}", 0.5 if key == "KNOWN_FRACTION" else True)
