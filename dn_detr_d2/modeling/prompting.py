@@ -56,7 +56,7 @@ def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kin
     name = type(query_source).__name__
     if masks and kind == LABELS:
         raise ConfigError(
-            f"{kind!r} are not looked for by models with masks, but MODEL.DN_DETR.MASK.ENABLED is True; take a model of boxes"
+            f"{kind!r} are not looked for by models with masks (MODEL.DN_DETR.MASK.ENABLED True); take a model of boxes"
         )
     if denoising is None:
         raise ConfigError(
