@@ -12,7 +12,7 @@ from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
 from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper, has_queries, mask_key, trains_masks
-from .masks import has_mask
+from .mask_check import refuse_unusable_masks
 from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
@@ -35,7 +35,7 @@ def build_train_loader(cfg):
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
         records = _counted_records(name, trains_masks(cfg))
         if trains_masks(cfg):
-            refuse_missing_masks(name, records, mask_key(cfg))
+            refuse_unusable_masks(name, records, mask_key(cfg))
         usable += log_summary(name, records, num_queries)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
@@ -146,18 +146,6 @@ def _counted_records(dataset_name: str, masks: bool = False) -> list[dict]:
     return records
 
 
-def refuse_missing_masks(name: str, records: list[dict], key: str) -> None:
-    """Raises DatasetError if an object that is no crowd has no mask; ``key`` is what asks for them."""
-    objects = [(r, x) for r in records for x in r.get("annotations", []) if not x.get("iscrowd", 0)]
-    if lacking := [(record, x) for record, x in objects if not has_mask(x)]:
-        record, annotation = lacking[0]
-        raise DatasetError(
-            f"{len(lacking)} of {len(objects)} objects of data set {name!r} have no mask (segmentation), first annotation "
-            f"{annotation.get('id')!r:.60} of {record['file_name']}, but {key} is True; add the masks, or set it to "
-            "False and train on boxes"
-        )
-
-
 def build_probe_loader(cfg, dataset_name: str, num_images: int = 0):
     """A loader for diagnostics: annotated images without augmentation, one a batch, each on one rank only.
 
@@ -194,7 +182,7 @@ def probe_records(cfg, dataset_name: str, num_images: int) -> list[dict]:
     """
     records = records_of(dataset_name, trains_masks(cfg))
     if trains_masks(cfg):
-        refuse_missing_masks(dataset_name, records, mask_key(cfg))
+        refuse_unusable_masks(dataset_name, records, mask_key(cfg))
     records = in_model_order(records, dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = sorted(records, key=lambda record: sort_key(record["image_id"]))
     count = min(num_images or len(records), len(records))

@@ -169,7 +169,9 @@ class DetrDatasetMapper:
                 ResizeShortestEdge(node.CROP.RESIZE, MAX_STRETCH * max(node.CROP.RESIZE), "choice"),
                 T.RandomCrop(node.CROP.TYPE, tuple(node.CROP.SIZE)),
             ]
-        masks = node.MASK_FORMAT if trains_masks(cfg) else None
+        # Models of this project compare masks at points, for which polygons would be drawn anyhow.
+        form = "bitmask" if has_queries(cfg) else node.MASK_FORMAT
+        masks = form if trains_masks(cfg) else None
         if masks == "polygon" and crops and importlib.util.find_spec("shapely") is None:
             raise ConfigError(
                 "INPUT.MASK_FORMAT = 'polygon' with INPUT.CROP.ENABLED True needs the package shapely, which cuts polygons; "

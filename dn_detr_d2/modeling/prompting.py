@@ -43,7 +43,7 @@ def check_prompt_keys(cfg, query_source: nn.Module, denoising: QueryDenoising | 
             f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION = {node.KNOWN_FRACTION} and LABEL_PROMPTS = True are two ways to "
             "train; choose one"
         )
-    _require_part(query_source, denoising, LABELS if node.LABEL_PROMPTS else KNOWN)
+    _require_part(query_source, denoising, LABELS if node.LABEL_PROMPTS else KNOWN, cfg.MODEL.DN_DETR.MASK.ENABLED)
     if node.KNOWN_FRACTION and node.NUM_GROUPS != 1:
         raise ConfigError(
             f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION = {node.KNOWN_FRACTION} needs NUM_GROUPS 1, got {node.NUM_GROUPS}: "
@@ -51,9 +51,13 @@ def check_prompt_keys(cfg, query_source: nn.Module, denoising: QueryDenoising | 
         )
 
 
-def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kind: str) -> None:
-    """Raises ConfigError where the parts of a model cannot take prompts of a kind."""
+def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kind: str, masks: bool) -> None:
+    """Raises ConfigError where the parts of a model, perhaps with masks, cannot take prompts of a kind."""
     name = type(query_source).__name__
+    if masks and kind == LABELS:
+        raise ConfigError(
+            f"{kind!r} are not looked for by models with masks, but MODEL.DN_DETR.MASK.ENABLED is True; take a model of boxes"
+        )
     if denoising is None:
         raise ConfigError(
             f"{kind!r} need the label embedding that denoising trains, but MODEL.DN_DETR.DENOISING.NAME is ''; take a "
@@ -85,7 +89,7 @@ def check_prompts(model: "DenoisingDETR", batched_inputs: list[dict]) -> None:
         if len(kinds) > 1:
             raise UserError(f"an image is given {KNOWN!r} and {LABELS!r}; give one of them")
         for kind in kinds:
-            _require_part(model.query_source, model.denoising, kind)
+            _require_part(model.query_source, model.denoising, kind, model.pixel_decoder is not None)
             num_classes = model.denoising.generator.num_classes
             if kind == KNOWN:
                 check_known(record[KNOWN], tuple(record["image"].shape[-2:]), num_classes)
