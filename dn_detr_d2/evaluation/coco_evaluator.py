@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from ..coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from ..data.columns import VERDICTS, clip_boxes, judge_boxes
 from ..data.interruption import agree, without_exchange
+from ..data.mask_check import refuse_unusable_masks
 from ..data.masks import encoded, has_mask
 from ..data.normalise import is_id, sort_key, usable_area
 from ..data.registered import records_of
@@ -376,6 +377,8 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
             raise DatasetError(f"tasks must be ('bbox',) or ('bbox', 'segm'), got {tasks!r}")
         masks = "segm" in tasks
         records, metadata = records_of(dataset_name, masks), MetadataCatalog.get(dataset_name)
+        if masks and "panoptic_json" not in metadata.as_dict():
+            refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         names = metadata.get("thing_classes")
         if ids and "panoptic_json" in metadata.as_dict():
