@@ -54,6 +54,9 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.MODEL.DN_DETR.MASK.ENABLED:
+            for name in cfg.DATASETS.TEST:  # or what cannot be evaluated would end the training at its first evaluation
+                self.build_evaluator(cfg, name)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from pycocotools.coco import COCO
 from ..coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from ..data.columns import VERDICTS, clip_boxes, judge_boxes
 from ..data.interruption import agree, without_exchange
+from ..data.mask_check import refuse_unusable_masks
 from ..data.masks import encoded, has_mask
 from ..data.normalise import is_id, sort_key, usable_area
-from ..data.panoptic import read_panoptic_png
 from ..data.registered import records_of
 from ..errors import DatasetError
 from ..utils.files import atomic_write
@@ -119,7 +120,9 @@ class RecordsEvaluator(COCOEvaluator):
                 )
             self._rows[record["image_id"]] = row
         self._do_evaluation = any("annotations" in record for record in records)
-        self._segments = lru_cache(1)(read_panoptic_png)  # one image's annotations follow each other
+        self._segments = lru_cache(1)(
+            lambda path: import_module("dn_detr_d2.data.panoptic").read_panoptic_png(path)
+        )  # one image's annotations follow each other
         self._set_ground_truth()
         self._limits = self._choose_limits(detections_per_image, max_detections)
         self._only = self._chosen_categories(only)
@@ -374,6 +377,8 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
             raise DatasetError(f"tasks must be ('bbox',) or ('bbox', 'segm'), got {tasks!r}")
         masks = "segm" in tasks
         records, metadata = records_of(dataset_name, masks), MetadataCatalog.get(dataset_name)
+        if masks and "panoptic_json" not in metadata.as_dict():
+            refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         names = metadata.get("thing_classes")
         if ids and "panoptic_json" in metadata.as_dict():

@@ -1,5 +1,6 @@
 """AP of masks is Detectron2's, from polygons and run lengths; from panoptic maps it is that of the segments."""
 
+import itertools
 import json
 import logging
 
@@ -95,7 +96,7 @@ def registered(tmp_path):
             image["file_name"] = f"{image['id']}.png"
             Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / image["file_name"])
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(("nut", "bolt", "nail"))]
-        content = {"images": images, "annotations": sum(annotations, []), "categories": categories}
+        content = {"images": images, "annotations": list(itertools.chain(*annotations)), "categories": categories}
         (tmp_path / f"{names[-1]}.json").write_text(json.dumps(content))
         register_coco_json(names[-1], str(tmp_path / f"{names[-1]}.json"), str(tmp_path))
         return names[-1]

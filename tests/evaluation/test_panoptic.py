@@ -41,8 +41,8 @@ def evaluated(folder, truth, predicted, **options):
     return evaluator.evaluate()["panoptic_seg"]
 
 
-# Persons of 6 and 4 pixels, 8 of sky, 2 that nobody has annotated; of one person 5 pixels are found, of the other 2, of the sky
-# all and the 2. IoU 5/6; 2/4, no match; 8/8.
+# Persons of 6 and 4 pixels, 8 of sky, 2 that nobody has annotated; of one person 5 pixels are found, of the other 2, of
+# the sky all and the 2. IoU 5/6; 2/4, no match; 8/8.
 TRUTH = ([[1] * 6 + [300] * 4 + [2] * 8 + [0] * 2], [segment(1, 0), segment(2, 2), segment(300, 0)])
 FOUND = ([[1] * 5 + [0] + [2] * 2 + [0] * 2 + [3] * 10], [segment(1, 0), segment(2, 0), segment(3, 2)])
 
