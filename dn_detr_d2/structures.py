@@ -121,7 +121,7 @@ class Assignment:
 
 @dataclass
 class Pyramid:
-    """Image features on their way into the encoder, one entry a level, high resolution first.
+    """Image features on their way into the encoder, one entry a level, mostly high resolution first.
 
     Attributes:
         maps: (N, C, h, w) features.
@@ -158,6 +158,23 @@ class Memory:
     axis_encoding: Callable[[Tensor], Tensor] | None = None
     mask_features: Tensor | None = None
 
+    def of_levels(self, cells: Tensor) -> tuple[Tensor, ...]:
+        """(N, S, ...) -> (N, h * w, ...) of each level."""
+        return cells.split([h * w for h, w in self.shapes], 1)
+
+    def reversed_levels(self) -> "Memory":
+        """The same cells with the last level first."""
+        cells = (torch.cat(self.of_levels(x)[::-1], 1) for x in (self.tokens, self.positions, self.padding))
+        tokens, positions, padding = cells
+        return replace(
+            self,
+            tokens=tokens,
+            positions=positions,
+            padding=padding,
+            shapes=self.shapes[::-1],
+            valid_ratios=self.valid_ratios.flip(1),
+        )
+
 
 @dataclass
 class ObjectQueries:
@@ -173,6 +190,8 @@ class ObjectQueries:
             the reference box (DAB-DETR and its family).
         proposals: one set of predictions (K = 1) that the matching queries were chosen from and that has a loss of its
             own (two-stage systems), or None.
+        noised_cells: which cells of a map of (h, w) cells the noised masks of the denoising queries cover, (h, w) ->
+            (N, D, h, w) bool, for decoders with masked attention; None where there are no such masks.
     """
 
     content: Tensor = field(metadata={"query_axis": 1})
@@ -180,6 +199,7 @@ class ObjectQueries:
     blocked: Tensor | None = None
     position: Tensor | None = field(default=None, metadata={"query_axis": 1})
     proposals: "Predictions | None" = None
+    noised_cells: Callable[[tuple[int, int]], Tensor] | None = None
 
 
 @dataclass
@@ -218,7 +238,7 @@ def slice_queries(item, part: slice):
 def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Tensor | None) -> ObjectQueries:
     """Denoising queries first, matching queries last; ``blocked`` is the mask over both.
 
-    Every field on the query axis is joined; all others are those of ``matching``.
+    Every field on the query axis is joined; all others are those of ``matching``, but for the noised masks.
 
     Raises:
         ValueError: only one of the two has a field.
@@ -234,7 +254,8 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
                 f"the {lacking[0]} queries have no {one!r}, the others do; let forward() and embed() of the query source "
                 "give the same fields"
             )
-    return replace(replace_on_query_axis(matching, _join), blocked=blocked)
+    joined = replace_on_query_axis(matching, _join)
+    return replace(joined, blocked=blocked, noised_cells=denoising.noised_cells)
 
 
 def replace_on_query_axis(item, change: Callable[[Tensor, int, str], Tensor]):

@@ -37,6 +37,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--denoising-budget", type=int, default=0, metavar="N", help="DENOISING.MAX_QUERIES // DENOISING.NUM_GROUPS"
     )
     parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
+    parser.add_argument(
+        "--masks", action="store_true", help="masks are trained: count and repair what is wrong with them"
+    )
     parser.add_argument("--fix", metavar="OUT.json", help="write a repaired copy of ANNOTATIONS.json")
     parser.add_argument(
         "--drop-bad", action="store_true", help="with --fix: leave out images and annotations that cannot be used"
@@ -59,7 +62,7 @@ def check(args: argparse.Namespace) -> dict[str, Report]:
     """Annotation file -> what is wrong with it; with ``--fix`` the first is repaired before."""
     content = read(args.annotations, args.folder)
     other = read(*args.val) if args.val else None
-    options = CheckOptions(args.num_queries, args.denoising_budget, not args.no_images)
+    options = CheckOptions(args.num_queries, args.denoising_budget, not args.no_images, args.masks)
     if args.fix:
         report = repair_set(content, args.folder, args.fix, options, drop_bad=args.drop_bad, boxes=args.boxes)
     else:

@@ -15,6 +15,8 @@ from .coco_custom import convention_sentence
 from .columns import VERDICTS, Columns
 from .conventions import declared, only_first_pixels, other_convention
 from .issues import Issue
+from .mask_check import VERDICTS as MASK_VERDICTS
+from .mask_check import judged_masks
 from .normalise import (
     as_box,
     foreign_references,
@@ -70,6 +72,7 @@ def check_content(content: dict, report: Report, sizes: np.ndarray, num_queries:
     _check_annotations(columns, content, report)
     if declared(content) or not _check_convention(columns, report):
         _check_boxes(columns, report)  # which mean nothing as long as their convention is another one
+        _check_masks(columns, report)
     _count_objects(columns, images, categories, report, num_queries, budget)
     if "annotations" in content:
         _check_use(columns, report)
@@ -182,6 +185,16 @@ def _check_annotations(columns: Columns, content: dict, report: Report) -> None:
 def _check_boxes(columns: Columns, report: Report) -> None:
     verdicts, describe = columns.judged(), _fields_of(columns.entries, "image_id", "bbox")
     for code, kind in enumerate(VERDICTS[1:], 1):
+        report.add_rows(kind, np.flatnonzero(verdicts == code), describe)
+
+
+def _check_masks(columns: Columns, report: Report) -> None:
+    """What is wrong with masks, where there are any or they are trained; crowds need none."""
+    verdicts = judged_masks(columns)
+    missing = verdicts == MASK_VERDICTS.index(Issue.NO_MASK)
+    verdicts[missing & (columns.crowd | (missing.all() and not report.masks))] = 0
+    describe = _fields_of(columns.entries, "image_id", "bbox", "segmentation")
+    for code, kind in enumerate(MASK_VERDICTS[1:], 1):
         report.add_rows(kind, np.flatnonzero(verdicts == code), describe)
 
 

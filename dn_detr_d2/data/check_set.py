@@ -9,7 +9,10 @@ from ..errors import DatasetError
 from ..utils.files import atomic_write
 from .check import annotated_sizes, check_content
 from .check_images import STOPPING, check_images
+from .columns import is_crowd
 from .images import ImageFolder
+from .mask_check import with_repaired_masks
+from .masks import has_mask
 from .normalise import objects_of
 from .repair import converted, refuse_to_clip, repaired, rewritten, without_bad
 from .report import Report
@@ -23,11 +26,13 @@ class CheckOptions:
         num_queries: MODEL.DN_DETR.NUM_QUERIES, 0 = not compared.
         denoising_budget: DENOISING.MAX_QUERIES // DENOISING.NUM_GROUPS, 0 = not compared.
         read_images: whether the image files are read; else the sizes are those of the annotation file.
+        masks: whether masks are trained, so that what is wrong with them is a problem, and repaired.
     """
 
     num_queries: int = 0
     denoising_budget: int = 0
     read_images: bool = True
+    masks: bool = False
 
 
 def check_set(content: dict, folder: str, options: CheckOptions) -> Report:
@@ -38,7 +43,7 @@ def check_set(content: dict, folder: str, options: CheckOptions) -> Report:
         folder: what ``file_name`` is relative to.
         options: what it is compared with.
     """
-    report, images = Report(), objects_of(content, "images")
+    report, images = Report(masks=options.masks), objects_of(content, "images")
     sizes = check_images(images, folder, report) if options.read_images else annotated_sizes(images)
     check_content(content, report, sizes, options.num_queries, options.denoising_budget)
     return report
@@ -66,7 +71,7 @@ def repair_set(
     Raises:
         DatasetError: it needs a decision of the user, or the file cannot be written.
     """
-    report, unusable = Report(), {}
+    report, unusable = Report(masks=options.masks), {}
     content, _, changes = rewritten(content, ImageFolder(folder))
     images = objects_of(content, "images")
     sizes = check_images(images, folder, report, unusable) if options.read_images else annotated_sizes(images)
@@ -83,6 +88,11 @@ def repair_set(
         changes += Counter({f"box converted from {boxes}": _count_changed(before, content)})
     refuse_to_clip(content, sizes)
     content, more = repaired(content, sizes)
+    if options.masks:
+        content, masks = with_repaired_masks(content, sizes)
+        more += masks
+        if drop_bad:
+            content = _without_unmasked(content, say)
     try:
         write_json(content, target)
     except OSError as error:
@@ -93,6 +103,16 @@ def repair_set(
     say(f"{sum(changes.values())} annotations changed or dropped; written: {target}")
     check_content(content, report, sizes, options.num_queries, options.denoising_budget)
     return report
+
+
+def _without_unmasked(content: dict, say: Callable[[str], None]) -> dict:
+    """A copy without objects that have no mask; crowds stay."""
+    entries = objects_of(content, "annotations")
+    lacking = [x for x in entries if not has_mask(x) and not is_crowd(x)]
+    for entry in lacking:
+        say(f"left out: annotation {entry.get('id')!r:.60}: has no mask")
+    dropped = set(map(id, lacking))
+    return content | {"annotations": [x for x in entries if id(x) not in dropped]} if lacking else content
 
 
 def _count_changed(before: dict, after: dict) -> int:

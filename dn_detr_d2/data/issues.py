@@ -7,11 +7,12 @@ MAX_PIXELS = 8192 * 8192
 
 
 class Severity(Enum):
-    """What follows from an issue, worst first. Only the last is no problem."""
+    """What follows from an issue, worst first. The last is no problem, the one before is one for models with masks."""
 
     STOPS = "stops the training"
     CHANGED = "the training drops or clips it"
     SPOILS = "spoils the result"
+    MASKS = "a problem where masks are trained"
     FINE = "to know"
 
 
@@ -72,6 +73,12 @@ class Issue(str, Enum):
     SAME_FILE_NAME = "two images have the same file_name", Severity.SPOILS
     SAME_FILE = "image is in both sets", Severity.SPOILS
     SAME_BYTES = "image of the other set under another name", Severity.SPOILS
+    NO_MASK = "object without a mask", Severity.MASKS
+    MASK_FORM = "mask is neither polygons of 3 points or more nor run lengths that fill its image", Severity.MASKS, True
+    MASK_SIZE = "run lengths are of an image of another size", Severity.MASKS, True
+    MASK_EMPTY = "mask has no area in its image", Severity.MASKS, True
+    MASK_OUTSIDE = "mask leaves its image", Severity.MASKS, True
+    MASK_BOX = "mask disagrees with its box", Severity.MASKS
     TEXT_ID = "id is text", Severity.FINE
     NO_SIZE = "image has no width and height", Severity.FINE
     GAPS = "category ids are not 0 .. P-1 or 1 .. P; inside they become 0 .. P-1", Severity.FINE

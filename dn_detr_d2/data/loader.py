@@ -11,7 +11,8 @@ from ..coco import RAW_IDS, coco_names, raw_names
 from ..errors import DatasetError
 from .coco_custom import sort_key
 from .interruption import evaluation_loader
-from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper, has_queries, trains_masks
+from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper, has_queries, mask_key, trains_masks
+from .mask_check import refuse_unusable_masks
 from .registered import records_of
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
@@ -33,6 +34,8 @@ def build_train_loader(cfg):
     num_queries = cfg.MODEL.DN_DETR.NUM_QUERIES if has_queries(cfg) else 0
     for name in cfg.DATASETS.TRAIN:  # one by one; resolve_classes has checked that they have the same classes
         records = _counted_records(name, trains_masks(cfg))
+        if trains_masks(cfg):
+            refuse_unusable_masks(name, records, mask_key(cfg))
         usable += log_summary(name, records, num_queries)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
@@ -177,7 +180,10 @@ def probe_records(cfg, dataset_name: str, num_images: int) -> list[dict]:
     Raises:
         DatasetError: there is no image, or none of those chosen has a box.
     """
-    records = in_model_order(records_of(dataset_name), dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
+    records = records_of(dataset_name, trains_masks(cfg))
+    if trains_masks(cfg):
+        refuse_unusable_masks(dataset_name, records, mask_key(cfg))
+    records = in_model_order(records, dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = sorted(records, key=lambda record: sort_key(record["image_id"]))
     count = min(num_images or len(records), len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]

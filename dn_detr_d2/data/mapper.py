@@ -5,6 +5,7 @@ of the augmented image.
 """
 
 import copy
+import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
 from .images import read_image
+from .masks import bit_masks, has_mask
 from .prompts import PresentLabels, build_prompts
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,18 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def has_queries(cfg) -> bool:
-    """Whether the meta-architecture of the config is ours: its object queries limit the objects, and it has no mask head."""
+    """Whether the meta-architecture of the config is ours: its object queries limit the objects."""
     return cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
 
 
 def trains_masks(cfg) -> bool:
     """Whether the detector of the config takes masks in training."""
-    return cfg.MODEL.MASK_ON and not has_queries(cfg)
+    return cfg.MODEL.DN_DETR.MASK.ENABLED if has_queries(cfg) else cfg.MODEL.MASK_ON
+
+
+def mask_key(cfg) -> str:
+    """Name of the key that says whether the detector of the config takes masks."""
+    return "MODEL.DN_DETR.MASK.ENABLED" if has_queries(cfg) else "MODEL.MASK_ON"
 
 
 class BoxChecker:
@@ -113,7 +120,9 @@ class DetrDatasetMapper:
         image_format: channel order, "RGB" or "BGR".
         num_classes: P; labels must lie in [0, P). 0 = not checked.
         new_labels: label of each class of the data set, None to keep them (raw COCO ids, see :mod:`dn_detr_d2.coco`).
-        masks: "polygon" or "bitmask" attaches ``gt_masks`` in this form, made from the segmentations; None = no masks.
+        masks: "polygon" or "bitmask" attaches ``gt_masks`` in this form, made from the segmentations; None = no masks. Of
+            bit masks the empty ones are left out with their boxes, and boxes that a crop has cut become those of the masks.
+        mask_key: the key that asks for masks, for the error where one is missing.
         flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
         prompts: what to tell the model beforehand, from the objects of an image, also outside of training; None = nothing.
             See :mod:`.prompts`.
@@ -128,6 +137,7 @@ class DetrDatasetMapper:
         num_classes: int,
         new_labels: tuple[int, ...] | None = None,
         masks: str | None = None,
+        mask_key: str = "MODEL.MASK_ON",
         flips: list[T.Augmentation],
         resizes: list[T.Augmentation],
         crops: list[T.Augmentation],
@@ -135,7 +145,7 @@ class DetrDatasetMapper:
     ):
         self.is_train, self.prompts = is_train, prompts
         self.image_format = image_format
-        self.num_classes, self.new_labels, self.masks = num_classes, new_labels, masks
+        self.num_classes, self.new_labels, self.masks, self.mask_key = num_classes, new_labels, masks, mask_key
         self.plain = T.AugmentationList([*flips, *resizes])
         self.cropping = T.AugmentationList([*flips, *crops, *resizes]) if crops else None
         self.check_box = BoxChecker()
@@ -159,12 +169,21 @@ class DetrDatasetMapper:
                 ResizeShortestEdge(node.CROP.RESIZE, MAX_STRETCH * max(node.CROP.RESIZE), "choice"),
                 T.RandomCrop(node.CROP.TYPE, tuple(node.CROP.SIZE)),
             ]
+        # Models of this project compare masks at points, for which polygons would be drawn anyhow.
+        form = "bitmask" if has_queries(cfg) else node.MASK_FORMAT
+        masks = form if trains_masks(cfg) else None
+        if masks == "polygon" and crops and importlib.util.find_spec("shapely") is None:
+            raise ConfigError(
+                "INPUT.MASK_FORMAT = 'polygon' with INPUT.CROP.ENABLED True needs the package shapely, which cuts polygons; "
+                "set MASK_FORMAT to bitmask, or install shapely"
+            )
         return {
             "is_train": is_train,
             "image_format": node.FORMAT,
             "num_classes": cfg.MODEL.DN_DETR.NUM_CLASSES or 0,
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
-            "masks": node.MASK_FORMAT if trains_masks(cfg) else None,
+            "masks": masks,
+            "mask_key": mask_key(cfg),
             "flips": flips,
             "resizes": [ResizeShortestEdge(side, longest, style)],
             "crops": crops,
@@ -183,9 +202,10 @@ class DetrDatasetMapper:
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
-        self._check_size(record, image.shape[:2])  # what was decoded, after what the header said
+        size = image.shape[:2]
+        self._check_size(record, size)  # what was decoded, after what the header said
         annotated = self.is_train or self.prompts is not None
-        raw = self._raw_boxes(record, image.shape[:2]) if annotated else ([], [], [])
+        raw = self._raw_boxes(record, size) if annotated else ([], [], [])
         annotations = record.pop("annotations", [])
 
         crop = self.cropping is not None and np.random.rand() < 0.5
@@ -195,7 +215,9 @@ class DetrDatasetMapper:
         if annotated:
             objects = self._instances(*raw, transforms, augmented.image.shape[:2])
             if self.masks is not None:
-                objects.gt_masks = self._masks(record["file_name"], objects, annotations, transforms)
+                objects.gt_masks = self._masks(record["file_name"], objects, annotations, transforms, size)
+            if self.masks == "bitmask":
+                objects = fitted_to_masks(objects, boxes=crop)
             record |= self._given(objects)
         return record
 
@@ -246,18 +268,21 @@ class DetrDatasetMapper:
         keep = gt_boxes.nonempty()
         return Instances(image_size, gt_boxes=gt_boxes[keep], gt_classes=gt_classes[keep], gt_index=gt_index[keep])
 
-    def _masks(self, file_name: str, instances: Instances, annotations: list[dict], transforms: T.TransformList):
-        """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image."""
-        size, masks = instances.image_size, []
+    def _masks(self, file_name: str, instances: Instances, annotations: list[dict], transforms, size):
+        """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image; ``size`` is that of the file."""
+        moved, masks = instances.image_size, []
         for i in instances.gt_index.tolist():
             what = f"{file_name}, annotation {annotations[i].get('id', f'number {i}')}"
-            if not annotations[i].get("segmentation"):
+            if not has_mask(annotations[i]):
                 raise DatasetError(
-                    f"{what} has no segmentation, but MODEL.MASK_ON is True; set it to False, or add the mask"
+                    f"{what} has no segmentation, but {self.mask_key} is True; set it to False, or add the mask"
                 )
             try:
-                moved = detection_utils.transform_instance_annotations(annotations[i], transforms, size)
-                masks.append(detection_utils.annotations_to_instances([moved], size, self.masks).gt_masks)
+                if self.masks == "bitmask":
+                    masks.append(bit_masks([annotations[i]["segmentation"]], transforms, size, moved))
+                else:
+                    polygons = detection_utils.transform_instance_annotations(annotations[i], transforms, moved)
+                    masks.append(detection_utils.annotations_to_instances([polygons], moved, self.masks).gt_masks)
             except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise DatasetError(
@@ -266,8 +291,16 @@ class DetrDatasetMapper:
                     "run lengths"
                 ) from None
         if not masks:
-            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, *size))
+            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, *moved))
         return type(masks[0]).cat(masks)
+
+
+def fitted_to_masks(instances: Instances, boxes: bool) -> Instances:
+    """The instances whose bit mask is not empty; with ``boxes`` their boxes are those of the masks."""
+    instances = instances[instances.gt_masks.nonempty()]
+    if boxes:
+        instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    return instances
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):

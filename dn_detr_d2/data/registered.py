@@ -6,6 +6,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import DatasetError
 from .coco_custom import check_files, class_names, load_with_categories, register_coco_json
+from .shapes import load_shapes
 
 # Where Detectron2 makes the functions that read ``coco_2017_train`` and what its register_coco_instances is given.
 THEIR_READER = "detectron2.data.datasets.coco"
@@ -21,7 +22,8 @@ def records_of(name: str, masks: bool = False) -> list[dict]:
 
     Args:
         name: of the data set.
-        masks: keep the ``segmentation`` of annotations; a set of ``DATASETS.COCO_JSON`` is read once more for it.
+        masks: keep the ``segmentation`` of annotations; a set of ``DATASETS.COCO_JSON`` is read once more for it. What a
+            function of the user's returns stays as it is.
 
     Raises:
         DatasetError: a file is missing or has a fault, see :func:`.coco_custom.load_coco_json`, or its categories are not
@@ -31,6 +33,8 @@ def records_of(name: str, masks: bool = False) -> list[dict]:
     if not _in_coco_format(name):
         if masks and _read_by(name) == register_coco_json.__module__:
             return load_with_categories(Path(metadata.json_file), Path(metadata.image_root), masks=True)[0]
+        if masks and _read_by(name) == load_shapes.__module__:
+            return load_shapes(name, masks=True)
         return DatasetCatalog.get(name)
     check_files(name)
     json_file = Path(metadata.json_file)

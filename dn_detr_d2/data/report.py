@@ -19,6 +19,7 @@ class Report:
         fullest: objects of the fullest image, and its name in words.
         objects: {range of objects in an image: images}.
         classes: {name: boxes}, in the order of the category ids.
+        masks: whether masks are trained, so that what is wrong with them is a problem.
     """
 
     counts: Counter = field(default_factory=Counter)
@@ -29,6 +30,7 @@ class Report:
     fullest: tuple[int, str] = (0, "none")
     objects: dict[str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
+    masks: bool = False
 
     def add(self, kind: Issue, where: str) -> None:
         """Counts one finding of a kind; ``where`` names the record and the value."""
@@ -47,7 +49,8 @@ class Report:
 
     def problems(self) -> dict[Issue, int]:
         """{kind: count} of everything that is a problem, worst first."""
-        return {kind: n for kind, n in self.ordered() if kind.severity is not Severity.FINE}
+        none = {Severity.FINE} if self.masks else {Severity.FINE, Severity.MASKS}
+        return {kind: n for kind, n in self.ordered() if kind.severity not in none}
 
     def ordered(self) -> list[tuple[Issue, int]]:
         """(kind, count) of everything found, worst first, then in the order of ``Issue``."""

@@ -3,7 +3,7 @@
 ``shapes_train`` and ``shapes_val`` are registered with Detectron2 when this package is imported, and drawn into a cache
 folder when they are first used. Only integer arithmetic and an uncompressed file format are used, so the files are the
 same bytes on every machine. Scenes have 0 to 4 objects, small and large ones, overlap, textured grounds and several
-sizes; some are blank.
+sizes; some are blank. Masks, like boxes, are those of whole objects, also where another object hides a part.
 """
 
 import json
@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from pycocotools import mask as mask_util
 
-from .coco_custom import load_coco_json
+from .coco_custom import load_with_categories
 
 CLASSES = ("circle", "rectangle", "triangle")
-VERSION = 1  # part of the cache folder's name; raise it when the drawing changes
+VERSION = 2  # part of the cache folder's name; raise it when the files change
 SPLITS = {"shapes_train": (11, 1200), "shapes_val": (12, 200)}  # name: (seed, images)
 SIZES = ((128, 128), (128, 112), (112, 128), (128, 96), (96, 128))  # (height, width)
 BLANK_PERCENT = 5
@@ -61,12 +62,12 @@ def register_shapes() -> None:
         )
 
 
-def load_shapes(name: str) -> list[dict]:
-    """Dataset dicts of a split, drawn first if the cache does not hold it."""
+def load_shapes(name: str, masks: bool = False) -> list[dict]:
+    """Dataset dicts of a split, drawn first if the cache does not hold it; with ``masks`` also the ``segmentation``."""
     annotations = Path(MetadataCatalog.get(name).json_file)
     if not annotations.is_file():
         generate(annotations.parent, *SPLITS[name])
-    return load_coco_json(annotations, annotations.parent)
+    return load_with_categories(annotations, annotations.parent, masks=masks)[0]
 
 
 def generate(folder: Path, seed: int, num_images: int) -> None:
@@ -76,12 +77,12 @@ def generate(folder: Path, seed: int, num_images: int) -> None:
     try:
         images, annotations = [], []
         for image_id in range(num_images):
-            pixels, boxes, labels = draw_scene(Dice([seed, image_id]))
+            pixels, boxes, labels, masks = draw_scene(Dice([seed, image_id]))
             file_name = f"{image_id:05d}.bmp"
             Image.fromarray(pixels).save(draft / file_name)
             height, width = pixels.shape[:2]
             images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-            for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
+            for (x0, y0, x1, y1), label, mask in zip(boxes, labels, masks, strict=True):
                 size = [x1 - x0, y1 - y0]
                 annotations.append(
                     {
@@ -89,6 +90,7 @@ def generate(folder: Path, seed: int, num_images: int) -> None:
                         "image_id": image_id,
                         "category_id": label + 1,
                         "bbox": [x0, y0, *size],
+                        "segmentation": run_lengths_of(mask),
                         "area": size[0] * size[1],
                         "iscrowd": 0,
                     }
@@ -105,27 +107,38 @@ def generate(folder: Path, seed: int, num_images: int) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def draw_scene(rng: Dice) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int]]:
-    """One scene: (H, W, 3) uint8 pixels, boxes as (x0, y0, x1, y1) pixels around the whole object, class indices."""
+def run_lengths_of(mask: np.ndarray) -> dict:
+    """Compressed run lengths of a mask (H, W), as a JSON file holds them."""
+    found = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": found["counts"].decode("ascii")}
+
+
+def draw_scene(rng: Dice) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int], list[np.ndarray]]:
+    """One scene, drawn from the back to the front.
+
+    Returns:
+        (H, W, 3) uint8 pixels, and of each object (x0, y0, x1, y1) in pixels around all of it, class index, (H, W) bool mask
+        of all of it.
+    """
     height, width = SIZES[rng.integers(len(SIZES))]
     pixels = draw_ground(rng, height, width)
     owner = np.zeros((height, width), np.int64)  # 0 = ground, i = i-th object
-    areas, boxes, labels = [], [], []
+    masks, boxes, labels = [], [], []
     wanted = 0 if rng.integers(100) < BLANK_PERCENT else rng.integers(1, MAX_OBJECTS + 1)
     for _ in range(4 * wanted):
         if len(boxes) == wanted:
             break
         label = rng.integers(len(CLASSES))
         mask, box = draw_object(rng, label, height, width)
-        if box is None or hides_too_much(owner, mask, areas):
+        if box is None or hides_too_much(owner, mask, [int(x.sum()) for x in masks]):
             continue
         owner[mask] = len(boxes) + 1
-        areas.append(int(mask.sum()))
+        masks.append(mask)
         pixels[mask] = object_colour(rng, pixels, mask)
         boxes.append(box)
         labels.append(label)
     noise = rng.integers(-8, 9, pixels.shape)
-    return np.clip(pixels + noise, 0, 255).astype(np.uint8), boxes, labels
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8), boxes, labels, masks
 
 
 def draw_ground(rng: Dice, height: int, width: int) -> np.ndarray:

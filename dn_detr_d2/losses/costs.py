@@ -124,9 +124,11 @@ class MaskPointCost(Cost):
         self.num_points, self.draw = num_points, draw
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Tensor:
-        """(K, N, Q, M), both parts with their weights."""
+        """(K, N, Q, M), both parts with their weights; 0 of predictions without masks, such as DINO's proposals."""
         embeddings, features = predictions.mask_embeddings, predictions.mask_features
-        k, n, q, _ = embeddings.shape
+        k, n, q, _ = predictions.logits.shape
+        if embeddings is None:
+            return predictions.logits.new_zeros(k, n, q, targets.valid.shape[1])
         points = self.draw("match", n, self.num_points, features.device)
         sampled = sample_maps(features, points)  # (N, C, n)
         masks = torch.arange(targets.valid.numel(), device=features.device).view_as(targets.valid)

@@ -63,7 +63,9 @@ class MaskPoints(LossTerm):
     def weighted(
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizers: LossNormalizers
     ) -> dict[str, Tensor]:
-        """(K,) weighted losses "mask" and "dice"."""
+        """(K,) weighted losses "mask" and "dice"; none of predictions without masks, such as DINO's proposals."""
+        if predictions.mask_embeddings is None:
+            return {}
         entropy, dice = self(predictions, targets, assignment, normalizers)
         return {"mask": self.weight * entropy, "dice": self.dice_weight * dice}
 

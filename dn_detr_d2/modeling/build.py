@@ -17,9 +17,12 @@ from ..losses import (
     SoftmaxMatcher,
     without_masks,
 )
+from .decoder import Decoder
+from .mask_postprocess import build_postprocess
+from .mask_queries import MaskDinoQueries
 from .neck import Neck
+from .pixel_decoder import PixelDecoder
 from .points import draw_points
-from .postprocess import Postprocess, select_best, select_top
 from .prompting import check_prompt_keys
 from .registry import (
     DECODER_REGISTRY,
@@ -49,25 +52,44 @@ def build_parts(cfg) -> dict:
     matcher, criterion = build_matcher(cfg), build_criterion(cfg)
     neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
     choose_backend(cfg, encoder, decoder)
+    pixel_decoder = PixelDecoder(cfg, backbone.output_shape()) if root.MASK.ENABLED else None
     query_source = build_query_source(cfg)
+    if isinstance(query_source, MaskDinoQueries):
+        query_source.borrow_heads(decoder)
     denoising = build_denoising(cfg, query_source, criterion)
     check_prompt_keys(cfg, query_source, denoising)
+    check_boxes(cfg, decoder, matcher, criterion)
     return {
         "backbone": backbone,
         "neck": neck,
         "encoder": encoder,
         "query_source": query_source,
         "decoder": decoder,
+        "pixel_decoder": pixel_decoder,
         "denoising": denoising,
         "matcher": matcher,
         "criterion": criterion,
-        "postprocess": Postprocess(
-            select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, cfg.TEST.DETECTIONS_PER_IMAGE
-        ),
+        "postprocess": build_postprocess(cfg),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
+        "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }
+
+
+def check_boxes(cfg, decoder: Decoder, matcher: HungarianMatcher, criterion: SetCriterion) -> None:
+    """Refuses losses and costs of boxes in a model that has none; raises ConfigError."""
+    if decoder.BOXES:
+        return
+    root = cfg.MODEL.DN_DETR
+    names = {"l1": "L1", "giou": "GIOU"}
+    wrong = [f"LOSS.{names[x.name]}_WEIGHT {x.weight}" for x in criterion.terms if x.name in names]
+    wrong += [f"MATCHER.{names[x.name]}_COST {x.weight}" for x in matcher.costs if x.name in names]
+    if wrong:
+        raise ConfigError(
+            f"MODEL.DN_DETR.DECODER.NAME = {root.DECODER.NAME!r} predicts no boxes, but there are {', '.join(wrong)}; set "
+            "them to 0"
+        )
 
 
 def build_query_source(cfg) -> nn.Module:

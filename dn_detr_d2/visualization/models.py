@@ -7,7 +7,7 @@ from torch import nn
 
 from ..data import DetrDatasetMapper, check_files, records_of
 from ..data.loader import has_boxes
-from ..data.mapper import AnnotatedDatasetMapper
+from ..data.mapper import AnnotatedDatasetMapper, trains_masks
 from ..diagnostics import require_queries
 from ..engine import Trainer, load_for_evaluation
 from ..errors import CheckpointError, ConfigError, DatasetError
@@ -48,7 +48,7 @@ def training_image(cfg, wanted: str | None) -> dict:
         raise ConfigError("DATASETS.TRAIN is empty; add --dataset NAME")
     for name in names:
         check_files(name)
-    records = [record for name in names for record in records_of(name)]
+    records = [record for name in names for record in records_of(name, trains_masks(cfg))]
     return AnnotatedDatasetMapper(cfg)(choose(records, wanted, ", ".join(names)))
 
 

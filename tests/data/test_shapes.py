@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from pycocotools import mask as mask_util
 
-from dn_detr_d2.data import shapes
+from dn_detr_d2.data import records_of, shapes
 
 # SHA-256 over the pixels and boxes of the first 8 training scenes; pins the drawing on every machine and version.
 FIRST_SCENES = "b28814c064104e9d580bda7a730a977418eab4b6eb22bf5e205cf52a06a069ec"
@@ -19,7 +20,7 @@ def records():
 def test_the_same_bytes_on_every_machine():
     digest = hashlib.sha256()
     for image_id in range(8):
-        pixels, boxes, labels = shapes.draw_scene(shapes.Dice([shapes.SPLITS["shapes_train"][0], image_id]))
+        pixels, boxes, labels, _ = shapes.draw_scene(shapes.Dice([shapes.SPLITS["shapes_train"][0], image_id]))
         digest.update(pixels.tobytes())
         digest.update(repr((pixels.shape, boxes, labels)).encode())
     assert digest.hexdigest() == FIRST_SCENES
@@ -38,9 +39,25 @@ def test_an_empty_cache_variable_is_none(monkeypatch, value, root):
 
 
 def test_files_hold_what_was_drawn(records):
-    pixels, boxes, _ = shapes.draw_scene(shapes.Dice([shapes.SPLITS["shapes_val"][0], 3]))
+    pixels, boxes, _, _ = shapes.draw_scene(shapes.Dice([shapes.SPLITS["shapes_val"][0], 3]))
     assert np.array_equal(np.asarray(Image.open(records[3]["file_name"])), pixels)
     assert [a["bbox"][:2] for a in records[3]["annotations"]] == [list(map(float, box[:2])) for box in boxes]
+
+
+def test_masks_are_of_the_whole_object_as_their_boxes_are():
+    objects = [x for record in shapes.load_shapes("shapes_val", masks=True) for x in record["annotations"]]
+    runs = [x["segmentation"] | {"counts": x["segmentation"]["counts"].encode()} for x in objects]
+    assert mask_util.toBbox(runs).tolist() == [x["bbox"] for x in objects]
+    fills = [mask_util.area(run) / (x["bbox"][2] * x["bbox"][3]) for run, x in zip(runs, objects, strict=True)]
+    of_class = [np.mean([f for f, x in zip(fills, objects, strict=True) if x["category_id"] == c]) for c in range(3)]
+    assert of_class == pytest.approx([np.pi / 4, 1, 0.5], abs=0.02)  # circle, rectangle, triangle
+
+
+def test_masks_are_read_only_where_they_are_asked_for(records):
+    assert not any("segmentation" in x for record in records for x in record["annotations"])
+    assert [[x["bbox"] for x in r["annotations"]] for r in records_of("shapes_val", masks=True)] == [
+        [x["bbox"] for x in r["annotations"]] for r in records
+    ]
 
 
 def test_scenes_vary_as_described(records):

@@ -116,8 +116,19 @@ def test_mask_rcnn_trains_on_the_masks_of_a_coco_file(tmp_path, form):
 
 
 def test_masks_that_are_not_there_are_told(tmp_path):
-    with pytest.raises(DatasetError, match=naming("annotation", "MODEL.MASK_ON")):
-        train(make_rcnn_cfg(tmp_path, *MASKS, *SHORT))
+    """Before the training, with a count."""
+    options, file = five_classes(tmp_path), tmp_path / "set.json"
+    content = json.loads(file.read_text())
+    content["annotations"] += [
+        content["annotations"][0] | {"id": 8},
+        content["annotations"][0] | {"id": 9, "iscrowd": 1},
+    ]
+    for annotation in content["annotations"][1:]:
+        annotation["segmentation"] = []
+    file.write_text(json.dumps(content))
+    options += ["DATASETS.TEST", (), "MODEL.DN_DETR.NUM_CLASSES", 5]
+    with pytest.raises(DatasetError, match=naming(1, 2, "annotation", 8, "MODEL.MASK_ON")):
+        train(make_rcnn_cfg(tmp_path / "out", *options, *MASKS, *SHORT))
 
 
 @pytest.mark.parametrize("cascade", [False, True])

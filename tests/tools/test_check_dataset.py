@@ -215,3 +215,26 @@ def test_many_boxes_that_stick_out_are_clipped_only_if_told(run, tmp_path):
     assert (code, err.count("\n"), (tmp_path / "out.json").exists()) == (2, 1, False)
     assert "--boxes xywh" in err
     assert run(content, "--fix", tmp_path / "out.json", "--boxes", "xywh")[0] == 0
+
+
+def test_masks_are_problems_and_repaired_only_on_request(run, tmp_path):
+    ring = [5, 5, 15, 5, 15, 14, 5, 14]
+    masks = [[ring], [ring[:4], ring], "x", {"size": [1, 1], "counts": [1]}, [[5, 5, 99, 5, 99, 14, 5, 14]], []]
+    box = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 9]}
+    content = valid_coco(annotations=[box | {"id": i, "segmentation": mask} for i, mask in enumerate(masks)])
+    code, out, _ = run(content)
+    assert code == 0
+    assert "1 x object without a mask" in out
+    assert run(content, "--masks")[0] == 1
+    fixed = tmp_path / "out.json"
+    assert run(content, "--fix", fixed)[0] == 0
+    assert [x["segmentation"] for x in json.loads(fixed.read_text())["annotations"]] == masks
+    code, out, _ = run(content, "--fix", fixed, "--masks")
+    assert code == 1
+    assert "3 x object without a mask" in out
+    assert len(json.loads(fixed.read_text())["annotations"]) == 6
+    code, out, _ = run(content, "--fix", fixed, "--masks", "--drop-bad")
+    kept = {x["id"]: x["segmentation"] for x in json.loads(fixed.read_text())["annotations"]}
+    assert kept == {0: [ring], 1: [ring], 4: [[5, 5, 30, 5, 30, 14, 5, 14]]}
+    assert "left out: annotation 5" in out
+    assert (code, "mask disagrees" in out) == (1, True)  # which needs a person
