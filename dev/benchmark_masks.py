@@ -14,9 +14,7 @@ losses.
 import argparse
 import multiprocessing
 import resource
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dev.benchmark_criterion import OperatorCount
+from dev.benchmark_criterion import OperatorCount, largest_difference, medians, seconds
 from dn_detr_d2 import DenoisingGenerator, HungarianMatcher, SetCriterion
 from dn_detr_d2.losses import ClassSoftmax, ClassSoftmaxCost, MaskPointCost, MaskPoints
 from dn_detr_d2.structures import Predictions, Targets
@@ -57,6 +55,7 @@ class Case:
         self.embeddings = (torch.randn(SETS, images, total, CHANNELS) / 8).requires_grad_()
         self.features = (torch.randn(images, CHANNELS, size // 4, size // 4) / 8).requires_grad_()
         self.logits = torch.randn(SETS, images, total, CLASSES + 1).requires_grad_()
+        self.leaves = (self.embeddings, self.features)
         self.divisor = float(max(images * objects, 1))
 
     def draw(self, kind: str, num_sets: int, num_points: int, device: torch.device) -> Tensor:
@@ -134,17 +133,6 @@ def reference_losses(case: Case, maps: Tensor, wanted: Tensor, pairs: tuple[Tens
 SIDES = {"ours": ours, "reference": reference}
 
 
-def seconds(function, case: Case) -> tuple[float, float]:
-    """(forward, forward and backward) time of one call."""
-    start = time.perf_counter()
-    total = sum(v.sum() for v in function(case).values())
-    middle = time.perf_counter()
-    total.backward()
-    end = time.perf_counter()
-    case.embeddings.grad = case.features.grad = None
-    return middle - start, end - start
-
-
 def growth(side: str, sizes: tuple[int, ...], threads: int) -> int:
     """Bytes by which the peak memory of this process grows in a forward and backward pass; for a process of its own."""
     torch.set_num_threads(threads)
@@ -175,18 +163,8 @@ def measure(sizes: tuple[int, ...], rounds: int, threads: int) -> dict[str, floa
     case = Case(*sizes)
     with torch.no_grad():
         results = {name: function(case) for name, function in SIDES.items()}
-    row["difference"] = max(
-        ((results["ours"][k] - v).abs() / v.abs().clamp(min=1e-6)).max().item() for k, v in results["reference"].items()
-    )
-    row["waits"] = waits(case)
-    times = {name: [] for name in SIDES}
-    for _ in range(rounds):
-        for name, function in SIDES.items():
-            times[name].append(seconds(function, case))
-    for name in SIDES:
-        row[f"{name}_forward"] = statistics.median(t[0] for t in times[name])
-        row[f"{name}_both"] = statistics.median(t[1] for t in times[name])
-    return row
+    row |= {"difference": largest_difference(results["ours"], results["reference"]), "waits": waits(case)}
+    return row | medians(SIDES, case, rounds)
 
 
 def main(argv: list[str] | None = None) -> int:
