@@ -115,7 +115,7 @@ class MaskPointCost(Cost):
     """
 
     name = "mask"
-    chunk = 2**24
+    chunk = 2**22
 
     def __init__(self, mask_weight: float = 5.0, dice_weight: float = 5.0, *, num_points: int, draw: DrawPoints):
         check_points("the matching cost", mask_weight, dice_weight, num_points)
@@ -143,7 +143,7 @@ class MaskPointCost(Cost):
         entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ wanted) / self.num_points
         prob = logits.sigmoid()
         both = prob.sum(-1, keepdim=True) + wanted.sum(1, keepdim=True)
-        return self.mask_weight * entropy + self.dice_weight * (1 - (2 * prob @ wanted + 1) / (both + 1))
+        return self.mask_weight * entropy + self.dice_weight * (1 - (2 * (prob @ wanted) + 1) / (both + 1))
 
 
 def logits_of_labels(logits: Tensor, targets: Targets) -> Tensor:

@@ -3,7 +3,6 @@
 Shapes: K prediction sets, N images, Q queries, C channels of mask embeddings, T pairs, R = K * T masks, n points.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +37,7 @@ class MaskPoints(LossTerm):
 
     name = "mask"
     names = ("mask", "dice")
-    chunk = 2**25
+    chunk = 2**24
 
     def __init__(
         self,
@@ -81,33 +80,28 @@ class MaskPoints(LossTerm):
         # Pair by pair, the sets of a pair side by side, so that all masks of an image meet its features in one product.
         queries = embeddings[assignment.index(k)].transpose(0, 1).flatten(0, 1)  # (R, C)
         masks = (assignment.image * targets.valid.shape[1] + assignment.target).expand(k, -1).T.flatten()
-        images = np.repeat(np.arange(len(features)), [k * count for count in assignment.image_counts(len(features))])
+        counts = [k * count for count in assignment.image_counts(len(features))]
         size = max(self.chunk // (features[0, 0].numel() + 3 * self.candidates), 1)
-        chunks = [slice(start, start + size) for start in range(0, k * pairs, size)]
+        chunks = chunk_images(counts, size)
+        images = features.unbind()  # once: the gradient of each part of a tensor has the size of the whole
+        queries = iter(queries.split([length for runs in chunks for _, length in runs]))
         losses = []
-        for part in chunks:
-            count = len(images[part])
-            candidates = self.draw("loss", count, self.candidates, features.device)
-            rest = self.draw("rest", count, self.rest, features.device)
-            arguments = (queries[part], features, images[part], targets.masks, masks[part], candidates, rest)
+        for runs, row in zip(chunks, masks.split(size), strict=True):
+            candidates = self.draw("loss", len(row), self.candidates, features.device)
+            rest = self.draw("rest", len(row), self.rest, features.device)
+            factors = [x for i, _ in runs for x in (next(queries), images[i])]
+            arguments = (targets.masks, row, candidates, rest, *factors)
             if len(chunks) > 1 and torch.is_grad_enabled():
                 losses.append(checkpoint(self._losses, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 losses.append(self._losses(*arguments))
         return torch.cat(losses, 1).unflatten(1, (pairs, k)).sum(1) / normalizers.num_pairs
 
-    def _losses(
-        self,
-        queries: Tensor,
-        features: Tensor,
-        images: np.ndarray,
-        masks: Tensor,
-        row: Tensor,
-        candidates: Tensor,
-        rest: Tensor,
-    ) -> Tensor:
-        """(2, r) cross-entropy and dice of each of r masks."""
-        maps = products(queries, features, images)
+    def _losses(self, masks: Tensor, row: Tensor, candidates: Tensor, rest: Tensor, *factors: Tensor) -> Tensor:
+        """(2, r) cross-entropy and dice of r masks, products of (r_i, C) embeddings and (C, h, w) features."""
+        runs, features = factors[::2], factors[1::2]
+        maps = torch.cat([run @ x.flatten(1) for run, x in zip(runs, features, strict=True)])
+        maps = maps.unflatten(1, features[0].shape[1:])
         points = torch.cat([most_uncertain(maps, candidates, self.kept), rest], 1)
         logits, wanted = sample_maps(maps[:, None], points)[:, 0], sample_masks(masks, row, points)
         entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
@@ -116,18 +110,22 @@ class MaskPoints(LossTerm):
         return torch.stack([entropy, dice])
 
 
-def products(queries: Tensor, features: Tensor, images: np.ndarray) -> Tensor:
-    """(r, C) embeddings times the features of their images: (r, h, w) mask logits.
+def chunk_images(counts: list[int], size: int) -> list[list[tuple[int, int]]]:
+    """Divides a row of items, ``counts[i]`` of image i, into chunks of at most ``size``.
 
-    Args:
-        queries: of the masks.
-        features: (N, C, h, w).
-        images: (r,) image of each mask, on the host; one product is made of each run of equal ones.
+    Returns:
+        list: of each chunk its (image, number of items), in order.
     """
-    starts = np.flatnonzero(np.diff(images, prepend=-1))
-    runs = queries.split(np.diff(starts, append=len(images)).tolist())
-    maps = [run @ features[image].flatten(1) for run, image in zip(runs, images[starts].tolist(), strict=True)]
-    return torch.cat(maps).unflatten(1, features.shape[2:])
+    chunks, room = [], 0
+    for image, left in enumerate(counts):
+        while left:
+            if not room:
+                chunks.append([])
+                room = size
+            taken = min(left, room)
+            chunks[-1].append((image, taken))
+            left, room = left - taken, room - taken
+    return chunks
 
 
 def without_masks(criterion: SetCriterion) -> SetCriterion:

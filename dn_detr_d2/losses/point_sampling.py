@@ -32,16 +32,22 @@ def sample_masks(masks: Tensor, row: Tensor, points: Tensor) -> Tensor:
         Tensor: (..., n) float32 in [0, 1].
     """
     h, w = masks.shape[-2:]
+    (left, right), x = _neighbours(points[..., 0], w)
+    (upper, lower), y = _neighbours(points[..., 1], h)
     pixels, first = masks.flatten(), row[..., None] * (h * w)
-    grid = 2 * points - 1  # from here on rounded as grid_sample does
-    x, y = (((grid[..., i] + 1) * size - 1) / 2 for i, size in enumerate((w, h)))
-    left, top, total = x.floor(), y.floor(), torch.zeros((), device=masks.device)
-    for column, line in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
-        share = (1 - (x - column).abs()) * (1 - (y - line).abs())
-        share = torch.where((column >= 0) & (column < w) & (line >= 0) & (line < h), share, 0)
-        place = line.long().clamp(0, h - 1) * w + column.long().clamp(0, w - 1)
-        total = total + share * pixels[first + place]
-    return total
+    upper, lower = first + upper * w, first + lower * w
+    above = pixels[upper + left] * x[0] + pixels[upper + right] * x[1]
+    return above * y[0] + (pixels[lower + left] * x[0] + pixels[lower + right] * x[1]) * y[1]
+
+
+def _neighbours(place: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two cells whose centres are nearest to each place in [0, 1] of an axis, and their shares, 0 beyond the border."""
+    place = place * size - 0.5
+    before = place.floor()
+    share, before = place - before, before.long()
+    after = before + 1
+    shares = (1 - share) * (before >= 0), share * (after < size)
+    return (before.clamp_(min=0), after.clamp_(max=size - 1)), shares
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dn_detr_d2 import DenoisingGenerator, HungarianMatcher, SetCriterion
 from dn_detr_d2.losses import ClassSoftmax, ClassSoftmaxCost, MaskPointCost, MaskPoints, without_masks
+from dn_detr_d2.losses.mask_terms import chunk_images
 from dn_detr_d2.losses.point_sampling import most_uncertain, sample_maps, sample_masks
 from dn_detr_d2.structures import Assignment, Predictions, Targets
 
@@ -209,6 +210,16 @@ def test_any_batch_has_finite_losses_and_as_many_points_as_it_asks_for(counts, k
     (values["mask"] + values["dice"]).sum().backward()
     assert predictions.mask_features.grad is not None
     assert predictions.mask_embeddings.grad is not None
+
+
+@given(counts=st.lists(st.integers(0, 9), max_size=5), size=st.integers(1, 7))
+def test_chunks_are_full_and_hold_every_item_in_order(counts, size):
+    chunks = chunk_images(counts, size)
+    items = [image for chunk in chunks for image, count in chunk for _ in range(count)]
+    assert items == [image for image, count in enumerate(counts) for _ in range(count)]
+    sizes = [sum(count for _, count in chunk) for chunk in chunks]
+    assert sizes == [size] * (sum(counts) // size) + [sum(counts) % size] * (sum(counts) % size > 0)
+    assert all(count > 0 for chunk in chunks for _, count in chunk)
 
 
 def test_a_mask_that_is_right_costs_next_to_nothing():
