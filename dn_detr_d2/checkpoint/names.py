@@ -94,7 +94,7 @@ DEFORMABLE_DECODER: Rules = [
     (r"(decoder\.layers\.\d+)\.norm1", r"\1.norm"),
     (r"(decoder\.layers\.\d+)\.norm2", r"\1.self_attn.norm"),
 ]
-# Mask2Former and Mask DINO -> the names of the DETRs; older files of Mask2Former lack a level, and call its contents otherwise.
+# Mask2Former and Mask DINO -> the names of the DETRs. Older files of Mask2Former lack a level of names.
 MASKS: Rules = [
     (r"^sem_seg_head\.(?!pixel_decoder\.|predictor\.)", "sem_seg_head.pixel_decoder."),
     (r"^sem_seg_head\.pixel_decoder\.(input_proj|transformer)", r"\1"),

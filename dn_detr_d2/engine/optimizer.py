@@ -1,10 +1,13 @@
-"""The optimizer: parameter groups from one table of name patterns, and clipping of the whole model's gradient."""
+"""The optimizer: parameter groups from one table of name patterns, clipping of the whole model's gradient, and schedules."""
 
 import logging
 from collections.abc import Iterable
 
 import torch
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import build_lr_scheduler as build_other_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -18,7 +21,7 @@ LEARNING_RATE_TABLE = (
 )
 # Detectron2's R-CNN recipes have 0.02, for SGD; no published DETR has more than 2e-4.
 LARGE_FOR_ADAMW = 0.01
-# Mask2Former keeps this one as a bare parameter and gives only its modules for embeddings a weight decay of their own. Swin's
+# Mask2Former keeps this one as a bare parameter and gives only modules for embeddings a weight decay of their own. Swin's
 # table is a bare parameter too, but goes with the embeddings.
 DECAYING_EMBEDDING = "encoder.level_embed.weight"
 POSITION_BIAS = "relative_position_bias_table"
@@ -79,6 +82,16 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     if not clip.ENABLED:
         return kind(groups, **settings)
     return clipped(groups, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE, **settings)
+
+
+def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """That of ``SOLVER.LR_SCHEDULER_NAME``: one of Detectron2's, or DeepLab's "WarmupPolyLR"."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_other_scheduler(cfg, optimizer)
+    warmup = (solver.WARMUP_FACTOR, min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0), solver.WARMUP_METHOD)
+    decay = PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER)
+    return LRMultiplier(optimizer, WarmupParamScheduler(decay, *warmup, solver.RESCALE_INTERVAL), solver.MAX_ITER)
 
 
 class ClipsWholeModel:

@@ -37,6 +37,7 @@ def narrower(path):
         backbone = {}  # Detectron2 has these in one width
     options = [x for key, value in backbone.items() for x in (f"MODEL.RESNETS.{key}", value)]
     options += ["MODEL.SWIN.SIZE", "T", "MODEL.DN_DETR.HIDDEN_DIM", 64]
+    options += ["MODEL.DN_DETR.MASK.NUM_POINTS", 64]
     return [*options, "MODEL.DN_DETR.ENCODER.FFN_DIM", 64, "MODEL.DN_DETR.DECODER.FFN_DIM", 64]
 
 
@@ -49,11 +50,27 @@ def test_every_config_builds_in_its_own_size(path):
         assert sum(p.numel() for p in build_model(cfg).parameters()) > 10**6
 
 
+@pytest.mark.parametrize(
+    ("config", "classes", "expected"),
+    [
+        ("mask2former_R50_instance_50ep", 80, 43970257),
+        ("mask2former_R50_panoptic_50ep", 133, 43983878),
+        ("mask_dino_R50_instance_50ep", 80, 52058004),
+    ],
+)
+def test_models_with_masks_have_as_many_parameters_as_the_authors(config, classes, expected):
+    cfg = setup_cfg(str(ROOT / "configs" / f"{config}.yaml"), [*NO_DATA, "MODEL.DN_DETR.NUM_CLASSES", classes])
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model(cfg).parameters()) == expected
+
+
 @pytest.mark.parametrize("narrow", [True, pytest.param(False, marks=pytest.mark.long)], ids=["narrow", "as it is"])
 @pytest.mark.parametrize("path", different_models(), ids=lambda p: p.stem)
 def test_every_model_of_the_configs_builds_and_trains_one_step_and_predicts(path, narrow):
-    model = build_model(setup_cfg(str(path), [*NO_DATA, *(narrower(path) if narrow else ())]))
-    batch = make_batch(2, 0, sizes=((64, 64),))
+    cfg = setup_cfg(str(path), [*NO_DATA, *(narrower(path) if narrow else ())])
+    model = build_model(cfg)
+    batch = make_batch(2, 0, sizes=((64, 64),), masks=cfg.MODEL.DN_DETR.MASK.ENABLED)
     with EventStorage():  # which Detectron2's own detectors log to
         losses = model.train()(batch)
     sum(losses.values()).backward()
