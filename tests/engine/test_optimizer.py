@@ -122,7 +122,9 @@ def test_learning_rates_are_the_authors(config):
     for name, group in groups_by_name(cfg, model).items():
         expected = next((rate for pattern, rate in rules.items() if re.search(pattern, name)), base)
         assert group["lr"] == pytest.approx(expected), name
-        if config.startswith("mask"):  # no decay of norms and embeddings, but of the bare embedding of the encoder's levels
+        if config.startswith(
+            "mask"
+        ):  # no decay of norms and embeddings, but of the bare embedding of the encoder's levels
             assert group["weight_decay"] == (0 if not_decayed(name, model) else 0.05), name
     names = [name for name, _ in model.named_parameters()]
     assert any(name.startswith("query_source.reference.") for name in names) == (
