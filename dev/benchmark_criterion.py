@@ -55,6 +55,7 @@ class Case:
         self.logits = (rand(LAYERS, images, total, CLASSES) * 4 - 4).requires_grad_()
         centre, size = rand(LAYERS, images, total, 2) * 0.6 + 0.2, rand(LAYERS, images, total, 2) * 0.3 + 0.05
         self.predicted = torch.cat([centre, size], -1).requires_grad_()
+        self.leaves = (self.logits, self.predicted)
         self.normalizer = torch.tensor(float(max(images * objects, 1)))
 
 
@@ -143,15 +144,34 @@ def saved_bytes(function, case: Case) -> int:
     return sum(kept.values())
 
 
-def seconds(function, case: Case) -> tuple[float, float]:
+def seconds(function, case) -> tuple[float, float]:
     """(forward, forward and backward) time of one call."""
     start = time.perf_counter()
     total = sum(v.sum() for v in function(case).values())
     middle = time.perf_counter()
     total.backward()
     end = time.perf_counter()
-    case.logits.grad = case.predicted.grad = None
+    for leaf in case.leaves:
+        leaf.grad = None
     return middle - start, end - start
+
+
+def medians(sides: dict, case, rounds: int) -> dict[str, float]:
+    """Median times of each side, as ``{side}_forward`` and ``{side}_both``, in interleaved rounds."""
+    times = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, function in sides.items():
+            times[name].append(seconds(function, case))
+    return {
+        f"{name}_{part}": statistics.median(t[i] for t in times[name])
+        for name in sides
+        for i, part in enumerate(("forward", "both"))
+    }
+
+
+def largest_difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Of the losses of the two sides, relative to the reference."""
+    return max(((ours[k] - v).abs() / v.abs().clamp(min=1e-6)).max().item() for k, v in reference.items())
 
 
 def measure(images: int, objects: int, rounds: int) -> dict[str, float]:
@@ -159,17 +179,8 @@ def measure(images: int, objects: int, rounds: int) -> dict[str, float]:
     case = Case(images, objects)
     sides = {"ours": ours, "reference": reference}
     results = {name: function(case) for name, function in sides.items()}
-    difference = max(
-        ((results["ours"][k] - v).abs() / v.abs().clamp(min=1e-6)).max().item() for k, v in results["reference"].items()
-    )
-    times = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, function in sides.items():
-            times[name].append(seconds(function, case))
-    row = {"difference": difference}
+    row = {"difference": largest_difference(results["ours"], results["reference"])} | medians(sides, case, rounds)
     for name, function in sides.items():
-        row[f"{name}_forward"] = statistics.median(t[0] for t in times[name])
-        row[f"{name}_both"] = statistics.median(t[1] for t in times[name])
         row[f"{name}_saved"] = saved_bytes(function, case)
         with OperatorCount() as count:
             function(case)

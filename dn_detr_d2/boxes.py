@@ -32,6 +32,18 @@ def image_scale(image_size: tuple[int, int], like: Tensor) -> Tensor:
     return like.new_tensor([width, height, width, height])
 
 
+def boxes_of_masks(masks: Tensor) -> Tensor:
+    """(..., 4) xyxy boxes of (..., h, w) bool masks, in whole pixels; the box of an empty mask is 0 throughout.
+
+    x1 and y1 are the first column and row behind the mask, as of Detectron2's ``BitMasks.get_bounding_boxes``.
+    """
+    low, high = [], []
+    for line in (masks.amax(-2), masks.amax(-1)):  # columns, rows; faster than any()
+        low.append(line.byte().argmax(-1))
+        high.append((line.shape[-1] - line.flip(-1).byte().argmax(-1)) * line.any(-1))
+    return torch.stack(low + high, -1)
+
+
 def logit(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
     """Inverse of the sigmoid with both ends clamped: log(max(x, eps) / max(1 - x, eps)).
 

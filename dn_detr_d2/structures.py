@@ -86,16 +86,18 @@ class Assignment:
     that holds for all of them. The loss does not know which.
 
     Attributes:
-        image: (T,) int64 index into the batch, the same for all rows.
+        image: (T,) int64 index into the batch, the same for all rows; ascending.
         query: (K or 1, T) int64 index on the query axis.
         target: (K or 1, T) int64 index on the target axis (M) of that image.
         class_loss_mask: (N, Q) bool, queries that have a class loss, paired or not; None = all.
+        counts: pairs of each image, on the host; None = a loss that needs them reads ``image`` from the device.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
     class_loss_mask: Tensor | None = None
+    counts: list[int] | None = None
 
     def __len__(self) -> int:
         """Number of pairs T."""
@@ -105,6 +107,12 @@ class Assignment:
         """What picks the paired queries out of (K, N, Q, ...) as (K, T, ...): indices of set, image and query."""
         return torch.arange(num_sets, device=self.image.device)[:, None], self.image, self.query
 
+    def image_counts(self, num_images: int) -> list[int]:
+        """How many pairs each image has; reads the device only where ``counts`` are not given."""
+        if self.counts is not None:
+            return self.counts
+        return torch.bincount(self.image, minlength=num_images).tolist()
+
     def per_image(self, num_images: int, row: int = -1) -> list[tuple[Tensor, Tensor]]:
         """The pairs of one row as a list of (query indices, target indices), one entry an image; reads the device."""
         pairs = [self.image == i for i in range(num_images)]
@@ -113,7 +121,7 @@ class Assignment:
 
 @dataclass
 class Pyramid:
-    """Image features on their way into the encoder, one entry a level, high resolution first.
+    """Image features on their way into the encoder, one entry a level, mostly high resolution first.
 
     Attributes:
         maps: (N, C, h, w) features.
@@ -150,6 +158,23 @@ class Memory:
     axis_encoding: Callable[[Tensor], Tensor] | None = None
     mask_features: Tensor | None = None
 
+    def of_levels(self, cells: Tensor) -> tuple[Tensor, ...]:
+        """(N, S, ...) -> (N, h * w, ...) of each level."""
+        return cells.split([h * w for h, w in self.shapes], 1)
+
+    def reversed_levels(self) -> "Memory":
+        """The same cells with the last level first."""
+        cells = (torch.cat(self.of_levels(x)[::-1], 1) for x in (self.tokens, self.positions, self.padding))
+        tokens, positions, padding = cells
+        return replace(
+            self,
+            tokens=tokens,
+            positions=positions,
+            padding=padding,
+            shapes=self.shapes[::-1],
+            valid_ratios=self.valid_ratios.flip(1),
+        )
+
 
 @dataclass
 class ObjectQueries:
@@ -165,6 +190,8 @@ class ObjectQueries:
             the reference box (DAB-DETR and its family).
         proposals: one set of predictions (K = 1) that the matching queries were chosen from and that has a loss of its
             own (two-stage systems), or None.
+        noised_cells: which cells of a map of (h, w) cells the noised masks of the denoising queries cover, (h, w) ->
+            (N, D, h, w) bool, for decoders with masked attention; None where there are no such masks.
     """
 
     content: Tensor = field(metadata={"query_axis": 1})
@@ -172,6 +199,7 @@ class ObjectQueries:
     blocked: Tensor | None = None
     position: Tensor | None = field(default=None, metadata={"query_axis": 1})
     proposals: "Predictions | None" = None
+    noised_cells: Callable[[tuple[int, int]], Tensor] | None = None
 
 
 @dataclass
@@ -210,7 +238,7 @@ def slice_queries(item, part: slice):
 def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Tensor | None) -> ObjectQueries:
     """Denoising queries first, matching queries last; ``blocked`` is the mask over both.
 
-    Every field on the query axis is joined; all others are those of ``matching``.
+    Every field on the query axis is joined; all others are those of ``matching``, but for the noised masks.
 
     Raises:
         ValueError: only one of the two has a field.
@@ -226,7 +254,8 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
                 f"the {lacking[0]} queries have no {one!r}, the others do; let forward() and embed() of the query source "
                 "give the same fields"
             )
-    return replace(replace_on_query_axis(matching, _join), blocked=blocked)
+    joined = replace_on_query_axis(matching, _join)
+    return replace(joined, blocked=blocked, noised_cells=denoising.noised_cells)
 
 
 def replace_on_query_axis(item, change: Callable[[Tensor, int, str], Tensor]):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.logger import setup_logger
 
 from dn_detr_d2 import setup_cfg
@@ -31,7 +31,7 @@ TOY = [
     *("MODEL.DN_DETR.NUM_CLASSES", 5, "MODEL.DN_DETR.NUM_QUERIES", 9, "MODEL.DN_DETR.HIDDEN_DIM", 64),
     *("MODEL.DN_DETR.ENCODER.NUM_LAYERS", 1, "MODEL.DN_DETR.ENCODER.FFN_DIM", 48, "MODEL.DN_DETR.ENCODER.NUM_HEADS", 4),
     *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 3, "MODEL.DN_DETR.DECODER.FFN_DIM", 48, "MODEL.DN_DETR.DECODER.NUM_HEADS", 4),
-    *("DATASETS.TRAIN", "()", "DATASETS.TEST", "()"),
+    *("MODEL.DN_DETR.MASK.NUM_POINTS", 64, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"),
 ]
 SYSTEMS = {
     "dab_detr": "dab_detr_R50_50ep",
@@ -43,6 +43,12 @@ SYSTEMS = {
     "dino_like": "dino_like_R50_12ep",
     "detr": "detr_R50_500ep",
     "anchor_detr": "anchor_detr_R50_50ep",
+}
+# Models with masks; a batch for them is make_batch(..., masks=True).
+MASK_SYSTEMS = {
+    "mask2former": "mask2former_dn_R50_instance_12ep",
+    "mask_dino": "mask_dino_R50_instance_50ep",
+    "mask_dino_semantic": "mask_dino_R50_semantic_ade20k_160k",
 }
 DENOISING_SYSTEMS = ("dn_detr", "dn_deformable_detr", "encoder_only", "dino", "dino_like")
 
@@ -85,7 +91,7 @@ def toy_cfg():
     """toy_cfg(system, *overrides) -> config of a small model."""
 
     def make(system, *overrides):
-        return setup_cfg(str(ROOT / "configs" / f"{SYSTEMS[system]}.yaml"), [*TOY, *overrides])
+        return setup_cfg(str(ROOT / "configs" / f"{(SYSTEMS | MASK_SYSTEMS)[system]}.yaml"), [*TOY, *overrides])
 
     return make
 
@@ -109,8 +115,8 @@ def off_the_start(model):
     return model
 
 
-def make_batch(*counts, sizes=((64, 96), (96, 64), (80, 80)), num_classes=5, seed=0):
-    """Images of noise with random boxes, one image a count."""
+def make_batch(*counts, sizes=((64, 96), (96, 64), (80, 80)), num_classes=5, seed=0, masks=False):
+    """Images of noise with random boxes, one image a count; with ``masks`` the ellipses in the boxes."""
     generator = torch.Generator().manual_seed(seed)
     batch = []
     for i, count in enumerate(counts):
@@ -128,7 +134,16 @@ def make_batch(*counts, sizes=((64, 96), (96, 64), (80, 80)), num_classes=5, see
                 "instances": Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=labels),
             }
         )
+        if masks:
+            batch[-1]["instances"].gt_masks = BitMasks(ellipses(boxes, height, width))
     return batch
+
+
+def ellipses(boxes, height, width):
+    """(n, height, width) bool, the ellipse in each of (n, 4) xyxy boxes."""
+    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+    x0, y0, x1, y1 = boxes.T[:, :, None, None]
+    return ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2 <= 1
 
 
 def valid_coco(**changes):

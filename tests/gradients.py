@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from dn_detr_d2.engine import TrainStep
+from dn_detr_d2.modeling import points
 
 NOISE = ("LABEL_NOISE_PROB", "CENTER_NOISE_SCALE", "SIZE_NOISE_SCALE", "CORNER_NOISE_SCALE")
 QUIET = [x for key in NOISE for x in (f"MODEL.DN_DETR.DENOISING.{key}", 0.0)]
@@ -53,8 +54,17 @@ def in_float64():
         torch.set_default_dtype(torch.float32)
 
 
-def of_this_rank(cfg, folder, accumulation, cases=COUNTS, double=True):
+def same_points(kind, num_sets, num_points, device):
+    """In the place of ``dn_detr_d2.modeling.points.random_points``: the same points for all masks of a kind."""
+    generator = torch.Generator().manual_seed(len(kind))
+    points = torch.rand(1, num_points, 2, generator=generator, dtype=torch.get_default_dtype())
+    return points.expand(num_sets, -1, -1)
+
+
+def of_this_rank(cfg, folder, accumulation, cases=COUNTS, double=True, masks=False):
     """Gradients of the cases, of which a process has its share; rank 0 saves them: "{processes}_{accumulation}.pth"."""
+    if masks:
+        points.random_points = same_points  # the process ends here
     torch.set_num_threads(1)
     results = []
     share = 4 // comm.get_world_size()
@@ -64,6 +74,6 @@ def of_this_rank(cfg, folder, accumulation, cases=COUNTS, double=True):
             torch.manual_seed(0)
             model = off_the_start(build_model(cfg))
             model = create_ddp_model(model, device_ids=None, broadcast_buffers=False).train()
-            results.append(gradients(model, make_batch(*counts, sizes=((64, 64),))[mine], accumulation)[0])
+            results.append(gradients(model, make_batch(*counts, sizes=((64, 64),), masks=masks)[mine], accumulation)[0])
     if comm.is_main_process():
         torch.save(results, f"{folder}/{comm.get_world_size()}_{accumulation}.pth")

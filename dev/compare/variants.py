@@ -65,7 +65,16 @@ NOISES = (
 )
 PAIRS = tuple(ALONE)
 # Detectors that were published without denoising; each has a file of its own, in which it has it.
-HOSTS = ("plain_deformable", "refine", "two_stage", "detr", "anchor", "faster_rcnn")
+HOSTS = (
+    "plain_deformable",
+    "refine",
+    "two_stage",
+    "detr",
+    "anchor",
+    "faster_rcnn",
+    "mask2former",
+    "mask_dino",
+)
 
 
 def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:

@@ -34,16 +34,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.NUM_QUERIES = 300
     # Channels C of the transformer. 256 in all published models.
     node.HIDDEN_DIM = 256
-    # Backbone maps that enter the neck, high resolution first. DN: ["res5"]; deformable: ["res3", "res4", "res5"].
+    # Backbone maps that enter the neck, high resolution first. DN: ["res5"]; deformable: ["res3", "res4", "res5"]. Low
+    # resolution first in Mask2Former and some of the Mask DINO models, which changes the order of the levels.
     node.IN_FEATURES = ["res5"]
     # Levels L of the pyramid; levels beyond IN_FEATURES are made by stride-2 convolutions. DN: 1; DD: 4.
     node.NUM_FEATURE_LEVELS = 1
 
     # Images are padded to multiples of this many pixels; 0 = what the backbone asks for. 32 in Mask2Former and Mask DINO.
     node.SIZE_DIVISIBILITY = 0
-    # Tell encoder and decoder which cells are padding. False = padding is a part of the image, as in Mask2Former and Mask
-    # DINO; boxes are then relative to the padded image inside the model.
-    node.PADDING_MASK = True
 
     # What computes deformable attention: "auto" = the compiled kernel of the device where there is one, else PyTorch's
     # operators, and says which; "cuda", "cpu" = that kernel or an error; "torch" = PyTorch's operators (the reference).
@@ -60,13 +58,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.QUERY_SOURCE = CfgNode()
     # Class that makes the queries: LearnedAnchors, TopKAnchors (DINO: the best cells of the encoder), ObjectnessAnchors (the
     # DINO-like model of DN's repository), LearnedQueries or TwoStageQueries (Deformable DETR without and with two stages),
-    # LearnedPositions (DETR), LearnedPoints (Anchor DETR).
+    # LearnedPositions (DETR), LearnedPoints (Anchor DETR), LearnedMaskQueries (Mask2Former), MaskDinoQueries (Mask DINO) or
+    # LearnedMaskAnchors (Mask DINO without two stages).
     node.QUERY_SOURCE.NAME = "LearnedAnchors"
     # Content of matching queries: "zero" (DAB), "unknown" = embedding of the unknown label (DN), "learned" (deformable;
     # with TopKAnchors DINO's mixed query selection), "memory" = the chosen cells (TopKAnchors only, pure selection).
     node.QUERY_SOURCE.CONTENT = "unknown"
-    # LearnedAnchors with denoising: a channel of the content that says which queries denoise. True in DN, not in Mask DINO.
-    node.QUERY_SOURCE.INDICATOR = True
     # MaskDinoQueries: where the first boxes come from: "" = the box head, "mask2box" or "bitmask" = the masks of the
     # proposals; bitmask counts the last row and column in. mask2box in the 46.3 AP model, bitmask in the 46.1 AP model.
     node.QUERY_SOURCE.BOXES_FROM_MASKS = ""
@@ -91,12 +88,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DECODER = CfgNode()
     # LookForwardTwiceDecoder (DAB, DN, DINO: final norm, gradient also to the layer before), LookForwardOnceDecoder
     # (DINO's ablation: final norm, no such gradient), PlainLookForwardTwiceDecoder (no norm), RefiningDecoder (deformable),
-    # StaticDecoder (plain DD, Anchor DETR) or NormalisedStaticDecoder (DETR).
+    # StaticDecoder (plain DD, Anchor DETR), NormalisedStaticDecoder (DETR), MaskedDecoder (Mask2Former) or MaskDinoDecoder.
     node.DECODER.NAME = "LookForwardTwiceDecoder"
     # ConditionalDecoderLayer (DAB, DN), MultiLevelConditionalDecoderLayer (DN-Deformable with a deformable encoder only),
     # DeformableDecoderLayer (DAB- and DN-Deformable), DinoDecoderLayer, or of DD PointDecoderLayer (plain),
     # FirstPointDecoderLayer (box refinement), QueryDecoderLayer (two stages); PlainDecoderLayer (DETR),
-    # RowColumnDecoderLayer (Anchor DETR).
+    # RowColumnDecoderLayer (Anchor DETR), MaskedDecoderLayer (Mask2Former).
     node.DECODER.LAYER = "ConditionalDecoderLayer"
     # As for the encoder.
     node.DECODER.NUM_LAYERS = 6
@@ -117,7 +114,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Masks (Mask2Former, Mask DINO; docs/masks.md).
     node.MASK = CfgNode()
-    # A pixel decoder, and a mask head beside the class head. Training then needs a mask of every object.
+    # A pixel decoder, and a mask head beside the class head. Training then needs a mask of every object. Padding is a part
+    # of the image: nothing in the model is told of it.
     node.MASK.ENABLED = False
     # Backbone map of a quarter of the image's size that the pixel decoder adds to the finest level of the encoder.
     node.MASK.FEATURE = "res2"
@@ -141,14 +139,15 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.MASK.TEMPERATURE = 0.06
 
     node.DENOISING = CfgNode()
-    # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO), or "" to train by
-    # matching alone (DAB).
+    # Class that makes the noised targets: DenoisingGenerator (DN), ContrastiveDenoisingGenerator (DINO),
+    # BudgetDenoisingGenerator (Mask DINO), or "" to train by matching alone (DAB).
     node.DENOISING.NAME = "DenoisingGenerator"
     # Groups of noised copies ("scalar" in the official code). 5 in DN.
     node.DENOISING.NUM_GROUPS = 5
     # Chance that a label is redrawn, gamma in DN Sec. 4.1; 0.2 in the official code, which does not halve it.
     node.DENOISING.LABEL_NOISE_PROB = 0.2
-    # Largest centre shift in half widths and heights, lambda1 in DN Sec. 4.1; 0.4 in the official code.
+    # Largest centre shift in half widths and heights, lambda1 in DN Sec. 4.1; 0.4 in the official code. Also the largest
+    # shift of masks.
     node.DENOISING.CENTER_NOISE_SCALE = 0.4
     # Largest change of width and height in widths and heights, lambda2 in DN Sec. 4.1; 0.4 in the official code.
     node.DENOISING.SIZE_NOISE_SCALE = 0.4
@@ -173,7 +172,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.DENOISING.NOISE_SCHEDULE.NAME = "constant"
     node.DENOISING.NOISE_SCHEDULE.START = 1.0
     node.DENOISING.NOISE_SCHEDULE.END = 1.0
-    # Contrastive only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100 in DINO.
+    # Contrastive and budget only: NUM_QUERIES // objects of the fullest image is the number of groups; 0 = NUM_GROUPS. 100
+    # in DINO and Mask DINO.
     node.DENOISING.NUM_QUERIES = 100
     # Contrastive only: reach of the near copies' corners in half sizes, the far ones move one to two times as far. 1.0 in
     # all published DINO runs (their config files say 0.4, their scripts override it).

@@ -147,7 +147,9 @@ class DetrDatasetMapper:
         """Constructor arguments from ``INPUT`` and ``MODEL.DN_DETR.NUM_CLASSES``."""
         node, resize = cfg.INPUT, ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
         augmentations = training_augmentations(cfg) if is_train else {"flips": [], "resizes": [resize], "crops": []}
-        masks = node.MASK_FORMAT if trains_masks(cfg) else None
+        # Models of this project compare masks at points, for which polygons would be drawn anyhow.
+        form = "bitmask" if has_queries(cfg) else node.MASK_FORMAT
+        masks = form if trains_masks(cfg) else None
         cuts = augmentations["crops"] or (is_train and node.AUGMENTATION != "detr")
         if masks == "polygon" and cuts and importlib.util.find_spec("shapely") is None:
             raise ConfigError(

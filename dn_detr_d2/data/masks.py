@@ -147,3 +147,13 @@ def _decompressed(text: bytes) -> np.ndarray:
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
+
+
+def encoded(segmentation: list | dict | np.ndarray | None, size: tuple[int, int]) -> dict:
+    """pycocotools' compressed run lengths of a segmentation in an image of (height, width); raises ValueError."""
+    if isinstance(segmentation, dict):
+        run_lengths(segmentation, size)
+        whole = isinstance(segmentation["counts"], list | tuple)
+        return mask_util.frPyObjects(segmentation, *size) if whole else segmentation
+    drawn = segmentation if isinstance(segmentation, np.ndarray) else draw_polygons(polygons(segmentation), size)
+    return mask_util.encode(np.asfortranarray(drawn, np.uint8))

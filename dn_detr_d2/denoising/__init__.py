@@ -5,9 +5,10 @@
 
 from .box_noise import BOX_NOISES, NoiseScale, ScaleAware
 from .embedding import LabelEncoder, embed_boxes
-from .generator import ContrastiveDenoisingGenerator, DenoisingGenerator
+from .generator import BudgetDenoisingGenerator, ContrastiveDenoisingGenerator, DenoisingGenerator
 from .isolation import check_groups, check_isolation
 from .label_noise import LABEL_NOISES, ClassFrequency, Confusion
+from .mask_noise import NoisedMasks, shift_masks
 from .noised_targets import NoisedTargets
 from .outputs import to_predictions
 from .plugin import DenoisingQueries, QueryDenoising
@@ -17,6 +18,7 @@ from .targets import pad_targets
 __all__ = [
     "BOX_NOISES",
     "LABEL_NOISES",
+    "BudgetDenoisingGenerator",
     "ClassFrequency",
     "Confusion",
     "ContrastiveDenoisingGenerator",
@@ -24,6 +26,7 @@ __all__ = [
     "DenoisingQueries",
     "LabelEncoder",
     "NoiseScale",
+    "NoisedMasks",
     "NoisedTargets",
     "QueryDenoising",
     "QueryGroups",
@@ -32,5 +35,6 @@ __all__ = [
     "check_isolation",
     "embed_boxes",
     "pad_targets",
+    "shift_masks",
     "to_predictions",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..structures import Assignment, Targets, upload
 from .box_noise import BOX_NOISES, BoxNoise, NoiseScale
 from .label_noise import LABEL_NOISES, LabelNoise
-from .noise import jitter_corners, random_subset
+from .mask_noise import NoisedMasks
+from .noise import jitter_corners, mask_offsets, random_subset
 from .noised_targets import NoisedTargets
 from .query_groups import QueryGroups
 
@@ -41,7 +42,7 @@ class DenoisingGenerator:
     The defaults are those of the paper's models.
 
     Attributes:
-        noise_factor: what the scales of the box noise are multiplied with, 1 unless a schedule sets it.
+        noise_factor: what the scales of box and mask noise are multiplied with, 1 unless a schedule sets it.
 
     Raises:
         ValueError: a value outside its range, or an unknown name.
@@ -119,6 +120,7 @@ class DenoisingGenerator:
             QueryGroups.isolated(groups, self.COPIES, room, labels.device),
             replace(_assign(chosen, targets.counts), class_loss_mask=has_class_loss.flatten(1)),
             self.mask_padding,
+            self.noise_masks(targets, chosen.flatten(1), valid.flatten(1)),
         )
 
     @classmethod
@@ -182,12 +184,78 @@ class DenoisingGenerator:
             raise ValueError(f"box noise must keep the shape {tuple(boxes.shape)}, got {tuple(noised.shape)}")
         return noised
 
+    def noise_masks(self, targets: Targets, chosen: Tensor, valid: Tensor) -> NoisedMasks | None:
+        """The masks of ``targets``, moved as a centre by ``center_noise_scale``, on their own, whatever the box does.
+
+        Args:
+            targets: whose boxes are relative to the padded image where they have masks.
+            chosen: (N, D) which object stands in which slot.
+            valid: (N, D) bool, False where padded.
+        """
+        if targets.masks is None:
+            return None
+        h, w = targets.masks.shape[-2:]
+        width, height = targets.boxes.gather(1, chosen[..., None].expand(-1, -1, 4))[..., 2:].unbind(-1)
+        size = torch.stack([w * width, h * height], -1)
+        offsets = mask_offsets(size, self.noise_factor * self.center_noise_scale)
+        return NoisedMasks(targets.masks, chosen, offsets, valid)
+
     def has_class_loss(self, valid: Tensor, step_counts: list[int]) -> Tensor:
         """(N, G, copies, m) bool: slots with a class loss; here those that restore an object."""
         return valid
 
 
-class ContrastiveDenoisingGenerator(DenoisingGenerator):
+class BudgetDenoisingGenerator(DenoisingGenerator):
+    """Denoising of Mask DINO (Li et al., CVPR 2023): as many groups as a budget of queries allows.
+
+    Padded slots must say "no object".
+
+    Args:
+        num_queries: there are ``num_queries // M`` groups, at least one, so that there are about ``num_queries`` slots (of
+            DINO near ones), whatever the number of objects M of the fullest image.
+        num_groups: groups if ``num_queries`` is 0.
+        others: as for :class:`DenoisingGenerator`.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    def __init__(self, *, num_queries: int = 100, **others):
+        super().__init__(**others)
+        if num_queries < 0:
+            raise ValueError(f"num_queries must not be negative, got {num_queries}")
+        self.num_queries = num_queries
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR.DENOISING``."""
+        return super().from_config(cfg) | {"num_queries": cfg.MODEL.DN_DETR.DENOISING.NUM_QUERIES}
+
+    @classmethod
+    def least_queries(cls, num_groups: int) -> tuple[int, str]:
+        """All copies of one object: there are fewer groups where the limit asks for it."""
+        return cls.COPIES, f"{cls.COPIES}, the copies of one object in a group"
+
+    def clean(self) -> "BudgetDenoisingGenerator":
+        """See :meth:`DenoisingGenerator.clean`."""
+        twin = super().clean()
+        twin.num_queries = 0
+        return twin
+
+    def layout(self, num_objects: int) -> tuple[int, int]:
+        """As many groups as the budget of queries allows; ``max_queries`` limits all copies together."""
+        groups = max(self.num_queries // num_objects, 1) if self.num_queries else self.num_groups
+        if not self.max_queries:
+            return groups, num_objects
+        groups = min(groups, max(self.max_queries // (self.COPIES * num_objects), 1))
+        return groups, min(num_objects, max(self.max_queries // (self.COPIES * groups), 1))
+
+    def has_class_loss(self, valid: Tensor, step_counts: list[int]) -> Tensor:
+        """All slots, also padded ones, unless the step has no object at all: then there is nothing to tell apart."""
+        return torch.full_like(valid, any(step_counts))
+
+
+class ContrastiveDenoisingGenerator(BudgetDenoisingGenerator):
     """Contrastive denoising of DINO (Zhang et al., ICLR 2023, Sec. 3.3): each group also holds one far copy of every object.
 
     The near copies restore their object, the far ones and the padded slots must say "no object". Box noise is
@@ -195,9 +263,7 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
 
     Args:
         num_classes, label_noise_prob, max_queries, mask_padding, label_noise: as for :class:`DenoisingGenerator`.
-        num_queries: there are ``num_queries // M`` groups, at least one, so that near copies number about ``num_queries``
-            whatever the number of objects M of the fullest image.
-        num_groups: groups if ``num_queries`` is 0.
+        num_queries, num_groups: as for :class:`BudgetDenoisingGenerator`.
         corner_noise_scale: reach of the near copies, in half sizes.
         keep_order: whether far copies are kept from crossing their corners.
 
@@ -210,25 +276,17 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
     COPIES = 2
 
     def __init__(
-        self,
-        *,
-        num_queries: int = 100,
-        corner_noise_scale: float = 1.0,
-        keep_order: bool = False,
-        label_noise_prob: float = 0.25,
-        **others,
+        self, *, corner_noise_scale: float = 1.0, keep_order: bool = False, label_noise_prob: float = 0.25, **others
     ):
         super().__init__(center_noise_scale=0.0, size_noise_scale=0.0, label_noise_prob=label_noise_prob, **others)
-        if num_queries < 0 or corner_noise_scale < 0:
-            raise ValueError(
-                f"num_queries and corner_noise_scale must not be negative, got {num_queries} and {corner_noise_scale}"
-            )
+        if corner_noise_scale < 0:
+            raise ValueError(f"corner_noise_scale must not be negative, got {corner_noise_scale}")
         if self.box_noise is not BOX_NOISES.resolve("uniform"):
             raise ValueError(
                 "contrastive denoising has box noise of its own, near and far, so box_noise (BOX_NOISE.NAME) must stay "
                 "'uniform'; DenoisingGenerator takes any other"
             )
-        self.num_queries, self.corner_noise_scale, self.keep_order = num_queries, corner_noise_scale, keep_order
+        self.corner_noise_scale, self.keep_order = corner_noise_scale, keep_order
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -236,24 +294,7 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
         node = cfg.MODEL.DN_DETR.DENOISING
         arguments = super().from_config(cfg)
         del arguments["center_noise_scale"], arguments["size_noise_scale"]
-        return arguments | {
-            "num_queries": node.NUM_QUERIES,
-            "corner_noise_scale": node.CORNER_NOISE_SCALE,
-            "keep_order": node.KEEP_CORNER_ORDER,
-        }
-
-    @classmethod
-    def least_queries(cls, num_groups: int) -> tuple[int, str]:
-        """One pair: there are fewer groups where the limit asks for it."""
-        return cls.COPIES, f"{cls.COPIES}, a near and a far copy of one object"
-
-    def layout(self, num_objects: int) -> tuple[int, int]:
-        """As many groups as the budget of queries allows; ``max_queries`` limits both kinds of copies together."""
-        groups = max(self.num_queries // num_objects, 1) if self.num_queries else self.num_groups
-        if not self.max_queries:
-            return groups, num_objects
-        groups = min(groups, max(self.max_queries // (self.COPIES * num_objects), 1))
-        return groups, min(num_objects, max(self.max_queries // (self.COPIES * groups), 1))
+        return arguments | {"corner_noise_scale": node.CORNER_NOISE_SCALE, "keep_order": node.KEEP_CORNER_ORDER}
 
     def _scale_boxes(self, scale: float) -> None:
         self.corner_noise_scale = scale
@@ -270,10 +311,6 @@ class ContrastiveDenoisingGenerator(DenoisingGenerator):
             2,
         )
 
-    def has_class_loss(self, valid: Tensor, step_counts: list[int]) -> Tensor:
-        """All slots, also padded ones, unless the step has no object at all: then there is nothing to contrast."""
-        return torch.full_like(valid, any(step_counts))
-
 
 def _choose(targets: Targets, groups: int, room: int) -> Tensor:
     """(N, G, m): which ground truth stands in which slot; all of them in order while there is room."""
@@ -288,6 +325,6 @@ def _assign(chosen: Tensor, counts: list[int]) -> Assignment:
     _, groups, copies, room = chosen.shape
     filled = np.arange(room) < np.minimum(counts, room)[:, None]  # (N, m)
     first = np.arange(copies)[:, None] == 0  # (copies, 1)
-    image, slot = np.nonzero(np.tile((filled[:, None] & first).reshape(len(counts), -1), groups))
-    image, slot = upload(np.stack([image, slot]), chosen)
-    return Assignment(image, slot[None], chosen.flatten(1)[image, slot][None])
+    paired = np.tile((filled[:, None] & first).reshape(len(counts), -1), groups)  # (N, D)
+    image, slot = upload(np.stack(np.nonzero(paired)), chosen)
+    return Assignment(image, slot[None], chosen.flatten(1)[image, slot][None], counts=paired.sum(1).tolist())

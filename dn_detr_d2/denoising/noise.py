@@ -81,6 +81,19 @@ def jitter_corners(boxes: Tensor, scale: float, negative: bool, keep_order: bool
     return xyxy_to_cxcywh(corners)
 
 
+def mask_offsets(size: Tensor, scale: float) -> Tensor:
+    """Mask noise (DN-DETR, TPAMI 2024): the shift of box centres as whole pixels, halves to the even one.
+
+    Args:
+        size: (..., 2) width and height of the objects' boxes in pixels.
+        scale: lambda1, in half widths and heights.
+
+    Returns:
+        Tensor: (..., 2) int64 (x, y).
+    """
+    return ((2 * torch.rand_like(size) - 1) * size / 2 * scale).round().long()
+
+
 def random_subset(valid: Tensor, size: int) -> Tensor:
     """Draws ``size`` positions of each row, real ones first.
 

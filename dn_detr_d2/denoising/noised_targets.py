@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..structures import Assignment
+from .mask_noise import NoisedMasks
 from .query_groups import QueryGroups
 
 
@@ -25,6 +26,7 @@ class NoisedTargets:
         assignment: which slot restores which ground truth; one row, padding left out. Its ``class_loss_mask`` (N, D) are the
             slots that have a class loss: those that restore an object, or that must learn to be none.
         mask_padding: whether padded slots are hidden from the other queries of their group.
+        masks: noised masks, or None where the targets have none.
     """
 
     labels: Tensor
@@ -33,6 +35,7 @@ class NoisedTargets:
     groups: QueryGroups
     assignment: Assignment
     mask_padding: bool = False
+    masks: NoisedMasks | None = None
 
     @property
     def num_queries(self) -> int:

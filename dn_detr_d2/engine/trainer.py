@@ -18,10 +18,9 @@ from .. import data
 from ..checkpoint import EMA
 from ..checkpoint.checkpointer import Checkpointer, load_weights
 from ..checkpoint.resume import must_fit
-from ..coco import raw_names
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
-from ..evaluation import TolerantCOCOEvaluator
+from ..evaluation import build_evaluator, main_metric
 from ..utils.distributed import device_of, unwrap
 from ..utils.processor import slow_bfloat16
 from ..utils.rng import isolated_rng
@@ -55,6 +54,9 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.MODEL.DN_DETR.MASK.ENABLED:
+            for name in cfg.DATASETS.TEST:  # or what cannot be evaluated would end the training at its first evaluation
+                self.build_evaluator(cfg, name)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -229,23 +231,19 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
-        """COCO's AP, on the records that the test loader reads; results go to OUTPUT_DIR/inference."""
-        return TolerantCOCOEvaluator(
-            dataset_name,
-            output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"),
-            raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
-            model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
-            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            max_detections=cfg.TEST.MAX_DETECTIONS_EVALUATED,
-            only=data.evaluated_classes(cfg),
-        )
+        """See :func:`dn_detr_d2.evaluation.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name)
 
 
 def best_metrics(cfg) -> list[str]:
-    """Names under which d2's EvalHook logs AP, of the weights and of their average; of several test sets, the first."""
+    """Names under which d2's EvalHook logs :func:`.main_metric`, of the weights and of their average.
+
+    Of several test sets, the first.
+    """
     if not cfg.DATASETS.TEST:
         return []
-    name = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+    metric = main_metric(cfg)
+    name = metric if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/{metric}"
     return [name, f"ema/{name}"] if cfg.MODEL_EMA.ENABLED else [name]
 
 

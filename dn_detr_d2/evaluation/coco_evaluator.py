@@ -7,6 +7,8 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -20,11 +22,14 @@ from pycocotools.coco import COCO
 from ..coco import NUM_RAW_CLASSES, RAW_IDS, raw_names
 from ..data.columns import VERDICTS, clip_boxes, judge_boxes
 from ..data.interruption import agree, without_exchange
+from ..data.mask_check import refuse_unusable_masks
+from ..data.masks import encoded, has_mask
 from ..data.normalise import is_id, sort_key, usable_area
 from ..data.registered import records_of
 from ..errors import DatasetError
 from ..utils.files import atomic_write
 from .confusion import IOU_THRESHOLD, count_confusions
+from .panoptic_evaluator import require_same_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +46,12 @@ class _COCOeval(COCOeval_opt):
 
 
 class RecordsEvaluator(COCOEvaluator):
-    """COCO's AP on Detectron2's dataset dicts, of boxes.
+    """COCO's AP on Detectron2's dataset dicts, of boxes, and of masks where they are asked for.
 
     Numbers are Detectron2's on a file without faults. Ids may be of any kind. Boxes that training drops, because they are
     not finite, have no size or lie outside their image, are left out with a warning, crowds too where they have no size.
     A box that sticks out of its image by more than training clips in silence is clipped, and so are the detections in its
-    image. Without annotations, predictions are written and there are no results.
+    image. Without annotations, predictions are written and there are no results. A crowd without a mask has its box as one.
 
     Args:
         records: dicts with ``image_id``, ``height`` and ``width`` where known, and ``annotations`` with ``bbox``,
@@ -64,6 +69,7 @@ class RecordsEvaluator(COCOEvaluator):
             fullest image, whichever is more, where an image has more than 100 objects of one class.
         name: of the data set, for messages.
         only: names of the classes that AP is averaged over, their numbers where there are no names; [] = all.
+        masks: whether to evaluate masks (``segm``) too; annotations then have a ``segmentation``.
 
     Raises:
         DatasetError: a record has no image id, or one that another has, or ``only`` names a class that is not there.
@@ -83,9 +89,14 @@ class RecordsEvaluator(COCOEvaluator):
         max_detections: int = 0,
         name: str = "the data set",
         only: Sequence[str] = (),
+        masks: bool = False,
     ):
         self._logger, self._cpu_device = logger, torch.device("cpu")
-        self._distributed, self._output_dir, self._tasks = distributed, output_dir, ("bbox",)
+        self._distributed, self._output_dir, self._tasks = (
+            distributed,
+            output_dir,
+            ("bbox", "segm") if masks else ("bbox",),
+        )
         if all(is_id(record.get("image_id")) for record in records):  # the order in which COCO breaks ties of scores
             records = sorted(records, key=lambda record: sort_key(record["image_id"]))
         self._name, self._records, self._class_names = name, records, class_names
@@ -93,7 +104,7 @@ class RecordsEvaluator(COCOEvaluator):
         count = len(class_names or category_ids or []) or max(labels, default=-1) + 1
         self._category_ids = list(range(count)) if category_ids is None else list(category_ids)
         self._open = not class_names and category_ids is None  # nobody says how many classes there are
-        self._contiguous = None
+        self._contiguous, self._masks = None, masks
         predicted = list(raw_names()) if raw_ids else list(model_classes or class_names or [])
         if class_names and predicted != list(class_names):
             place = {x: i for i, x in enumerate(class_names)}
@@ -109,7 +120,9 @@ class RecordsEvaluator(COCOEvaluator):
                 )
             self._rows[record["image_id"]] = row
         self._do_evaluation = any("annotations" in record for record in records)
-        self._sizes = {}
+        self._segments = lru_cache(1)(
+            lambda path: import_module("dn_detr_d2.data.panoptic").read_panoptic_png(path)
+        )  # one image's annotations follow each other
         self._set_ground_truth()
         self._limits = self._choose_limits(detections_per_image, max_detections)
         self._only = self._chosen_categories(only)
@@ -119,9 +132,11 @@ class RecordsEvaluator(COCOEvaluator):
         if self._contiguous is not None:
             outputs = [self._make_contiguous(output["instances"].to("cpu")) for output in outputs]
         super().process(inputs, outputs)
-        for image, prediction in zip(inputs, self._predictions[-len(inputs) :], strict=True):
+        for image, output, prediction in zip(inputs, outputs, self._predictions[-len(inputs) :], strict=True):
             if "height" in image and "width" in image:
                 prediction["size"] = (image["height"], image["width"])
+            elif self._masks:
+                prediction["size"] = output["instances"].image_size
 
     def evaluate(self, img_ids=None):
         """As Detectron2's; raises Interrupted on all ranks if the training is to stop, see :mod:`..data.interruption`."""
@@ -129,7 +144,11 @@ class RecordsEvaluator(COCOEvaluator):
         return super().evaluate(img_ids)
 
     def _set_ground_truth(self, sizes: dict | None = None) -> None:
-        """Makes the COCO object; ``sizes`` {image id: (height, width)} are taken where a record has none."""
+        """Makes the COCO object, with masks once there are ``sizes``.
+
+        Args:
+            sizes: {image id: (height, width)} that were seen, for records that have none.
+        """
         rows, boxes, annotations = [], [], []
         shapes = np.array([_size_of(x, (sizes or {}).get(x["image_id"])) for x in self._records]).reshape(-1, 2)
         for row, record in enumerate(self._records):
@@ -155,26 +174,42 @@ class RecordsEvaluator(COCOEvaluator):
         entries = []
         for i in np.flatnonzero(~dropped).tolist():
             image_id, category_id = rows[i] + 1, annotations[i]["category_id"] + 1
-            area = _area(annotations[i], boxes[i])
-            entries.append(
-                {
-                    "id": len(entries) + 1,  # from 1: COCOeval takes the id 0 for "not matched"
-                    "image_id": image_id,
-                    "category_id": category_id,
-                    "bbox": boxes[i].tolist(),
-                    "area": area,
-                    "iscrowd": int(crowd[i]),
-                }
-            )
+            entry = {
+                "id": len(entries) + 1,  # from 1: COCOeval takes the id 0 for "not matched"
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": boxes[i].tolist(),
+                "area": _area(annotations[i], boxes[i]),
+                "iscrowd": int(crowd[i]),
+            }
+            if self._masks and sizes is not None and np.isfinite(shapes[rows[i]]).all():
+                size = tuple(int(side) for side in shapes[rows[i]])
+                entry["segmentation"] = self._mask_of(self._records[rows[i]], annotations[i], boxes[i], size)
+            entries.append(entry)
             self._counts[image_id, category_id] += not crowd[i]
         self._coco_api = COCO()
         self._coco_api.dataset = {
-            "images": [{"id": row + 1} for row in range(len(self._records))],
+            "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(shapes.tolist(), 1)],
             "categories": [
                 {"id": i + 1, "name": str(x)} for i, x in enumerate(self._class_names or self._category_ids)
             ],
         } | ({"annotations": entries} if self._do_evaluation else {})
         self._create_index()
+
+    def _mask_of(self, record: dict, annotation: dict, box: np.ndarray, size: tuple[int, int]) -> dict:
+        """Run lengths of the mask of an annotation, of its segment, or of the box of a crowd that has neither."""
+        mask, (x, y, width, height) = annotation.get("segmentation"), box.tolist()
+        if "pan_seg_file_name" in record:
+            mask = self._segments(record["pan_seg_file_name"]) == annotation["id"]
+            require_same_size(record["pan_seg_file_name"], mask.shape, size)
+        elif annotation.get("iscrowd", 0) and not has_mask(annotation):
+            mask = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        try:
+            return encoded(mask, size)
+        except ValueError as fault:
+            raise DatasetError(
+                f"{self._name}: the mask of annotation {annotation.get('id')!r:.60} cannot be evaluated: {fault}"
+            ) from None
 
     def _create_index(self) -> None:
         """As ``COCO.createIndex``, which prints."""
@@ -261,11 +296,12 @@ class RecordsEvaluator(COCOEvaluator):
         numbered = [self._inside(x, sizes) for x in results]
         rows = sorted(row + 1 for row in wanted.values())
         with without_exchange():  # minutes on large data sets, while the other ranks wait
-            evaluation = self._evaluated(numbered, rows) if numbered else None
+            evaluated = {task: self._evaluated(numbered, rows, task) if numbered else None for task in self._tasks}
             self._write_confusions(numbered, rows)
         chosen = self._only or range(1, len(self._category_ids) + 1)
         names = self._class_names and [self._class_names[i - 1] for i in chosen]
-        self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=names)
+        for task, evaluation in evaluated.items():
+            self._results[task] = self._derive_coco_results(evaluation, task, class_names=names)
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:
         found = max((x["category_id"] for x in results), default=-1)
@@ -288,14 +324,16 @@ class RecordsEvaluator(COCOEvaluator):
             clipped = clip_boxes(corners, shape).astype(np.float32)
             clipped[:, 2:] -= clipped[:, :2]
             box = clipped[0].tolist() if not np.array_equal(clip_boxes(corners, shape), corners) else box
-        return {"image_id": row + 1, "category_id": result["category_id"] + 1, "bbox": box, "score": result["score"]}
+        return result | {"image_id": row + 1, "category_id": result["category_id"] + 1, "bbox": box}
 
-    def _evaluated(self, results: list[dict], image_ids: list[int]) -> COCOeval_opt:
-        """COCOeval, summarised."""
+    def _evaluated(self, results: list[dict], image_ids: list[int], task: str) -> COCOeval_opt:
+        """COCOeval, summarised; sizes of detections are those of their boxes, or of their masks in ``segm``."""
+        left_out = "bbox" if task == "segm" else "segmentation"
+        results = [{key: value for key, value in x.items() if key != left_out} for x in results]
         ground_truth = copy.copy(self._coco_api)
         found = ground_truth.loadRes(results)
         usual = self._limits == list(LIMITS)
-        evaluation = (COCOeval_opt if usual else _COCOeval)(ground_truth, found, "bbox")
+        evaluation = (COCOeval_opt if usual else _COCOeval)(ground_truth, found, task)
         evaluation.params.imgIds = image_ids
         evaluation.params.catIds = self._only or evaluation.params.catIds
         evaluation.params.maxDets = list(self._limits)
@@ -319,11 +357,11 @@ class RecordsEvaluator(COCOEvaluator):
 
 
 class TolerantCOCOEvaluator(RecordsEvaluator):
-    """:class:`RecordsEvaluator` for a registered data set.
+    """:class:`RecordsEvaluator` for a registered data set; of a panoptic one AP is averaged over the things.
 
     Args:
         dataset_name: its records, class names and category ids are taken.
-        tasks: boxes are evaluated, ("bbox",).
+        tasks: ("bbox",), or ("bbox", "segm") for masks too.
         distributed, output_dir, options: as for RecordsEvaluator.
     """
 
@@ -335,11 +373,17 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
         output_dir: str | None = None,
         **options,
     ):
-        if tuple(tasks) != ("bbox",):
-            raise DatasetError(f"boxes are evaluated, tasks = ('bbox',), got {tasks!r}")
-        records, metadata = records_of(dataset_name), MetadataCatalog.get(dataset_name)
+        if tuple(tasks) not in (("bbox",), ("bbox", "segm")):
+            raise DatasetError(f"tasks must be ('bbox',) or ('bbox', 'segm'), got {tasks!r}")
+        masks = "segm" in tasks
+        records, metadata = records_of(dataset_name, masks), MetadataCatalog.get(dataset_name)
+        if masks and "panoptic_json" not in metadata.as_dict():
+            refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         names = metadata.get("thing_classes")
+        if ids and "panoptic_json" in metadata.as_dict():
+            options["only"] = options.get("only") or [names[i] for i in sorted(ids.values())]
+            ids = metadata.stuff_dataset_id_to_contiguous_id | ids
         super().__init__(
             records,
             list(names) if names else None,
@@ -347,6 +391,7 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
             distributed=distributed,
             output_dir=output_dir,
             name=dataset_name,
+            masks=masks,
             **options,
         )
 

@@ -73,9 +73,9 @@ class CrossAttention(SelfAttention):
     """Plain multi-head attention of queries to the image, residual and post-norm (DETR)."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, position: Tensor, tokens: Tensor, token_positions: Tensor, padding: Tensor
+        self, x: Tensor, position: Tensor, tokens: Tensor, token_positions: Tensor, blocked: Tensor
     ) -> Tensor:
-        """x, position (N, Q, C); tokens, token_positions (N, S, C); padding (N, S) bool -> (N, Q, C)."""
+        """x, position (N, Q, C); tokens, token_positions (N, S, C); blocked (N, 1, S) or (N, Q, S) bool -> (N, Q, C)."""
         query, key, value = (
             F.linear(y, weight, bias)
             for y, weight, bias in zip(
@@ -85,7 +85,7 @@ class CrossAttention(SelfAttention):
                 strict=True,
             )
         )
-        return self._add(x, query, key, value, padding[:, None])
+        return self._add(x, query, key, value, blocked)
 
 
 class ConditionalSelfAttention(nn.Module):

@@ -1,7 +1,8 @@
 """Losses and matching as lists of terms; needs torch and SciPy alone."""
 
-from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost
+from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost, MaskPointCost
 from .criterion import LossValue, SetCriterion, SoftmaxCriterion, name_layers
+from .mask_terms import MaskPoints, without_masks
 from .matcher import HungarianMatcher, SoftmaxMatcher
 from .normalizers import LossNormalizers, StepNormalizers, mean_over_ranks, step_normalizers
 from .terms import BoxGIoU, BoxL1, ClassFocal, ClassSoftmax, LossTerm
@@ -20,6 +21,8 @@ __all__ = [
     "LossNormalizers",
     "LossTerm",
     "LossValue",
+    "MaskPointCost",
+    "MaskPoints",
     "SetCriterion",
     "SoftmaxCriterion",
     "SoftmaxMatcher",
@@ -27,4 +30,5 @@ __all__ = [
     "mean_over_ranks",
     "name_layers",
     "step_normalizers",
+    "without_masks",
 ]

@@ -4,11 +4,13 @@ Shapes: K prediction sets (decoder layers), N images, Q queries, M ground truths
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
 from ..structures import Predictions, Targets
 from .functional import focal_terms
+from .point_sampling import DrawPoints, check_points, sample_maps, sample_masks
 
 
 class Cost:
@@ -91,6 +93,57 @@ class BoxGIoUCost(Cost):
         """(K, N, Q, M)."""
         predicted, wanted = cxcywh_to_xyxy(predictions.boxes), cxcywh_to_xyxy(targets.boxes)
         return -giou(predicted[..., :, None, :], wanted[:, None], self.eps)
+
+
+class MaskPointCost(Cost):
+    """Binary cross-entropy and dice of masks at random points (Mask2Former, Cheng et al., CVPR 2022, Sec. 3.3).
+
+    The points of an image are the same for all prediction sets, queries and objects, so its features are sampled once and
+    multiplied with the embeddings; no map is made. Besides these samples, (N, C + M, n) numbers, memory is bounded by a few
+    times :attr:`chunk` numbers.
+
+    Args:
+        mask_weight, dice_weight: of the two; not negative.
+        num_points: n.
+        draw: of the points.
+
+    Attributes:
+        chunk: how many logits at points exist at a time, at most; at least one row of queries of all images.
+
+    Raises:
+        ValueError: a negative weight, or no point.
+    """
+
+    name = "mask"
+    chunk = 2**22
+
+    def __init__(self, mask_weight: float = 5.0, dice_weight: float = 5.0, *, num_points: int, draw: DrawPoints):
+        check_points("the matching cost", mask_weight, dice_weight, num_points)
+        super().__init__(1.0)
+        self.mask_weight, self.dice_weight = mask_weight, dice_weight
+        self.num_points, self.draw = num_points, draw
+
+    def __call__(self, predictions: Predictions, targets: Targets) -> Tensor:
+        """(K, N, Q, M), both parts with their weights; 0 of predictions without masks, such as DINO's proposals."""
+        embeddings, features = predictions.mask_embeddings, predictions.mask_features
+        k, n, q, _ = predictions.logits.shape
+        if embeddings is None:
+            return predictions.logits.new_zeros(k, n, q, targets.valid.shape[1])
+        points = self.draw("match", n, self.num_points, features.device)
+        sampled = sample_maps(features, points)  # (N, C, n)
+        masks = torch.arange(targets.valid.numel(), device=features.device).view_as(targets.valid)
+        wanted = sample_masks(targets.masks, masks, points[:, None]).transpose(1, 2)  # (N, n, M)
+        rows = embeddings.transpose(0, 1).flatten(1, 2)  # (N, K * Q, C)
+        parts = rows.split(max(self.chunk // (n * self.num_points), 1), 1)
+        costs = torch.cat([self._compare(part @ sampled, wanted) for part in parts], 1)
+        return costs.unflatten(1, (k, q)).transpose(0, 1)
+
+    def _compare(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """(N, r, n) logits and (N, n, M) masks -> (N, r, M)."""
+        entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ wanted) / self.num_points
+        prob = logits.sigmoid()
+        both = prob.sum(-1, keepdim=True) + wanted.sum(1, keepdim=True)
+        return self.mask_weight * entropy + self.dice_weight * (1 - (2 * (prob @ wanted) + 1) / (both + 1))
 
 
 def logits_of_labels(logits: Tensor, targets: Targets) -> Tensor:

@@ -4,13 +4,13 @@ Shapes: K prediction sets (decoder layers), N images, Q queries, P classes, T pa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..structures import Assignment, Predictions, Targets
-from .functional import Constants, float32
+from .functional import Constants, in_float32
 from .normalizers import LossNormalizers
 from .terms import BoxGIoU, BoxL1, ClassFocal, ClassSoftmax, LossTerm
 
@@ -30,7 +30,7 @@ class SetCriterion:
         if terms is not None and settings:
             raise ValueError(f"give either terms or {sorted(settings)}: a term knows its weight")
         self.terms = list(self.default_terms(**settings) if terms is None else terms)
-        names = [term.name for term in self.terms]
+        names = [name for term in self.terms for name in term.names]
         if len(set(names)) < len(names):
             raise ValueError(f"every loss term needs a name of its own, got {names}")
 
@@ -64,17 +64,19 @@ class SetCriterion:
             normalizers: what the sums are divided by; a number stands for that of the pairs.
 
         Returns:
-            dict: name of the term ("class", "l1", "giou") -> (K,) float32, weighted; the last entry is the final layer.
+            dict: name of the loss ("class", "l1", "giou", "mask", "dice") -> (K,) float32, weighted; the last entry is the
+                final layer.
         """
         normalizers = LossNormalizers.of(normalizers, targets)
         with torch.autocast(predictions.logits.device.type, enabled=False):
-            logits, boxes = float32(predictions.logits, predictions.boxes)
-            predictions = replace(predictions, logits=logits, boxes=boxes)
-            return {term.name: term.weight * term(predictions, targets, assignment, normalizers) for term in self.terms}
+            predictions, losses = in_float32(predictions), {}
+            for term in self.terms:
+                losses |= term.weighted(predictions, targets, assignment, normalizers)
+            return losses
 
     def is_mean(self, name: str) -> bool:
-        """Whether the term of this name is a mean over queries already."""
-        return next(term.is_mean for term in self.terms if term.name == name)
+        """Whether the loss of this name is a mean over queries already."""
+        return next(term.is_mean for term in self.terms if name in term.names)
 
 
 class SoftmaxCriterion(SetCriterion):

@@ -1,12 +1,13 @@
 """What losses and costs are computed with: plain functions of tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..boxes import GIOU_EPS
+from ..structures import Predictions
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,9 @@ def focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
 def float32(*tensors: Tensor) -> list[Tensor]:
     """The tensors in float32 (float64 stays): costs and losses are not computed in half precision."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+
+
+def in_float32(predictions: Predictions) -> Predictions:
+    """The same predictions, each tensor by :func:`float32`."""
+    tensors = {entry.name: getattr(predictions, entry.name) for entry in fields(predictions)}
+    return replace(predictions, **{name: float32(x)[0] for name, x in tensors.items() if x is not None})

@@ -4,7 +4,6 @@ Shapes: K prediction sets (decoder layers), N images, Q queries, M ground truths
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..structures import Assignment, Predictions, Targets, upload
 from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost
-from .functional import Constants, float32
+from .functional import Constants, in_float32
 
 
 class HungarianMatcher:
@@ -68,14 +67,13 @@ class HungarianMatcher:
         rows, columns = np.concatenate(rows, 1), np.concatenate(columns, 1)
         packed = upload(np.concatenate([np.concatenate(image)[None], rows, columns]), targets.labels)
         k = len(rows)
-        return Assignment(packed[0], packed[1 : 1 + k], packed[1 + k :])
+        return Assignment(packed[0], packed[1 : 1 + k], packed[1 + k :], counts=[len(x) for x in image])
 
     @torch.no_grad()
     def cost(self, predictions: Predictions, targets: Targets) -> Tensor:
         """(K, N, Q, M) float32 matching costs; columns of padded targets are meaningless."""
         with torch.autocast(predictions.logits.device.type, enabled=False):
-            logits, boxes = float32(predictions.logits, predictions.boxes)
-            predictions = replace(predictions, logits=logits, boxes=boxes)
+            predictions = in_float32(predictions)
             first, *others = (cost.weight * cost(predictions, targets) for cost in self.costs)
             return sum(others, first)
 
@@ -84,7 +82,7 @@ class HungarianMatcher:
         if not np.isfinite(cost).all():
             raise FloatingPointError(
                 f"the matching cost of decoder layer {layer}, image {image} of the batch is not finite: its predicted "
-                "logits or boxes hold NaN or Inf"
+                "logits, boxes or masks hold NaN or Inf"
             )
         return linear_sum_assignment(cost)
 

@@ -2,6 +2,7 @@
 
 A term is called with ``(predictions, targets, assignment, normalizers)`` and returns (K,) losses without its weight; whether
 the matcher made the pairs or the noise makes no difference to it. A new term is a new subclass of :class:`LossTerm`.
+Terms of masks are in :mod:`.mask_terms`.
 
 Shapes: K prediction sets (decoder layers), N images, Q queries, P classes, T pairs.
 """
@@ -24,6 +25,7 @@ class LossTerm:
 
     Attributes:
         name: of the term in the dict of losses.
+        names: of all its losses there, where :meth:`weighted` gives several.
         is_mean: whether the term of queries without ``class_loss_mask`` is a mean over queries already, rather than a sum
             over pairs divided by ``num_pairs``.
 
@@ -38,6 +40,17 @@ class LossTerm:
         if not weight >= 0:
             raise ValueError(f"the weight of the loss term {self.name!r} must not be negative, got {weight}")
         self.weight = weight
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name, or those of the losses that share their computation."""
+        return (self.name,)
+
+    def weighted(
+        self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizers: LossNormalizers
+    ) -> dict[str, Tensor]:
+        """(K,) weighted losses by name; the arguments are those of a call."""
+        return {self.name: self.weight * self(predictions, targets, assignment, normalizers)}
 
     def __call__(
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizers: LossNormalizers

@@ -6,12 +6,13 @@ from ..utils import needs_detectron2  # noqa: F401
 from ..denoising import LabelEncoder
 from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
 from .backbone import build_dc5_resnet_backbone, build_swin_backbone, build_vitdet_backbone
-from .decoder import Decoder
+from .decoder import Decoder, MaskDinoDecoder, MaskedDecoder
 from .decoder_layer import (
     ConditionalDecoderLayer,
     DeformableDecoderLayer,
     DinoDecoderLayer,
     FirstPointDecoderLayer,
+    MaskedDecoderLayer,
     MultiLevelConditionalDecoderLayer,
     PlainDecoderLayer,
     PointDecoderLayer,
@@ -20,9 +21,11 @@ from .decoder_layer import (
 )
 from .encoder import DeformableEncoder, DenseEncoder, PlainEncoder, RowColumnEncoder
 from .heads import DetectionHeads
+from .mask_queries import LearnedMaskAnchors, LearnedMaskQueries, MaskDinoQueries
 from .meta_arch import DenoisingDETR
 from .neck import Neck
 from .outputs import ForwardOutputs
+from .pixel_decoder import PixelDecoder
 from .query_source import (
     LearnedAnchors,
     LearnedPoints,
@@ -64,13 +67,20 @@ __all__ = [
     "HungarianMatcher",
     "LabelEncoder",
     "LearnedAnchors",
+    "LearnedMaskAnchors",
+    "LearnedMaskQueries",
     "LearnedPoints",
     "LearnedPositions",
     "LearnedQueries",
     "LookForwardTwice",
+    "MaskDinoDecoder",
+    "MaskDinoQueries",
+    "MaskedDecoder",
+    "MaskedDecoderLayer",
     "MultiLevelConditionalDecoderLayer",
     "Neck",
     "ObjectnessAnchors",
+    "PixelDecoder",
     "PlainDecoderLayer",
     "PlainEncoder",
     "PointDecoderLayer",

@@ -8,9 +8,21 @@ from ..checkpoint import check_pickle
 from ..denoising import QueryDenoising
 from ..errors import ConfigError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
-from ..losses import HungarianMatcher, SetCriterion, SoftmaxCriterion, SoftmaxMatcher
+from ..losses import (
+    HungarianMatcher,
+    MaskPointCost,
+    MaskPoints,
+    SetCriterion,
+    SoftmaxCriterion,
+    SoftmaxMatcher,
+    without_masks,
+)
+from .decoder import Decoder
+from .mask_postprocess import build_postprocess
+from .mask_queries import MaskDinoQueries
 from .neck import Neck
-from .postprocess import Postprocess, select_best, select_top
+from .pixel_decoder import PixelDecoder
+from .points import draw_points
 from .prompting import check_prompt_keys
 from .registry import (
     DECODER_REGISTRY,
@@ -40,25 +52,44 @@ def build_parts(cfg) -> dict:
     matcher, criterion = build_matcher(cfg), build_criterion(cfg)
     neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
     choose_backend(cfg, encoder, decoder)
+    pixel_decoder = PixelDecoder(cfg, backbone.output_shape()) if root.MASK.ENABLED else None
     query_source = build_query_source(cfg)
+    if isinstance(query_source, MaskDinoQueries):
+        query_source.borrow_heads(decoder)
     denoising = build_denoising(cfg, query_source, criterion)
     check_prompt_keys(cfg, query_source, denoising)
+    check_boxes(cfg, decoder, matcher, criterion)
     return {
         "backbone": backbone,
         "neck": neck,
         "encoder": encoder,
         "query_source": query_source,
         "decoder": decoder,
+        "pixel_decoder": pixel_decoder,
         "denoising": denoising,
         "matcher": matcher,
         "criterion": criterion,
-        "postprocess": Postprocess(
-            select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, cfg.TEST.DETECTIONS_PER_IMAGE
-        ),
+        "postprocess": build_postprocess(cfg),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
+        "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }
+
+
+def check_boxes(cfg, decoder: Decoder, matcher: HungarianMatcher, criterion: SetCriterion) -> None:
+    """Refuses losses and costs of boxes in a model that has none; raises ConfigError."""
+    if decoder.BOXES:
+        return
+    root = cfg.MODEL.DN_DETR
+    names = {"l1": "L1", "giou": "GIOU"}
+    wrong = [f"LOSS.{names[x.name]}_WEIGHT {x.weight}" for x in criterion.terms if x.name in names]
+    wrong += [f"MATCHER.{names[x.name]}_COST {x.weight}" for x in matcher.costs if x.name in names]
+    if wrong:
+        raise ConfigError(
+            f"MODEL.DN_DETR.DECODER.NAME = {root.DECODER.NAME!r} predicts no boxes, but there are {', '.join(wrong)}; set "
+            "them to 0"
+        )
 
 
 def build_query_source(cfg) -> nn.Module:
@@ -100,7 +131,7 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
         return QueryDenoising(
             generator(**generator.from_config(cfg)),
             embed=query_source.embed,
-            criterion=criterion,
+            criterion=criterion if node.MASK_LOSS else without_masks(criterion),
             loss_weight=node.LOSS_WEIGHT,
             attention_mask=node.ATTENTION_MASK,
             local_normalizer=node.NORMALIZER == "local",
@@ -108,11 +139,11 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
 
 
 def build_matcher(cfg) -> HungarianMatcher:
-    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``."""
+    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``; boxes as in :func:`build_criterion`."""
     root = cfg.MODEL.DN_DETR
-    node, loss = root.MATCHER, root.LOSS
+    node, loss, mask = root.MATCHER, root.LOSS, root.MASK
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
-        return (SoftmaxMatcher if loss.CLASS_LOSS == "softmax" else HungarianMatcher)(
+        matcher = (SoftmaxMatcher if loss.CLASS_LOSS == "softmax" else HungarianMatcher)(
             class_cost=node.CLASS_COST,
             l1_cost=node.L1_COST,
             giou_cost=node.GIOU_COST,
@@ -120,11 +151,20 @@ def build_matcher(cfg) -> HungarianMatcher:
             focal_gamma=loss.FOCAL_GAMMA,
             giou_eps=loss.GIOU_EPS,
         )
+        if mask.ENABLED:
+            masks = MaskPointCost(node.MASK_COST, node.DICE_COST, num_points=mask.NUM_POINTS, draw=draw_points)
+            matcher = HungarianMatcher([*_without_boxes(matcher.costs), masks])
+    return matcher
+
+
+def _without_boxes(terms: list) -> list:
+    """Terms or costs without those of boxes whose weight is 0: a model with masks may have no boxes."""
+    return [term for term in terms if term.name == "class" or term.weight]
 
 
 def build_criterion(cfg) -> SetCriterion:
-    """The criterion of ``MODEL.DN_DETR.LOSS``."""
-    node = cfg.MODEL.DN_DETR.LOSS
+    """The criterion of ``MODEL.DN_DETR.LOSS``; losses of boxes with the weight 0 are left out of models with masks."""
+    node, mask = cfg.MODEL.DN_DETR.LOSS, cfg.MODEL.DN_DETR.MASK
     settings = {
         "class_weight": node.CLASS_WEIGHT,
         "l1_weight": node.L1_WEIGHT,
@@ -135,8 +175,20 @@ def build_criterion(cfg) -> SetCriterion:
     }
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
         if node.CLASS_LOSS == "softmax":
-            return SoftmaxCriterion(no_object_weight=node.NO_OBJECT_WEIGHT, **settings)
-        return SetCriterion(**settings)
+            criterion = SoftmaxCriterion(no_object_weight=node.NO_OBJECT_WEIGHT, **settings)
+        else:
+            criterion = SetCriterion(**settings)
+        if mask.ENABLED:
+            masks = MaskPoints(
+                node.MASK_WEIGHT,
+                node.DICE_WEIGHT,
+                num_points=mask.NUM_POINTS,
+                draw=draw_points,
+                oversample_ratio=mask.OVERSAMPLE_RATIO,
+                importance_ratio=mask.IMPORTANCE_SAMPLE_RATIO,
+            )
+            criterion = type(criterion)([*_without_boxes(criterion.terms), masks])
+    return criterion
 
 
 def choose_backend(cfg, *parts: nn.Module) -> None:

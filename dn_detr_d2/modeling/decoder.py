@@ -4,16 +4,20 @@ Shapes: K layers, N images, Q queries, C channels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..layers import LayerStack
+from ..errors import ConfigError
+from ..layers import LayerStack, SinePositionEncoding
 from ..structures import Memory, ObjectQueries, Predictions
-from .decoder_layer import LayerInputs, QueryPosition
+from .decoder_layer import LayerInputs, MaskedDecoderLayer, QueryPosition
 from .encoder import transformer_arguments
 from .heads import DetectionHeads
+from .neck import build_position_encoding
 from .reference_update import Detached, LookForwardTwice, References, ReferenceUpdate, Static
 from .registry import DECODER_LAYER_REGISTRY, DECODER_REGISTRY, initialise_transformer, lookup
 
@@ -33,6 +37,9 @@ class Decoder(LayerStack):
         activation_checkpointing: of the layers and their positions, not of the heads; see
             :class:`~dn_detr_d2.layers.LayerStack`.
     """
+
+    BOXES = True  # whether the decoder predicts boxes
+    PREDICTS_FIRST = False  # whether the queries have predictions before the first layer
 
     @configurable
     def __init__(
@@ -73,6 +80,9 @@ class Decoder(LayerStack):
             node.FIRST_SIZE_BIAS,
             node.LOGIT_EPS,
             no_object=root.LOSS.CLASS_LOSS == "softmax",
+            class_prior=node.CLASS_PRIOR,
+            boxes=cls.BOXES,
+            masks=root.MASK.ENABLED,
         )
         return {
             **own,
@@ -82,27 +92,72 @@ class Decoder(LayerStack):
         }
 
     def forward(self, queries: ObjectQueries, memory: Memory) -> Predictions:
-        """Predictions of all layers, boxes relative to the reference that entered the layer."""
+        """Predictions of all layers, boxes relative to the reference that entered the layer.
+
+        Decoders that predict first give one set more, of the queries as they come.
+        """
         content, references = queries.content, References(queries.boxes, queries.boxes)
-        logits, boxes = [], []
+        views = self.views(memory)
+        sets = [self.predict_first(queries)] if self.PREDICTS_FIRST else []
         for i, layer in enumerate(self.layers):
-            content = self.checkpointed(self.step, layer, content, references.entering, queries, memory, i == 0)
+            view = views[i % len(views)]
+            blocked = self.blocked_cells(sets, view, queries, i)
+            content = self.checkpointed(self.step, layer, content, references.entering, queries, view, i == 0, blocked)
             hidden = content if self.norm is None else self.norm(content)
-            logits.append(self.heads.classify(hidden, i))
-            boxes.append(self.heads.refine(hidden, references.refined, i))
+            sets.append(self.predict(hidden, references.refined, i))
             if i + 1 < len(self.layers):
-                references = self.update(references, self._correction(content, references, boxes[-1], i))
-        return Predictions(torch.stack(logits), torch.stack(boxes))
+                references = self.update(references, self._correction(content, references, sets[-1].boxes, i))
+        return stack_sets(sets, memory.mask_features)
 
     def step(
-        self, layer: nn.Module, content: Tensor, boxes: Tensor, queries: ObjectQueries, memory: Memory, first: bool
+        self,
+        layer: nn.Module,
+        content: Tensor,
+        boxes: Tensor,
+        queries: ObjectQueries,
+        memory: Memory,
+        first: bool,
+        blocked_cells: Tensor | None = None,
     ) -> Tensor:
         """(N, Q, C) -> (N, Q, C): one layer with the positions that it needs."""
         if queries.position is None:
             position = self.position(content, boxes, memory, first=first)
         else:
             position = QueryPosition(queries.position)
-        return layer(content, LayerInputs(position, boxes, memory, queries.blocked))
+        return layer(content, LayerInputs(position, boxes, memory, queries.blocked, blocked_cells))
+
+    def views(self, memory: Memory) -> list[Memory]:
+        """What the layers look at, in turns; here all of the memory."""
+        return [memory]
+
+    def blocked_cells(
+        self, sets: list["LayerOutputs"], view: Memory, queries: ObjectQueries, layer: int
+    ) -> Tensor | None:
+        """(N, Q, S) bool, which cells of ``view`` a query must not look at in a layer; None = those of the padding."""
+        return None
+
+    def predict(self, hidden: Tensor, boxes: Tensor, layer: int) -> "LayerOutputs":
+        """Predictions of one layer.
+
+        Args:
+            hidden: (N, Q, C) after the final norm, if there is one.
+            boxes: (N, Q, 4) references that are corrected.
+            layer: index of the layer.
+        """
+        return LayerOutputs(
+            self.heads.classify(hidden, layer),
+            self.heads.refine(hidden, boxes, layer) if self.BOXES else None,
+            self.heads.embed_masks(hidden, layer),
+        )
+
+    def predict_first(self, queries: ObjectQueries) -> "LayerOutputs":
+        """Predictions of the queries before the first layer; their boxes are the references."""
+        return LayerOutputs(*self.classify_and_embed(queries.content, queries.boxes))
+
+    def classify_and_embed(self, content: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(logits, boxes, mask embeddings) of contents before the final norm, by the heads of the first layer."""
+        hidden = self.norm(content)
+        return self.heads.classify(hidden, 0), boxes if self.BOXES else None, self.heads.embed_masks(hidden, 0)
 
     def _correction(
         self, content: Tensor, references: References, predicted: Tensor, layer: int
@@ -113,24 +168,145 @@ class Decoder(LayerStack):
         return lambda: self.heads.refine(content, references.entering, layer)
 
 
-# Registered name -> (final norm, rule). The names are those of MODEL.DN_DETR.DECODER.NAME.
+@dataclass
+class LayerOutputs:
+    """Predictions of one layer: (N, Q, P) logits, (N, Q, 4) boxes and (N, Q, C) mask embeddings, or None."""
+
+    logits: Tensor
+    boxes: Tensor | None
+    mask_embeddings: Tensor | None
+
+
+def stack_sets(sets: list[LayerOutputs], mask_features: Tensor | None) -> Predictions:
+    """The predictions of K layers as one."""
+    columns = ([getattr(x, name) for x in sets] for name in ("logits", "boxes", "mask_embeddings"))
+    logits, boxes, embeddings = (None if column[0] is None else torch.stack(column) for column in columns)
+    return Predictions(logits, boxes, embeddings, None if embeddings is None else mask_features)
+
+
+class MaskedDecoder(Decoder):
+    """Mask2Former's decoder (Cheng et al., CVPR 2022, Sec. 3.2): each layer looks at one level, inside the predicted masks.
+
+    The mask that the set before predicts, resized to the level, says which cells a query looks at; where it covers none, the
+    query looks at all of them. The queries before the first layer have predictions too, and there are no boxes.
+
+    Args:
+        dim: C.
+        num_levels: of the memory, coarsest first; layer i looks at level i modulo their number.
+        position_encoding: of the cells.
+        mask_layers: of how many layers, from the first, denoising queries look inside their noised masks instead.
+        arguments: as for :class:`Decoder`.
+    """
+
+    BOXES = False
+    PREDICTS_FIRST = True
+
+    @configurable
+    def __init__(
+        self, *, dim: int, num_levels: int, position_encoding: SinePositionEncoding, mask_layers: int = 1, **arguments
+    ):
+        super().__init__(dim=dim, **arguments)
+        self.level_embed = nn.Embedding(num_levels, dim)
+        self.position_encoding, self.mask_layers = position_encoding, mask_layers
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Constructor arguments from ``MODEL.DN_DETR``; refuses layers that look at whole levels."""
+        root = cfg.MODEL.DN_DETR
+        arguments = super().from_config(cfg)
+        if not root.MASK.ENABLED or not issubclass(arguments["layer"], MaskedDecoderLayer):
+            raise ConfigError(
+                "MODEL.DN_DETR.DECODER.NAME = 'MaskedDecoder' needs MASK.ENABLED True and DECODER.LAYER "
+                f"'MaskedDecoderLayer', got {root.MASK.ENABLED} and {root.DECODER.LAYER!r}"
+            )
+        return arguments | {
+            "num_levels": root.NUM_FEATURE_LEVELS,
+            "position_encoding": build_position_encoding(cfg),
+            "mask_layers": root.DENOISING.MASK_LAYERS,
+        }
+
+    def views(self, memory: Memory) -> list[Memory]:
+        """One level each, with its own embedding added to the tokens and its sine encoding; mask features of its size."""
+        cells = (memory.of_levels(x) for x in (memory.tokens, memory.padding))
+        levels = zip(*cells, memory.shapes, self.level_embed.weight, strict=True)
+        features = memory.mask_features.detach()
+        return [
+            Memory(
+                tokens + embed,
+                self.position_encoding(padding.unflatten(1, shape)).flatten(2).transpose(1, 2).to(tokens.dtype),
+                padding,
+                [shape],
+                memory.valid_ratios,
+                mask_features=F.interpolate(features, shape, mode="bilinear", align_corners=False),
+            )
+            for tokens, padding, shape, embed in levels
+        ]
+
+    @torch.no_grad()
+    def blocked_cells(
+        self, sets: list[LayerOutputs], view: Memory, queries: ObjectQueries, layer: int
+    ) -> Tensor | None:
+        """Cells outside of the mask that was predicted last, or of the noised one; none where that would be all cells."""
+        blocked = self.outside(sets[-1].mask_embeddings, view)
+        if queries.noised_cells is not None and layer < self.mask_layers:
+            cells = queries.noised_cells(view.shapes[0]).flatten(2)
+            blocked = torch.cat([~cells, blocked[:, cells.shape[1] :]], 1)
+        blocked = blocked | view.padding[:, None]
+        return blocked & ~blocked.all(-1, keepdim=True)
+
+    def outside(self, embeddings: Tensor, view: Memory) -> Tensor:
+        """(N, Q, S) bool, cells of a level outside of the masks of (N, Q, C) embeddings.
+
+        Resizing is linear, so the features are resized instead of the masks, once a level.
+        """
+        return torch.einsum("nqc,ncs->nqs", embeddings, view.mask_features.flatten(2)) < 0
+
+
+class MaskDinoDecoder(Decoder):
+    """Mask DINO's decoder (Li et al., CVPR 2023): DINO's with masks, and with predictions before the first layer.
+
+    It sees the levels in the reverse order of the encoder. Classes and masks are predicted from contents that pass the final
+    norm twice, as in the authors' code.
+    """
+
+    PREDICTS_FIRST = True
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """As of :class:`Decoder`; refuses a config without masks."""
+        if not cfg.MODEL.DN_DETR.MASK.ENABLED:
+            raise ConfigError("MODEL.DN_DETR.DECODER.NAME = 'MaskDinoDecoder' needs MASK.ENABLED True, got False")
+        return super().from_config(cfg)
+
+    def views(self, memory: Memory) -> list[Memory]:
+        """All levels, the encoder's last one first."""
+        return [memory.reversed_levels()]
+
+    def predict(self, hidden: Tensor, boxes: Tensor, layer: int) -> LayerOutputs:
+        """As of :class:`Decoder`, classes and masks from the content normed once more."""
+        return LayerOutputs(*self.classify_and_embed(hidden, self.heads.refine(hidden, boxes, layer)))
+
+
+# Registered name -> (class, final norm, rule). The names are those of MODEL.DN_DETR.DECODER.NAME.
 DECODERS = {
-    "RefiningDecoder": (False, Detached),  # Deformable DETR with box refinement, DAB-Deformable-DETR
-    "StaticDecoder": (False, Static),  # plain Deformable DETR, Anchor DETR
-    "NormalisedStaticDecoder": (True, Static),  # DETR
-    "LookForwardOnceDecoder": (True, Detached),  # DINO's ablation without looking forward twice
-    "LookForwardTwiceDecoder": (True, LookForwardTwice),  # DAB-DETR, DN-DETR, DINO
-    "PlainLookForwardTwiceDecoder": (False, LookForwardTwice),  # the DINO-like model in the DN-DETR repository
+    "RefiningDecoder": (Decoder, False, Detached),  # Deformable DETR with box refinement, DAB-Deformable-DETR
+    "StaticDecoder": (Decoder, False, Static),  # plain Deformable DETR, Anchor DETR
+    "NormalisedStaticDecoder": (Decoder, True, Static),  # DETR
+    "LookForwardOnceDecoder": (Decoder, True, Detached),  # DINO's ablation without looking forward twice
+    "LookForwardTwiceDecoder": (Decoder, True, LookForwardTwice),  # DAB-DETR, DN-DETR, DINO
+    "PlainLookForwardTwiceDecoder": (Decoder, False, LookForwardTwice),  # the DINO-like model in the DN-DETR repository
+    "MaskedDecoder": (MaskedDecoder, True, Static),  # Mask2Former
+    "MaskDinoDecoder": (MaskDinoDecoder, True, LookForwardTwice),  # Mask DINO
 }
 
 
-def _register(name: str, norm: bool, rule: type[ReferenceUpdate]) -> None:
+def _register(name: str, decoder: type[Decoder], norm: bool, rule: type[ReferenceUpdate]) -> None:
     def _build(cfg) -> Decoder:
-        return Decoder(cfg, norm=norm, update=rule())
+        return decoder(cfg, norm=norm, update=rule())
 
     _build.__name__ = _build.__qualname__ = name
     DECODER_REGISTRY.register(_build)
 
 
-for _name, (_norm, _rule) in DECODERS.items():
-    _register(_name, _norm, _rule)
+for _name, _parts in DECODERS.items():
+    _register(_name, *_parts)

@@ -47,12 +47,14 @@ class LayerInputs:
         boxes: (N, Q, 4) reference boxes, cxcywh in [0, 1].
         memory: what they look at.
         blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
+        blocked_cells: (N, Q, S) bool cross-attention mask [query, cell] of masked attention, or None.
     """
 
     position: QueryPosition
     boxes: Tensor
     memory: Memory
     blocked: Tensor | None
+    blocked_cells: Tensor | None = None
 
 
 def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
@@ -292,8 +294,23 @@ class PlainDecoderLayer(nn.Module):
         """(N, Q, C) -> (N, Q, C); DETR has no boxes to look around."""
         position, memory = inputs.position, inputs.memory
         content = self.self_attn(content, position.embedding, inputs.blocked)
-        image = (memory.tokens, memory.positions, memory.padding)
+        image = (memory.tokens, memory.positions, memory.padding[:, None])
         return self.ffn(self.cross_attn(content, position.embedding, *image))
+
+
+@DECODER_LAYER_REGISTRY.register()
+class MaskedDecoderLayer(PlainDecoderLayer):
+    """Layer of Mask2Former: attention to the cells of the query's mask, then self-attention, then the feed-forward block.
+
+    Args:
+        dim, num_heads, ffn_dim, dropout, index, num_levels, num_points: as for :class:`PlainDecoderLayer`.
+    """
+
+    def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, Q, C) -> (N, Q, C); needs ``inputs.blocked_cells``."""
+        position, memory = inputs.position.embedding, inputs.memory
+        content = self.cross_attn(content, position, memory.tokens, memory.positions, inputs.blocked_cells)
+        return self.ffn(self.self_attn(content, position, inputs.blocked))
 
 
 @DECODER_LAYER_REGISTRY.register()

@@ -15,7 +15,7 @@ PRIOR_PROB = 0.01
 
 
 class DetectionHeads(nn.Module):
-    """Class and box heads of all decoder layers; the decoder owns them.
+    """Class, box and mask heads of all decoder layers; the decoder owns them.
 
     Args:
         dim: channels C of the input.
@@ -26,6 +26,9 @@ class DetectionHeads(nn.Module):
         logit_eps: clamp of the reference's logit.
         no_object: give each class head one logit more, the last, for "no object" (DETR). Then no head starts from a
             prior, as in DETR.
+        class_prior: whether class heads without "no object" start at the probability :data:`PRIOR_PROB`.
+        boxes: whether there are box heads; Mask2Former has none.
+        masks: whether there are mask heads (Mask2Former, Mask DINO); box heads beside them start from zero.
     """
 
     def __init__(
@@ -36,19 +39,24 @@ class DetectionHeads(nn.Module):
         first_size_bias: float = 0.0,
         logit_eps: float = LOGIT_EPS,
         no_object: bool = False,
+        class_prior: bool = True,
+        boxes: bool = True,
+        masks: bool = False,
     ):
         super().__init__()
         self.logit_eps = logit_eps
         classify, refine = nn.Linear(dim, num_classes), MLP(dim, dim, dim, 4)
-        if not no_object:
+        if class_prior and not no_object:
             nn.init.constant_(classify.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
+        if masks or not no_object:
             nn.init.zeros_(refine.layers[-1].weight)
             nn.init.zeros_(refine.layers[-1].bias)
         self.class_heads = nn.ModuleList(copy.deepcopy(classify) for _ in range(num_heads))
-        self.box_heads = nn.ModuleList(copy.deepcopy(refine) for _ in range(num_heads))
+        self.box_heads = nn.ModuleList(copy.deepcopy(refine) for _ in range(num_heads if boxes else 0))
         # Beside the class heads and not in them, so that their rows are always the classes.
         self.no_object_heads = nn.ModuleList(nn.Linear(dim, 1) for _ in range(num_heads if no_object else 0))
-        if first_size_bias:
+        self.mask_heads = nn.ModuleList(MLP(dim, dim, dim, dim) for _ in range(num_heads if masks else 0))
+        if first_size_bias and boxes:
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], first_size_bias)
 
     def classify(self, content: Tensor, layer: int) -> Tensor:
@@ -57,6 +65,10 @@ class DetectionHeads(nn.Module):
         if not self.no_object_heads:
             return logits
         return torch.cat([logits, self.no_object_heads[layer % len(self.no_object_heads)](content)], -1)
+
+    def embed_masks(self, content: Tensor, layer: int) -> Tensor | None:
+        """(..., C) -> (..., C) mask embeddings of decoder layer ``layer``; None without mask heads."""
+        return self.mask_heads[layer % len(self.mask_heads)](content) if self.mask_heads else None
 
     def refine(self, content: Tensor, boxes: Tensor, layer: int) -> Tensor:
         """Corrects reference boxes: sigmoid(head(content) + logit(boxes)), in float32 also under autocast.

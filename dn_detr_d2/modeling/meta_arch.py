@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
-from ..structures import Memory, Pyramid, to_device
-from .batch import count_objects, group_by_size, make_targets, matching_objects
+from ..structures import Memory, to_device
+from .batch import count_objects, group_by_size, make_targets, matching_objects, require_masks
 from .build import build_parts
 from .neck import padding_mask
 from .outputs import ForwardOutputs
+from .pixel_decoder import padded_size
 from .postprocess import Postprocess
 from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
 from .training_losses import training_losses
@@ -24,16 +25,19 @@ from .training_losses import training_losses
 
 @META_ARCH_REGISTRY.register()
 class DenoisingDETR(nn.Module):
-    """DETR, Anchor DETR, DAB-DETR, DN-DETR, their deformable forms and DINO, as Detectron2's model interface asks.
+    """Every DETR-like detector of this project, from DETR to DINO, Mask2Former and Mask DINO, as Detectron2 asks for models.
 
     Args:
         backbone: a Detectron2 backbone.
         neck, encoder, query_source, decoder: the parts, see their modules.
+        pixel_decoder: makes mask features, or None in models without masks. With it padding is a part of the image: no part
+            is told of it, and boxes are relative to the padded image.
         denoising: makes denoising queries and their losses, or None to train by matching alone.
         matcher, criterion: pairs of queries and ground truths, and losses from pairs.
         postprocess: from predictions to Detectron2's output.
         pad_to_largest: at inference pad images to the largest of their batch, as the authors' evaluation does, instead of
             passing those of one size together. Then the detections of an image depend a little on its neighbours.
+        size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
     """
 
@@ -46,19 +50,22 @@ class DenoisingDETR(nn.Module):
         encoder: nn.Module,
         query_source: nn.Module,
         decoder: nn.Module,
+        pixel_decoder: nn.Module | None,
         denoising: QueryDenoising | None,
         matcher: HungarianMatcher,
         criterion: SetCriterion,
         postprocess: Postprocess,
         pad_to_largest: bool,
+        size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
     ):
         super().__init__()
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
-        self.query_source, self.decoder = query_source, decoder
+        self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
         self.postprocess, self.pad_to_largest = postprocess, pad_to_largest
+        self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
@@ -80,18 +87,21 @@ class DenoisingDETR(nn.Module):
 
         Args:
             batched_inputs: one dict an image: ``image`` (3, H, W) uint8 or float32 in 0..255 and the channel order of
-                ``INPUT.FORMAT``; for training ``instances`` with ``gt_boxes`` and ``gt_classes``; optionally ``height``
-                and ``width`` of the wanted output. Prompts (see :mod:`.prompting`): ``known``, Instances like these of
+                ``INPUT.FORMAT``; for training ``instances`` with ``gt_boxes``, ``gt_classes`` and, in models with masks,
+                ``gt_masks`` (BitMasks or PolygonMasks); optionally ``height`` and
+                ``width`` of the wanted output. Prompts (see :mod:`.prompting`): ``known``, Instances like these of
                 objects that need not be found, or ``labels``, class numbers to be looked for, in training exactly one;
                 in training all images of a batch have them, or none.
             normalizers: in training, of the step that these images are a part of; None = they are all of it.
 
         Returns:
             In training a dict of weighted losses: ``main/*`` of the last layer, ``aux/*_i`` of layer i, ``dn/*`` of the
-            denoising part, ``proposal/*`` of two-stage systems. Otherwise one ``{"instances": Instances}`` an image.
+            denoising part, ``proposal/*`` of two-stage systems. Otherwise one ``{"instances": Instances}`` an image; in
+            models with masks what ``MODEL.DN_DETR.MASK.OUTPUTS`` names.
 
         Raises:
             FloatingPointError: predictions are not finite.
+            DatasetError: masks are missing.
             UserError: prompts that the model cannot take.
         """
         check_prompts(self, batched_inputs)
@@ -148,31 +158,40 @@ class DenoisingDETR(nn.Module):
         """
         if denoising is not None and not annotated:
             raise ValueError("denoising queries are noised ground truth: with annotated=False, denoising must be None")
+        if annotated and self.pixel_decoder is not None:
+            require_masks(batched_inputs)
         memory = self.encode(batched_inputs)
         queries, targets, dn = self.query_source(memory), None, None
         if annotated:
             slots = max(normalizers.step_counts, default=1) if normalizers is not None else 1
-            targets = make_targets([matching_objects(x) for x in batched_inputs], self.device, slots)
+            objects = [matching_objects(x) for x in batched_inputs]
+            targets = make_targets(objects, self.device, slots, padded_size(memory))
             queries = prompt_labels(self.query_source, queries, batched_inputs)
-            dn = denoising_part(self, denoising, batched_inputs, targets, normalizers)
+            dn = denoising_part(self, denoising, batched_inputs, memory, targets, normalizers)
         queries = queries if dn is None else dn.join(queries)
         return ForwardOutputs(memory, targets, queries, dn, self.decoder(queries, memory))
 
     def encode(self, batched_inputs: list[dict]) -> Memory:
-        """What the decoder looks at: preprocessing, backbone, neck and encoder."""
-        return self.encoder(self.pyramid(self.preprocess(batched_inputs)))
+        """What the decoder looks at: preprocessing, backbone, neck, encoder and pixel decoder."""
+        return self.encode_images(self.preprocess(batched_inputs))
+
+    def encode_images(self, images: ImageList) -> Memory:
+        """:meth:`encode` after the preprocessing."""
+        features, size = self.backbone(images.tensor), images.tensor.shape[-2:]
+        if self.pixel_decoder is None:
+            padding = padding_mask(images.image_sizes, *size, device=self.device)
+            return self.encoder(self.neck(features, padding))
+        with torch.autocast(self.device.type, enabled=False):  # as in the authors' code
+            features = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items()}
+            padding = torch.zeros(len(images.image_sizes), *size, dtype=torch.bool, device=self.device)
+            return self.pixel_decoder(features, self.encoder(self.neck(features, padding)))
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""
         images = [(to_device(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(
-            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+            images, self.size_divisibility, padding_constraints=self.backbone.padding_constraints
         )
-
-    def pyramid(self, images: ImageList) -> Pyramid:
-        """Backbone and neck."""
-        padding = padding_mask(images.image_sizes, *images.tensor.shape[-2:], device=self.device)
-        return self.neck(self.backbone(images.tensor), padding)
 
     def losses(self, outputs: ForwardOutputs, normalizers: StepNormalizers | None = None) -> dict[str, LossValue]:
         """:func:`~dn_detr_d2.modeling.training_losses.training_losses` of a pass, as :meth:`forward` names them."""

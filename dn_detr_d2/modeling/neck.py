@@ -18,11 +18,11 @@ class Neck(nn.Module):
     """Projects the chosen backbone maps to C channels and adds coarser levels by strided convolution.
 
     The first extra level is a 3x3 stride-2 convolution of the coarsest *backbone* map, each further one of the level
-    before it (Deformable DETR).
+    before it (Deformable DETR). Levels are in the order of ``in_features``; extra ones stand at its coarse end.
 
     Args:
         input_shape: channels of every backbone map.
-        in_features: backbone maps to use, high resolution first.
+        in_features: backbone maps to use, high resolution first, or low resolution first (Mask2Former).
         num_levels: L, at least the number of ``in_features``.
         dim: C.
         norm: "" for none (DETR, DAB-DETR, DN-DETR) or "GN" for 32 groups (deformable family).
@@ -44,10 +44,12 @@ class Neck(nn.Module):
     ):
         super().__init__()
         self.in_features = list(in_features)
+        self.coarse_first = len(in_features) > 1 and is_coarser(input_shape, in_features[0], in_features[-1])
         channels = [input_shape[name].channels for name in in_features]
+        coarsest = channels[0 if self.coarse_first else -1]
         projections = [self._projection(width, dim, 1, norm) for width in channels]
         for level in range(len(channels), num_levels):
-            projections.append(self._projection(channels[-1] if level == len(channels) else dim, dim, 3, norm))
+            projections.append(self._projection(coarsest if level == len(channels) else dim, dim, 3, norm))
         self.projections = nn.ModuleList(projections)
         self.position_encoding = position_encoding
 
@@ -82,9 +84,7 @@ class Neck(nn.Module):
             "num_levels": node.NUM_FEATURE_LEVELS,
             "dim": node.HIDDEN_DIM,
             "norm": node.NECK.NORM,
-            "position_encoding": SinePositionEncoding(
-                node.HIDDEN_DIM, node.NECK.POSITION_TEMPERATURE, node.NECK.POSITION_OFFSET
-            ),
+            "position_encoding": build_position_encoding(cfg),
         }
 
     @classmethod
@@ -100,12 +100,25 @@ class Neck(nn.Module):
     def forward(self, features: dict[str, Tensor], padding: Tensor) -> Pyramid:
         """Backbone maps and the (N, H, W) bool pixel padding mask -> Pyramid."""
         raw = [features[name] for name in self.in_features]
-        maps = []
-        for level, projection in enumerate(self.projections):
-            source = raw[level] if level < len(raw) else (raw[-1] if level == len(raw) else maps[-1])
-            maps.append(projection(source))
+        given, extra = self.projections[: len(raw)], self.projections[len(raw) :]
+        maps, coarser = [projection(source) for projection, source in zip(given, raw, strict=True)], []
+        for projection in extra:
+            coarser.append(projection(coarser[-1] if coarser else raw[0 if self.coarse_first else -1]))
+        maps = coarser[::-1] + maps if self.coarse_first else maps + coarser
         masks = [shrink_mask(padding, x.shape[-2:]) for x in maps]
         return Pyramid(maps, [self.position_encoding(mask).to(maps[0].dtype) for mask in masks], masks)
+
+
+def build_position_encoding(cfg) -> SinePositionEncoding:
+    """The encoding of image cells of ``MODEL.DN_DETR.NECK``."""
+    node = cfg.MODEL.DN_DETR
+    return SinePositionEncoding(node.HIDDEN_DIM, node.NECK.POSITION_TEMPERATURE, node.NECK.POSITION_OFFSET)
+
+
+def is_coarser(input_shape: dict[str, ShapeSpec], a: str, b: str) -> bool:
+    """Whether backbone map ``a`` has a larger stride than ``b``; False where strides are not told."""
+    strides = input_shape[a].stride, input_shape[b].stride
+    return None not in strides and strides[0] > strides[1]
 
 
 def padding_mask(image_sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Tensor:

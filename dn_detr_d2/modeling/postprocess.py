@@ -114,7 +114,7 @@ class Postprocess:
         """
         logits, boxes = _last_layer(predictions, batched_inputs)
         return [
-            _output(self.select(image_logits, image_boxes, _size(x), self.top_k), x)
+            _output(self.select(image_logits, image_boxes, size_of(x), self.top_k), x)
             for image_logits, image_boxes, x in zip(logits, boxes, batched_inputs, strict=True)
         ]
 
@@ -134,28 +134,38 @@ class Postprocess:
         counts = [len(own) for own in labels]
         logits, boxes = (x.split(counts) for x in _last_layer(predictions, batched_inputs))
         return [
-            _output(select_labelled(*found, _size(x), self.top_k, softmax=self.select is select_best), x)
+            _output(select_labelled(*found, size_of(x), self.top_k, softmax=self.select is select_best), x)
             for *found, x in zip(logits, boxes, labels, batched_inputs, strict=True)
         ]
 
 
-def _size(record: dict) -> tuple[int, int]:
+def size_of(record: dict) -> tuple[int, int]:
     """(height, width) of the image that the model sees."""
     return tuple(record["image"].shape[-2:])
 
 
+def output_size(record: dict) -> tuple[int, int]:
+    """(height, width) that the detections are wanted for."""
+    height, width = size_of(record)
+    return record.get("height", height), record.get("width", width)
+
+
 def _output(found: Instances, record: dict) -> dict[str, Instances]:
     """Detections in pixels of the wanted output size."""
-    height, width = found.image_size
-    return {"instances": detector_postprocess(found, record.get("height", height), record.get("width", width))}
+    return {"instances": detector_postprocess(found, *output_size(record))}
 
 
 def _last_layer(predictions: Predictions, batched_inputs: list[dict]) -> tuple[Tensor, Tensor]:
     """Logits and boxes of the last layer; raises FloatingPointError if they are not finite."""
     logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-    if not torch.stack([logits.isfinite().all(), boxes.isfinite().all()]).all():  # one wait for the device
+    require_finite([logits, boxes], batched_inputs)
+    return logits, boxes
+
+
+def require_finite(predicted: list[Tensor], batched_inputs: list[dict]) -> None:
+    """Raises FloatingPointError, with the names of the images, if a tensor holds NaN or Inf."""
+    if not torch.stack([x.isfinite().all() for x in predicted]).all():  # one wait for the device
         raise FloatingPointError(
             "the model predicts NaN or Inf: its weights or its input are not finite "
             f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
         )
-    return logits, boxes

@@ -20,6 +20,7 @@ from ..errors import ConfigError, UserError
 from ..losses import StepNormalizers
 from ..structures import Memory, ObjectQueries, Targets, take_images
 from .batch import denoised_objects, make_targets
+from .pixel_decoder import padded_size
 
 if TYPE_CHECKING:
     from .meta_arch import DenoisingDETR
@@ -42,7 +43,7 @@ def check_prompt_keys(cfg, query_source: nn.Module, denoising: QueryDenoising | 
             f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION = {node.KNOWN_FRACTION} and LABEL_PROMPTS = True are two ways to "
             "train; choose one"
         )
-    _require_part(query_source, denoising, LABELS if node.LABEL_PROMPTS else KNOWN)
+    _require_part(query_source, denoising, LABELS if node.LABEL_PROMPTS else KNOWN, cfg.MODEL.DN_DETR.MASK.ENABLED)
     if node.KNOWN_FRACTION and node.NUM_GROUPS != 1:
         raise ConfigError(
             f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION = {node.KNOWN_FRACTION} needs NUM_GROUPS 1, got {node.NUM_GROUPS}: "
@@ -50,9 +51,13 @@ def check_prompt_keys(cfg, query_source: nn.Module, denoising: QueryDenoising | 
         )
 
 
-def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kind: str) -> None:
-    """Raises ConfigError where the parts of a model cannot take prompts of a kind."""
+def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kind: str, masks: bool) -> None:
+    """Raises ConfigError where the parts of a model, perhaps with masks, cannot take prompts of a kind."""
     name = type(query_source).__name__
+    if masks and kind == LABELS:
+        raise ConfigError(
+            f"{kind!r} are not looked for by models with masks (MODEL.DN_DETR.MASK.ENABLED True); take a model of boxes"
+        )
     if denoising is None:
         raise ConfigError(
             f"{kind!r} need the label embedding that denoising trains, but MODEL.DN_DETR.DENOISING.NAME is ''; take a "
@@ -84,7 +89,7 @@ def check_prompts(model: "DenoisingDETR", batched_inputs: list[dict]) -> None:
         if len(kinds) > 1:
             raise UserError(f"an image is given {KNOWN!r} and {LABELS!r}; give one of them")
         for kind in kinds:
-            _require_part(model.query_source, model.denoising, kind)
+            _require_part(model.query_source, model.denoising, kind, model.pixel_decoder is not None)
             num_classes = model.denoising.generator.num_classes
             if kind == KNOWN:
                 check_known(record[KNOWN], tuple(record["image"].shape[-2:]), num_classes)
@@ -170,7 +175,7 @@ def prompted(
 
 
 def _find_others(model: "DenoisingDETR", part: list[dict], memory: Memory, queries: ObjectQueries) -> list[dict]:
-    dn = denoising_part(model, None, part)
+    dn = denoising_part(model, None, part, memory)
     return model.postprocess(dn.split(model.decoder(dn.join(queries), memory))[0], part)
 
 
@@ -194,6 +199,7 @@ def denoising_part(
     model: "DenoisingDETR",
     denoising: QueryDenoising | None,
     batched_inputs: list[dict],
+    memory: Memory,
     targets: Targets | None = None,
     normalizers: StepNormalizers | None = None,
 ) -> DenoisingQueries | None:
@@ -203,6 +209,7 @@ def denoising_part(
         model: what they are for.
         denoising: makes them; None = known objects as they are, and no queries where there are none.
         batched_inputs: all images with known objects, or none.
+        memory: of the images.
         targets: of the matching part, used where both parts have the same objects.
         normalizers: of the step that these images are a part of; None = they are all of it.
     """
@@ -214,5 +221,5 @@ def denoising_part(
     of_step = normalizers.denoising if normalizers is not None else None
     if known or LABELS in batched_inputs[0]:
         slots = max(of_step.step_counts, default=1) if of_step is not None else 1
-        targets = make_targets([denoised_objects(x) for x in batched_inputs], model.device, slots)
+        targets = make_targets([denoised_objects(x) for x in batched_inputs], model.device, slots, padded_size(memory))
     return denoising.noise(targets, of_step, known=known)

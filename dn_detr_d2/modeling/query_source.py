@@ -309,7 +309,7 @@ class TopKAnchors(nn.Module):
         self.project = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.project.weight)
-        self.heads = DetectionHeads(dim, num_classes, 1)
+        self.make_heads(dim, num_classes)
         self.content = nn.Embedding(num_queries, dim) if content == "learned" else None
         if self.content is not None:
             nn.init.xavier_uniform_(self.content.weight)
@@ -330,6 +330,10 @@ class TopKAnchors(nn.Module):
                 f"{node.NUM_PATTERNS} must be 0 with TopKAnchors"
             )
         return common_arguments(root) | {"content": node.CONTENT}
+
+    def make_heads(self, dim: int, num_classes: int) -> None:
+        """The heads that rank and correct the cells."""
+        self.heads = DetectionHeads(dim, num_classes, 1)
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The matching queries and what they were chosen from; fewer than Q where the image has fewer cells."""

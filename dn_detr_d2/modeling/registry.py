@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from ..denoising import ContrastiveDenoisingGenerator, DenoisingGenerator
+from ..denoising import BudgetDenoisingGenerator, ContrastiveDenoisingGenerator, DenoisingGenerator
 from ..errors import ConfigError
 from ..layers import MultiScaleDeformableAttention
 
@@ -23,6 +23,7 @@ DECODER_LAYER_REGISTRY.__doc__ = "One decoder layer, used by the decoders."
 DENOISING_REGISTRY = Registry("DENOISING")
 DENOISING_REGISTRY.__doc__ = "Targets -> NoisedTargets, without parameters."
 DENOISING_REGISTRY.register(DenoisingGenerator)
+DENOISING_REGISTRY.register(BudgetDenoisingGenerator)
 DENOISING_REGISTRY.register(ContrastiveDenoisingGenerator)
 
 

@@ -8,11 +8,12 @@ from ..errors import UserError
 from .runs import AXES, Group, Run
 from .style import colour, line_style, new_figure, save
 
-AP = r"(.*/)?bbox/AP"
+# Of masks where a training has them, for that name comes last; else of boxes.
+AP = r"(.*/)?(bbox|segm)/AP"
 # What a row of panels shows: (pattern of the key, label of the axis)
 ROWS = (
     (AP, "AP (0 to 100)"),
-    (r"(.*/)?bbox/AP50", "AP50 (0 to 100)"),
+    (r"(.*/)?(bbox|segm)/AP50", "AP50 (0 to 100)"),
     (r"loss_main", "matching loss,\nlast layer"),
     (r"loss_dn", "denoising loss,\nall layers"),
     (r"instability/layer_\d+", "instability IS, last layer\n(changed queries an image)"),

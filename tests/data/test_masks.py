@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from naming import naming
 from PIL import Image
 from pycocotools import mask as mask_util
+from toy_training import MASKS as RCNN_MASKS
+from toy_training import make_rcnn_cfg
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import DetrDatasetMapper, build_probe_loader, build_train_loader
 from dn_detr_d2.data.mapper import AnnotatedDatasetMapper
 from dn_detr_d2.data.masks import bit_masks, decoded, draw_polygons, has_mask, polygons, run_lengths
 
-MASKS = ["MODEL.DN_DETR.MASK.ENABLED", True, "INPUT.MASK_FORMAT", "bitmask"]
+MASKS = ["MODEL.DN_DETR.MASK.ENABLED", True]
 
 
 def compressed(bits):
@@ -156,17 +158,18 @@ def test_an_image_without_objects_has_no_masks_of_its_size(toy_cfg, record):
     assert out["instances"].gt_masks.tensor.shape == (0, *out["image"].shape[1:])
 
 
-def test_polygons_stay_polygons_if_they_are_asked_for(toy_cfg, record):
-    cfg = toy_cfg("dn_detr", *MASKS[:2], "INPUT.MASK_FORMAT", "polygon", "INPUT.CROP.ENABLED", False)
+def test_polygons_stay_polygons_where_detectron2s_detectors_ask_for_them(record):
+    cfg = make_rcnn_cfg("unused", *RCNN_MASKS, "INPUT.MASK_FORMAT", "polygon", "INPUT.CROP.ENABLED", False)
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TRAIN = "none", (40,)
     masks = DetrDatasetMapper(cfg)(record)["instances"].gt_masks
     assert masks.polygons[0][0].tolist() == record["annotations"][0]["segmentation"][0]
 
 
-def test_polygons_that_no_package_can_crop_are_refused_beforehand(toy_cfg, monkeypatch):
+def test_polygons_that_no_package_can_crop_are_refused_beforehand(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg = make_rcnn_cfg("unused", *RCNN_MASKS, "INPUT.MASK_FORMAT", "polygon", "INPUT.CROP.ENABLED", True)
     with pytest.raises(ConfigError, match=naming("INPUT.MASK_FORMAT", "bitmask")):
-        DetrDatasetMapper(toy_cfg("dn_detr", *MASKS[:2], "INPUT.MASK_FORMAT", "polygon"))
+        DetrDatasetMapper(cfg)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from naming import naming
 
 from dn_detr_d2 import DenoisingGenerator
-from dn_detr_d2.denoising import ContrastiveDenoisingGenerator
+from dn_detr_d2.denoising import BudgetDenoisingGenerator, ContrastiveDenoisingGenerator
 from dn_detr_d2.structures import Targets
 
 SETTINGS = {
@@ -180,12 +180,13 @@ def test_no_layout_exceeds_the_limit_that_a_generator_accepts(most, num_queries,
     common = {"num_groups": groups, "max_queries": limit}
     for system, values, copies in (
         (DenoisingGenerator, QUIET, 1),
+        (BudgetDenoisingGenerator, QUIET | {"num_queries": num_queries}, 1),
         (ContrastiveDenoisingGenerator, CONTRASTIVE | {"num_queries": num_queries}, 2),
     ):
         try:
             generator = system(**values | common)
         except ValueError:
-            assert limit < (groups if copies == 1 else 2)
+            assert limit < (groups if system is DenoisingGenerator else 2)
             continue
         made, room = generator.layout(most)
         assert 1 <= made * room * copies <= limit
@@ -194,3 +195,32 @@ def test_no_layout_exceeds_the_limit_that_a_generator_accepts(most, num_queries,
 def test_a_limit_that_holds_no_pair_is_refused():
     with pytest.raises(ValueError, match=naming("max_queries", 2, 1)):
         ContrastiveDenoisingGenerator(**CONTRASTIVE | {"num_groups": 1, "max_queries": 1})
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, 12), (3, 4), (5, 2), (12, 1), (13, 1)])
+def test_a_budget_of_queries_decides_about_the_groups(most, expected):
+    """A budget of 12 and 3 objects: 4 groups of 3."""
+    noised = BudgetDenoisingGenerator(**QUIET | {"num_queries": 12})(make_targets(most, 0))
+    assert (noised.num_groups, noised.num_queries) == (expected, expected * most)
+
+
+def test_padded_slots_of_a_budget_have_a_class_loss_where_the_step_has_objects():
+    generator, targets = BudgetDenoisingGenerator(**QUIET, num_queries=6), make_targets(2, 3)
+    noised = generator(targets)
+    assert noised.assignment.class_loss_mask.all()
+    assert noised.valid.tolist() == [[True, True, False] * 2, [True] * 6]
+    pairs = [(q.tolist(), t.tolist()) for q, t in noised.assignment.per_image(2)]
+    assert pairs == [([0, 1, 3, 4], [0, 1, 0, 1]), ([0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2])]
+    torch.testing.assert_close(noised.boxes[1, :3], targets.boxes[1])
+    assert not generator(make_targets(0, 0)).assignment.class_loss_mask.any()
+    assert generator(make_targets(0, 0), step_counts=[0, 0, 4]).assignment.class_loss_mask.all()
+
+
+def test_without_noise_a_budget_has_one_group():
+    assert BudgetDenoisingGenerator(**QUIET, num_queries=100).clean()(make_targets(2)).num_groups == 1
+
+
+def test_a_budget_of_0_is_the_number_of_groups_and_a_negative_one_is_refused():
+    assert BudgetDenoisingGenerator(**QUIET, num_queries=0)(make_targets(3)).num_groups == QUIET["num_groups"]
+    with pytest.raises(ValueError, match=naming("num_queries", -1)):
+        BudgetDenoisingGenerator(**QUIET, num_queries=-1)

@@ -293,7 +293,7 @@ def test_classes_must_be_known_when_the_model_is_built(toy_cfg):
 def test_patterns_multiply_the_queries(toy_model):
     model = toy_model("dn_detr", "MODEL.DN_DETR.QUERY_SOURCE.NUM_PATTERNS", 3).train()
     batch = make_batch(1)
-    queries = model.query_source(model.encoder(model.pyramid(model.preprocess(batch))))
+    queries = model.query_source(model.encode(batch))
     assert queries.boxes.shape == (1, 27, 4)
     assert torch.equal(queries.boxes[0, :9], queries.boxes[0, 9:18])
     unknown = model.query_source.label_encoder.unknown()

@@ -20,7 +20,7 @@ def parts(toy_model, system):
     model = toy_model(system, *groups).train()
     batch = make_batch(3, 2)
     images = model.preprocess(batch)
-    memory = model.encoder(model.pyramid(images))
+    memory = model.encode_images(images)
     noised = model.denoising.generator(make_targets([x["instances"] for x in batch], model.device))
     matching = model.query_source(memory)
 

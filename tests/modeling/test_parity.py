@@ -365,7 +365,7 @@ def test_evaluation_of_every_system_is_that_of_its_authors(case):
     stream = np.random.RandomState(0)
     images = [torch.from_numpy(stream.standard_normal((3, *size)).astype(np.float32)) for size in SIZES]
     with torch.no_grad():
-        memory = model.encoder(model.pyramid(ImageList.from_tensors(images)))
+        memory = model.encode_images(ImageList.from_tensors(images))
         predictions = model.decoder(model.query_source(memory), memory)
     found = predictions.logits[-1]
     assert (found.mean().item(), found.std().item()) == pytest.approx(statistics, abs=1e-4)

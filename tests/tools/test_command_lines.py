@@ -25,6 +25,7 @@ BAD = {
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out", "--groups", "0"],
     "dev.benchmark_criterion": ["--rounds", "0"],
+    "dev.benchmark_masks": ["--rounds", "0"],
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
