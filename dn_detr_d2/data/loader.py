@@ -38,6 +38,7 @@ def build_train_loader(cfg):
         if trains_masks(cfg):
             refuse_unusable_masks(name, records, mask_key(cfg))
         usable += log_summary(name, records, num_queries)
+        refuse_other_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
@@ -102,11 +103,6 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
         class_names = coco_names()  # from these the mapper goes on
     if not own or not class_names or list(own) == list(class_names):
         return records
-    if any(map(is_semantic, records)):
-        raise DatasetError(
-            f"data set {dataset_name!r} has the classes {list(own)[:8]}, but the model counts {list(class_names)[:8]}; the "
-            "pixels of semantic maps are numbers of classes, so both must be the same in the same order"
-        )
     place = {name: i for i, name in enumerate(class_names)}
     used = {x["category_id"] for record in records for x in record.get("annotations", [])}
     if unknown := [name for i, name in enumerate(own) if i in used and name not in place]:
@@ -121,6 +117,16 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
         else record
         for record in records
     ]
+
+
+def refuse_other_order(records: list[dict], dataset_name: str, class_names: list[str]) -> None:
+    """Raises DatasetError if the pixels of semantic maps, which are numbers of classes, are counted unlike the model's."""
+    own = listed_classes(dataset_name)
+    if own and class_names and list(own) != list(class_names) and any(map(is_semantic, records)):
+        raise DatasetError(
+            f"data set {dataset_name!r} has the classes {list(own)[:8]}, but the model counts {list(class_names)[:8]}; the "
+            "pixels of semantic maps are numbers of classes, so both must be the same in the same order"
+        )
 
 
 def count_classes(dataset_names: Iterable[str], class_names: list[str], num_classes: int) -> list[int]:
@@ -189,6 +195,7 @@ def probe_records(cfg, dataset_name: str, num_images: int) -> list[dict]:
     records = records_of(dataset_name, trains_masks(cfg))
     if trains_masks(cfg):
         refuse_unusable_masks(dataset_name, records, mask_key(cfg))
+    refuse_other_order(records, dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = in_model_order(records, dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = sorted(records, key=lambda record: sort_key(record["image_id"]))
     count = min(num_images or len(records), len(records))

@@ -23,7 +23,7 @@ from .coco_custom import (
 )
 from .images import ImageFolder, open_image
 from .normalise import as_box, is_id, objects_of, sort_key
-from .segment_map import NOTHING, SegmentMap
+from .segment_map import NOTHING, SegmentMap, require_size
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +178,7 @@ def panoptic_map(record: dict, size: tuple[int, int], segments: list[tuple[int, 
     """
     path = record["pan_seg_file_name"]
     ids = read_panoptic_png(path)
-    if ids.shape != tuple(size):
-        raise DatasetError(
-            f"panoptic png {path} is {ids.shape[1]}x{ids.shape[0]}, but its image {record['file_name']} is "
-            f"{size[1]}x{size[0]} (width x height); make them equal"
-        )
+    require_size(path, ids.shape, record["file_name"], size)
     known = np.unique([0, *(x["id"] for x in record["annotations"])])
     places = np.searchsorted(known, ids).clip(max=len(known) - 1)
     unknown = np.unique(ids[known[places] != ids])

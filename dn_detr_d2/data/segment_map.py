@@ -6,7 +6,18 @@ import numpy as np
 import torch
 from detectron2.structures import BitMasks, Instances
 
+from ..errors import DatasetError
+
 NOTHING = 255  # value of pixels of no object, also of those that pad the image
+
+
+def require_size(path: str, size: tuple[int, int], image: str, wanted: tuple[int, int]) -> None:
+    """Raises DatasetError if the map in a file, (height, width) ``size``, has not the ``wanted`` one of its image."""
+    if tuple(size) != tuple(wanted):
+        raise DatasetError(
+            f"{path} is {size[1]}x{size[0]}, but its image {image} is {wanted[1]}x{wanted[0]} (width x height); make them "
+            "equal"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import DatasetError
 from .coco_custom import dataset_path, is_registered, require_files
 from .images import open_image
-from .segment_map import NOTHING, SegmentMap
+from .segment_map import NOTHING, SegmentMap, require_size
 from .yolo_yaml import read_names
 
 logger = logging.getLogger(__name__)
@@ -104,11 +104,7 @@ def semantic_map(record: dict, size: tuple[int, int], num_classes: int) -> Segme
     """
     path = record["sem_seg_file_name"]
     pixels = read_semantic_map(path)
-    if pixels.shape != tuple(size):
-        raise DatasetError(
-            f"semantic map {path} is {pixels.shape[1]}x{pixels.shape[0]}, but its image {record['file_name']} is "
-            f"{size[1]}x{size[0]} (width x height); make them equal"
-        )
+    require_size(path, pixels.shape, record["file_name"], size)
     found = [x for x in np.unique(pixels).tolist() if x != NOTHING]
     if num_classes and found and found[-1] >= num_classes:
         raise DatasetError(

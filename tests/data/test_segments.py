@@ -18,7 +18,8 @@ from dn_detr_d2.data.mapper import AnnotatedDatasetMapper
 from dn_detr_d2.data.panoptic import load_panoptic, panoptic_map
 from dn_detr_d2.data.registered import known_things
 from dn_detr_d2.data.segment_map import SegmentMap
-from dn_detr_d2.data.semantic import load_semantic
+from dn_detr_d2.data.semantic import load_semantic, read_semantic_map
+from dn_detr_d2.evaluation import PanopticEvaluator, SemanticEvaluator
 
 MASKS = ["MODEL.DN_DETR.MASK.ENABLED", True, "INPUT.MASK_FORMAT", "bitmask", "MODEL.DEVICE", "cpu"]
 IDS = np.array([[7, 7, 7, 70000], [300, 300, 0, 70000], [300, 300, 9, 9]])
@@ -343,3 +344,18 @@ def test_the_embedded_segments_are_what_can_be_seen(split):
             assert seen[0] + seen[2] <= left + width
             assert top <= seen[1]
             assert seen[1] + seen[3] <= top + height
+
+
+def test_perfect_predictions_of_the_embedded_sets_score_100():
+    """The records hold what the evaluators need."""
+    names, (things, stuff) = list(shapes_segments.CLASSES), ([0, 1, 2], [3])
+    panoptic, semantic = records_of("shapes_panoptic_val")[:12], records_of("shapes_sem_seg_val")[:12]
+    judges = PanopticEvaluator(panoptic, names, things), SemanticEvaluator(semantic, names)
+    for record, other in zip(panoptic, semantic, strict=True):
+        ids, labels = read_panoptic_png(record["pan_seg_file_name"]), read_semantic_map(other["sem_seg_file_name"])
+        segments = [{key: x[key] for key in ("id", "category_id", "isthing")} for x in record["segments_info"]]
+        judges[0].process([record], [{"panoptic_seg": (torch.from_numpy(ids), segments)}])
+        judges[1].process([other], [{"sem_seg": torch.from_numpy(labels == np.arange(4)[:, None, None]).float()}])
+        assert {x["category_id"] for x in segments if not x["isthing"]} == set(stuff)
+    assert judges[0].evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100)
+    assert judges[1].evaluate()["sem_seg"]["mIoU"] == pytest.approx(100)
