@@ -351,6 +351,7 @@ def test_perfect_predictions_of_the_embedded_sets_score_100():
     names, (things, stuff) = list(shapes_segments.CLASSES), ([0, 1, 2], [3])
     panoptic, semantic = records_of("shapes_panoptic_val")[:12], records_of("shapes_sem_seg_val")[:12]
     judges = PanopticEvaluator(panoptic, names, things), SemanticEvaluator(semantic, names)
+    judges[1].reset()
     for record, other in zip(panoptic, semantic, strict=True):
         ids, labels = read_panoptic_png(record["pan_seg_file_name"]), read_semantic_map(other["sem_seg_file_name"])
         segments = [{key: x[key] for key in ("id", "category_id", "isthing")} for x in record["segments_info"]]
