@@ -21,8 +21,8 @@ from .coco_custom import (
     read_content,
     require_files,
 )
-from .images import ImageFolder, open_image
-from .normalise import as_box, is_id, objects_of, sort_key
+from .images import ImageFolder, read_map
+from .normalise import as_box, is_id, objects_of, sort_key, usable_area
 from .segment_map import NOTHING, SegmentMap, require_size
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,10 @@ def load_panoptic(json_file: Path, png_folder: Path, image_folder: Path) -> tupl
     found = [records[key] for key in sorted(records, key=sort_key) if "pan_seg_file_name" in records[key]]
     if not found:
         raise DatasetError(f"{json_file} has no annotations; a panoptic set needs one of each image")
-    logger.info(
-        "Loaded %d images with %d segments from %s", len(found), sum(len(x["annotations"]) for x in found), json_file
-    )
+    if left_out := len(records) - len(found):
+        logger.warning("%s: %d images without an annotation are left out", json_file, left_out)
+    segments = sum(len(record["annotations"]) for record in found)
+    logger.info("Loaded %d images with %d segments from %s", len(found), segments, json_file)
     return found, metadata
 
 
@@ -141,7 +142,7 @@ def _segment(segment, classes: dict, where: str) -> dict:
         )
     if crowd not in (0, 1):
         raise DatasetError(f"{where} has iscrowd {crowd!r:.60}; it must be 0 or 1")
-    box = as_box(found.get("bbox"))
+    box, area = as_box(found.get("bbox")), usable_area(found.get("area"))
     if box is None:
         raise DatasetError(f"{where} has bbox {found.get('bbox')!r:.60}; it must be four numbers [x, y, width, height]")
     return {
@@ -150,18 +151,14 @@ def _segment(segment, classes: dict, where: str) -> dict:
         "bbox_mode": BoxMode.XYWH_ABS,
         "category_id": classes[category],
         "iscrowd": int(crowd),
-        "area": found.get("area", box[2] * box[3]),
+        "area": box[2] * box[3] if area is None else area,
     }
 
 
 def read_panoptic_png(path: str) -> np.ndarray:
     """(H, W) int32 segment ids, 0 = none; raises DatasetError if the file cannot be read or has no colours."""
-    with open_image(path) as image:
-        if image.mode not in ("RGB", "RGBA"):
-            raise DatasetError(
-                f"panoptic png {path} has mode {image.mode}; segment ids are R + 256 G + 256^2 B of an RGB image"
-            )
-        pixels = np.asarray(image)[..., :3].astype(np.int32)
+    pixels = read_map(path, ("RGB", "RGBA"), "segment ids of a panoptic png are R + 256 G + 256^2 B, so it must be RGB")
+    pixels = pixels[..., :3].astype(np.int32)
     return pixels @ np.array([1, 256, 256**2], np.int32)
 
 

@@ -11,14 +11,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import DatasetError
 from .coco_custom import dataset_path, is_registered, require_files
-from .images import open_image
+from .images import read_map
 from .segment_map import NOTHING, SegmentMap, require_size
 from .yolo_yaml import read_names
 
 logger = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-INDEXED = ("1", "L", "P")  # modes of one channel
 
 
 def register_semantic(
@@ -83,12 +82,9 @@ def is_semantic(record: dict) -> bool:
 
 def read_semantic_map(path: str) -> np.ndarray:
     """(H, W) uint8 numbers of classes; raises DatasetError if the file cannot be read or has colours."""
-    with open_image(path) as image:
-        if image.mode not in INDEXED:
-            raise DatasetError(
-                f"semantic map {path} has mode {image.mode}; its pixels must be numbers of classes, in one channel of 8 bits"
-            )
-        return np.asarray(image).astype(np.uint8)
+    return read_map(
+        path, ("1", "L", "P"), "pixels of a semantic map are numbers of classes, in one channel of 8 bits"
+    ).astype(np.uint8)
 
 
 def semantic_map(record: dict, size: tuple[int, int], num_classes: int) -> SegmentMap:

@@ -121,7 +121,7 @@ def test_colours_change_and_nothing_moves(toy_cfg, record):
 
 
 @pytest.mark.parametrize("name", ["detr", "lsj", "semantic"])
-@pytest.mark.parametrize("data", ["shapes_train", "shapes_panoptic_train", "shapes_sem_seg_train"])
+@pytest.mark.parametrize("data", ["shapes_val", "shapes_panoptic_val", "shapes_sem_seg_val"])
 def test_an_image_depends_on_seed_and_position_alone(toy_cfg, name, data):
     options = ["INPUT.AUGMENTATION", name, "INPUT.IMAGE_SIZE", 96, "INPUT.COLOR_AUG_SSD", name == "semantic", "SEED", 5]
     options += ["MODEL.DN_DETR.NUM_CLASSES", "auto", "DATASETS.TRAIN", (data,), "DATASETS.TEST", ()]

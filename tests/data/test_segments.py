@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.datasets import builtin
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from naming import naming
@@ -108,6 +109,8 @@ def test_more_segments_than_a_byte_counts(tmp_path):
         "annotations": [{"id": int(i)} for i in range(1, 401)],
     }
     found = panoptic_map(record, (20, 20), [(i, i % 7) for i in range(400)])
+    larger = T.ResizeTransform(20, 20, 40, 60).apply_segmentation(found.pixels)
+    assert np.array_equal(larger, found.pixels.repeat(2, 0).repeat(3, 1))
     objects = found.instances(found.pixels)
     assert len(objects) == 400
     assert torch.equal(objects.gt_masks.tensor.flatten(1).long().argmax(1), torch.arange(400))
@@ -131,6 +134,23 @@ def test_ids_of_only_one_of_png_and_json_are_named(tmp_path, mapper, old, new, n
     [record], _ = load_panoptic(*write(tmp_path, ids=np.where(old == IDS, new, IDS)))
     with pytest.raises(DatasetError, match=naming("a.png", "segments_info", *named)):
         mapper(record)
+
+
+def test_a_damaged_png_is_named(tmp_path, mapper):
+    [record], _ = load_panoptic(*write(tmp_path))
+    file = tmp_path / "pngs" / "a.png"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DatasetError, match=naming("a.png")):
+        mapper(record)
+
+
+def test_images_without_an_annotation_are_left_out_and_counted(tmp_path, caplog):
+    image = {"id": 5, "file_name": "a.jpg", "width": 4, "height": 3}
+    records, _ = load_panoptic(*write(tmp_path, images=[image, image | {"id": 6}]))
+    assert [record["image_id"] for record in records] == [5]
+    assert naming(1, "left out").search(caplog.text)
 
 
 def test_a_png_without_colours_is_named(tmp_path, mapper):
@@ -310,6 +330,21 @@ def test_a_semantic_set_of_detectron2(tmp_path, catalog):
     assert image["image"].shape == (3, 64, 64)
 
 
+def test_the_stuff_of_coco_is_a_semantic_set(tmp_path, catalog):
+    builtin.register_all_coco(str(tmp_path))
+    name = "coco_2017_val_panoptic_stuffonly"
+    images, labels = write_semantic(tmp_path / "files")
+    for path, made in (
+        (MetadataCatalog.get(name).image_root, images),
+        (MetadataCatalog.get(name).sem_seg_root, labels),
+    ):
+        tmp_path.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
+        made.rename(path)
+    cfg = setup_cfg("", train_options(name, "semantic"))
+    assert (cfg.MODEL.DN_DETR.NUM_CLASSES, cfg.MODEL.DN_DETR.CLASS_NAMES[0]) == (54, "things")
+    assert len(next(iter(build_train_loader(cfg)))[0]["instances"]) == 3
+
+
 def test_a_semantic_set_of_the_config(tmp_path, catalog):
     folders = list(map(str, write_semantic(tmp_path)))
     (tmp_path / "names.txt").write_text("tree\nroad\ncar\n")
@@ -322,11 +357,10 @@ def test_a_semantic_set_of_the_config(tmp_path, catalog):
         build_train_loader(cfg)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_embedded_segments_are_what_can_be_seen(split):
+def test_the_embedded_segments_are_what_can_be_seen():
     """In every tenth scene: each pixel of the png is of the topmost object, else of the ground; both variants agree."""
-    plain = records_of(f"shapes_{split}", masks=True)[::10]
-    panoptic, semantic = records_of(f"shapes_panoptic_{split}")[::10], records_of(f"shapes_sem_seg_{split}")[::10]
+    plain = records_of("shapes_val", masks=True)[::10]
+    panoptic, semantic = records_of("shapes_panoptic_val")[::10], records_of("shapes_sem_seg_val")[::10]
     for whole, record, other in zip(plain, panoptic, semantic, strict=True):
         assert whole["file_name"] == record["file_name"] == other["file_name"]
         ids, labels = read_panoptic_png(record["pan_seg_file_name"]), np.asarray(Image.open(other["sem_seg_file_name"]))
