@@ -31,7 +31,8 @@ from detectron2.structures import Boxes, Instances
 
 from . import __version__
 from .checkpoint import identify, read_checkpoint
-from .data import cache_folder, check_records, class_names, dataset_path, register_coco_json
+from .data import cache_folder, check_records, class_names, dataset_path
+from .data.registered import register_data_sets
 from .engine.setup import setup_cfg
 from .errors import UserError
 from .layers import kernel_is_broken, missing_kernel, ms_deform_attn
@@ -234,7 +235,7 @@ def configuration(config_file: str, opts: list[str]) -> Iterator[Finding]:
     yield Finding("config", f"{config_file or 'defaults'} with {len(opts) // 2} overrides, device {cfg.MODEL.DEVICE}")
     yield _judge("classes", lambda: _classes(setup_cfg(config_file, opts)))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        yield _judge(f"data set {name}", lambda name=name: _data_set(name, cfg.DATASETS.COCO_JSON))
+        yield _judge(f"data set {name}", lambda name=name: _data_set(name, cfg))
     yield _judge("weights", lambda: _weights(cfg.MODEL.WEIGHTS))
 
 
@@ -258,14 +259,13 @@ def _classes(cfg: CfgNode) -> str:
     return f"{cfg.MODEL.DN_DETR.NUM_CLASSES} ({', '.join(names[:5]) or 'without names'}{', ...' * (len(names) > 5)})"
 
 
-def _data_set(name: str, listed: list) -> str:
-    for entry in listed:
-        if entry[0] == name:
-            register_coco_json(*entry)
+def _data_set(name: str, cfg: CfgNode) -> str:
+    register_data_sets(cfg, [name])
     class_names(name)  # is it known at all
     check_records(name)
-    where = MetadataCatalog.get(name).get("json_file")
-    drawn = "" if where is None or Path(where).is_file() else ", drawn when it is first used"
+    files = MetadataCatalog.get(name)
+    where = files.get("panoptic_json") or files.get("json_file") or files.get("sem_seg_root")
+    drawn = "" if where is None or Path(where).exists() else ", drawn when it is first used"
     return f"{where or 'registered by code'}{drawn}"
 
 

@@ -264,12 +264,28 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # COCO-format data sets to register: [[name, annotation json, image folder], ...], paths relative to the environment
     # variable DETECTRON2_DATASETS (default ./datasets) unless absolute.
     cfg.DATASETS.COCO_JSON = []
+    # Panoptic data sets in COCO's format: [[name, panoptic json, folder of panoptic png, image folder], ...], and semantic
+    # ones: [[name, image folder, folder of semantic maps (png), class names (one a line, or a data.yaml)], ...].
+    cfg.DATASETS.COCO_PANOPTIC = []
+    cfg.DATASETS.SEM_SEG = []
     # Crop branch of the training augmentation (DETR): with probability 0.5 the image is resized so that its shorter side
     # is one of RESIZE, then cropped to a width and a height drawn from SIZE (pixels), before the usual resize.
     cfg.INPUT.CROP.ENABLED = True
     cfg.INPUT.CROP.TYPE = "absolute_range"
     cfg.INPUT.CROP.SIZE = [384, 600]
     cfg.INPUT.CROP.RESIZE = [400, 500, 600]
+    # Augmentation of the training: "detr" = flip, resize, and the crop branch; "lsj" = large-scale jittering (Mask2Former,
+    # Mask DINO): flip, resize to a square of IMAGE_SIZE times a factor from MIN_SCALE to MAX_SCALE (aspect ratio kept), crop
+    # to a square of IMAGE_SIZE or pad to it with grey 128; "semantic" = flip, resize by MIN_SIZE_TRAIN, crop and pad to
+    # IMAGE_SIZE. Padding is a part of these images. 1024, 0.1 and 2.0 in Mask2Former; 512 for ADE20K.
+    cfg.INPUT.AUGMENTATION = "detr"
+    cfg.INPUT.IMAGE_SIZE = 1024
+    cfg.INPUT.MIN_SCALE = 0.1
+    cfg.INPUT.MAX_SCALE = 2.0
+    # "semantic" only: SSD's changes of colours (needs OpenCV; True for ADE20K in Mask2Former), and the share of a crop that
+    # one class may have, of the best of ten crops; 1 = any (Mask2Former).
+    cfg.INPUT.COLOR_AUG_SSD = False
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
     # Images without boxes are trained on, as the official code does; Detectron2's default drops them.
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     # Batches of like aspect ratio would change the order of the data; the official code has none.

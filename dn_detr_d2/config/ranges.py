@@ -11,8 +11,10 @@ from ..errors import ConfigError
 _ROOT = "MODEL.DN_DETR."
 _POSITIVE = [
     "DIST_TIMEOUT",
+    "INPUT.IMAGE_SIZE",
     "INPUT.MAX_SIZE_TEST",
     "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.MIN_SCALE",
     "MODEL.DN_DETR.DENOISING.BOX_NOISE.REFERENCE_SIZE",
     "MODEL.DN_DETR.LOSS.GIOU_EPS",
     "MODEL.DN_DETR.MASK.NUM_POINTS",
@@ -133,6 +135,7 @@ CHECKS: tuple[tuple[Sequence[str], str, Callable], ...] = (
     (("MODEL.PIXEL_MEAN",), "be three numbers", _three),
     (("MODEL.PIXEL_STD",), "be three positive numbers", lambda x: _three(x) and min(x) > 0),
     (("INPUT.CROP.RESIZE", "INPUT.MIN_SIZE_TRAIN"), "be positive numbers of pixels", _sizes),
+    (("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA",), "lie in (0, 1]", lambda x: 0 < x <= 1),
     (("SOLVER.STEPS",), "be positive iterations in ascending order", _steps),
     (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
     ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES", "TEST.AP_CLASSES"), "be a list of names", _strings),
@@ -159,6 +162,11 @@ def check_ranges(cfg: dict) -> None:
             if not switched_off and (values[key] is None or not test(values[key])):
                 raise ConfigError(f"{key} must {must}, got {values[key]!r}")
     _check_schedule(values)
+    if not values["INPUT.MIN_SCALE"] <= values["INPUT.MAX_SCALE"] < math.inf:
+        raise ConfigError(
+            f"INPUT.MAX_SCALE must be finite and at least INPUT.MIN_SCALE = {values['INPUT.MIN_SCALE']}, got "
+            f"{values['INPUT.MAX_SCALE']}"
+        )
     sizes = values["INPUT.MIN_SIZE_TRAIN"]
     if values["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
         raise ConfigError(

@@ -26,6 +26,8 @@ def check_config(cfg: CfgNode) -> None:
             "WarmupPolyLR",
         ),
         "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+        "INPUT.AUGMENTATION": ("detr", "lsj", "semantic"),
+        "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),

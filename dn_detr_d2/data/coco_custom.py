@@ -38,6 +38,14 @@ logger = logging.getLogger(__name__)
 
 FIX = "tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
 LOOKED_AT = 32  # images whose headers are read where a file has no sizes
+# What a data set is made of: attribute of Detectron2's metadata, what it is called in an error.
+FILES = {
+    "json_file": "annotation file",
+    "panoptic_json": "panoptic annotation file",
+    "image_root": "image folder",
+    "panoptic_root": "folder of panoptic png",
+    "sem_seg_root": "folder of semantic maps",
+}
 # What the reader leaves out, with the level of its line in the log.
 LEFT_OUT = {Issue.UNKNOWN_IMAGE: logging.WARNING, Issue.TWIN: logging.WARNING, Issue.RESOURCE_FORK: logging.INFO}
 
@@ -60,16 +68,10 @@ def register_coco_json(name: str, json_file: str, image_folder: str, must_exist:
         ConfigError: the name is taken.
     """
     json_path, folder = dataset_path(json_file), dataset_path(image_folder)
-    if name in DatasetCatalog:
-        metadata = MetadataCatalog.get(name)
-        if (metadata.get("json_file"), metadata.get("image_root")) != (str(json_path), str(folder)):
-            raise ConfigError(
-                f"DATASETS.COCO_JSON names {name!r}, which is already registered with other files; choose another name"
-            )
+    files = {"json_file": json_path, "image_root": folder}
+    if is_registered(name, "DATASETS.COCO_JSON", files) or not must_exist:
         return
-    if not must_exist:
-        return
-    _require_files(name, json_path, folder)
+    require_files(name, files)
     # Now, so that a broken file is refused before anything starts.
     records, categories = load_with_categories(json_path, folder)
     DatasetCatalog.register(name, lambda: records)
@@ -86,27 +88,53 @@ def class_names(name: str) -> list[str] | None:
     """Class names of a registered data set, None if it does not say; raises ConfigError for an unknown name."""
     if name not in DatasetCatalog:
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "list your own data sets in DATASETS.COCO_JSON"
+        own = "list your own data sets in DATASETS.COCO_JSON, COCO_PANOPTIC or SEM_SEG"
+        hint = f"did you mean {near[0]!r}?" if near else own
         raise ConfigError(f"DATASETS names {name!r}, which is not a known data set; {hint}")
-    return MetadataCatalog.get(name).get("thing_classes")
+    return listed_classes(name)
+
+
+def listed_classes(name: str) -> list[str] | None:
+    """Class names in the metadata of a data set: of semantic sets all, of others those of objects (panoptic sets: all)."""
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("stuff_classes" if metadata.get("evaluator_type") == "sem_seg" else "thing_classes")
 
 
 def check_files(name: str) -> None:
     """Raises DatasetError if the files of a registered data set are not there; a set that makes its own files passes."""
     metadata = MetadataCatalog.get(name)
-    json_file, folder = metadata.get("json_file"), metadata.get("image_root")
-    if json_file and folder and "://" not in folder:
-        _require_files(name, Path(json_file), Path(folder))
+    files = {key: Path(path) for key in FILES if (path := metadata.get(key)) and "://" not in str(path)}
+    if "panoptic_json" in files and "sem_seg_root" not in files:
+        files.pop("json_file", None)  # of the same images' instances, which are not read
+    if "image_root" in files and len(files) > 1:
+        require_files(name, files)
 
 
-def _require_files(name: str, json_path: Path, folder: Path) -> None:
-    for path, kind, found in (
-        (json_path, "annotation file", json_path.is_file()),
-        (folder, "image folder", folder.is_dir()),
-    ):
-        if not found:
+def is_registered(name: str, option: str, files: dict[str, Path]) -> bool:
+    """Whether a data set of that name, made of those files, is registered already.
+
+    Args:
+        name: of the data set.
+        option: the key of the config that names it, for the error.
+        files: {attribute of its metadata: path}.
+
+    Raises:
+        ConfigError: the name is taken by a set of other files.
+    """
+    if name not in DatasetCatalog:
+        return False
+    metadata = MetadataCatalog.get(name)
+    if any(metadata.get(key) != str(path) for key, path in files.items()):
+        raise ConfigError(f"{option} names {name!r}, which is already registered with other files; choose another name")
+    return True
+
+
+def require_files(name: str, files: dict[str, Path]) -> None:
+    """Raises DatasetError if a file or folder of a data set, {key of ``FILES``: path}, is not there."""
+    for key, path in files.items():
+        if not (path.is_file() if FILES[key].endswith("file") else path.is_dir()):
             raise DatasetError(
-                f"{kind} of data set {name!r} does not exist: {path.absolute()} (relative paths start at "
+                f"{FILES[key]} of data set {name!r} does not exist: {path.absolute()} (relative paths start at "
                 f"DETECTRON2_DATASETS = {os.environ.get('DETECTRON2_DATASETS', './datasets (not set)')}){_way_out(name)}"
             )
 
@@ -157,8 +185,8 @@ def load_with_categories(
     for kind, level in LEFT_OUT.items():
         if report.counts[kind]:
             logger.log(level, "%s: %d x %s: %s", json_file, report.counts[kind], kind, "; ".join(report.first[kind]))
-    categories = _categories(content, json_file)
-    records = _image_records(content, json_file, image_folder)
+    categories = categories_of(content, json_file)
+    records = image_records(content, json_file, image_folder)
     if "annotations" not in content:
         logger.info("Loaded %d images from %s, which has no annotations", len(records), json_file)
         return [records[key] for key in sorted(records, key=sort_key)], categories
@@ -303,7 +331,7 @@ def _annotations(content: dict, json_file: Path) -> list[dict]:
     )
 
 
-def _categories(content: dict, json_file: Path) -> dict:
+def categories_of(content: dict, json_file: Path) -> dict:
     """{category id: name} in ascending order of the ids."""
     categories = content.get("categories")
     if not categories or not isinstance(categories, list):
@@ -322,7 +350,8 @@ def _categories(content: dict, json_file: Path) -> dict:
     return {c["id"]: escaped(str(c["name"])) for c in sorted(categories, key=lambda c: sort_key(c["id"]))}
 
 
-def _image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
+def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
+    """{image id: its record without annotations}; raises DatasetError if an image is not listed as it should, or missing."""
     images = content.get("images")
     if not images or not isinstance(images, list):
         raise DatasetError(f"{json_file} has no images; is it an annotation file in COCO format?")

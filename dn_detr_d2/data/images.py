@@ -200,6 +200,24 @@ def read_image(
         return detection_utils.convert_PIL_to_numpy(detection_utils._apply_exif_orientation(image), image_format)
 
 
+def read_map(file_name: str, modes: tuple[str, ...], what: str) -> np.ndarray:
+    """The pixels of a file as they are, numbers rather than colours.
+
+    Args:
+        file_name: of the map.
+        modes: of Pillow that it may have.
+        what: says what a map of another mode is not.
+
+    Raises:
+        DatasetError: another mode, or see :func:`open_image`.
+    """
+    with open_image(file_name) as image:
+        _compare_sums(image)
+        if image.mode not in modes:
+            raise DatasetError(f"{file_name} has mode {image.mode}; {what}", Issue.OTHER_MODE)
+        return np.asarray(image)
+
+
 def image_facts(file_name: str) -> ImageFacts:
     """What a file holds, after every pixel has been decoded as for a training; raises DatasetError, see open_image."""
     with open_image(file_name) as image:

@@ -4,16 +4,17 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 
-from detectron2.data import MetadataCatalog, build_detection_train_loader, print_instances_class_histogram
+from detectron2.data import build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
 from ..coco import RAW_IDS, coco_names, raw_names
 from ..errors import DatasetError
-from .coco_custom import sort_key
+from .coco_custom import listed_classes, sort_key
 from .interruption import evaluation_loader
 from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper, has_queries, mask_key, trains_masks
 from .mask_check import refuse_unusable_masks
 from .registered import records_of
+from .semantic import is_semantic
 from .stream import Positions, StreamLoader, TrainingStream
 from .summary import log_summary
 from .worker_process import guard
@@ -37,6 +38,7 @@ def build_train_loader(cfg):
         if trains_masks(cfg):
             refuse_unusable_masks(name, records, mask_key(cfg))
         usable += log_summary(name, records, num_queries)
+        refuse_other_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
         everything += in_model_order(records, name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     empty = sum(not has_boxes(record) for record in everything)
     if empty == len(everything):
@@ -96,7 +98,7 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
     Raises:
         DatasetError: the data set has a class that the model has not.
     """
-    own = MetadataCatalog.get(dataset_name).get("thing_classes")
+    own = listed_classes(dataset_name)
     if list(class_names) == list(raw_names()):
         class_names = coco_names()  # from these the mapper goes on
     if not own or not class_names or list(own) == list(class_names):
@@ -115,6 +117,16 @@ def in_model_order(records: list[dict], dataset_name: str, class_names: list[str
         else record
         for record in records
     ]
+
+
+def refuse_other_order(records: list[dict], dataset_name: str, class_names: list[str]) -> None:
+    """Raises DatasetError if the pixels of semantic maps, which are numbers of classes, are counted unlike the model's."""
+    own = listed_classes(dataset_name)
+    if own and class_names and list(own) != list(class_names) and any(map(is_semantic, records)):
+        raise DatasetError(
+            f"data set {dataset_name!r} has the classes {list(own)[:8]}, but the model counts {list(class_names)[:8]}; the "
+            "pixels of semantic maps are numbers of classes, so both must be the same in the same order"
+        )
 
 
 def count_classes(dataset_names: Iterable[str], class_names: list[str], num_classes: int) -> list[int]:
@@ -140,7 +152,7 @@ def _counted_records(dataset_name: str, masks: bool = False) -> list[dict]:
     records = records_of(dataset_name, masks)
     if not len(records):
         raise DatasetError(f"data set {dataset_name!r} has no images; take it out of DATASETS")
-    classes = MetadataCatalog.get(dataset_name).get("thing_classes")
+    classes = listed_classes(dataset_name)
     if classes and "annotations" in records[0]:
         print_instances_class_histogram(records, classes)
     return records
@@ -183,6 +195,7 @@ def probe_records(cfg, dataset_name: str, num_images: int) -> list[dict]:
     records = records_of(dataset_name, trains_masks(cfg))
     if trains_masks(cfg):
         refuse_unusable_masks(dataset_name, records, mask_key(cfg))
+    refuse_other_order(records, dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = in_model_order(records, dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     records = sorted(records, key=lambda record: sort_key(record["image_id"]))
     count = min(num_images or len(records), len(records))
@@ -196,5 +209,7 @@ def probe_records(cfg, dataset_name: str, num_images: int) -> list[dict]:
 
 
 def has_boxes(record: dict) -> bool:
-    """Whether an image has an annotation that is not a crowd."""
+    """Whether an image has an annotation that is not a crowd, or a semantic map, which is not read for this."""
+    if is_semantic(record):
+        return True
     return any(not annotation.get("iscrowd", 0) for annotation in record.get("annotations", []))

@@ -8,7 +8,7 @@ import copy
 import importlib.util
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -20,29 +20,18 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
+from .augmentations import ResizeShortestEdge, training_augmentations
 from .images import read_image
 from .masks import bit_masks, has_mask
+from .panoptic import panoptic_map
 from .prompts import PresentLabels, build_prompts
+from .segment_map import SegmentMap
+from .semantic import is_semantic, semantic_map
 
 logger = logging.getLogger(__name__)
 
 # A box may reach out of the image by rounding; up to so many pixels it is clipped without a warning.
 ROUNDING = 1.0
-
-
-# Before a crop the longer side may be so many times the shorter one; a strip of 2 x 3000 would become 600 x 900,000.
-MAX_STRETCH = 16
-
-
-class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, but each side of the result has at least one pixel, however thin the image is."""
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        """The resize of an image (H, W, C)."""
-        found = super().get_transform(image)
-        if isinstance(found, T.ResizeTransform):  # a shortest edge of 0 keeps the size
-            found = T.ResizeTransform(found.h, found.w, max(found.new_h, 1), max(found.new_w, 1), found.interp)
-        return found
 
 
 def has_queries(cfg) -> bool:
@@ -109,11 +98,12 @@ class BoxChecker:
 
 
 class DetrDatasetMapper:
-    """DETR's augmentation and target checks, as a Detectron2 mapper.
+    """Augmentation and target checks, as a Detectron2 mapper.
 
-    Training: horizontal flip, then with equal chance either a resize, or a resize to one of ``crop_resize``, a random crop
-    and a resize. Otherwise only the resize of ``INPUT.*_SIZE_TEST``. Images leave as uint8; the model normalises them on
-    its device.
+    Training: the augmentation of ``INPUT.AUGMENTATION``. DETR's is a horizontal flip, then with equal chance either a
+    resize, or a resize to one of ``INPUT.CROP.RESIZE``, a random crop and a resize. Otherwise only the resize of
+    ``INPUT.*_SIZE_TEST``. Images leave as uint8; the model normalises them on its device. Objects are the annotations of a
+    record, or the segments of its panoptic png, or the classes in its semantic map.
 
     Args:
         is_train: whether to augment and to attach ``instances``.
@@ -123,6 +113,7 @@ class DetrDatasetMapper:
         masks: "polygon" or "bitmask" attaches ``gt_masks`` in this form, made from the segmentations; None = no masks. Of
             bit masks the empty ones are left out with their boxes, and boxes that a crop has cut become those of the masks.
         mask_key: the key that asks for masks, for the error where one is missing.
+        fit_boxes: with bit masks, take the boxes of the masks, also where no crop has cut them (large-scale jittering).
         flips, resizes, crops: augmentations; ``crops`` stand before ``resizes`` in the crop branch, [] = no such branch.
         prompts: what to tell the model beforehand, from the objects of an image, also outside of training; None = nothing.
             See :mod:`.prompts`.
@@ -138,12 +129,13 @@ class DetrDatasetMapper:
         new_labels: tuple[int, ...] | None = None,
         masks: str | None = None,
         mask_key: str = "MODEL.MASK_ON",
+        fit_boxes: bool = False,
         flips: list[T.Augmentation],
         resizes: list[T.Augmentation],
         crops: list[T.Augmentation],
         prompts: Callable[[Instances], dict] | None = None,
     ):
-        self.is_train, self.prompts = is_train, prompts
+        self.is_train, self.prompts, self.fit_boxes = is_train, prompts, fit_boxes
         self.image_format = image_format
         self.num_classes, self.new_labels, self.masks, self.mask_key = num_classes, new_labels, masks, mask_key
         self.plain = T.AugmentationList([*flips, *resizes])
@@ -153,29 +145,16 @@ class DetrDatasetMapper:
     @classmethod
     def from_config(cls, cfg, is_train: bool = True) -> dict:
         """Constructor arguments from ``INPUT`` and ``MODEL.DN_DETR.NUM_CLASSES``."""
-        node = cfg.INPUT
-        side, longest = (
-            (node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN) if is_train else (node.MIN_SIZE_TEST, node.MAX_SIZE_TEST)
-        )
-        style = node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice"
-        flips, crops = [], []
-        if is_train and node.RANDOM_FLIP != "none":
-            if node.RANDOM_FLIP not in ("horizontal", "vertical"):
-                raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal or vertical, got {node.RANDOM_FLIP!r}")
-            vertical = node.RANDOM_FLIP == "vertical"
-            flips = [T.RandomFlip(horizontal=not vertical, vertical=vertical)]
-        if is_train and node.CROP.ENABLED:
-            crops = [
-                ResizeShortestEdge(node.CROP.RESIZE, MAX_STRETCH * max(node.CROP.RESIZE), "choice"),
-                T.RandomCrop(node.CROP.TYPE, tuple(node.CROP.SIZE)),
-            ]
+        node, resize = cfg.INPUT, ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
+        augmentations = training_augmentations(cfg) if is_train else {"flips": [], "resizes": [resize], "crops": []}
         # Models of this project compare masks at points, for which polygons would be drawn anyhow.
         form = "bitmask" if has_queries(cfg) else node.MASK_FORMAT
         masks = form if trains_masks(cfg) else None
-        if masks == "polygon" and crops and importlib.util.find_spec("shapely") is None:
+        cuts = augmentations["crops"] or (is_train and node.AUGMENTATION != "detr")
+        if masks == "polygon" and cuts and importlib.util.find_spec("shapely") is None:
             raise ConfigError(
-                "INPUT.MASK_FORMAT = 'polygon' with INPUT.CROP.ENABLED True needs the package shapely, which cuts polygons; "
-                "set MASK_FORMAT to bitmask, or install shapely"
+                f"INPUT.MASK_FORMAT = 'polygon' with INPUT.CROP.ENABLED True or INPUT.AUGMENTATION = {node.AUGMENTATION!r} "
+                "needs the package shapely, which cuts polygons; set MASK_FORMAT to bitmask, or install shapely"
             )
         return {
             "is_train": is_train,
@@ -184,42 +163,56 @@ class DetrDatasetMapper:
             "new_labels": RAW_IDS if list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()) else None,
             "masks": masks,
             "mask_key": mask_key(cfg),
-            "flips": flips,
-            "resizes": [ResizeShortestEdge(side, longest, style)],
-            "crops": crops,
+            "fit_boxes": is_train and node.AUGMENTATION != "detr",
+            **augmentations,
             "prompts": build_prompts(cfg, draw=is_train),
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
         """One Detectron2 dataset dict -> the same with ``image`` (3, H, W) uint8 and, in training, ``instances``.
 
-        Their ``gt_index`` is the index of each box among the annotations of the record. With prompts also ``known`` or
-        ``labels``.
+        Their ``gt_index`` is the index of each box among the annotations of the record, or the class in a semantic map. With
+        prompts also ``known`` or ``labels``.
 
         Raises:
-            DatasetError: the image cannot be read or has another size than annotated, a label is out of range, or a mask is
-                asked for that is not there.
+            DatasetError: the image cannot be read or has another size than annotated, a label is out of range, a mask is
+                asked for that is not there, or a panoptic png or semantic map does not fit.
         """
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
         size = image.shape[:2]
         self._check_size(record, size)  # what was decoded, after what the header said
         annotated = self.is_train or self.prompts is not None
-        raw = self._raw_boxes(record, size) if annotated else ([], [], [])
+        segments = self._segments(record, size) if annotated else None
+        raw = self._raw_boxes(record, size) if annotated and segments is None else ([], [], [])
         annotations = record.pop("annotations", [])
 
         crop = self.cropping is not None and np.random.rand() < 0.5
-        augmented = T.AugInput(image)
+        augmented = T.AugInput(image, sem_seg=segments and segments.pixels)
         transforms = (self.cropping if crop else self.plain)(augmented)
         record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
-        if annotated:
+        if segments is not None:
+            objects = segments.instances(augmented.sem_seg)
+            if self.masks is None:
+                objects.remove("gt_masks")
+            record |= self._given(objects)
+        elif annotated:
             objects = self._instances(*raw, transforms, augmented.image.shape[:2])
             if self.masks is not None:
                 objects.gt_masks = self._masks(record["file_name"], objects, annotations, transforms, size)
             if self.masks == "bitmask":
-                objects = fitted_to_masks(objects, boxes=crop)
+                objects = fitted_to_masks(objects, boxes=crop or self.fit_boxes)
             record |= self._given(objects)
         return record
+
+    def _segments(self, record: dict, size: tuple[int, int]) -> SegmentMap | None:
+        """The objects of a record that are pixels of a panoptic png or of a semantic map; None if they are annotations."""
+        if "pan_seg_file_name" in record and "annotations" in record:
+            segments = [(i, label) for i, label, *_ in self._labelled(record)]
+            return panoptic_map(record, size, segments)
+        if is_semantic(record):
+            return semantic_map(record, size, self.num_classes)
+        return None
 
     def _given(self, objects: Instances) -> dict:
         """Prompts, and in training what is to be found."""
@@ -238,6 +231,17 @@ class DetrDatasetMapper:
     def _raw_boxes(self, record: dict, image_size: tuple[int, int]) -> tuple[list[list[float]], list[int], list[int]]:
         """Checked boxes, absolute xyxy, their labels and annotation numbers; crowds are left out, as all DETRs do."""
         boxes, labels, numbers = [], [], []
+        for i, label, annotation, what in self._labelled(record):
+            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            box = self.check_box([float(x) for x in box], image_size, what)
+            if box is not None:
+                boxes.append(box)
+                labels.append(label)
+                numbers.append(i)
+        return boxes, labels, numbers
+
+    def _labelled(self, record: dict) -> Iterator[tuple[int, int, dict, str]]:
+        """(number, label of the model, annotation, its name in errors) of annotations that are no crowds."""
         for i, annotation in enumerate(record.get("annotations", [])):
             if annotation.get("iscrowd", 0):
                 continue
@@ -250,13 +254,7 @@ class DetrDatasetMapper:
                     f"{what} has class index {label}, but MODEL.DN_DETR.NUM_CLASSES = {self.num_classes} allows 0 to "
                     f"{self.num_classes - 1}"
                 )
-            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            box = self.check_box([float(x) for x in box], image_size, what)
-            if box is not None:
-                boxes.append(box)
-                labels.append(label)
-                numbers.append(i)
-        return boxes, labels, numbers
+            yield i, label, annotation, what
 
     @staticmethod
     def _instances(boxes, labels, numbers, transforms: T.TransformList, image_size: tuple[int, int]) -> Instances:

@@ -65,12 +65,11 @@ def refuse_unusable_masks(name: str, records: list[dict], key: str) -> None:
 
     Args:
         name: of the data set.
-        records: its dataset dicts; masks that are arrays are not looked at.
+        records: its dataset dicts; masks that are arrays, or pixels of a png, are not looked at.
         key: what asks for masks.
     """
-    objects = [
-        (r, x) for r in records for x in r.get("annotations", []) if not x.get("iscrowd", 0) and not _is_array(x)
-    ]
+    annotated = [(r, x) for r in records if "pan_seg_file_name" not in r for x in r.get("annotations", [])]
+    objects = [(record, x) for record, x in annotated if not x.get("iscrowd", 0) and not _is_array(x)]
     sizes = np.array([[r.get("height", np.inf), r.get("width", np.inf)] for r, _ in objects], np.float64).reshape(-1, 2)
     masks = [x.get("segmentation") for _, x in objects]
     verdicts = judge_masks(masks, sizes, np.full((len(masks), 4), np.nan))

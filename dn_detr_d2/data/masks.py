@@ -60,7 +60,7 @@ def bit_masks(
         else:
             rings = [transforms.apply_coords(ring.copy()) for ring in polygons(segmentation)]
             bits = draw_polygons(rings, moved)
-        mask.copy_(torch.from_numpy(np.array(bits, np.uint8)))
+        mask.copy_(torch.from_numpy(bits == 1))  # padding may have another value
     return BitMasks(masks)
 
 

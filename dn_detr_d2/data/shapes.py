@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +73,8 @@ def load_shapes(name: str, masks: bool = False) -> list[dict]:
 
 
 def generate(folder: Path, seed: int, num_images: int) -> None:
-    """Draws a split into ``folder``: images as .bmp and annotations.json. The folder is renamed into place when complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    """Draws a split into ``folder``: images as .bmp and annotations.json."""
+    with drafted(folder) as draft:
         images, annotations = [], []
         for image_id in range(num_images):
             pixels, boxes, labels, masks = draw_scene(Dice([seed, image_id]))
@@ -98,6 +98,15 @@ def generate(folder: Path, seed: int, num_images: int) -> None:
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (draft / "annotations.json").write_text(json.dumps(content))
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes ``folder`` when its content is complete, and nothing otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield draft
         try:
             draft.rename(folder)
         except OSError:  # another process was faster; its files are the same

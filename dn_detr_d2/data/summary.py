@@ -17,6 +17,7 @@ from ..utils.files import atomic_write, sha256_of
 from .check import annotated_sizes
 from .columns import VERDICTS, judge_boxes
 from .issues import Issue
+from .semantic import is_semantic
 from .shapes import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,11 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
         num_queries: NUM_QUERIES of the model, which bounds the objects that an image can have; 0 = it has no queries.
 
     Returns:
-        int: boxes that are trained on.
+        int: boxes that are trained on, of a semantic set images.
     """
+    if records and all(map(is_semantic, records)):
+        logger.info("%s: %d images with semantic maps, which are read one by one", name, len(records))
+        return len(records)
     found = _cached(name, records)
     problems = "; ".join(f"{count} x {kind}" for kind, count in found["problems"].items()) or "none"
     crowded = 0 < num_queries < found["fullest"]
@@ -59,7 +63,8 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
 
 def _cached(name: str, records: list[dict]) -> dict:
     """The summary from the cache if the annotation file has been summarised before."""
-    json_file = MetadataCatalog.get(name).get("json_file")
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("panoptic_json") or metadata.get("json_file")
     if not json_file or not os.path.isfile(json_file):
         return summarise(records)
     kept = cache_folder().parent / f"summary-v{VERSION}" / f"{sha256_of(json_file)}.json"

@@ -17,7 +17,8 @@ def as_rows(judged: list[JudgedLabel], names: list[str], dataset: str) -> list[d
     records, rows = {record["image_id"]: record for record in records_of(dataset)}, []
     for found in judged:
         record = records[found.image_id]
-        annotation = record["annotations"][found.index].get("id", f"number {found.index}")
+        annotations = record.get("annotations", {found.index: {}})  # none beside a semantic map
+        annotation = annotations[found.index].get("id", f"number {found.index}")
         label, suggested = (names[i] if i < len(names) else str(i) for i in (found.label, found.suggested))
         values = (round(found.score, 4), found.image_id, annotation, record["file_name"], label, suggested)
         rows.append(dict(zip(COLUMNS, (*values, *(round(x, 1) for x in found.box)), strict=True)))

@@ -7,8 +7,7 @@ from detectron2.config import CfgNode
 from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
 from ..config import load_config
 from ..data import count_classes, evaluated_classes
-from ..data.coco_custom import register_coco_json
-from ..data.registered import known_classes, used_classes
+from ..data.registered import known_classes, known_things, listed_sets, register_data_sets, used_classes
 from ..errors import ConfigError
 from .foreign_detectors import check_detector
 
@@ -16,7 +15,7 @@ from .foreign_detectors import check_detector
 def setup_cfg(
     config_file: str = "", opts: list | None = None, *, splits: tuple[str, ...] = ("TRAIN", "TEST")
 ) -> CfgNode:
-    """A complete config from a YAML file and overrides, checked; data sets of ``DATASETS.COCO_JSON`` registered.
+    """A complete config from a YAML file and overrides, checked; data sets that it lists registered.
 
     For a training also what its label noise is drawn by, see :func:`resolve_label_noise`.
 
@@ -32,10 +31,7 @@ def setup_cfg(
     """
     cfg = load_config(config_file, opts)
     used = [name for split in splits for name in cfg.DATASETS[split]]
-    for entry in cfg.DATASETS.COCO_JSON:
-        if not isinstance(entry, list | tuple) or len(entry) != 3 or not entry[0]:
-            raise ConfigError(f"DATASETS.COCO_JSON takes [name, json, image folder] entries, got {entry!r}")
-        register_coco_json(*entry, must_exist=entry[0] in used)
+    register_data_sets(cfg, used)
     if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
         raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     if used:
@@ -101,6 +97,33 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         )
     if classes is not None:
         node.CLASS_NAMES = list(classes)
+    resolve_things(cfg, known)
+
+
+def resolve_things(cfg: CfgNode, known: dict[str, list[str]]) -> None:
+    """Fills in MASK.THING_CLASSES from the first data set that tells things from stuff.
+
+    Args:
+        cfg: with NUM_CLASSES and CLASS_NAMES.
+        known: data set -> its classes in its order.
+
+    Raises:
+        ConfigError: the config names things that are no classes.
+    """
+    node = cfg.MODEL.DN_DETR
+    given = list(node.MASK.THING_CLASSES)
+    if not all(type(x) is int and 0 <= x < node.NUM_CLASSES for x in given):
+        raise ConfigError(
+            f"MODEL.DN_DETR.MASK.THING_CLASSES must be numbers of classes, 0 to {node.NUM_CLASSES - 1}, got {given}"
+        )
+    if given or not node.MASK.ENABLED:
+        return
+    for name, classes in known.items():
+        things = known_things(name)
+        if things is not None:
+            names, place = list(node.CLASS_NAMES), [classes[i] for i in things]
+            node.MASK.THING_CLASSES = [i for i, one in enumerate(names) if one in set(place)]
+            return
 
 
 def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
@@ -138,7 +161,7 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
 
 def _inherited(cfg: CfgNode) -> str:
     """A way out for own data in DATASETS.TRAIN with the test set of the base config."""
-    own = {entry[0] for entry in cfg.DATASETS.COCO_JSON}
+    own = listed_sets(cfg)
     theirs = [name for name in cfg.DATASETS.TEST if name not in own]
     if not own & {*cfg.DATASETS.TRAIN} or not theirs:
         return ""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dn_detr_d2 import DatasetError, doctor, setup_cfg
 from dn_detr_d2.coco import NUM_RAW_CLASSES, RAW_IDS, coco_names
+from dn_detr_d2.config import load_config
 from dn_detr_d2.data import build_probe_loader, build_test_loader, build_train_loader, check_records, records_of
 from dn_detr_d2.engine import Trainer
 
@@ -82,7 +83,7 @@ def config(name, num_classes=80):
 
 
 def read_by_the_doctor(name):
-    raise DatasetError(doctor._data_set(name, []))
+    raise DatasetError(doctor._data_set(name, load_config()))
 
 
 DOORS = {
