@@ -75,6 +75,8 @@ def convert(
     if source.code != "this project":
         log.append(f"the checkpoint is one of {source}; its names were converted")
         state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, log)
+        if _has_no_object(source, model_state):
+            state = _part_no_object(state)
     if "backbone" in source.system or source.system == "ImageNet ResNet":
         state, wanted = _fit_backbone(state, model_state)
         state, absent = _compare(state, wanted, source, None, None, least_matched, log)
@@ -134,15 +136,20 @@ def _rename(state: dict[str, Tensor], source: Source, log: list[str]) -> dict[st
         if name in result and not torch.equal(result[name], state[key]):
             differing.append(f"{origin[name]} and {key}")
         result[name], origin[name] = state[key], key
-    if source.system == "DETR":
-        result = _part_no_object(result)
     if differing:
         log.append(f"copies that should be equal differ, the second of each pair was taken: {_some(differing)}")
     return _share_heads(result) if source.system in ("DINO", "Deformable-DETR", "Anchor DETR") else result
 
 
+def _has_no_object(source: Source, model_state: dict[str, Tensor]) -> bool:
+    """Whether the last row of the file's class heads is "no object"; in a file of Mask DINO the model decides."""
+    if source.system == "Mask DINO":
+        return any("no_object_heads" in name for name in model_state)
+    return source.system in ("DETR", "Mask2Former")
+
+
 def _part_no_object(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DETR's class head has a last row for "no object"; here it is a head of its own."""
+    """The class head of DETR and Mask2Former has a last row for "no object"; here it is a head of its own."""
     head, parted = "decoder.heads.class_heads.", "decoder.heads.no_object_heads."
     heads = {name: x for name, x in state.items() if name.startswith(head)}
     return {

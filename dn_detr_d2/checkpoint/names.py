@@ -94,6 +94,31 @@ DEFORMABLE_DECODER: Rules = [
     (r"(decoder\.layers\.\d+)\.norm1", r"\1.norm"),
     (r"(decoder\.layers\.\d+)\.norm2", r"\1.self_attn.norm"),
 ]
+# Mask2Former and Mask DINO -> the names of the DETRs. Older files of Mask2Former lack a level of names.
+MASKS: Rules = [
+    (r"^sem_seg_head\.(?!pixel_decoder\.|predictor\.)", "sem_seg_head.pixel_decoder."),
+    (r"^sem_seg_head\.pixel_decoder\.(input_proj|transformer)", r"\1"),
+    (r"^sem_seg_head\.pixel_decoder\.(adapter|layer)_1\.norm", r"sem_seg_head.pixel_decoder.\1_1.1"),
+    (r"^sem_seg_head\.pixel_decoder\.(adapter|layer)_1\.weight", r"sem_seg_head.pixel_decoder.\1_1.0.weight"),
+    (r"^sem_seg_head\.pixel_decoder\.adapter_1", "pixel_decoder.lateral"),
+    (r"^sem_seg_head\.pixel_decoder\.layer_1", "pixel_decoder.fuse"),
+    (r"^sem_seg_head\.pixel_decoder", "pixel_decoder"),
+    (r"^sem_seg_head\.predictor\.", ""),
+    (r"^(query_feat|static_query)", "tgt_embed"),
+    (r"^level_embed", "decoder.level_embed"),
+    (r"^decoder_norm", "decoder.norm"),
+    (r"^mask_embed", "decoder.heads.mask_heads.0"),
+    (r"^transformer_(cross|self)_attention_layers\.(\d+)\.\w+_attn", r"decoder.layers.\2.\1_attn"),
+    (r"^transformer_(cross|self)_attention_layers\.(\d+)\.norm", r"decoder.layers.\2.\1_attn.norm"),
+    (r"^transformer_ffn_layers\.(\d+)\.norm", r"decoder.layers.\1.norm3"),
+    (r"^transformer_ffn_layers", "decoder.layers"),
+]
+MASK_DINO: Rules = [
+    *MASKS,
+    (r"^(decoder\.)?_?bbox_embed(\.\d+)?\.layers", "bbox_embed.layers"),  # one head, registered up to 19 times
+    (r"^query_embed", "refpoint_embed"),
+    (r"^(enc_output|decoder\.ref_point_head)", r"transformer.\1"),
+]
 # detrex -> the official names; the rules of the layers follow from the same two questions as there.
 DETREX: Rules = [
     (r"^backbone\.body\.", "backbone.0.body."),
@@ -163,6 +188,9 @@ SYSTEMS: list[tuple[str, str, tuple[str, ...]]] = [
     ("a detector", "this project", (r"^(query_source|decoder\.heads)\.",)),
     ("ImageNet ResNet", "torchvision", (r"^layer1\.0\.conv1\.", r"^conv1\.weight$")),
     ("ImageNet ResNet", "detectron2", (r"^(stem|res2)\.",)),
+    ("Mask2Former", "official", (r"^sem_seg_head\.predictor\.transformer_cross_attention_layers\.",)),
+    ("Mask DINO", "official", (r"^sem_seg_head\.predictor\.decoder\.", r"^sem_seg_head\.predictor\._bbox_embed\.")),
+    ("Mask DINO", "detrex", (r"^sem_seg_head\.predictor\.decoder\.",)),
     ("Anchor DETR", "", (r"^transformer\.encoder_layers\.",)),
     ("Deformable-DETR", "", (r"^(query_embed|transformer\.pos_trans)\.", r"^transformer\.level_embed")),
     ("DETR", "", (r"^query_embed\.",)),
@@ -200,19 +228,7 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
         return {key: "backbone." + key for key in keys if not key.startswith(("linear.", "stem.fc."))}
     conditional = any("query_content_proj" in key or "sa_qcontent_proj" in key for key in keys)
     deformable = any(re.search(r"encoder\.layers\.0\..*sampling_offsets", key) for key in keys)
-    official = {key: key for key in keys}
-    if source.code == "detrex":
-        plain = DETREX_PLAIN if source.system == "DETR" else DETREX_DEFORMABLE
-        rules = DETREX + (DETREX_CONDITIONAL if conditional else plain)
-        last = len({match[1] for key in keys if (match := re.match(r"neck\.convs\.(\d)", key))})
-        official = {key: apply(rules, key).replace("EXTRA", str(last)) for key in keys}
-        if source.system == "DINO":  # its last heads belong to the encoder
-            official = {
-                key: re.sub(r"(class|bbox)_embed\.6", r"transformer.enc_out_\1_embed", x) for key, x in official.items()
-            }
-            official = {
-                key: x.replace("transformer.decoder.transformer.", "transformer.") for key, x in official.items()
-            }
+    official = _official_names(keys, source, conditional)
     if source.system in ("Deformable-DETR", DINO_LIKE):  # the seventh heads belong to the encoder
         official = {
             key: re.sub(r"^(transformer\.decoder\.)?(class|bbox)_embed\.6", r"transformer.enc_out_\2_embed", x)
@@ -232,6 +248,25 @@ def rename_all(keys: list[str], source: Source) -> dict[str, str]:
         else:
             renamed[key] = apply(rules, re.sub(r"^transformer\.decoder\.(bbox|class)_embed", r"\1_embed", name))
     return renamed
+
+
+def _official_names(keys: list[str], source: Source, conditional: bool) -> dict[str, str]:
+    """The name in the authors' DETRs of every name of detrex, and of the models with masks."""
+    if source.system in ("Mask2Former", "Mask DINO"):
+        rules = MASKS if source.system == "Mask2Former" else MASK_DINO
+        return {key: key if key.startswith("backbone.") else apply(rules, key) for key in keys}
+    if source.code != "detrex":
+        return {key: key for key in keys}
+    plain = DETREX_PLAIN if source.system == "DETR" else DETREX_DEFORMABLE
+    rules = DETREX + (DETREX_CONDITIONAL if conditional else plain)
+    last = len({match[1] for key in keys if (match := re.match(r"neck\.convs\.(\d)", key))})
+    official = {key: apply(rules, key).replace("EXTRA", str(last)) for key in keys}
+    if source.system == "DINO":  # its last heads belong to the encoder
+        official = {
+            key: re.sub(r"(class|bbox)_embed\.6", r"transformer.enc_out_\1_embed", x) for key, x in official.items()
+        }
+        official = {key: x.replace("transformer.decoder.transformer.", "transformer.") for key, x in official.items()}
+    return official
 
 
 def apply(rules: Rules, name: str) -> str:

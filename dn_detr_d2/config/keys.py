@@ -303,8 +303,14 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Weight decay, also of norms and biases as in the official code. 1e-4 in DN.
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     cfg.SOLVER.WEIGHT_DECAY_NORM = 1e-4
+    # The same of embeddings (queries, labels, levels of the decoder; Swin's position biases); null = as of other weights. 0
+    # in Mask2Former.
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = None
     # Iterations of linear warm-up; the official recipes have none.
     cfg.SOLVER.WARMUP_ITERS = 0
+    # LR_SCHEDULER_NAME "WarmupPolyLR" (DeepLab's, beside Detectron2's): (1 - iteration / MAX_ITER) to this power. 0.9 in
+    # Mask2Former.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
     # "full_model" clips the norm of all gradients together at CLIP_VALUE; 0.1 in DN. Detectron2's "value" and "norm" work
     # on each parameter by itself.
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True

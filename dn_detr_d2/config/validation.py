@@ -19,7 +19,12 @@ def check_config(cfg: CfgNode) -> None:
         "SOLVER.AMP.DTYPE": ("fp16", "bf16"),
         "SOLVER.NONFINITE": ("raise", "skip"),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "value", "norm"),
-        "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+        "SOLVER.LR_SCHEDULER_NAME": (
+            "WarmupMultiStepLR",
+            "WarmupCosineLR",
+            "WarmupStepWithFixedGammaLR",
+            "WarmupPolyLR",
+        ),
         "SOLVER.WARMUP_METHOD": ("linear", "constant"),
         "INPUT.AUGMENTATION": ("detr", "lsj", "semantic"),
         "INPUT.MASK_FORMAT": ("polygon", "bitmask"),

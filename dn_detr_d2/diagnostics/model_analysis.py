@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 
@@ -51,7 +51,8 @@ NOT_IN_PAPERS = ("linear", "deformable attention")
 def analyze(cfg, height: int, width: int) -> dict:
     """Part -> {"parameters", "trainable", "gflops", "paper_gflops", "mactivations"}, and the same for "total"."""
     model = require_queries(build_model(cfg)).eval()
-    image = torch.zeros(1, 3, height, width)
+    step = model.size_divisibility if model.pixel_decoder is not None else 1  # padding is a part of the image there
+    image = torch.zeros(1, 3, -(-height // step) * step, -(-width // step) * step)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,7 +63,7 @@ def analyze(cfg, height: int, width: int) -> dict:
         per_part, per_operator = flops.by_module(), flops.by_module_and_operator()
         outputs = activations.by_module()
     result = {}
-    for name in (*PARTS, ""):
+    for name in (*(part for part in PARTS if getattr(model, part) is not None), ""):
         module = model.get_submodule(name)
         parameters = list(module.parameters())
         result[name or "total"] = {
@@ -80,6 +81,8 @@ def measure_memory(cfg, height: int, width: int) -> int:
     model = build_model(cfg).train()
     boxes = Boxes(torch.tensor([[10.0, 10.0, width / 2, height / 2]]).repeat(7, 1))
     instances = Instances((height, width), gt_boxes=boxes, gt_classes=torch.zeros(7, dtype=torch.int64))
+    if model.pixel_decoder is not None:
+        instances.gt_masks = BitMasks(torch.ones(7, height, width, dtype=torch.bool))
     kept = {}
 
     def _keep(tensor):

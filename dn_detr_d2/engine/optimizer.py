@@ -1,10 +1,13 @@
-"""The optimizer: parameter groups from one table of name patterns, and clipping of the whole model's gradient."""
+"""The optimizer: parameter groups from one table of name patterns, clipping of the whole model's gradient, and schedules."""
 
 import logging
 from collections.abc import Iterable
 
 import torch
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import build_lr_scheduler as build_other_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -18,18 +21,20 @@ LEARNING_RATE_TABLE = (
 )
 # Detectron2's R-CNN recipes have 0.02, for SGD; no published DETR has more than 2e-4.
 LARGE_FOR_ADAMW = 0.01
+# Mask2Former keeps this one as a bare parameter and gives only modules for embeddings a weight decay of their own. Swin's
+# table is a bare parameter too, but goes with the embeddings.
+DECAYING_EMBEDDING = "encoder.level_embed.weight"
+POSITION_BIAS = "relative_position_bias_table"
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(cfg, model: nn.Module) -> list[dict]:
     """Trainable parameters by learning rate and weight decay, each parameter once.
 
-    Weight decay is ``SOLVER.WEIGHT_DECAY``, for norms ``WEIGHT_DECAY_NORM``, for biases ``WEIGHT_DECAY_BIAS`` (null = the
-    same). Learning rates follow :data:`LEARNING_RATE_TABLE`.
+    Weight decay is ``SOLVER.WEIGHT_DECAY``, for norms ``WEIGHT_DECAY_NORM``, for biases and embeddings ``WEIGHT_DECAY_BIAS``
+    and ``WEIGHT_DECAY_EMBED`` (null = the same). Learning rates follow :data:`LEARNING_RATE_TABLE`.
     """
-    solver = cfg.SOLVER
-    bias_decay = solver.WEIGHT_DECAY if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
-    groups, seen = {}, set()
+    solver, groups, seen = cfg.SOLVER, {}, set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if not parameter.requires_grad or parameter in seen:
@@ -37,13 +42,19 @@ def parameter_groups(cfg, model: nn.Module) -> list[dict]:
             seen.add(parameter)
             key = next((key for part, key in LEARNING_RATE_TABLE if part in name), None)
             rate = solver.BASE_LR * (solver[key] if key else 1.0)
-            if isinstance(module, NORMS):
-                decay = solver.WEIGHT_DECAY_NORM
-            else:
-                decay = bias_decay if name.endswith(".bias") else solver.WEIGHT_DECAY
+            decay = _weight_decay(solver, module, name)
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def _weight_decay(solver, module: nn.Module, name: str) -> float:
+    if isinstance(module, NORMS):
+        return solver.WEIGHT_DECAY_NORM
+    decay = solver.WEIGHT_DECAY_BIAS if name.endswith(".bias") else None
+    if (isinstance(module, nn.Embedding) and name != DECAYING_EMBEDDING) or name.endswith(POSITION_BIAS):
+        decay = solver.WEIGHT_DECAY_EMBED
+    return solver.WEIGHT_DECAY if decay is None else decay
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -71,6 +82,16 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
     if not clip.ENABLED:
         return kind(groups, **settings)
     return clipped(groups, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE, **settings)
+
+
+def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """That of ``SOLVER.LR_SCHEDULER_NAME``: one of Detectron2's, or DeepLab's "WarmupPolyLR"."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_other_scheduler(cfg, optimizer)
+    warmup = (solver.WARMUP_FACTOR, min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0), solver.WARMUP_METHOD)
+    decay = PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER)
+    return LRMultiplier(optimizer, WarmupParamScheduler(decay, *warmup, solver.RESCALE_INTERVAL), solver.MAX_ITER)
 
 
 class ClipsWholeModel:

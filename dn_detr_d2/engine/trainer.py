@@ -220,6 +220,11 @@ class Trainer(DefaultTrainer):
         return optimizer.build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg, optim):
+        """See :func:`dn_detr_d2.engine.optimizer.build_lr_scheduler`."""
+        return optimizer.build_lr_scheduler(cfg, optim)
+
+    @classmethod
     def build_train_loader(cls, cfg):
         """See :func:`dn_detr_d2.data.build_train_loader`."""
         return data.build_train_loader(cfg)

@@ -42,11 +42,17 @@ def build_dc5_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     return backbone
 
 
+def wanted_maps(cfg) -> set[str]:
+    """Names of the maps of the backbone that the neck, and the pixel decoder of a model with masks, take."""
+    node = cfg.MODEL.DN_DETR
+    return {*node.IN_FEATURES, *([node.MASK.FEATURE] if node.MASK.ENABLED else [])}
+
+
 @BACKBONE_REGISTRY.register()
 def build_swin_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's Swin transformer of size ``MODEL.SWIN.SIZE``; its maps are p0 to p3, at strides 4 to 32.
 
-    Only those of ``MODEL.DN_DETR.IN_FEATURES`` are made: a norm without a gradient would stop distributed training.
+    Only those of :func:`wanted_maps` are made: a norm without a gradient would stop distributed training.
 
     Raises:
         ConfigError: an unknown size, or a drop path without the package timm.
@@ -62,7 +68,7 @@ def build_swin_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         num_heads=heads,
         window_size=window,
         drop_path_rate=node.DROP_PATH_RATE,
-        out_indices=[i for i in range(4) if f"p{i}" in cfg.MODEL.DN_DETR.IN_FEATURES],
+        out_indices=[i for i in range(4) if f"p{i}" in wanted_maps(cfg)],
     )
     swin._size_divisibility = 32  # Detectron2's class reads it without ever setting it
     return swin
@@ -72,7 +78,7 @@ def build_swin_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
 def build_vitdet_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's plain ViT of size ``MODEL.VIT.SIZE`` with the simple pyramid p2 to p5, at strides 4 to 32.
 
-    Only those of ``MODEL.DN_DETR.IN_FEATURES`` are made.
+    Only those of :func:`wanted_maps` are made.
 
     Raises:
         ConfigError: an unknown size, or the package timm is not there.
@@ -91,7 +97,7 @@ def build_vitdet_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         use_rel_pos=True,
     )
     scales = {"p2": 4.0, "p3": 2.0, "p4": 1.0, "p5": 0.5}
-    wanted = [scale for name, scale in scales.items() if name in cfg.MODEL.DN_DETR.IN_FEATURES]
+    wanted = [scale for name, scale in scales.items() if name in wanted_maps(cfg)]
     return SimpleFeaturePyramid(vit, "last_feat", out_channels=256, scale_factors=wanted or list(scales.values()))
 
 

@@ -37,6 +37,7 @@ def narrower(path):
         backbone = {}  # Detectron2 has these in one width
     options = [x for key, value in backbone.items() for x in (f"MODEL.RESNETS.{key}", value)]
     options += ["MODEL.SWIN.SIZE", "T", "MODEL.DN_DETR.HIDDEN_DIM", 64]
+    options += ["MODEL.DN_DETR.MASK.NUM_POINTS", 64]
     return [*options, "MODEL.DN_DETR.ENCODER.FFN_DIM", 64, "MODEL.DN_DETR.DECODER.FFN_DIM", 64]
 
 
@@ -52,8 +53,9 @@ def test_every_config_builds_in_its_own_size(path):
 @pytest.mark.parametrize("narrow", [True, pytest.param(False, marks=pytest.mark.long)], ids=["narrow", "as it is"])
 @pytest.mark.parametrize("path", different_models(), ids=lambda p: p.stem)
 def test_every_model_of_the_configs_builds_and_trains_one_step_and_predicts(path, narrow):
-    model = build_model(setup_cfg(str(path), [*NO_DATA, *(narrower(path) if narrow else ())]))
-    batch = make_batch(2, 0, sizes=((64, 64),))
+    cfg = setup_cfg(str(path), [*NO_DATA, *(narrower(path) if narrow else ())])
+    model = build_model(cfg)
+    batch = make_batch(2, 0, sizes=((64, 64),), masks=cfg.MODEL.DN_DETR.MASK.ENABLED)
     with EventStorage():  # which Detectron2's own detectors log to
         losses = model.train()(batch)
     sum(losses.values()).backward()

@@ -53,6 +53,9 @@ def test_parameters_and_gflops_of_the_papers(config, parameters, gflops):
         ("deformable_detr_R50_50ep", [], 40_069_665),
         ("deformable_detr_refine_R50_50ep", [], 40_849_660),
         ("deformable_detr_two_stage_R50_50ep", [], 41_181_529),
+        ("mask2former_R50_instance_50ep", ["MODEL.DN_DETR.NUM_CLASSES", 80], 43_970_257),
+        ("mask2former_R50_panoptic_50ep", ["MODEL.DN_DETR.NUM_CLASSES", 133], 43_983_878),
+        ("mask_dino_R50_instance_50ep", ["MODEL.DN_DETR.NUM_CLASSES", 80], 52_058_004),
     ],
 )
 def test_parameters_of_the_published_models(config, overrides, parameters):

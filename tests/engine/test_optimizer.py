@@ -8,7 +8,7 @@ from detectron2.solver import build_optimizer as detectron2_optimizer
 from torch import nn
 
 from dn_detr_d2 import setup_cfg
-from dn_detr_d2.engine.optimizer import ClippedAdamW, ClippedSGD, build_optimizer, parameter_groups
+from dn_detr_d2.engine.optimizer import ClippedAdamW, ClippedSGD, build_lr_scheduler, build_optimizer, parameter_groups
 
 
 def groups_by_name(cfg, model):
@@ -41,6 +41,33 @@ def test_weight_decay_of_norms_and_biases(toy_cfg, toy_model):
     assert decay["decoder.norm.weight"] == 0.0
     assert decay["decoder.heads.class_heads.0.bias"] == 0.5
     assert decay["decoder.heads.class_heads.0.weight"] == 1e-4
+
+
+def test_embeddings_may_have_a_weight_decay_of_their_own(toy_cfg, toy_model):
+    """All but the embedding of the encoder's levels, which is none in the code of Mask2Former."""
+    overrides = ("SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.WEIGHT_DECAY_EMBED", 0.0)
+    groups = groups_by_name(toy_cfg("dn_deformable_detr", *overrides), toy_model("dn_deformable_detr"))
+    embeddings = (
+        "query_source.content.weight",
+        "query_source.anchors.weight",
+        "query_source.label_encoder.embed.weight",
+    )
+    assert {groups[name]["weight_decay"] for name in embeddings} == {0.0}
+    assert groups["encoder.level_embed.weight"]["weight_decay"] == 0.5
+    assert groups["decoder.heads.class_heads.0.bias"]["weight_decay"] == 0.5
+    same = groups_by_name(toy_cfg("dn_deformable_detr"), toy_model("dn_deformable_detr"))
+    assert {same[name]["weight_decay"] for name in embeddings} == {1e-4}
+
+
+def test_the_polynomial_schedule_falls_to_0(toy_cfg):
+    cfg = toy_cfg("dn_detr", "SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 10, "SOLVER.BASE_LR", 2.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
+    scheduler, rates = build_lr_scheduler(cfg, optimizer), []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2 * (1 - i / 10) ** 0.9 for i in range(10)])
 
 
 def test_clipping_scales_all_gradients_together():
@@ -95,10 +122,22 @@ def test_learning_rates_are_the_authors(config):
     for name, group in groups_by_name(cfg, model).items():
         expected = next((rate for pattern, rate in rules.items() if re.search(pattern, name)), base)
         assert group["lr"] == pytest.approx(expected), name
+        if config.startswith(
+            "mask"
+        ):  # no decay of norms and embeddings, but of the bare embedding of the encoder's levels
+            assert group["weight_decay"] == (0 if not_decayed(name, model) else 0.05), name
     names = [name for name, _ in model.named_parameters()]
     assert any(name.startswith("query_source.reference.") for name in names) == (
         deformable and "two_stage" not in config
     )
+
+
+def not_decayed(name, model):
+    """Mask2Former's groups: by the kind of the module, or by the name of Swin's tables."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    norm = isinstance(module, nn.LayerNorm | nn.GroupNorm)
+    embedding = isinstance(module, nn.Embedding) and name != "encoder.level_embed.weight"
+    return norm or embedding or "relative_position_bias_table" in name
 
 
 @pytest.mark.parametrize("config", DETECTRON2S)

@@ -18,3 +18,17 @@ def test_the_wrapper_predicts_what_the_model_predicts(toy_model, system):
         logits, boxes = OneImage(model)(image[None])
     assert logits.equal(seen[0].logits[-1])
     assert boxes.equal(seen[0].boxes[-1])
+
+
+@pytest.mark.parametrize("system", ["mask2former", "mask_dino"])
+def test_masks_come_last(toy_model, system):
+    model, seen = toy_model(system).eval(), []
+    model.decoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    (record,) = make_batch(2)
+    image = (record["image"].float() - model.pixel_mean) / model.pixel_std
+    with torch.no_grad():
+        model([record])
+        found = OneImage(model)(image[None])
+    assert len(found) == (2 if system == "mask2former" else 3)
+    assert found[0].equal(seen[0].logits[-1])
+    assert found[-1].equal(seen[0].mask_logits())
