@@ -194,14 +194,11 @@ def main(argv: list[str] | None = None) -> int:
     for case in args.cases:
         images, objects = map(int, case.split("x"))
         r = measure((images, objects, size, points), args.rounds, args.threads)
-        print(
-            f"| {case} | {r['reference_forward']:.1f} -> {r['ours_forward']:.1f} "
-            f"| {r['reference_forward'] / r['ours_forward']:.1f}x "
-            f"| {r['reference_both']:.1f} -> {r['ours_both']:.1f} | {r['reference_both'] / r['ours_both']:.1f}x "
-            f"| {r['reference_memory'] / 1e6:.0f} -> {r['ours_memory'] / 1e6:.0f} "
-            f"| {r['reference_memory'] / max(r['ours_memory'], 1):.1f}x | {r['waits']} | {r['difference']:.0e} |",
-            flush=True,
-        )
+        pairs = [(r[f"reference_{what}"], r[f"ours_{what}"]) for what in ("forward", "both", "memory")]
+        cells = [case]
+        for (theirs, ours), unit, digits in zip(pairs, (1, 1, 1e6), (1, 1, 0), strict=True):
+            cells += [f"{theirs / unit:.{digits}f} -> {ours / unit:.{digits}f}", f"{theirs / max(ours, 1e-9):.1f}x"]
+        print("|", " | ".join([*cells, str(r["waits"]), f"{r['difference']:.0e}"]), "|", flush=True)
     return 0
 
 

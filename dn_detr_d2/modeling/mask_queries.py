@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..structures import Memory, ObjectQueries, Predictions
 from .decoder import Decoder
 from .heads import DetectionHeads
-from .query_source import LearnedAnchors, TopKAnchors, common_arguments, refuse_patterns, take
+from .query_source import LearnedAnchors, TopKAnchors, arguments_without_patterns, take
 from .registry import QUERY_SOURCE_REGISTRY
 
 # Clamp of logits of boxes in Mask DINO.
@@ -42,12 +42,7 @@ class LearnedMaskQueries(nn.Module):
         self.queries = nn.Embedding(num_queries, dim)
         self.label_encoder = LabelEncoder(num_classes, dim, indicator=False, unknown=False) if denoising else None
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; patterns do not go with it."""
-        root = cfg.MODEL.DN_DETR
-        refuse_patterns(root, cls.__name__)
-        return common_arguments(root)
+    from_config = classmethod(arguments_without_patterns)
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; their references, which nobody reads, are 0.5."""
@@ -78,12 +73,7 @@ class LearnedMaskAnchors(LearnedAnchors):
         )
         self.label_encoder = LabelEncoder(num_classes, dim, indicator=False, unknown=False) if denoising else None
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; patterns do not go with it."""
-        root = cfg.MODEL.DN_DETR
-        refuse_patterns(root, cls.__name__)
-        return common_arguments(root)
+    from_config = classmethod(arguments_without_patterns)
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries."""
@@ -118,14 +108,12 @@ class MaskDinoQueries(TopKAnchors):
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Constructor arguments from ``MODEL.DN_DETR`` and its ``QUERY_SOURCE``."""
-        root = cfg.MODEL.DN_DETR
-        refuse_patterns(root, cls.__name__)
-        way = root.QUERY_SOURCE.BOXES_FROM_MASKS
+        way = cfg.MODEL.DN_DETR.QUERY_SOURCE.BOXES_FROM_MASKS
         if way not in cls.BOXES_FROM_MASKS:
             raise ConfigError(
                 f"MODEL.DN_DETR.QUERY_SOURCE.BOXES_FROM_MASKS must be one of {cls.BOXES_FROM_MASKS}, got {way!r}"
             )
-        return common_arguments(root) | {"boxes_from_masks": way}
+        return arguments_without_patterns(cls, cfg) | {"boxes_from_masks": way}
 
     def make_heads(self, dim: int, num_classes: int) -> None:
         """None of its own, see :meth:`borrow_heads`."""

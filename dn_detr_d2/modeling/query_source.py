@@ -44,6 +44,13 @@ def refuse_patterns(root, name: str) -> None:
         )
 
 
+def arguments_without_patterns(cls, cfg) -> dict:
+    """Constructor arguments from ``MODEL.DN_DETR`` of a source that patterns do not go with; a ``from_config``."""
+    root = cfg.MODEL.DN_DETR
+    refuse_patterns(root, cls.__name__)
+    return common_arguments(root)
+
+
 @QUERY_SOURCE_REGISTRY.register()
 class LearnedAnchors(nn.Module):
     """Learned anchor boxes of DAB-DETR, with the content that each system gives them.
@@ -154,12 +161,7 @@ class LearnedPositions(nn.Module):
             nn.init.xavier_uniform_(self.box_embed.weight)
             nn.init.zeros_(self.box_embed.bias)
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``; patterns do not go with it."""
-        root = cfg.MODEL.DN_DETR
-        refuse_patterns(root, cls.__name__)
-        return common_arguments(root)
+    from_config = classmethod(arguments_without_patterns)
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
@@ -437,12 +439,7 @@ class TwoStageQueries(ObjectnessAnchors):
         nn.init.xavier_uniform_(self.transform.weight)
         self.label_encoder = LabelEncoder(num_classes, dim, indicator=False) if denoising else None
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Constructor arguments from ``MODEL.DN_DETR``."""
-        root = cfg.MODEL.DN_DETR
-        refuse_patterns(root, "TwoStageQueries")
-        return common_arguments(root)
+    from_config = classmethod(arguments_without_patterns)
 
     def make_queries(self, hidden: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
         """(content, boxes, no mask, position)."""

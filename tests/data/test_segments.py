@@ -308,18 +308,21 @@ def test_images_and_maps_are_paired_by_name(tmp_path, caplog):
         load_semantic(*folders)
 
 
+def write_where_detectron2_looks(name, folder):
+    """The files of a semantic set that Detectron2 has registered."""
+    images, labels = write_semantic(folder / "files")
+    metadata = MetadataCatalog.get(name)
+    for path, made in ((metadata.image_root, images), (metadata.sem_seg_root, labels)):
+        folder.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
+        made.rename(path)
+
+
 def test_a_semantic_set_of_detectron2(tmp_path, catalog):
     builtin.register_all_ade20k(str(tmp_path))
     name = "ade20k_sem_seg_train"
     with pytest.raises(DatasetError, match=naming(name, "folder")):
         build_train_loader(setup_cfg("", train_options(name, "semantic")))
-    images, labels = write_semantic(tmp_path / "files")
-    for path, made in (
-        (MetadataCatalog.get(name).image_root, images),
-        (MetadataCatalog.get(name).sem_seg_root, labels),
-    ):
-        tmp_path.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
-        made.rename(path)
+    write_where_detectron2_looks(name, tmp_path)
     for record, other in zip(records_of(name), DatasetCatalog.get(name), strict=True):
         assert other.items() <= record.items()
     cfg = setup_cfg("", train_options(name, "semantic"))
@@ -333,13 +336,7 @@ def test_a_semantic_set_of_detectron2(tmp_path, catalog):
 def test_the_stuff_of_coco_is_a_semantic_set(tmp_path, catalog):
     builtin.register_all_coco(str(tmp_path))
     name = "coco_2017_val_panoptic_stuffonly"
-    images, labels = write_semantic(tmp_path / "files")
-    for path, made in (
-        (MetadataCatalog.get(name).image_root, images),
-        (MetadataCatalog.get(name).sem_seg_root, labels),
-    ):
-        tmp_path.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
-        made.rename(path)
+    write_where_detectron2_looks(name, tmp_path)
     cfg = setup_cfg("", train_options(name, "semantic"))
     assert (cfg.MODEL.DN_DETR.NUM_CLASSES, cfg.MODEL.DN_DETR.CLASS_NAMES[0]) == (54, "things")
     assert len(next(iter(build_train_loader(cfg)))[0]["instances"]) == 3

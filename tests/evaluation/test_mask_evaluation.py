@@ -7,7 +7,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from naming import naming
@@ -84,27 +83,23 @@ def mask_of(annotation):
 
 
 @pytest.fixture
-def registered(tmp_path):
+def registered(tmp_path, forgotten_sets):
     """registered(annotations of each image) -> name of the data set."""
-    names = []
+    names = map("test_masks_{}".format, itertools.count())
 
     def make(annotations):
-        names.append(f"masks_{tmp_path.name}_{len(names)}")
-        images = [{"id": i, "file_name": "x.png", "height": HEIGHT, "width": WIDTH} for i in range(len(annotations))]
-        Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "x.png")
+        name, folder = next(names), tmp_path
+        images = [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in range(len(annotations))]
         for image in images:
-            image["file_name"] = f"{image['id']}.png"
-            Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / image["file_name"])
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(("nut", "bolt", "nail"))]
+            Image.new("L", (WIDTH, HEIGHT)).save(folder / image["file_name"])
+        categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(("nut", "bolt", "nail"))]
         content = {"images": images, "annotations": list(itertools.chain(*annotations)), "categories": categories}
-        (tmp_path / f"{names[-1]}.json").write_text(json.dumps(content))
-        register_coco_json(names[-1], str(tmp_path / f"{names[-1]}.json"), str(tmp_path))
-        return names[-1]
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(content))
+        register_coco_json(name, str(file), str(folder))
+        return name
 
-    yield make
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return make
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -84,16 +84,11 @@ def close_masks(predictions, arrays, prefix):
             close(values.mean(-1), recorded if recorded.ndim == 2 else recorded[k], atol=1e-3)
 
 
-def test_number_of_parameters(case):
-    model, _, meta, _, _ = case
+def test_parameters_and_evaluation_outputs(case):
+    model, batch, meta, arrays, _ = case
     assert sum(p.numel() for p in model.parameters()) == meta["n_params"]
-
-
-def test_evaluation_outputs(case):
-    model, batch, _, arrays, _ = case
-    model.eval()
     with torch.no_grad():
-        predictions = model.forward_outputs(batch, annotated=False).predictions
+        predictions = model.eval().forward_outputs(batch, annotated=False).predictions
     close(predictions.logits[-1], arrays["eval_logits"], atol=1e-4)
     close(predictions.mask_logits(), arrays["eval_masks"], atol=1e-3)
     if "eval_boxes" in arrays:

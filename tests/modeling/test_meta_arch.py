@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DENOISING_SYSTEMS, SYSTEMS, make_batch
+from conftest import DENOISING_SYSTEMS, MASK_SYSTEMS, SYSTEMS, make_batch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from naming import naming
@@ -15,11 +15,11 @@ EMPTY = [(3, 1), (0, 2), (0, 0)]
 
 
 @pytest.mark.parametrize("counts", EMPTY)
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", [*SYSTEMS, *MASK_SYSTEMS])
 def test_images_without_objects_train_with_the_same_losses_and_parameters(toy_model, system, counts):
-    model = toy_model(system).train()
-    losses = model(make_batch(*counts))
-    assert set(losses) == set(toy_model(system).train()(make_batch(2, 2)))
+    model, masks = toy_model(system).train(), system in MASK_SYSTEMS
+    losses = model(make_batch(*counts, masks=masks))
+    assert set(losses) == set(toy_model(system).train()(make_batch(2, 2, masks=masks)))
     assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
