@@ -22,7 +22,7 @@ from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
 from .augmentations import ResizeShortestEdge, training_augmentations
 from .images import read_image
-from .masks import bit_masks, has_mask
+from .masks import boxes_of, draw_mask, has_mask
 from .panoptic import panoptic_map
 from .prompts import PresentLabels, build_prompts
 from .segment_map import SegmentMap
@@ -269,7 +269,8 @@ class DetrDatasetMapper:
     def _masks(self, file_name: str, instances: Instances, annotations: list[dict], transforms, size):
         """Detectron2's PolygonMasks or BitMasks of the instances, moved with the image; ``size`` is that of the file."""
         moved, masks = instances.image_size, []
-        for i in instances.gt_index.tolist():
+        bits = np.zeros((len(instances) if self.masks == "bitmask" else 0, *moved), bool)
+        for row, i in enumerate(instances.gt_index.tolist()):
             what = f"{file_name}, annotation {annotations[i].get('id', f'number {i}')}"
             if not has_mask(annotations[i]):
                 raise DatasetError(
@@ -277,7 +278,7 @@ class DetrDatasetMapper:
                 )
             try:
                 if self.masks == "bitmask":
-                    masks.append(bit_masks([annotations[i]["segmentation"]], transforms, size, moved))
+                    draw_mask(bits[row], annotations[i]["segmentation"], transforms, size)
                 else:
                     polygons = detection_utils.transform_instance_annotations(annotations[i], transforms, moved)
                     masks.append(detection_utils.annotations_to_instances([polygons], moved, self.masks).gt_masks)
@@ -288,17 +289,17 @@ class DetrDatasetMapper:
                     "INPUT.MASK_FORMAT bitmask for run lengths, and correct or take out what is neither polygons nor "
                     "run lengths"
                 ) from None
-        if not masks:
-            return PolygonMasks([]) if self.masks == "polygon" else BitMasks(torch.zeros(0, *moved))
-        return type(masks[0]).cat(masks)
+        if self.masks == "bitmask":
+            return BitMasks(torch.from_numpy(bits))
+        return PolygonMasks.cat(masks) if masks else PolygonMasks([])
 
 
 def fitted_to_masks(instances: Instances, boxes: bool) -> Instances:
     """The instances whose bit mask is not empty; with ``boxes`` their boxes are those of the masks."""
-    instances = instances[instances.gt_masks.nonempty()]
+    around, kept = boxes_of(instances.gt_masks.tensor.numpy())
     if boxes:
-        instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-    return instances
+        instances.gt_boxes = Boxes(torch.from_numpy(around))
+    return instances if kept.all() else instances[torch.from_numpy(kept)]
 
 
 class AnnotatedDatasetMapper(DetrDatasetMapper):

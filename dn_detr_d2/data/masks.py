@@ -5,16 +5,14 @@ the columns, beginning with what lies outside; ``counts`` is a list of numbers o
 """
 
 import numpy as np
-import torch
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks
 from pycocotools import mask as mask_util
 
 from .issues import Issue
 from .normalise import is_length
 
-# Points so many sides outside of the image are moved there: the rasteriser's memory grows with the length of an outline.
-MAX_REACH = 4
+# Points beyond are moved there: the rasteriser's memory grows with the length of an outline.
+REACH = (-10_000.0, 20_000.0)
 MAX_COORDINATE = 1e9
 NUMBERS = {int, float}
 
@@ -33,35 +31,39 @@ def has_mask(annotation: dict) -> bool:
     return segmentation is not None and (not hasattr(segmentation, "__len__") or len(segmentation) > 0)
 
 
-def bit_masks(
-    segmentations: list, transforms: T.TransformList, size: tuple[int, int], moved: tuple[int, int]
-) -> BitMasks:
-    """The masks of an augmented image.
+def draw_mask(
+    mask: np.ndarray, segmentation: list | dict | np.ndarray, transforms: T.TransformList, size: tuple[int, int]
+) -> None:
+    """Draws a mask of an augmented image.
 
     Polygons are moved and then drawn, which no crop has to cut; run lengths are decoded and then moved.
 
     Args:
-        segmentations: n of them, in pixels of the image as stored; (H, W) arrays are taken as well.
+        mask: (H, W) bool of the augmented image, all False; written to.
+        segmentation: in pixels of the image as stored; an array of its size is taken as well.
         transforms: that the image has been through.
-        size, moved: (height, width) of the image as stored and after the transforms.
-
-    Returns:
-        BitMasks: n masks of size ``moved``.
+        size: (height, width) of the image as stored.
 
     Raises:
-        MaskFault: a segmentation is neither polygons nor run lengths, or those of an image of another size.
+        MaskFault: the segmentation is neither polygons nor run lengths, or those of an image of another size.
     """
-    masks = torch.zeros(len(segmentations), *moved, dtype=torch.bool)
-    for mask, segmentation in zip(masks, segmentations, strict=True):
-        if isinstance(segmentation, dict):
-            bits = transforms.apply_segmentation(decoded(segmentation, size))
-        elif isinstance(segmentation, np.ndarray) and segmentation.shape == tuple(size):
-            bits = transforms.apply_segmentation(segmentation.astype(np.uint8))
-        else:
-            rings = [transforms.apply_coords(ring.copy()) for ring in polygons(segmentation)]
-            bits = draw_polygons(rings, moved)
-        mask.copy_(torch.from_numpy(bits == 1))  # padding may have another value
-    return BitMasks(masks)
+    if isinstance(segmentation, np.ndarray) and segmentation.shape == tuple(size):
+        mask[:] = transforms.apply_segmentation(segmentation.astype(np.uint8)) == 1  # padding may have another value
+    elif isinstance(segmentation, dict):
+        mask[:] = transforms.apply_segmentation(decoded(segmentation, size)) == 1
+    else:
+        _draw([transforms.apply_coords(ring.copy()) for ring in polygons(segmentation)], mask)
+
+
+def boxes_of(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 4) float32 absolute xyxy around (n, H, W) bool masks, and (n,) which masks are not empty.
+
+    As Detectron2's ``BitMasks.get_bounding_boxes`` and ``nonempty``, in a tenth of the time.
+    """
+    columns, rows = masks.any(1), masks.any(2)
+    ends = [x for flags in (columns, rows) for x in (flags.argmax(1), flags.shape[1] - flags[:, ::-1].argmax(1))]
+    boxes = np.stack(ends, 1)[:, [0, 2, 1, 3]].astype(np.float32)
+    return boxes, columns.any(1)
 
 
 def polygons(segmentation) -> list[np.ndarray]:
@@ -88,11 +90,24 @@ def fault_of_ring(ring) -> str:
 
 
 def draw_polygons(rings: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """(height, width) uint8, 1 inside any of the polygons (n, 2), by pycocotools; what lies outside is cut off."""
-    height, width = size
-    reach = np.array([width, height]) * MAX_REACH
-    inside = [np.clip(ring, -reach, reach + reach).reshape(-1).tolist() for ring in rings]
-    return mask_util.decode(mask_util.merge(mask_util.frPyObjects(inside, height, width)))
+    """(height, width) bool, True inside any of the polygons (n, 2), by pycocotools; what lies outside is cut off."""
+    mask = np.zeros(size, bool)
+    _draw(rings, mask)
+    return mask
+
+
+def _draw(rings: list[np.ndarray], mask: np.ndarray) -> None:
+    """Draws polygons into a mask; only their surroundings are looked at, which changes no pixel."""
+    sides = np.array(mask.shape[::-1])
+    # pycocotools rounds to fifths of a pixel, and then towards 0; done before the shift, the shift cannot change it.
+    rings = [np.trunc(np.clip(ring, *REACH) * 5 + 0.5) / 5 for ring in rings]
+    points = np.concatenate(rings)
+    x0, y0 = np.clip(np.floor(points.min(0)) - 1, 0, sides).astype(int)
+    x1, y1 = np.clip(np.ceil(points.max(0)) + 2, 0, sides).astype(int)
+    if x0 < x1 and y0 < y1:
+        window = [np.where(ring < 0, ring - 0.2, ring - (x0, y0)).ravel().tolist() for ring in rings]
+        runs = mask_util.frPyObjects(window, y1 - y0, x1 - x0)
+        mask[y0:y1, x0:x1] = mask_util.decode(mask_util.merge(runs))
 
 
 def decoded(segmentation: dict, size: tuple[int, int]) -> np.ndarray:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from ..errors import DatasetError
+from .masks import boxes_of
 
 NOTHING = 255  # value of pixels of no object, also of those that pad the image
 
@@ -37,11 +38,10 @@ class SegmentMap:
 
     def instances(self, moved: np.ndarray) -> Instances:
         """The objects of the augmented map (H, W): masks, and boxes around them; what has no pixel left is left out."""
-        pixels = torch.from_numpy(np.array(moved))
-        kept = [i for i, value in enumerate(self.values) if (moved == value).any()]
-        masks = BitMasks(
-            torch.stack([pixels == self.values[i] for i in kept]) if kept else torch.zeros(0, *moved.shape)
-        )
-        classes, index = (torch.tensor([x[i] for i in kept], dtype=torch.int64) for x in (self.labels, self.index))
-        boxes = masks.get_bounding_boxes()
+        masks = np.equal(moved, np.array(self.values, moved.dtype).reshape(-1, 1, 1))
+        boxes, kept = boxes_of(masks)
+        rows = np.flatnonzero(kept)
+        masks = BitMasks(torch.from_numpy(masks[rows]))
+        classes, index = (torch.tensor(x, dtype=torch.int64)[rows] for x in (self.labels, self.index))
+        boxes = Boxes(torch.from_numpy(boxes[rows]))
         return Instances(moved.shape, gt_boxes=boxes, gt_classes=classes, gt_index=index, gt_masks=masks)

@@ -17,13 +17,6 @@ from .semantic_evaluator import SemanticEvaluator
 
 logger = logging.getLogger(__name__)
 
-# What the records of a data set must hold, one of it at least, for an output to be evaluated.
-GROUND_TRUTH = {
-    "instances": ("annotations",),
-    "panoptic_seg": ("pan_seg_file_name",),
-    "sem_seg": ("sem_seg_file_name", "pan_seg_file_name"),
-}
-
 
 def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
     """Evaluators of everything that the model gives and the data set has ground truth for.
@@ -36,11 +29,10 @@ def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
         ConfigError: a package is missing.
     """
     outputs = model_outputs(cfg)
-    if outputs == ["instances"]:  # without annotations, predictions are written
+    if not cfg.MODEL.DN_DETR.MASK.ENABLED:
         return _instances(cfg, dataset_name, [])
     records = records_of(dataset_name)
-    first = records[0] if records else {}
-    able = [x for x in outputs if any(key in first for key in GROUND_TRUTH[x])]
+    able = [x for x in outputs if _HAS[x](records[0] if records else {})]
     if not able:
         raise DatasetError(
             f"data set {dataset_name!r} has no ground truth for MODEL.DN_DETR.MASK.OUTPUTS {outputs}; evaluate on another "
@@ -104,6 +96,12 @@ def _folder(cfg) -> str:
     return str(Path(cfg.OUTPUT_DIR) / "inference")
 
 
+# Whether a record has ground truth for an output; where there are no annotations at all, instances are written to a file.
+_HAS = {
+    "instances": lambda record: "annotations" in record or "sem_seg_file_name" not in record,
+    "panoptic_seg": lambda record: "pan_seg_file_name" in record,
+    "sem_seg": lambda record: "sem_seg_file_name" in record or "pan_seg_file_name" in record,
+}
 _BUILDERS: dict[str, Callable[..., DatasetEvaluator]] = {
     "instances": _instances,
     "panoptic_seg": _panoptic,

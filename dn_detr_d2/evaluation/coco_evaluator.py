@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ..data.interruption import agree, without_exchange
 from ..data.mask_check import refuse_unusable_masks
 from ..data.masks import encoded, has_mask
 from ..data.normalise import is_id, sort_key, usable_area
+from ..data.panoptic import read_panoptic_png
 from ..data.registered import records_of
 from ..errors import DatasetError
 from ..utils.files import atomic_write
@@ -120,9 +120,7 @@ class RecordsEvaluator(COCOEvaluator):
                 )
             self._rows[record["image_id"]] = row
         self._do_evaluation = any("annotations" in record for record in records)
-        self._segments = lru_cache(1)(
-            lambda path: import_module("dn_detr_d2.data.panoptic").read_panoptic_png(path)
-        )  # one image's annotations follow each other
+        self._segments = lru_cache(1)(read_panoptic_png)  # one image's annotations follow each other
         self._set_ground_truth()
         self._limits = self._choose_limits(detections_per_image, max_detections)
         self._only = self._chosen_categories(only)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from ..data.interruption import agree
+from ..data.panoptic import read_panoptic_png
 from ..errors import ConfigError, DatasetError
 from ..utils.requirements import is_installed
 
@@ -93,7 +93,7 @@ class PanopticEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs, strict=True):
             record, (ids, segments) = self._records[image["image_id"]], output["panoptic_seg"]
             truth = torch.as_tensor(
-                import_module("dn_detr_d2.data.panoptic").read_panoptic_png(record["pan_seg_file_name"]),
+                read_panoptic_png(record["pan_seg_file_name"]),
                 device=ids.device,
             )
             require_same_size(record["pan_seg_file_name"], truth.shape, ids.shape)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -10,6 +9,8 @@ from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor
 
 from ..data.interruption import agree
+from ..data.panoptic import read_panoptic_png
+from ..data.semantic import read_semantic_map
 from ..errors import DatasetError
 from ..utils.requirements import is_installed
 from .panoptic_evaluator import places, require_same_size
@@ -89,12 +90,12 @@ class SemanticEvaluator(SemSegEvaluator):
         path = record.get("sem_seg_file_name")
         if path is None:
             found, place = np.unique(
-                import_module("dn_detr_d2.data.panoptic").read_panoptic_png(record["pan_seg_file_name"]),
+                read_panoptic_png(record["pan_seg_file_name"]),
                 return_inverse=True,
             )
             labels = {x["id"]: x["category_id"] for x in record["segments_info"]}
             return np.array([labels.get(x, self._num_classes) for x in found.tolist()])[place]
-        truth = import_module("dn_detr_d2.data.semantic").read_semantic_map(path).astype(int)
+        truth = read_semantic_map(path).astype(int)
         truth[truth == self._ignore_label] = self._num_classes
         if truth.max() > self._num_classes:
             raise DatasetError(

@@ -22,8 +22,8 @@ class OneImage(nn.Module):
         """(1, 3, H, W) -> what there is of the last layer.
 
         Returns:
-            tuple: logits (1, Q, P), boxes (1, Q, 4), cxcywh in [0, 1], and mask logits (1, Q, H / 4, W / 4). Mask2Former has
-            no boxes, most models have no masks; with masks H and W must be multiples of ``size_divisibility`` of the model.
+            tuple: logits (1, Q, P), boxes (1, Q, 4), cxcywh in [0, 1], and mask logits (1, Q, H / 4, W / 4), where H and W
+            must be multiples of the model's ``size_divisibility``. Mask2Former has no boxes, most models have no masks.
         """
         padding = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
         features = self.backbone(image)

@@ -18,7 +18,7 @@ from toy_training import make_rcnn_cfg
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import DetrDatasetMapper, build_probe_loader, build_train_loader
 from dn_detr_d2.data.mapper import AnnotatedDatasetMapper
-from dn_detr_d2.data.masks import bit_masks, decoded, draw_polygons, has_mask, polygons, run_lengths
+from dn_detr_d2.data.masks import boxes_of, decoded, draw_mask, draw_polygons, has_mask, polygons, run_lengths
 
 MASKS = ["MODEL.DN_DETR.MASK.ENABLED", True]
 
@@ -97,6 +97,28 @@ def test_a_polygon_is_drawn_where_it_lies_in_the_image():
     assert np.array_equal(draw_polygons([square], (6, 8)), expected)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.sampled_from([0, 1, 2, 6]))
+def test_polygons_are_drawn_as_pycocotools_draws_them(seed, decimals):
+    rng = np.random.RandomState(seed)
+    height, width = rng.randint(1, 60, 2)
+    centres = rng.uniform(-0.3, 1.3, (rng.randint(1, 4), 1, 2)) * (width, height)
+    rings = [np.round(c + rng.uniform(-15, 15, (rng.randint(3, 9), 2)), decimals) for c in centres]
+    runs = mask_util.frPyObjects([ring.ravel().tolist() for ring in rings], height, width)
+    assert np.array_equal(draw_polygons(rings, (height, width)), mask_util.decode(mask_util.merge(runs)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.02, 0.5]))
+def test_boxes_of_masks_are_those_of_detectron2(seed, filled):
+    rng = np.random.RandomState(seed)
+    masks = rng.rand(rng.randint(0, 5), *rng.randint(1, 20, 2)) < filled
+    boxes, kept = boxes_of(masks)
+    theirs = BitMasks(torch.from_numpy(masks))
+    assert np.array_equal(kept, theirs.nonempty())
+    assert np.array_equal(boxes[kept], theirs.get_bounding_boxes().tensor[torch.from_numpy(kept)])
+
+
 @pytest.mark.parametrize(
     ("segmentation", "found"), [([], False), ("", False), (None, False), ([[1, 2]], True), ({"size": []}, True)]
 )
@@ -114,7 +136,8 @@ def test_masks_move_as_the_image_does(form):
     augmented = T.AugInput(np.repeat(bits[..., None] * np.uint8(255), 3, 2))
     steps = [T.RandomFlip(1.0), T.CropTransform(20, 4, 36, 30), T.ResizeTransform(30, 36, 60, 72)]
     transforms = T.AugmentationList(steps)(augmented)
-    (mask,) = bit_masks([segmentation], transforms, (40, 60), (60, 72)).tensor.numpy()
+    mask = np.zeros((60, 72), bool)
+    draw_mask(mask, segmentation, transforms, (40, 60))
     white = augmented.image[..., 0] > 127
     assert 0 < white.mean() < 1
     assert (mask != white).mean() < 0.04  # a row or a column at the edge

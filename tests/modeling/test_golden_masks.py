@@ -115,7 +115,15 @@ def test_detections_through_the_interface_of_detectron2(case):
         close(found.scores, arrays[f"inst{i}_scores"], atol=1e-4)
         areas = found.pred_masks.flatten(1).sum(1).tolist()
         recorded = [arrays[f"inst{i}_{name}"].tolist() for name in ("labels", "areas")]
-        assert sorted(zip(found.pred_classes.tolist(), areas, strict=True)) == sorted(zip(*recorded, strict=True))
+        ours = sorted(zip(found.pred_classes.tolist(), areas, strict=True))
+        # Of the 1e6 pixels of all masks one or two have a logit that is 0 but for rounding.
+        for (label, area), (wanted, pixels) in zip(ours, sorted(zip(*recorded, strict=True)), strict=True):
+            assert (label, area) == (wanted, pytest.approx(pixels, abs=2))
+        if f"inst{i}_boxes" in arrays:
+            order = np.lexsort((arrays[f"inst{i}_boxes"][:, 0], arrays[f"inst{i}_labels"]))
+            boxes = found.pred_boxes.tensor
+            mine = np.lexsort((boxes[:, 0].numpy(), found.pred_classes.numpy()))
+            close(boxes[mine], arrays[f"inst{i}_boxes"][order], atol=2e-3)
 
 
 def test_training_outputs_of_all_parts(case, seen):
