@@ -50,14 +50,24 @@ class HungarianMatcher:
         focal = ClassFocalCost(class_cost, shared.focal_alpha, shared.focal_gamma)
         return [focal, BoxGIoUCost(giou_cost, shared.giou_eps), BoxL1Cost(l1_cost)]
 
-    @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Assignment:
         """Pairs min(Q, objects) queries of each image with its objects, for each prediction set on its own.
 
         Raises:
             FloatingPointError: a cost of a real object is not finite; the text names layer and image.
         """
-        cost = self.cost(predictions, targets).cpu().numpy()  # the one device-to-host copy of a training step
+        return self.match([(predictions, targets)])[0]
+
+    @torch.no_grad()
+    def match(self, parts: Sequence[tuple[Predictions, Targets]]) -> list[Assignment]:
+        """:meth:`__call__` for several predictions with their targets, with one copy to the host for all of them."""
+        costs = [self.cost(*part) for part in parts]
+        host = torch.cat([cost.flatten() for cost in costs]).cpu()  # the one device-to-host copy of matching in a step
+        blocks = zip(host.split([cost.numel() for cost in costs]), costs, parts, strict=True)
+        return [self._assign(block.view(cost.shape).numpy(), targets) for block, cost, (_, targets) in blocks]
+
+    def _assign(self, cost: np.ndarray, targets: Targets) -> Assignment:
+        """The pairs of (K, N, Q, M) costs."""
         rows, columns, image = [], [], []
         for i, count in enumerate(targets.counts):
             blocks = [self._solve(cost[k, i, :, :count], k, i) for k in range(len(cost))]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..losses import HungarianMatcher, LossNormalizers, LossValue, SetCriterion, StepNormalizers, name_layers
-from ..structures import Predictions, Targets
+from ..structures import Targets
 from .outputs import ForwardOutputs
 
 
@@ -25,18 +25,19 @@ def training_losses(
         normalizers: what matching losses are divided by; None = what these images alone give.
     """
 
-    def _matched(predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        return criterion(predictions, targets, matcher(predictions, targets), pairs)
-
     def _named(terms: dict[str, Tensor], kind: str, last: str, others: str) -> dict[str, LossValue]:
         values = {term: [LossValue(x, kind, criterion.is_mean(term)) for x in terms[term]] for term in terms}
         return name_layers(values, last, others)
 
     targets, proposals = outputs.targets, outputs.queries.proposals
     pairs: LossNormalizers | float = max(sum(targets.counts), 1) if normalizers is None else normalizers.matching
+    parts = [(outputs.matching, targets)] + ([] if proposals is None else [(proposals, proposal_targets(targets))])
+    main, *proposed = [
+        criterion(*part, assignment, pairs) for part, assignment in zip(parts, matcher.match(parts), strict=True)
+    ]
     others = {}
     if outputs.dn is not None:
         others |= _named(outputs.dn.terms(outputs.denoising), "denoising", "dn", "dn")
-    if proposals is not None:
-        others |= _named(_matched(proposals, proposal_targets(targets)), "proposal", "proposal", "proposal")
-    return _named(_matched(outputs.matching, targets), "matching", "main", "aux") | others
+    for terms in proposed:
+        others |= _named(terms, "proposal", "proposal", "proposal")
+    return _named(main, "matching", "main", "aux") | others

@@ -241,9 +241,9 @@ def test_the_first_bad_loss_term_is_named(toy_model, tmp_path):
         step.run_step()
 
 
-@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr"])
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr", "dino", "mask2former", "mask_dino"])
 def test_a_step_reads_the_device_twice_whatever_the_batch(toy_model, tmp_path, monkeypatch, system):
-    """Performance goal C16: one copy of matching costs, one of the losses; nothing else makes the host wait.
+    """One copy of matching costs, those of proposals among them, one of the losses; nothing else makes the host wait.
 
     The two scalars that are read besides are Detectron2's: ImageList computes the padded size in a host tensor.
     """
@@ -253,7 +253,8 @@ def test_a_step_reads_the_device_twice_whatever_the_batch(toy_model, tmp_path, m
         monkeypatch.setattr(torch.Tensor, name, lambda self, f=original: reads.append(1) or f(self))
     counted = []
     for counts in ((1,), (5, 0, 3)):
-        step = make_step(toy_model(system), make_batch(*counts), tmp_path)
+        batch = make_batch(*counts, masks="mask" in system)
+        step = make_step(toy_model(system), batch, tmp_path)
         reads.clear()
         with EventStorage(), OperatorCount() as count:
             step.run_step()
