@@ -6,14 +6,13 @@
 
 The loop makes the maps of all queries of an image and a set, takes copies of the target masks in floating point, and keeps
 everything for the backward pass. Both sides get the same predictions and points, a matching and a denoising part, in
-interleaved rounds; printed are medians, their ratio (reference / ours), how much the peak memory of a process grows in a
-forward and backward pass, how often ours waits for the device in a forward pass, and the largest relative difference of the
-losses.
+interleaved rounds; printed are medians, their ratio (reference / ours), how much memory a process needs at most for a
+forward and backward pass beside the inputs, how often ours waits for the device in a forward pass, and the largest relative
+difference of the losses.
 """
 
 import argparse
 import multiprocessing
-import resource
 import sys
 from pathlib import Path
 
@@ -134,12 +133,19 @@ SIDES = {"ours": ours, "reference": reference}
 
 
 def growth(side: str, sizes: tuple[int, ...], threads: int) -> int:
-    """Bytes by which the peak memory of this process grows in a forward and backward pass; for a process of its own."""
+    """Bytes by which this process grows at most during a forward and backward pass; Linux, for a process of its own."""
     torch.set_num_threads(threads)
     case = Case(*sizes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # what building the case took at its peak is forgotten
+    before = resident("VmRSS")
     seconds(SIDES[side], case)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resident("VmHWM") - before
+
+
+def resident(kind: str) -> int:
+    """Resident bytes of this process: "VmRSS" now, "VmHWM" at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def waits(case: Case) -> int:
