@@ -5,7 +5,8 @@
         --confidence-threshold 0.5 --json MODEL.WEIGHTS output/quickstart/model_final.pth
 
 A folder means all images in it. A picture has the name of its image, .jpg for JPEG files and .png for the others;
---json adds results.json with every box above the threshold, in pixels of the image.
+--json adds results.json with every box above the threshold, in pixels of the image. Of a model with masks the pictures show
+the panoptic segments if it gives them (MODEL.DN_DETR.MASK.OUTPUTS), else the masks, else the class of each pixel.
 
 --known boxes.json tells the model of objects, and it looks for the others: a list like results.json, of
 {"file_name": "a.jpg", "class": 0, "box_xyxy": [x0, y0, x1, y1]}, the class by number or name. --labels circle,square looks
@@ -91,7 +92,8 @@ def plan_targets(images: list[Path], output: Path) -> dict[Path, Path]:
 def class_metadata(cfg) -> Metadata:
     """Class names from the config, or of its test set; without either the pictures show class numbers."""
     if cfg.MODEL.DN_DETR.CLASS_NAMES:
-        return Metadata(name="demo", thing_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES))
+        names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
+        return Metadata(name="demo", thing_classes=names, stuff_classes=names)
     return MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata(name="demo")
 
 
@@ -143,13 +145,36 @@ def read_prompts(args: argparse.Namespace, images: list[Path], cfg) -> Callable[
     return _told
 
 
-def draw(image, instances: Instances, metadata: Metadata, path: Path) -> None:
-    """Writes ``image`` (H, W, 3) BGR with boxes, names and scores to ``path``."""
+def draw(image, found: dict, metadata: Metadata, path: Path) -> None:
+    """Writes ``image`` (H, W, 3) BGR with segments, else boxes and masks, else the class of each pixel to ``path``."""
     from detectron2.utils.visualizer import Visualizer
 
-    Visualizer(image[:, :, ::-1], metadata, drawing_scale(image.shape[:2])).draw_instance_predictions(instances).save(
-        str(path)
-    )
+    visualizer = Visualizer(image[:, :, ::-1], metadata, drawing_scale(image.shape[:2]))
+    if "panoptic_seg" in found:
+        ids, segments = found["panoptic_seg"]
+        drawn = visualizer.draw_panoptic_seg(ids.cpu(), segments)
+    elif "instances" in found:
+        drawn = visualizer.draw_instance_predictions(found["instances"])
+    else:
+        drawn = visualizer.draw_sem_seg(found["sem_seg"].argmax(0).cpu())
+    drawn.save(str(path))
+
+
+def above(found: dict, threshold: float) -> dict:
+    """The instances with a score of at least ``threshold``, if there are instances."""
+    if "instances" not in found:
+        return {}
+    instances = found["instances"].to("cpu")
+    return {"instances": instances[instances.scores >= threshold]}
+
+
+def count_parts(found: dict) -> str:
+    """How many things there are in a picture, in words."""
+    if "instances" in found:
+        return f"{len(found['instances'])} objects"
+    if "panoptic_seg" in found:
+        return f"{len(found['panoptic_seg'][1])} segments"
+    return f"{len(found['sem_seg'].argmax(0).unique())} classes"
 
 
 def as_records(path: Path, instances: Instances, metadata: Metadata) -> list[dict]:
@@ -168,6 +193,18 @@ def as_records(path: Path, instances: Instances, metadata: Metadata) -> list[dic
     ]
 
 
+def check_model(cfg, boxes: bool) -> None:
+    """Raises ConfigError where the weights are not there, or ``boxes`` are wanted of a model that gives no instances."""
+    weights, node = cfg.MODEL.WEIGHTS, cfg.MODEL.DN_DETR.MASK
+    if not weights or ("://" not in weights and not Path(weights).is_file()):
+        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; add --opts MODEL.WEIGHTS model_final.pth")
+    if boxes and node.ENABLED and "instances" not in node.OUTPUTS:
+        raise ConfigError(
+            f"--json writes boxes of instances, but MODEL.DN_DETR.MASK.OUTPUTS is {list(node.OUTPUTS)}; leave --json out, "
+            "add 'instances'"
+        )
+
+
 def predict(args: argparse.Namespace) -> int:
     """Runs over all images; returns how many have no picture because of an error."""
     if not 0 <= args.confidence_threshold <= 1:  # also not a number
@@ -177,9 +214,7 @@ def predict(args: argparse.Namespace) -> int:
     output = Path(args.output)
     targets = plan_targets(list_images(args.input), output)
     cfg = setup_cfg(args.config_file, args.opts, splits=())
-    weights = cfg.MODEL.WEIGHTS
-    if not weights or ("://" not in weights and not Path(weights).is_file()):
-        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; add --opts MODEL.WEIGHTS model_final.pth")
+    check_model(cfg, args.json)
     told = read_prompts(args, list(targets), cfg)
     predictor, metadata = Predictor(cfg), class_metadata(cfg)
 
@@ -188,9 +223,9 @@ def predict(args: argparse.Namespace) -> int:
     for path, target in targets.items():
         try:
             image = read_image(str(path), "BGR")
-            instances = predictor(image, **told(path, image.shape[:2]))["instances"].to("cpu")
-            instances = instances[instances.scores >= args.confidence_threshold]
-            draw(image, instances, metadata, target)
+            found = predictor(image, **told(path, image.shape[:2]))
+            found |= above(found, args.confidence_threshold)
+            draw(image, found, metadata, target)
         except DatasetError as error:
             print(f"skipped: {error}", file=sys.stderr)
             failed += 1
@@ -198,8 +233,8 @@ def predict(args: argparse.Namespace) -> int:
             print(f"failed: {path}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
             failed += 1
         else:
-            print(f"{path}: {len(instances)} objects -> {target}")
-            records += as_records(path, instances, metadata)
+            print(f"{path}: {count_parts(found)} -> {target}")
+            records += as_records(path, found["instances"], metadata) if args.json else []
     if args.json:
         (output / "results.json").write_text(json.dumps(records, indent=1))
         print(f"{len(records)} boxes -> {output / 'results.json'}")

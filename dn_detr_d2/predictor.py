@@ -55,7 +55,8 @@ class Predictor(DefaultPredictor):
             labels: names or numbers of the classes to look for; [] = none, None = all.
 
         Returns:
-            dict: "instances", with boxes in pixels of this image; known objects are not among them.
+            dict: "instances", with boxes in pixels of this image; known objects are not among them. Of models with masks
+            what ``MODEL.DN_DETR.MASK.OUTPUTS`` names: "instances" with ``pred_masks``, "panoptic_seg", "sem_seg".
 
         Raises:
             UserError: the image is something else, such as OpenCV's None for a file that it cannot read; known objects or

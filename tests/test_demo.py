@@ -167,10 +167,10 @@ def test_thin_images_are_drawn(run, images, tmp_path):
 def test_an_error_at_one_image_is_named_and_counted_and_the_others_are_drawn(run, images, tmp_path, monkeypatch):
     draw = demo.draw
 
-    def fail_once(image, instances, metadata, path):
+    def fail_once(image, found, metadata, path):
         if path.name == "tiny.png":
             raise RuntimeError("no room\nleft")
-        draw(image, instances, metadata, path)
+        draw(image, found, metadata, path)
 
     monkeypatch.setattr(demo, "draw", fail_once)
     code, _, errors = run("--input", images, "--json")
@@ -278,3 +278,28 @@ def test_a_model_with_learnt_contents_refuses_labels(run, images):
     code, _, said = run("--input", images / "wide.jpg", "--labels", "a")
     assert code == 1
     assert naming("QUERY_SOURCE.CONTENT").search(said)
+
+
+@pytest.mark.parametrize(("outputs", "word"), [
+    (["instances"], "objects"), (["panoptic_seg", "instances"], "objects"), (["panoptic_seg"], "segments"),
+    (["sem_seg"], "classes"),
+])  # fmt: skip
+def test_pictures_of_a_model_with_masks(run, toy_cfg, toy_model, finished, images, tmp_path, outputs, word):
+    size, things = (
+        ["MODEL.DN_DETR.CLASS_NAMES", NAMES, "INPUT.MIN_SIZE_TEST", 64],
+        ["MODEL.DN_DETR.MASK.THING_CLASSES", [0, 1]],
+    )
+    options = [*size, *things, "MODEL.DN_DETR.MASK.OUTPUTS", outputs, "MODEL.DN_DETR.MASK.OBJECT_THRESHOLD", 0.0]
+    cfg = toy_cfg("mask_dino", *options, "MODEL.DN_DETR.MASK.OVERLAP_THRESHOLD", 0.0)
+    torch.save({"model": toy_model("mask_dino", *options).state_dict()}, finished[1])
+    cfg.MODEL.WEIGHTS = str(finished[1])
+    finished[0].write_text(cfg.dump())
+    code, out, err = run("--input", images / "wide.jpg", "--confidence-threshold", 0)
+    assert (code, err) == (0, "")
+    assert word in out
+    drawn, given = (cv2.imread(str(path)) for path in (tmp_path / "out" / "wide.jpg", images / "wide.jpg"))
+    assert cv2.resize(given, drawn.shape[1::-1]).shape == drawn.shape
+    assert np.abs(cv2.resize(given, drawn.shape[1::-1]).astype(int) - drawn).mean() > 10
+    code, _, err = run("--input", images, "--json")
+    assert code == (0 if "instances" in outputs else 1)
+    assert "instances" in outputs or naming("MASK.OUTPUTS").search(err)
