@@ -182,8 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="1024 x 1024 pixels and 12544 points a mask, not half the side and a quarter",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    for name, default, what in (("--rounds", 3, "interleaved rounds"), ("--threads", 1, "CPU threads")):
+        parser.add_argument(name, type=int, default=default, help=f"{what} (default {default})")
     args = parser.parse_args(argv)
     if min(args.rounds, args.threads) < 1:
         parser.error(f"--rounds and --threads must be positive, got {args.rounds} and {args.threads}")
@@ -193,10 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         f"torch {torch.__version__}, {args.threads} thread(s), {SETS} sets, {QUERIES} queries, {GROUPS} groups, images of "
         f"{size} x {size}, {points} points, seed 0"
     )
-    print(
-        "| images x objects | forward s | ratio | forward+backward s | ratio | memory MB | ratio | waits | difference |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    headers = ["images x objects", "forward s", "ratio", "forward+backward s", "ratio", "memory MB", "ratio"]
+    print("|", " | ".join([*headers, "waits", "difference"]), "|\n" + "|---" * (len(headers) + 2) + "|")
     for case in args.cases:
         images, objects = map(int, case.split("x"))
         r = measure((images, objects, size, points), args.rounds, args.threads)
