@@ -201,7 +201,7 @@ def check_model(cfg, boxes: bool) -> None:
     if boxes and node.ENABLED and "instances" not in node.OUTPUTS:
         raise ConfigError(
             f"--json writes boxes of instances, but MODEL.DN_DETR.MASK.OUTPUTS is {list(node.OUTPUTS)}; leave --json out, "
-            "add 'instances'"
+            "or add 'instances'"
         )
 
 
