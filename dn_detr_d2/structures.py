@@ -213,12 +213,14 @@ class Predictions:
         boxes: (K, N, Q, 4) cxcywh in [0, 1] of the unpadded image, float32; None in systems without boxes (Mask2Former).
         mask_embeddings: (K, N, Q, C), or None in models without masks.
         mask_features: (N, C, h, w) that they are multiplied with, or None.
+        before_layers: sets that stand before that of the first layer: 1 where the queries as they come have predictions too.
     """
 
     logits: Tensor = field(metadata={"query_axis": 2})
     boxes: Tensor | None = field(default=None, metadata={"query_axis": 2})
     mask_embeddings: Tensor | None = field(default=None, metadata={"query_axis": 2})
     mask_features: Tensor | None = None
+    before_layers: int = 0
 
     def mask_logits(self, row: int = -1) -> Tensor:
         """(N, Q, h, w) mask logits of one prediction set."""

@@ -108,14 +108,14 @@ def separating_sets(num_groups: int) -> Iterator[list[int]]:
 
 
 def largest_change(before: Predictions, after: Predictions) -> Tensor:
-    """(D + Q,) largest change of each query's logits and boxes, over layers and images; infinite for NaN."""
-    pairs = ((before.logits, after.logits), (before.boxes, after.boxes))
-    moved = [(old - new).abs().amax((0, 1, 3)) for old, new in pairs]
-    return torch.maximum(*moved).nan_to_num(nan=float("inf"))  # NaN is not above any tolerance
+    """(D + Q,) largest change of a query's logits, boxes and mask embedding, over layers and images; infinite for NaN."""
+    pairs = [(getattr(before, name), getattr(after, name)) for name in ("logits", "boxes", "mask_embeddings")]
+    moved = [(old - new).abs().amax((0, 1, 3)) for old, new in pairs if old is not None]
+    return torch.stack(moved).amax(0).nan_to_num(nan=float("inf"))  # NaN is not above any tolerance
 
 
 def _perturb(queries: ObjectQueries, changed: Tensor, strength: float, generator: torch.Generator) -> ObjectQueries:
-    """Other contents, positions and boxes where ``changed`` (D + Q,); boxes stay inside the image and none is degenerate."""
+    """Other contents, positions, boxes and masks where ``changed`` (D + Q,); boxes are not degenerate, and in the image."""
 
     def _draw(x: Tensor, axis: int, name: str) -> Tensor:
         options = {"generator": generator, "device": x.device, "dtype": x.dtype}
@@ -125,7 +125,15 @@ def _perturb(queries: ObjectQueries, changed: Tensor, strength: float, generator
             other = x + strength * torch.randn(x.shape, **options)
         return torch.where(changed[None, :, None], other, x)
 
-    return replace_on_query_axis(queries, _draw)
+    other = replace_on_query_axis(queries, _draw)
+    if queries.noised_cells is not None:
+        other.noised_cells = lambda shape: _inverted(queries.noised_cells(shape), changed)
+    return other
+
+
+def _inverted(cells: Tensor, changed: Tensor) -> Tensor:
+    """(N, D, h, w) cells, inverted where ``changed`` (D + Q,)."""
+    return cells ^ changed[: cells.shape[1], None, None]
 
 
 def _refuse_movement(moved: Tensor, group: Tensor, groups: QueryGroups, tolerance: float) -> None:

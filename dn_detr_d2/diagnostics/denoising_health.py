@@ -32,8 +32,8 @@ class Restoration:
 
     Attributes:
         accuracy: (K,) share of them whose best class is the annotated one.
-        iou: (K,) mean IoU of their boxes with the annotated boxes.
-        start_iou: mean IoU of the noised boxes themselves: what a model that does nothing reaches.
+        iou: (K,) mean IoU of their boxes with the annotated boxes; not a number in models without boxes.
+        start_iou: mean IoU of the noised boxes themselves: what a model that does nothing reaches; the same.
         count: number of denoising queries.
     """
 
@@ -161,8 +161,14 @@ def _count_restored(outputs: ForwardOutputs, num_classes: int) -> tuple[np.ndarr
     clean = outputs.denoised.boxes[pairs.image, target]
     logits = outputs.denoising.logits[:, pairs.image, query, :num_classes]  # without "no object" of softmax heads
     right = logits.argmax(-1) == outputs.denoised.labels[pairs.image, target]
-    overlap = torch.stack([_iou(boxes, clean) for boxes in outputs.denoising.boxes[:, pairs.image, query]])
-    start = _iou(outputs.noised.boxes[pairs.image, query], clean)
+    if outputs.denoising.boxes is None:
+        overlap, start = (
+            torch.full_like(right, torch.nan, dtype=torch.float64),
+            clean.new_full((len(pairs),), torch.nan),
+        )
+    else:
+        overlap = torch.stack([_iou(boxes, clean) for boxes in outputs.denoising.boxes[:, pairs.image, query]])
+        start = _iou(outputs.noised.boxes[pairs.image, query], clean)
     return right.sum(-1).cpu().numpy(), overlap.double().sum(-1).cpu().numpy(), start.double().sum().item(), len(pairs)
 
 

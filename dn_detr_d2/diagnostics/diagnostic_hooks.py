@@ -1,6 +1,7 @@
 """The diagnostics as hooks of a training: scalars for TensorBoard and metrics.json, and a check before the first step."""
 
 import logging
+import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -214,14 +215,17 @@ def describe(images: list[ProbedImage], previous: dict[str, np.ndarray] | None, 
 
 
 def describe_health(health: dict[float, Restoration]) -> dict[str, float]:
-    """Scalars of the last layer, ``denoising/accuracy@scale`` and ``denoising/iou@scale``; of the first with ``first_``."""
+    """Scalars of the last layer, ``denoising/accuracy@scale`` and ``denoising/iou@scale``; of the first with ``first_``.
+
+    Models without boxes have no IoU.
+    """
     scalars = {}
     for scale, found in health.items():
         for prefix, layer in (("", -1), ("first_", 0)):
             scalars[f"denoising/{prefix}accuracy@{scale:g}"] = float(found.accuracy[layer])
             scalars[f"denoising/{prefix}iou@{scale:g}"] = float(found.iou[layer])
         scalars[f"denoising/start_iou@{scale:g}"] = found.start_iou
-    return scalars
+    return {name: value for name, value in scalars.items() if not math.isnan(value)}
 
 
 def write_assignment(path: Path, iteration: int, assignment: dict[str, np.ndarray]) -> None:

@@ -78,8 +78,9 @@ def anchor_metrics(images: Iterable[ProbedImage], k: int) -> dict[str, float]:
 
     Returns:
         dict: ``distance`` and ``atd``, and with ``_small`` behind for objects below 32 x 32 pixels; what has no object is
-        left out.
+        left out. Nothing of models without boxes.
     """
+    images = [image for image in images if image.anchors is not None]
     distances, areas = anchor_distances(images)
     groups = {"": distances, "_small": distances[areas < SMALL_AREA]}
     metrics = {}

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import DatasetError
+from ..modeling.batch import matching_objects
 from ..modeling.outputs import ForwardOutputs
 from ..structures import Assignment
 from .model_state import gather, preserve_state, require_queries
@@ -24,14 +25,15 @@ class ProbedImage:
         image_id: of the data set, as text.
         matched: (K, Q) int16; [k, q] is the ground truth that the matcher pairs with query q at layer k, or -1 (the
             vector V of DN-DETR Sec. 3.2).
-        anchors: (Q, 4) float32 initial boxes of the matching queries, cxcywh in [0, 1]; 0.5 where a query has none.
-        boxes: (n, 4) float32 ground truth, cxcywh in [0, 1].
+        anchors: (Q, 4) float32 initial boxes of the matching queries, cxcywh in [0, 1]; 0.5 where a query has none. None in
+            models without boxes (Mask2Former).
+        boxes: (n, 4) float32 ground truth, cxcywh in [0, 1]; of the padded image in models with masks, as anchors are.
         areas: (n,) float32 areas of the boxes in square pixels of the original image.
     """
 
     image_id: str
     matched: np.ndarray
-    anchors: np.ndarray
+    anchors: np.ndarray | None
     boxes: np.ndarray
     areas: np.ndarray
 
@@ -56,7 +58,7 @@ def probe(model: nn.Module, loader: Iterable[list[dict]]) -> list[ProbedImage]:
         for batch in loader:
             outputs = bare.forward_outputs(batch)
             assignment = bare.matcher(outputs.matching, outputs.targets)
-            matched = _matched(assignment, outputs.matching.boxes.shape[:3])
+            matched = _matched(assignment, outputs.matching.logits.shape[:3])
             images += [_probed(record, outputs, i, matched[:, i]) for i, record in enumerate(batch)]
     images = sorted(gather(images), key=lambda image: image.image_id)
     if comm.is_main_process():
@@ -84,8 +86,10 @@ def _matched(assignment: Assignment, shape: tuple[int, int, int]) -> np.ndarray:
 def _probed(record: dict, outputs: ForwardOutputs, i: int, matched: np.ndarray) -> ProbedImage:
     queries, count = matched.shape[1], outputs.targets.counts[i]
     boxes = _to_numpy(outputs.targets.boxes[i, :count])
-    areas = boxes[:, 2] * boxes[:, 3] * record["height"] * record["width"]
-    anchors = _to_numpy(outputs.queries.boxes[i, -queries:])
+    objects = matching_objects(record)
+    scale = record["height"] * record["width"] / np.prod(objects.image_size)
+    areas = _to_numpy(objects.gt_boxes.area()) * np.float32(scale)
+    anchors = None if outputs.matching.boxes is None else _to_numpy(outputs.queries.boxes[i, -queries:])
     return ProbedImage(str(record["image_id"]), matched, anchors, boxes, areas)
 
 

@@ -54,4 +54,4 @@ def float32(*tensors: Tensor) -> list[Tensor]:
 def in_float32(predictions: Predictions) -> Predictions:
     """The same predictions, each tensor by :func:`float32`."""
     tensors = {entry.name: getattr(predictions, entry.name) for entry in fields(predictions)}
-    return replace(predictions, **{name: float32(x)[0] for name, x in tensors.items() if x is not None})
+    return replace(predictions, **{name: float32(x)[0] for name, x in tensors.items() if isinstance(x, Tensor)})

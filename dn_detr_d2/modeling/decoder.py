@@ -107,7 +107,7 @@ class Decoder(LayerStack):
             sets.append(self.predict(hidden, references.refined, i))
             if i + 1 < len(self.layers):
                 references = self.update(references, self._correction(content, references, sets[-1].boxes, i))
-        return stack_sets(sets, memory.mask_features)
+        return stack_sets(sets, memory.mask_features, len(sets) - len(self.layers))
 
     def step(
         self,
@@ -177,11 +177,11 @@ class LayerOutputs:
     mask_embeddings: Tensor | None
 
 
-def stack_sets(sets: list[LayerOutputs], mask_features: Tensor | None) -> Predictions:
-    """The predictions of K layers as one."""
+def stack_sets(sets: list[LayerOutputs], mask_features: Tensor | None, before_layers: int) -> Predictions:
+    """The predictions of K sets as one, of which so many stand before that of the first layer."""
     columns = ([getattr(x, name) for x in sets] for name in ("logits", "boxes", "mask_embeddings"))
     logits, boxes, embeddings = (None if column[0] is None else torch.stack(column) for column in columns)
-    return Predictions(logits, boxes, embeddings, None if embeddings is None else mask_features)
+    return Predictions(logits, boxes, embeddings, None if embeddings is None else mask_features, before_layers)
 
 
 class MaskedDecoder(Decoder):

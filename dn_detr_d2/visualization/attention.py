@@ -42,13 +42,14 @@ def draw_attention(
     for i, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
         (_draw_points if deformable else _draw_heat)(panel, layer, query, outputs, pixels)
         point = deformable and layer.sampling.around_point
-        reference = to_pixels(layer.boxes[query], pixels)
+        reference = to_pixels(layer.boxes[query], pixels, outputs.memory)
         if point:
             panel.plot(*((reference[:2] + reference[2:]) / 2).tolist(), "+", color=REFERENCE, markersize=12, mew=2)
         else:
             draw_box(panel, reference, REFERENCE)
-        draw_box(panel, to_pixels(outputs.matching.boxes[i, 0, query], pixels), PREDICTED, "--")
-        panel.set_title(f"layer {i + 1}: {verdict(outputs, query, i, names)}", fontsize=9)
+        row = i + outputs.matching.before_layers
+        draw_box(panel, to_pixels(outputs.matching.boxes[row, 0, query], pixels, outputs.memory), PREDICTED, "--")
+        panel.set_title(f"layer {i + 1}: {verdict(outputs, query, row, names)}", fontsize=9)
     legend(figure, _entries(outputs, deformable), 3)
     return figure
 

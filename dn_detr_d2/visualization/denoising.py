@@ -69,7 +69,7 @@ def draw_noise(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str], gr
         groups: at least 1.
     """
     count = min(groups, outputs.noised.num_groups)
-    clean, noisy = to_pixels(outputs.denoised.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
+    clean, noisy = (to_pixels(x.boxes[0], pixels, outputs.memory) for x in (outputs.denoised, outputs.noised))
     figure, panels = image_grid(pixels, count)
     for group, panel in enumerate(panels):
         kinds = copies_of(outputs, group)
@@ -110,7 +110,7 @@ def draw_refinement(outputs: ForwardOutputs, pixels: np.ndarray, names: list[str
         group: which.
     """
     restored, *far = copies_of(outputs, group)
-    clean = to_pixels(outputs.denoised.boxes[0], pixels)
+    clean = to_pixels(outputs.denoised.boxes[0], pixels, outputs.memory)
     truths = outputs.denoised.labels[0].cpu()[restored.target]
     stages = refinement(outputs, pixels, len(names))
     figure, panels = image_grid(pixels, len(stages))
@@ -138,10 +138,11 @@ def refinement(outputs: ForwardOutputs, pixels: np.ndarray, classes: int) -> lis
     Of a model with a class for "no object" the likeliest of the ``classes`` others is the label.
     """
     predictions = outputs.denoising
-    start = (to_pixels(outputs.noised.boxes[0], pixels), outputs.noised.labels[0].cpu())
+    memory, first = outputs.memory, predictions.before_layers
+    start = (to_pixels(outputs.noised.boxes[0], pixels, memory), outputs.noised.labels[0].cpu())
     return [start] + [
-        (to_pixels(boxes[0], pixels), logits[0, :, :classes].argmax(-1).cpu())
-        for boxes, logits in zip(predictions.boxes, predictions.logits, strict=True)
+        (to_pixels(boxes[0], pixels, memory), logits[0, :, :classes].argmax(-1).cpu())
+        for boxes, logits in zip(predictions.boxes[first:], predictions.logits[first:], strict=True)
     ]
 
 

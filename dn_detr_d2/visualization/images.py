@@ -12,6 +12,8 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
+from ..modeling.pixel_decoder import padded_size
+from ..structures import Memory
 from ..utils.text_output import escaped
 from .style import new_figure
 
@@ -24,10 +26,16 @@ def to_rgb(image: Tensor, image_format: str) -> np.ndarray:
     return pixels[:, :, ::-1] if image_format == "BGR" else pixels
 
 
-def to_pixels(boxes: Tensor, pixels: np.ndarray) -> Tensor:
-    """(..., 4) cxcywh in [0, 1] -> (..., 4) xyxy in pixels of an (H, W, 3) image, on the host."""
+def to_pixels(boxes: Tensor, pixels: np.ndarray, memory: Memory) -> Tensor:
+    """(..., 4) cxcywh in [0, 1] -> (..., 4) xyxy in pixels of an (H, W, 3) image, on the host.
+
+    Args:
+        boxes: of the model.
+        pixels: the image as the model has seen it.
+        memory: of the pass; with masks, boxes are relative to the padded image.
+    """
     boxes = boxes.detach().float().cpu()
-    return cxcywh_to_xyxy(boxes) * image_scale(pixels.shape[:2], boxes)
+    return cxcywh_to_xyxy(boxes) * image_scale(padded_size(memory) or pixels.shape[:2], boxes)
 
 
 def image_grid(pixels: np.ndarray, count: int) -> tuple[Figure, list]:

@@ -73,6 +73,15 @@ def inference_image(cfg, path: str) -> dict:
 
 @torch.no_grad()
 def observe_denoising(model: nn.Module, record: dict, seed: int):
-    """One pass over an image with denoising queries; ``seed`` fixes the noise. Returns an ForwardOutputs."""
+    """One pass over an image with denoising queries; ``seed`` fixes the noise. Returns an ForwardOutputs.
+
+    Raises:
+        ConfigError: the model has no boxes that could be drawn.
+    """
+    if not model.decoder.BOXES:
+        raise ConfigError(
+            f"the pictures of denoising show boxes, which {type(model.decoder).__name__} does not predict; take "
+            "a detector, or Mask DINO"
+        )
     torch.manual_seed(seed)
     return model.forward_outputs([record], denoising=model.denoising)

@@ -5,7 +5,7 @@ Shapes: N = 1 image, Q queries, H heads, L levels, K points, S cells.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,8 @@ def record(model: nn.Module, image: dict) -> tuple[ForwardOutputs, list[Layer]]:
     for layer, (_, inputs), arguments in zip(layers, of_layers, of_attention, strict=True):
         with torch.no_grad():
             found.append(Layer(inputs.boxes[0].cpu(), **_read(layer.cross_attn, arguments)))
-    return outputs, found
+    # Mask DINO's decoder sees the levels in another order than its encoder.
+    return replace(outputs, memory=of_layers[0][1].memory), found
 
 
 def _read(module: nn.Module, arguments: tuple) -> dict:

@@ -192,15 +192,17 @@ def test_a_training_counts_the_classes_of_its_data_and_keeps_them(toy_cfg, toy_m
 
 
 def test_counts_are_in_the_order_of_the_model_and_leave_out_crowds(monkeypatch):
+    from detectron2.data import MetadataCatalog
+
     from dn_detr_d2.coco import coco_names, raw_names
     from dn_detr_d2.data import count_classes, loader
 
     records = [{"annotations": [{"category_id": i, "iscrowd": crowd} for i, crowd in ((0, 0), (1, 0), (1, 0), (0, 1))]}]
     monkeypatch.setattr(loader, "records_of", lambda name: records)
-    monkeypatch.setattr(loader.MetadataCatalog.get("test_counts"), "thing_classes", ["cat", "dog"], raising=False)
+    monkeypatch.setattr(MetadataCatalog.get("test_counts"), "thing_classes", ["cat", "dog"], raising=False)
     assert count_classes(["test_counts"], ["dog", "bird", "cat"], 3) == [2, 0, 1]
     assert count_classes(["test_counts", "test_counts"], ["cat", "dog"], 2) == [2, 4]
-    coco = loader.MetadataCatalog.get("test_coco")
+    coco = MetadataCatalog.get("test_coco")
     monkeypatch.setattr(coco, "thing_classes", list(coco_names()), raising=False)
     counts = count_classes(["test_coco"], list(raw_names()), 91)
     assert [(i, count) for i, count in enumerate(counts) if count] == [(1, 1), (2, 2)]  # COCO's ids of the first two

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import DENOISING_SYSTEMS, make_batch
+from conftest import DENOISING_SYSTEMS, MASK_SYSTEMS, make_batch
 from naming import naming
 from torch import nn
 from torchvision.ops import box_iou
@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 from dn_detr_d2 import ConfigError, DatasetError, DenoisingGenerator, cxcywh_to_xyxy
 from dn_detr_d2.denoising import ContrastiveDenoisingGenerator, DenoisingQueries, QueryDenoising
 from dn_detr_d2.diagnostics import judge_labels, measure_restoration
+from dn_detr_d2.diagnostics.diagnostic_hooks import describe_health
 from dn_detr_d2.modeling.outputs import ForwardOutputs
 from dn_detr_d2.structures import Predictions, Targets
 
@@ -55,10 +56,10 @@ class Oracle(nn.Module):
         return nn.functional.one_hot(labels, 4)[..., :3] * 8.0 - 4
 
 
-def scenes(*counts, flipped=()):
+def scenes(*counts, flipped=(), masks=False):
     """Batches of one 64 x 96 image each; ``flipped`` lists (image, object) whose annotation is not the truth."""
     batches = []
-    for i, record in enumerate(make_batch(*counts, sizes=((64, 96),), num_classes=3)):
+    for i, record in enumerate(make_batch(*counts, sizes=((64, 96),), num_classes=3, masks=masks)):
         instances = record["instances"]
         truth = instances.gt_classes.clone()
         for _, j in (pair for pair in flipped if pair[0] == i):
@@ -159,6 +160,19 @@ def test_real_models_can_be_measured(toy_model, system, loss):
     assert all(x.suggested < 5 for x in judged)  # never "no object"
     assert all(x.label != x.suggested and -1 <= x.score <= 1 for x in judged)
     assert model.training
+
+
+@pytest.mark.parametrize("system", MASK_SYSTEMS)
+def test_models_with_masks_are_measured_by_set_and_without_boxes_by_class_alone(toy_model, system):
+    model, loader = toy_model(system), scenes(2, 0, 3, masks=True)
+    (found,) = measure_restoration(model, loader, [0.2]).values()
+    assert found.accuracy.shape == found.iou.shape == (4,)
+    scalars = describe_health({0.2: found})
+    assert "denoising/accuracy@0.2" in scalars
+    assert ("denoising/iou@0.2" in scalars) == (system != "mask2former")
+    if system != "mask2former":
+        assert found.iou[0] == pytest.approx(found.start_iou, abs=1e-5)  # the set before the first layer
+    assert len(judge_labels(model, loader)) == 5
 
 
 def test_the_annotated_label_does_not_reach_the_model(toy_model):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import DENOISING_SYSTEMS, make_batch
+from conftest import DENOISING_SYSTEMS, MASK_SYSTEMS, make_batch
 from naming import naming
 
 from dn_detr_d2 import LeakError
@@ -29,15 +29,15 @@ def open_one_entry(monkeypatch, query, key):
     monkeypatch.setattr(NoisedTargets, "attention_mask", flipped)
 
 
-@pytest.mark.parametrize("system", DENOISING_SYSTEMS)
+@pytest.mark.parametrize("system", [*DENOISING_SYSTEMS, *MASK_SYSTEMS])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_the_mask_as_it_is_holds(toy_model, system, hidden):
     model = toy_model(system, *GROUPS, "MODEL.DN_DETR.DENOISING.MASK_PADDING", hidden).train()
-    check_denoising(model, make_batch(3, 2))
+    check_denoising(model, make_batch(3, 2, masks=True))
     assert model.training
 
 
-@pytest.mark.parametrize("system", DENOISING_SYSTEMS)
+@pytest.mark.parametrize("system", [*DENOISING_SYSTEMS, "mask2former", "mask_dino"])
 @pytest.mark.parametrize(
     ("query", "key", "who"),
     [
@@ -55,7 +55,22 @@ def test_one_flipped_entry_of_the_mask_is_found(toy_model, monkeypatch, system, 
     model = toy_model(system, *GROUPS, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1)
     open_one_entry(monkeypatch, query, key)
     with pytest.raises(LeakError, match=who):
-        check_denoising(model, make_batch(3, 2))
+        check_denoising(model, make_batch(3, 2, masks=True))
+
+
+def test_a_mask_that_reaches_other_queries_is_found(toy_model, monkeypatch):
+    """A decoder that looks into the cells of all noised masks at once."""
+    model = toy_model("mask2former", *GROUPS)
+    outside = model.decoder.blocked_cells
+
+    def leaky(sets, view, queries, layer):
+        blocked = outside(sets, view, queries, layer)
+        seen = queries.noised_cells(view.shapes[0]).flatten(2).any(1, keepdim=True)
+        return torch.where(seen, False, blocked) if layer == 0 else blocked
+
+    monkeypatch.setattr(model.decoder, "blocked_cells", leaky)
+    with pytest.raises(LeakError, match=naming("matching", "queries")):
+        check_denoising(model, make_batch(3, 2, masks=True))
 
 
 def test_every_blocked_entry_matters(toy_model, monkeypatch):

@@ -9,12 +9,13 @@ from conftest import SYSTEMS, make_batch
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.diagnostics import probe
+from dn_detr_d2.diagnostics.instability import anchor_metrics
 from dn_detr_d2.diagnostics.model_state import preserve_state
 
 
-def numbered(*counts):
+def numbered(*counts, masks=False):
     """One batch an image, ids from 7 downwards."""
-    return [[record | {"image_id": 7 - i}] for i, record in enumerate(make_batch(*counts))]
+    return [[record | {"image_id": 7 - i}] for i, record in enumerate(make_batch(*counts, masks=masks))]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -42,9 +43,26 @@ def test_a_probe_is_the_matching_of_the_model_in_evaluation_mode(toy_model, syst
         np.testing.assert_array_equal(image.anchors, seen.queries.boxes[0].numpy())
 
 
-def test_areas_are_those_of_the_original_image(toy_model):
-    [[record]] = numbered(2)
-    model = toy_model("dn_detr")
+def test_models_with_masks_are_probed_with_the_set_before_the_first_layer(toy_model):
+    for system in ("mask2former", "mask_dino"):
+        loader = numbered(3, 0, 2, masks=True)
+        images = probe(toy_model(system).train(), loader)
+        for image, [record] in zip(images[::-1], loader, strict=True):
+            count = len(record["instances"])
+            assert image.matched.shape == (4, 9)
+            assert all(sorted(rows[rows >= 0].tolist()) == list(range(count)) for rows in image.matched)
+            assert (image.anchors is None) == (system == "mask2former")
+        assert ("distance" in anchor_metrics(images, 100)) == (system == "mask_dino")
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "mask_dino"])
+def test_areas_are_those_of_the_original_image(toy_model, system):
+    [[record]] = numbered(2, masks=True)
+    model = toy_model(system)
+    area = record["instances"].gt_boxes.area()
+    record |= {"height": 128, "width": 192}
+    np.testing.assert_allclose(probe(model, [[record]])[0].areas, 4 * area, rtol=1e-5)
+    record |= {"height": 64, "width": 96}
     half, whole = (probe(model, [[record | size]])[0] for size in ({}, {"height": 128, "width": 192}))
     np.testing.assert_allclose(whole.areas, 4 * half.areas, rtol=1e-6)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from naming import naming
 from scipy.optimize import linear_sum_assignment
@@ -91,6 +91,7 @@ def slow_losses(predictions, masks, pairs, k):
     return 5 * entropy, 3 * dice
 
 
+@settings(deadline=None)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     masks=st.integers(1, 4),
@@ -188,6 +189,7 @@ def test_pairs_may_come_without_their_counts():
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     k=st.integers(1, 3),
@@ -212,6 +214,7 @@ def test_any_batch_has_finite_losses_and_as_many_points_as_it_asks_for(counts, k
     assert predictions.mask_embeddings.grad is not None
 
 
+@settings(deadline=None)
 @given(counts=st.lists(st.integers(0, 9), max_size=5), size=st.integers(1, 7))
 def test_chunks_are_full_and_hold_every_item_in_order(counts, size):
     chunks = chunk_images(counts, size)

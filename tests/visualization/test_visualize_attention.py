@@ -157,13 +157,13 @@ def test_locations_of_padded_levels_come_back_to_the_image():
     torch.testing.assert_close(on_image(locations, memory), torch.full((1, 1, 2, 1, 2), 0.5))
 
 
-def test_points_of_a_query_without_offsets_lie_in_the_middle_of_its_box(monkeypatch, toy_model):
+def test_points_of_a_query_without_offsets_lie_in_the_middle_of_its_box(toy_model):
     model = toy_model("dn_deformable_detr").eval()
     for layer in model.decoder.layers:
         torch.nn.init.zeros_(layer.cross_attn.sampling_offsets.weight)
         torch.nn.init.zeros_(layer.cross_attn.sampling_offsets.bias)
     (image,) = make_batch(1, sizes=((70, 90),))
-    monkeypatch.setattr(type(model.backbone), "size_divisibility", 64)
+    model.size_divisibility = 64
     seen, layers = record(model, image)
     assert (seen.memory.valid_ratios < 1).any()  # 70 x 90 became 128 x 128
     for layer in layers:

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from naming import naming
 from PIL import Image
 
-from dn_detr_d2 import DatasetError
+from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import register_coco_json
 from dn_detr_d2.visualization.denoising import copies_of, draw_mask, draw_noise, draw_refinement, mean_iou
 from dn_detr_d2.visualization.images import to_pixels, to_rgb
@@ -28,7 +28,7 @@ def observe(toy_model):
 
     def run(system, *overrides):
         model = toy_model(system, *overrides).eval()
-        (record,) = make_batch(3, sizes=((64, 96),))
+        (record,) = make_batch(3, sizes=((64, 96),), masks=True)
         return observe_denoising(model, record, 0), to_rgb(record["image"], "RGB")
 
     return run
@@ -86,7 +86,7 @@ def test_copies_are_where_the_layout_says(observe):
 
 def test_near_copies_lie_nearer_than_far_ones(observe):
     outputs, pixels = observe("dino", "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 300)
-    clean, noisy = to_pixels(outputs.targets.boxes[0], pixels), to_pixels(outputs.noised.boxes[0], pixels)
+    clean, noisy = (to_pixels(x.boxes[0], pixels, outputs.memory) for x in (outputs.targets, outputs.noised))
     iou = [[mean_iou(noisy[c.slot], clean[c.target]) for c in copies_of(outputs, g)] for g in range(100)]
     near, far = torch.tensor(iou).mean(0)
     assert near > far + 0.15
@@ -183,12 +183,28 @@ def test_bgr_images_are_turned():
     assert to_rgb(image, "RGB")[0, 0].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("system", DENOISING_SYSTEMS)
+@pytest.mark.parametrize("system", [*DENOISING_SYSTEMS, "mask_dino"])
 def test_every_system_can_be_drawn(observe, system):
     outputs, pixels = observe(system)
     assert len(titles(draw_noise(outputs, pixels, NAMES, 2))) == 2
     assert len(titles(draw_refinement(outputs, pixels, NAMES))) == 4
     assert len(draw_mask(outputs).axes[0].patches) == outputs.noised.num_groups + 1
+
+
+def test_boxes_of_models_with_masks_are_drawn_where_they_are(toy_model):
+    """In pixels of the image, though they are relative to its padding."""
+    model = toy_model("mask_dino").eval()
+    (record,) = make_batch(3, sizes=((70, 90),), masks=True)
+    outputs = observe_denoising(model, record, 0)
+    pixels = to_rgb(record["image"], "RGB")
+    drawn = to_pixels(outputs.denoised.boxes[0], pixels, outputs.memory)
+    torch.testing.assert_close(drawn, record["instances"].gt_boxes.tensor, atol=1e-3, rtol=0)
+
+
+def test_a_model_without_boxes_is_refused(toy_model):
+    model = toy_model("mask2former").eval()
+    with pytest.raises(ConfigError, match=naming("MaskedDecoder", "boxes")):
+        observe_denoising(model, make_batch(3, masks=True)[0], 0)
 
 
 @pytest.mark.parametrize("system", ["dn_deformable_detr", "dino"])
