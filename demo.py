@@ -169,11 +169,11 @@ def above(found: dict, threshold: float) -> dict:
 
 
 def count_parts(found: dict) -> str:
-    """How many things there are in a picture, in words."""
-    if "instances" in found:
-        return f"{len(found['instances'])} objects"
+    """How many things :func:`draw` draws, in words."""
     if "panoptic_seg" in found:
         return f"{len(found['panoptic_seg'][1])} segments"
+    if "instances" in found:
+        return f"{len(found['instances'])} objects"
     return f"{len(found['sem_seg'].argmax(0).unique())} classes"
 
 

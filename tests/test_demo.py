@@ -281,7 +281,7 @@ def test_a_model_with_learnt_contents_refuses_labels(run, images):
 
 
 @pytest.mark.parametrize(("outputs", "word"), [
-    (["instances"], "objects"), (["panoptic_seg", "instances"], "objects"), (["panoptic_seg"], "segments"),
+    (["instances"], "objects"), (["panoptic_seg", "instances"], "segments"), (["panoptic_seg"], "segments"),
     (["sem_seg"], "classes"),
 ])  # fmt: skip
 def test_pictures_of_a_model_with_masks(run, toy_cfg, toy_model, finished, images, tmp_path, outputs, word):

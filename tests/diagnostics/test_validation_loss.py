@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch
+from conftest import MASK_SYSTEMS, make_batch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from naming import naming
@@ -37,9 +37,9 @@ TRAINING = {
 DATA = list(chain(*TRAINING.items()))
 
 
-def one_by_one(*counts):
+def one_by_one(*counts, masks=False):
     """A batch of images of one size, and a loader that gives one at a time."""
-    batch = make_batch(*counts, sizes=((64, 64),))
+    batch = make_batch(*counts, sizes=((64, 64),), masks=masks)
     for i, record in enumerate(batch):
         record["image_id"] = i
     return batch, [[record] for record in batch]
@@ -99,6 +99,21 @@ def test_they_are_the_same_each_time_and_leave_no_trace(toy_model, system):
     assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())
     assert validation_losses(model, loader, seed=1)["dn/l1"] != first["dn/l1"]
+
+
+@pytest.mark.parametrize("system", MASK_SYSTEMS)
+def test_losses_of_masks_are_averaged_over_objects_whatever_the_order(toy_model, system):
+    """Matched without boxes or with, three objects and none: each image's losses weighted by its objects."""
+    model = toy_model(system, *DROPOUT).train()
+    _, loader = one_by_one(3, 0, 1, masks=True)
+    found = validation_losses(model, loader)
+    assert {"main/mask", "main/dice", "aux/mask_0", "dn/mask", "dn/dice"} <= found.keys()
+    assert ("main/l1" in found) == (system != "mask2former")
+    assert all(math.isfinite(value) for value in found.values())
+    assert validation_losses(model, loader[::-1]) == pytest.approx(found, rel=1e-5)
+    single = [validation_losses(model, [loader[i]]) for i in (0, 2)]
+    for name in ("main/mask", "main/dice"):
+        assert found[name] == pytest.approx((3 * single[0][name] + single[1][name]) / 4, rel=1e-4)
 
 
 def measure(cfg, folder):
