@@ -180,7 +180,7 @@ def report(args: argparse.Namespace) -> list[str]:
         lines = [
             f"# {pair}: {config['DATASETS']['TRAIN'][0]}, {config['SOLVER']['MAX_ITER']} iterations",
             "",
-            f"`{command_line()}`, seeds {seeds}, {machine()}{spent}.",
+            f"`{command_line()}`, seeds {seeds}, {machine()}{spent}.{of_masks(config)}",
             "",
             tabulate(table_rows(found), HEADERS, tablefmt="github", disable_numparse=True),
             "",
@@ -192,6 +192,12 @@ def report(args: argparse.Namespace) -> list[str]:
         pages.append("\n".join(lines))
         (Path(args.output) / f"{pair}.md").write_text(pages[-1])
     return pages
+
+
+def of_masks(config: dict) -> str:
+    """Says of what AP is, where it is not of boxes."""
+    masks = config.get("MODEL", {}).get("DN_DETR", {}).get("MASK", {}).get("ENABLED")
+    return " AP is that of masks." if masks else ""
 
 
 def command_line() -> str:

@@ -50,6 +50,23 @@ def test_it_predicts_what_detectron2s_predictor_predicts(toy_cfg, toy_model, tmp
     torch.testing.assert_close(ours.scores, theirs.scores)
 
 
+@pytest.mark.parametrize("system", ["mask2former", "mask_dino"])
+def test_masks_panoptic_and_semantic_outputs_are_of_the_images_size(toy_cfg, toy_model, tmp_path, system):
+    """As Detectron2's own predictor gives them."""
+    torch.save({"model": toy_model(system).state_dict()}, tmp_path / "model.pth")
+    options = ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), "INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5]
+    cfg = toy_cfg(system, *options, "MODEL.DN_DETR.MASK.OUTPUTS", ["instances", "panoptic_seg", "sem_seg"])
+    image = np.random.default_rng(0).integers(256, size=(48, 70, 3), dtype=np.uint8)
+    ours, theirs = (predictor(cfg)(image) for predictor in (Predictor, DefaultPredictor))
+    assert ours["instances"].pred_masks.shape == (len(ours["instances"]), 48, 70)
+    assert torch.equal(ours["instances"].pred_masks, theirs["instances"].pred_masks)
+    ids, segments = ours["panoptic_seg"]
+    assert ids.shape == (48, 70)
+    assert set(ids.unique().tolist()) - {0} <= {x["id"] for x in segments}
+    assert torch.equal(ids, theirs["panoptic_seg"][0])
+    assert ours["sem_seg"].shape == (5, 48, 70)
+
+
 def test_weights_that_lack_a_tensor_are_refused(toy_cfg, toy_model, tmp_path):
     state = toy_model("dn_detr").state_dict()
     gone, _ = state.popitem()

@@ -154,10 +154,12 @@ class Decoder(LayerStack):
         """Predictions of the queries before the first layer; their boxes are the references."""
         return LayerOutputs(*self.classify_and_embed(queries.content, queries.boxes))
 
-    def classify_and_embed(self, content: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(logits, boxes, mask embeddings) of contents before the final norm, by the heads of the first layer."""
+    def classify_and_embed(
+        self, content: Tensor, boxes: Tensor | None, layer: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(logits, boxes, mask embeddings) of contents before the final norm, by the heads of a layer; boxes as given."""
         hidden = self.norm(content)
-        return self.heads.classify(hidden, 0), boxes if self.BOXES else None, self.heads.embed_masks(hidden, 0)
+        return self.heads.classify(hidden, layer), boxes if self.BOXES else None, self.heads.embed_masks(hidden, layer)
 
     def _correction(
         self, content: Tensor, references: References, predicted: Tensor, layer: int
@@ -284,7 +286,7 @@ class MaskDinoDecoder(Decoder):
 
     def predict(self, hidden: Tensor, boxes: Tensor, layer: int) -> LayerOutputs:
         """As of :class:`Decoder`, classes and masks from the content normed once more."""
-        return LayerOutputs(*self.classify_and_embed(hidden, self.heads.refine(hidden, boxes, layer)))
+        return LayerOutputs(*self.classify_and_embed(hidden, self.heads.refine(hidden, boxes, layer), layer))
 
 
 # Registered name -> (class, final norm, rule). The names are those of MODEL.DN_DETR.DECODER.NAME.

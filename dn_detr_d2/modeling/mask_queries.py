@@ -7,7 +7,7 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..boxes import boxes_of_masks, image_scale, logit, xyxy_to_cxcywh
+from ..boxes import boxes_of_masks, logit, xyxy_to_cxcywh
 from ..denoising import LabelEncoder, NoisedTargets, embed_boxes
 from ..errors import ConfigError
 from ..structures import Memory, ObjectQueries, Predictions
@@ -146,13 +146,14 @@ class MaskDinoQueries(TopKAnchors):
         features, corners = proposals.mask_features, []
         for embeddings, own in zip(proposals.mask_embeddings[0], features, strict=True):
             corners.append(boxes_of_masks(torch.einsum("qc,chw->qhw", embeddings, own) > 0))
-        corners = torch.stack(corners).to(features.dtype)
-        scale = image_scale(features.shape[-2:], features)
+        x0, y0, x1, y1 = torch.stack(corners).to(features.dtype).unbind(-1)
+        height, width = features.shape[-2:]
         if self.boxes_from_masks == "mask2box":
-            empty = corners[..., 2:3] == 0
-            point = (scale * 2).masked_fill(scale.new_tensor([False, False, True, True], dtype=torch.bool), 0)
-            corners = torch.where(empty, point, corners - corners.new_tensor([0, 0, 1, 1]))
-        return logit(xyxy_to_cxcywh(corners / scale), EPS).sigmoid()
+            empty = x1 == 0
+            x0, y0 = x0.masked_fill(empty, 2 * width), y0.masked_fill(empty, 2 * height)  # the centre becomes (1, 1)
+            x1, y1 = (x1 - 1).clamp(min=0), (y1 - 1).clamp(min=0)
+        relative = torch.stack([x0 / width, y0 / height, x1 / width, y1 / height], -1)
+        return logit(xyxy_to_cxcywh(relative), EPS).sigmoid()
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
         """The denoising queries."""

@@ -369,3 +369,11 @@ def test_other_detectors_get_masks_by_keys_alone(toy_model, system):
     with torch.no_grad():
         found = model.eval()(batch_of(0))[0]["instances"]
     assert found.pred_masks.shape == (len(found), 64, 96)
+
+
+@pytest.mark.parametrize("system", ["mask2former", "mask_dino"])
+def test_heads_of_their_own_for_each_layer_all_learn(toy_model, system):
+    model = toy_model(system, ROOT_KEY + "DECODER.SHARE_HEADS", False).train()
+    assert len(model.decoder.heads.mask_heads) == 3
+    sum(model(batch_of(2, 1)).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
