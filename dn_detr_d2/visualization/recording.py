@@ -86,7 +86,7 @@ def _read(module: nn.Module, arguments: tuple) -> dict:
         return {"maps": dense_maps(module, *arguments)[0].cpu()}
     raise ConfigError(
         f"the decoder layers attend by {type(module).__name__}; only MultiScaleDeformableAttention, "
-        "ConditionalCrossAttention and MultiLevelConditionalCrossAttention can be shown"
+        "ConditionalCrossAttention and MultiLevelConditionalCrossAttention can be shown; take a DAB-, DN- or deformable DETR"
     )
 
 
