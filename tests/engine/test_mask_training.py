@@ -18,7 +18,7 @@ every_system = pytest.mark.parametrize("system", INSTANCE_SYSTEMS)
 
 
 def mask_cfg(folder, system, *overrides):
-    return make_cfg(folder, *overrides, config=MASK_SYSTEMS[system])
+    return make_cfg(folder, "INPUT.IMAGE_SIZE", 64, *overrides, config=MASK_SYSTEMS[system])
 
 
 @pytest.mark.parametrize("counts", COUNTS)
