@@ -134,7 +134,14 @@ def test_oracle_perfect_predictions_for_every_accepted_file_have_ap_100(folder, 
     path = folder / "set.json"
     path.write_text(json.dumps(content), encoding="utf-8-sig" if bom else "utf-8")
     report, read = Report(), read_content(path)
-    check_content(read, report, annotated_sizes(objects_of(read, "images")))
+    listed = objects_of(read, "images")
+    sizes = annotated_sizes(listed)
+    for row, image in zip(
+        sizes, listed, strict=True
+    ):  # the reader looks into the files where the sizes are not annotated
+        if np.isinf(row).any() and image.get("file_name") in SIZES:
+            row[:] = SIZES[image["file_name"]]
+    check_content(read, report, sizes)
     stopping = {kind for kind in report.counts if kind.severity is Severity.STOPS} - {Issue.NOTHING, Issue.ALL_CROWDS}
     try:
         if stopping:
