@@ -121,8 +121,8 @@ def resolve_things(cfg: CfgNode, known: dict[str, list[str]]) -> None:
     for name, classes in known.items():
         things = known_things(name)
         if things is not None:
-            names, place = list(node.CLASS_NAMES), [classes[i] for i in things]
-            node.MASK.THING_CLASSES = [i for i, one in enumerate(names) if one in set(place)]
+            names = {classes[i] for i in things}
+            node.MASK.THING_CLASSES = [i for i, one in enumerate(node.CLASS_NAMES) if one in names]
             return
 
 

@@ -92,11 +92,8 @@ class RecordsEvaluator(COCOEvaluator):
         masks: bool = False,
     ):
         self._logger, self._cpu_device = logger, torch.device("cpu")
-        self._distributed, self._output_dir, self._tasks = (
-            distributed,
-            output_dir,
-            ("bbox", "segm") if masks else ("bbox",),
-        )
+        self._distributed, self._output_dir = distributed, output_dir
+        self._tasks = ("bbox", "segm") if masks else ("bbox",)
         if all(is_id(record.get("image_id")) for record in records):  # the order in which COCO breaks ties of scores
             records = sorted(records, key=lambda record: sort_key(record["image_id"]))
         self._name, self._records, self._class_names = name, records, class_names

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..boxes import boxes_of_masks, cxcywh_to_xyxy, image_scale
 from ..errors import ConfigError
 from ..structures import Predictions
+from .pixel_decoder import STRIDE
 from .postprocess import (
     Postprocess,
     class_probability,
@@ -26,7 +27,6 @@ from .postprocess import (
     size_of,
 )
 
-STRIDE = 4  # pixels of the padded image in a cell of a mask
 # Logits that are resized at a time, at least one map: so they stay in a processor's cache, and an image's instances need the
 # memory of their bits and little more.
 CHUNK = 2**20

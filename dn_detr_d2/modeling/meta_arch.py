@@ -88,10 +88,10 @@ class DenoisingDETR(nn.Module):
         Args:
             batched_inputs: one dict an image: ``image`` (3, H, W) uint8 or float32 in 0..255 and the channel order of
                 ``INPUT.FORMAT``; for training ``instances`` with ``gt_boxes``, ``gt_classes`` and, in models with masks,
-                ``gt_masks`` (BitMasks or PolygonMasks); optionally ``height`` and
-                ``width`` of the wanted output. Prompts (see :mod:`.prompting`): ``known``, Instances like these of
-                objects that need not be found, or ``labels``, class numbers to be looked for, in training exactly one;
-                in training all images of a batch have them, or none.
+                ``gt_masks`` (BitMasks or PolygonMasks); optionally ``height`` and ``width`` of the wanted output. Prompts
+                (see :mod:`.prompting`): ``known``, Instances like these of objects that need not be found, or ``labels``,
+                class numbers to be looked for, in training exactly one; in training all images of a batch have them, or
+                none.
             normalizers: in training, of the step that these images are a part of; None = they are all of it.
 
         Returns:
