@@ -47,6 +47,7 @@ $(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py $
 	@echo "== Installing the pinned requirements (requirements.txt)"
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps trackers==2.6.1
 	@echo "== Installing Detectron2"
 	$(VENV)/bin/python tools/install_detectron2.py
 	@echo "== Installing this package, with its operators where there is a compiler (about a minute)"
