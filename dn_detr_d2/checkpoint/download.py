@@ -56,7 +56,7 @@ def _packaged(weights: str, expected: str) -> str:
     for wanted in (known, expected.lower()):
         if not found.startswith(wanted):
             raise CheckpointError(
-                f"MODEL.WEIGHTS {weights!r} is {path} with the SHA-256 {found}, not {wanted}...; it is not read. Install the "
-                "package again, or correct MODEL.WEIGHTS_SHA256"
+                f"MODEL.WEIGHTS {weights!r} is {path} with the SHA-256 {found}, not {wanted}...; it is not read. Install "
+                "the package again, or correct MODEL.WEIGHTS_SHA256"
             )
     return str(path)

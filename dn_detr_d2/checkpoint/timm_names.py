@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.(\d+)\.")
 
 
 def to_timm_backbone(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """What a classifier's state dict holds for the model's timm backbone, under our names; None if it is not of that network.
+    """What a classifier's file holds for the model's timm backbone, under our names; None if it is not of that network.
 
     The classifier itself and stages beyond those that the backbone has are left out.
 

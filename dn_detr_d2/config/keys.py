@@ -248,8 +248,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
     # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
     cfg.MODEL.SWIN = CfgNode({"SIZE": "T", "DROP_PATH_RATE": 0.2})
-    # Backbone "build_timm_backbone": NAME of a network of timm; its map of stride 2^i is res{i}, and IN_FEATURES chooses. NORM
-    # "FrozenBN" (as loaded), "BN" (trained), "SyncBN" (statistics of all GPUs) or "" (what the network has).
+    # Backbone "build_timm_backbone": NAME of a network of timm; its map of stride 2^i is res{i}, of which IN_FEATURES chooses.
+    # NORM "FrozenBN" (as loaded), "BN" (trained), "SyncBN" (statistics of all GPUs) or "" (what the network has).
     # MODEL.BACKBONE.FREEZE_AT counts as in Detectron2's ResNets: 1 = the stem, 2 = also what makes res2.
     cfg.MODEL.TIMM = CfgNode({"NAME": "tf_efficientnet_lite0", "NORM": "FrozenBN"})
     # Backbone "build_vitdet_backbone" (maps p2 to p5; needs timm): "B" or "L", and the same chance. 0.1 in ViTDet-B.

