@@ -24,6 +24,7 @@ BAD = {
     "tools.quickstart": UNKNOWN_OPTION,
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out", "--groups", "0"],
+    "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.benchmark_criterion": ["--rounds", "0"],
     "dev.benchmark_masks": ["--rounds", "0"],
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
@@ -42,6 +43,7 @@ OVERRIDDEN = {
     "tools.find_label_errors": [*OF_CONFIG, "--dataset", "shapes_val", "--weights", CONFIG],
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out"],
+    "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.compare_runs": ["--quick", "--jobs", "1", "--pairs", "dense", "--report"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
 }
