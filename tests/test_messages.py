@@ -209,7 +209,10 @@ def missing_ways_out(text, values):
     ends = {".".join(key.split(".")[i:]) for key in keys for i in range(key.count(".") + 1)}
     own = " ".join(map(str, values))
     named = [key for key in re.findall(r"\b[A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)+\b", text) if key not in own]
-    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("dn_detr_d2/commands/*.py")])
+    sources = "".join(
+        path.read_text()
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("dn_detr_d2/commands/*.py")]
+    )
     sources += default_argument_parser().format_help()
     options = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in sources]
     return [key for key in named if key not in ends] + options

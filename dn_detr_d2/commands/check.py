@@ -3,9 +3,10 @@
     dn-detr check train.json images/train --val val.json images/val --num-queries 300
     dn-detr check train.json images/train --fix repaired.json
     dn-detr check train.json images/train --fix repaired.json --drop-bad
+    dn-detr check all.json images --split 0.8 --seed 1
 
-Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or the repaired file not be written.
-With --fix the report and the code are about the repaired file. What is checked and repaired: docs/datasets.md.
+Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or a file not be written. With --fix the
+report and the code are about the repaired file. What is checked and repaired, and how a set is split: docs/datasets.md.
 """
 
 import argparse
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from ..command_line import make_parser, run_command
 from ..data.check_images import check_overlap
-from ..data.check_set import CheckOptions, check_set, repair_set
-from ..data.coco_custom import read_content
+from ..data.check_set import CheckOptions, check_set, repair_set, write_json
+from ..data.coco_custom import load_coco_json, read_content
 from ..data.conventions import CHOICES
 from ..data.normalise import objects_of
 from ..data.report import Report
+from ..data.split import split_content
 from ..errors import DatasetError, UserError
 
 
@@ -43,6 +45,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--boxes", choices=CHOICES, help="with --fix: what the boxes are written as; xywh = they are right as they are"
     )
+    parser.add_argument(
+        "--split",
+        type=float,
+        metavar="FRACTION",
+        help="write all_train.json with so many of the images, and all_val.json",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with --split: which images (default 0)")
     return parser.parse_args(argv)
 
 
@@ -71,25 +80,43 @@ def check(args: argparse.Namespace) -> dict[str, Report]:
     return reports
 
 
-def refuse_overwriting(args: argparse.Namespace) -> None:
-    """Raises UserError if --fix names a file that is read."""
+def refuse_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not fit together, or if --fix names a file that is read."""
     read_files = [args.annotations, *(args.val or [])[:1]]
     if args.fix and os.path.realpath(args.fix) in map(os.path.realpath, read_files):
         raise UserError(f"--fix {args.fix} is an input; name another file")
     if (args.drop_bad or args.boxes) and not args.fix:
         raise UserError("--drop-bad and --boxes need --fix OUT.json, which the result is written to")
+    if args.split is not None and not 0 < args.split < 1:
+        raise UserError(f"--split must lie between 0 and 1, got {args.split:g}")
     if min(args.num_queries, args.denoising_budget) < 0:
         raise UserError(
             f"--num-queries and --denoising-budget must not be negative, got {args.num_queries} and {args.denoising_budget}"
         )
 
 
+def split(args: argparse.Namespace) -> None:
+    """Writes the two parts of the data set, of the repaired one with --fix; raises UserError."""
+    source = Path(args.fix or args.annotations)
+    load_coco_json(source, args.folder)  # refuses what a training would refuse
+    parts = split_content(read_content(source), args.split, args.seed)
+    for part, name in zip(parts, ("train", "val"), strict=True):
+        target = source.with_name(f"{source.stem}_{name}.json")
+        try:
+            write_json(part, str(target))
+        except OSError as error:
+            raise UserError(f"{target} cannot be written: {error.strerror}") from None
+        print(f"{len(part['images'])} images, {len(part.get('annotations', []))} annotations -> {target}")
+
+
 def report(args: argparse.Namespace) -> int:
     """Prints what was found; 1 if there are problems."""
-    refuse_overwriting(args)
+    refuse_arguments(args)
     reports = check(args)
     for name, found in reports.items():
         print("\n".join([f"{name}:", *found.lines()]))
+    if args.split is not None:
+        split(args)
     return int(any(found.problems() for found in reports.values()))
 
 

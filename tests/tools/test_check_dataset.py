@@ -1,4 +1,4 @@
-"""The command line of tools/check_dataset.py: exit codes, what it says, and what it writes."""
+"""The command line of dn-detr check: exit codes, what it says, and what it writes."""
 
 import json
 
