@@ -284,7 +284,7 @@ class RecordsEvaluator(COCOEvaluator):
         self._set_ground_truth(sizes)
         if self._dropped:
             logger.warning(
-                "%s: boxes that no detection can match are left out of the ground truth: %s; see tools/check_dataset.py",
+                "%s: boxes that no detection can match are left out of the ground truth: %s; see dn-detr check",
                 self._name,
                 "; ".join(f"{count} x {kind}" for kind, count in self._dropped.items()),
             )

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 from conftest import ROOT
 
-from dn_detr_d2.command_line import BAD_INPUT, FAILED
+from dn_detr_d2.command_line import BAD_INPUT
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 OF_CONFIG = ["--config-file", CONFIG]
@@ -49,16 +49,6 @@ OVERRIDDEN = {
 }
 
 
-# programs whose code for bad input is another
-CODES = {
-    "tools.analyze_model": FAILED,
-    "tools.convert_checkpoint": FAILED,
-    "tools.convert_dataset": FAILED,
-    "tools.find_label_errors": FAILED,
-    "dev.flip_labels": FAILED,
-}
-
-
 @pytest.fixture
 def run(capsys, monkeypatch):
     """run(program, *arguments) -> (exit code, lines on stderr with "error:", all of stderr)."""
@@ -83,7 +73,7 @@ def test_every_program_is_in_the_table():
 @pytest.mark.parametrize("program", BAD)
 def test_bad_input_is_one_line_and_one_exit_code(run, program):
     code, errors, text = run(program, *BAD[program])
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert len(errors) == 1, text
     assert "Traceback" not in text
 
@@ -93,7 +83,7 @@ def test_bad_input_is_one_line_and_one_exit_code(run, program):
 def test_overrides_are_read_in_both_spellings(run, tmp_path, monkeypatch, program, spelling):
     monkeypatch.chdir(tmp_path)  # compare_runs makes a folder
     code, errors, text = run(program, *OVERRIDDEN[program], *spelling, "MODEL.DN_DETR.NUM_QUERRIES", "3")
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert len(errors) == 1, text
     assert "MODEL.DN_DETR.NUM_QUERIES" in errors[0]
 
@@ -110,7 +100,7 @@ def test_weights_are_read_in_both_spellings(run, tmp_path, monkeypatch, program,
     }[program]
     monkeypatch.setattr("dn_detr_d2.visualization.models.DetrDatasetMapper", lambda *_: lambda record: record)
     code, errors, text = run(program, *OF_CONFIG, *rest, *arguments)
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert len(errors) == 1, text
     assert "/no/such.pth" in errors[0]
 
@@ -122,5 +112,5 @@ def test_weights_that_are_needed_are_asked_for(run, tmp_path, program):
         "tools.visualize_attention": ["--output", str(tmp_path), "--input", str(tmp_path / "a.png")],
     }[program]
     code, errors, _ = run(program, *OF_CONFIG, *rest)
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert "MODEL.WEIGHTS" in errors[0]
