@@ -30,6 +30,7 @@ from ..errors import DatasetError
 from ..utils.files import atomic_write
 from .confusion import IOU_THRESHOLD, count_confusions
 from .panoptic_evaluator import require_same_size
+from .precision_recall import write_precision_recall
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class RecordsEvaluator(COCOEvaluator):
         for row, record in enumerate(self._records):
             for annotation in record.get("annotations", []):
                 rows.append(row)
-                boxes.append(_xywh(annotation))
+                boxes.append(xywh_of(annotation))
                 annotations.append(annotation)
         boxes = np.array(boxes, np.float64).reshape(-1, 4)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -297,6 +298,9 @@ class RecordsEvaluator(COCOEvaluator):
         names = self._class_names and [self._class_names[i - 1] for i in chosen]
         for task, evaluation in evaluated.items():
             self._results[task] = self._derive_coco_results(evaluation, task, class_names=names)
+            if self._output_dir and evaluation is not None:
+                labels = [self._name_of(i) for i in chosen]
+                write_precision_recall(self._output_dir, task, evaluation, labels)
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:
         found = max((x["category_id"] for x in results), default=-1)
@@ -372,23 +376,35 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
             raise DatasetError(f"tasks must be ('bbox',) or ('bbox', 'segm'), got {tasks!r}")
         masks = "segm" in tasks
         records, metadata = records_of(dataset_name, masks), MetadataCatalog.get(dataset_name)
-        if masks and "panoptic_json" not in metadata.as_dict():
-            refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
-        ids = metadata.get("thing_dataset_id_to_contiguous_id")
-        names = metadata.get("thing_classes")
-        if ids and "panoptic_json" in metadata.as_dict():
-            options["only"] = options.get("only") or [names[i] for i in sorted(ids.values())]
-            ids = metadata.stuff_dataset_id_to_contiguous_id | ids
+        names, ids = written_classes(dataset_name)
+        if "panoptic_json" not in metadata.as_dict():
+            if masks:
+                refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
+        elif things := metadata.get("thing_dataset_id_to_contiguous_id"):
+            options["only"] = options.get("only") or [names[i] for i in sorted(things.values())]
         super().__init__(
             records,
-            list(names) if names else None,
-            sorted(ids, key=ids.get) if ids else None,
+            names,
+            ids,
             distributed=distributed,
             output_dir=output_dir,
             name=dataset_name,
             masks=masks,
             **options,
         )
+
+
+def written_classes(dataset_name: str) -> tuple[list[str] | None, list | None]:
+    """The classes of a registered data set whose records have been read, None where nothing says so.
+
+    Returns:
+        tuple: their P names; the P ids that ``coco_instances_results.json`` names them by.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    ids, names = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("thing_classes")
+    if ids and "panoptic_json" in metadata.as_dict():
+        ids = metadata.stuff_dataset_id_to_contiguous_id | ids
+    return list(names) if names else None, sorted(ids, key=ids.get) if ids else None
 
 
 def _size_of(record: dict, seen: tuple | None) -> tuple[float, float]:
@@ -398,7 +414,8 @@ def _size_of(record: dict, seen: tuple | None) -> tuple[float, float]:
     return seen or (np.inf, np.inf)
 
 
-def _xywh(annotation: dict) -> list[float]:
+def xywh_of(annotation: dict) -> list[float]:
+    """The box of an annotation of a dataset dict as COCO writes it, in pixels."""
     box = [float(x) for x in annotation["bbox"]]
     if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
         return box
