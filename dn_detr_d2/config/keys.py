@@ -373,7 +373,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # OUTPUT_DIR/report/index.html at the end of a training (docs/report.md; the extra [report]): "auto" = where its packages
     # are installed, "always" = or the training is refused, "never".
     cfg.REPORT = "auto"
-    # Where scalars go besides TensorBoard and metrics.json: any of "wandb", "mlflow" (extras of these names; docs/report.md).
+    # Where scalars go besides TensorBoard and metrics.json: any of "wandb", "mlflow", which are extras too (docs/report.md).
     cfg.LOGGERS = []
     # A live bar of iterations, loss and remaining time on stderr, where that is a terminal.
     cfg.PROGRESS_BAR = True

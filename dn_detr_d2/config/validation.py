@@ -42,9 +42,7 @@ def check_config(cfg: CfgNode) -> None:
         if _get(cfg, key) not in known:
             raise ConfigError(f"{key} must be one of {known}, got {_get(cfg, key)!r}")
     if unknown := [x for x in cfg.LOGGERS if x not in LOGGERS]:
-        raise ConfigError(
-            f"LOGGERS takes any of {LOGGERS}, got {unknown[0]!r}; TensorBoard and metrics.json are always written"
-        )
+        raise ConfigError(f"LOGGERS takes any of {LOGGERS}, got {unknown[0]!r}; TensorBoard is always written")
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute_range":
         raise ConfigError(f"INPUT.CROP.TYPE must be 'absolute_range' for DETR's crop, got {cfg.INPUT.CROP.TYPE!r}")
     try:

@@ -3,7 +3,6 @@
 from ..errors import ConfigError
 from ..utils.requirements import is_installed
 
-LOGGERS = {"wandb": "wandb", "mlflow": "mlflow"}  # name in LOGGERS -> package, which is also the extra
 REPORT_PACKAGES = ("matplotlib", "supervision")
 
 
@@ -19,9 +18,9 @@ def check_extras(cfg) -> None:
         ConfigError: names the key, the package and the extra that brings it.
     """
     for name in cfg.LOGGERS:
-        if not is_installed(LOGGERS[name]):
+        if not is_installed(name):  # package and extra have the same name
             raise ConfigError(
-                f"LOGGERS names {name!r}, but the package {LOGGERS[name]} is not installed; "
+                f"LOGGERS names {name!r}, but the package is not installed; "
                 f"pip install 'dn_detr_d2[{name}]', or take it out"
             )
     if cfg.REPORT == "always" and not report_is_possible():

@@ -166,8 +166,8 @@ def _examples(training: Training) -> str:
     if not qualities:
         raise DatasetError(f"{evaluated.name} has no objects and no detections")
     body = paragraph(
-        f"Left the objects, right the detections with a score of {score:.2f} or more (the median over the classes of where F1 "
-        f"is highest). Images of {evaluated.name} are ranked by the panoptic quality of their boxes."
+        f"Left the objects, right the detections with a score of {score:.2f} or more (the median over the classes of where "
+        f"F1 is highest). Images of {evaluated.name} are ranked by the panoptic quality of their boxes."
     )
     best = sorted(qualities, key=lambda x: (-x[0], -x[1]))[:EXAMPLES]
     worst = sorted((x for x in qualities if x not in best), key=lambda x: (x[0], -x[1]))[:EXAMPLES]

@@ -36,7 +36,7 @@ class Evaluated:
 
 
 def read_evaluated(cfg, folder: Path) -> Evaluated:
-    """The predictions that the last evaluation has written, with the ground truth of its data set, the last of DATASETS.TEST.
+    """What the last evaluation has predicted, with the ground truth of its data set, the last of DATASETS.TEST.
 
     Args:
         cfg: of the training.

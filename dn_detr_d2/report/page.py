@@ -75,7 +75,7 @@ def verbatim(words: str) -> str:
 
 def table(rows: Sequence[Sequence], headers: Sequence[str]) -> str:
     """A table; floats with two digits behind the point."""
-    return tabulate(rows, [escaped(x) for x in headers], tablefmt="html", floatfmt=".2f", missingval="–")
+    return tabulate(rows, [escaped(x) for x in headers], tablefmt="html", floatfmt=".2f", missingval="-")
 
 
 def drawing(figure: Figure, words: str, dpi: int = 80) -> str:
