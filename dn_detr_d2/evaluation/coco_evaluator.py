@@ -6,8 +6,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from ..data.masks import encoded, has_mask
 from ..data.normalise import is_id, sort_key, usable_area
 from ..data.panoptic import read_panoptic_png
 from ..data.registered import records_of
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 from ..utils.files import atomic_write
+from ..utils.requirements import is_installed
 from .confusion import IOU_THRESHOLD, count_confusions
 from .panoptic_evaluator import require_same_size
 from .precision_recall import write_precision_recall
@@ -44,6 +45,21 @@ class _COCOeval(COCOeval_opt):
     """Detectron2's fast COCOeval, whose summary names the number of detections that is counted."""
 
     summarize = COCOevalMaxDets.summarize
+
+
+def eval_class(name: str, *, usual: bool) -> Callable:
+    """What makes a COCOeval from ground truth, detections and the kind of IoU.
+
+    Args:
+        name: as ``TEST.COCO_EVAL``.
+        usual: whether COCO's numbers of detections are counted.
+    """
+    if name == "faster_coco_eval":
+        from faster_coco_eval import COCOeval_faster
+
+        kind = type("_FasterCOCOeval", (COCOeval_faster,), {"summarize": COCOevalMaxDets.summarize})
+        return partial(kind, extra_calc=False)  # which would write into the annotations
+    return COCOeval_opt if usual else _COCOeval
 
 
 class RecordsEvaluator(COCOEvaluator):
@@ -71,9 +87,11 @@ class RecordsEvaluator(COCOEvaluator):
         name: of the data set, for messages.
         only: names of the classes that AP is averaged over, their numbers where there are no names; [] = all.
         masks: whether to evaluate masks (``segm``) too; annotations then have a ``segmentation``.
+        computed_by: "pycocotools" or "faster_coco_eval", which give the same numbers; the second is a package of its own.
 
     Raises:
         DatasetError: a record has no image id, or one that another has, or ``only`` names a class that is not there.
+        ConfigError: the package of ``computed_by`` is not installed.
     """
 
     def __init__(
@@ -91,7 +109,14 @@ class RecordsEvaluator(COCOEvaluator):
         name: str = "the data set",
         only: Sequence[str] = (),
         masks: bool = False,
+        computed_by: str = "pycocotools",
     ):
+        if computed_by == "faster_coco_eval" and not is_installed(computed_by):
+            raise ConfigError(
+                f"TEST.COCO_EVAL is {computed_by!r}, but the package is not installed; pip install 'dn_detr_d2[fast-eval]', "
+                "or set it to 'pycocotools'"
+            )
+        self._computed_by = computed_by
         self._logger, self._cpu_device = logger, torch.device("cpu")
         self._distributed, self._output_dir = distributed, output_dir
         self._tasks = ("bbox", "segm") if masks else ("bbox",)
@@ -332,7 +357,7 @@ class RecordsEvaluator(COCOEvaluator):
         ground_truth = copy.copy(self._coco_api)
         found = ground_truth.loadRes(results)
         usual = self._limits == list(LIMITS)
-        evaluation = (COCOeval_opt if usual else _COCOeval)(ground_truth, found, task)
+        evaluation = eval_class(self._computed_by, usual=usual)(ground_truth, found, task)
         evaluation.params.imgIds = image_ids
         evaluation.params.catIds = self._only or evaluation.params.catIds
         evaluation.params.maxDets = list(self._limits)
