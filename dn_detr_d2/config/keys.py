@@ -375,6 +375,17 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # measured; [] = not at all. One pass over the images for each. [0.2, 0.4, 0.8] shows the training's 0.4 and both sides.
     cfg.TEST.INSTABILITY.HEALTH_SCALES = []
 
+    # OUTPUT_DIR/report/index.html at the end of a training (docs/report.md; the extra [report]): "auto" = where its packages
+    # are installed, "always" = or the training is refused, "never".
+    cfg.REPORT = "auto"
+    # Where scalars go besides TensorBoard and metrics.json: any of "wandb", "mlflow", which are extras too (docs/report.md).
+    cfg.LOGGERS = []
+    # A live bar of iterations, loss and remaining time on stderr, where that is a terminal.
+    cfg.PROGRESS_BAR = True
+    # What computes COCO's AP: "pycocotools" = Detectron2's compiled form of it, or "faster_coco_eval" (the extra
+    # [fast-eval]); the numbers are the same (docs/performance.md).
+    cfg.TEST.COCO_EVAL = "pycocotools"
+
     cfg.DEBUG = CfgNode()
     # Before the first step perturb the denoising queries of two training images, and refuse to train if a matching query or
     # another group notices. Costs some decoder passes, about 6 log2(groups).
