@@ -86,7 +86,7 @@ DETECTRON2 = {
     "predictor": {"engine", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
     "commands": {"engine", "evaluation", "modeling", "utils"},
-    "report": {"config", "data", "structures", "utils"},
+    "report": {"utils"},
 }
 
 
