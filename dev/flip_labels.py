@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.command_line import FAILED, run_command
+from dn_detr_d2.command_line import run_command
 
 
 def flip(content: dict, rate: float, seed: int) -> dict:
@@ -80,7 +80,7 @@ def flip_or_score(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return run_command(lambda: flip_or_score(args), errors=(UserError, OSError, json.JSONDecodeError), code=FAILED)
+    return run_command(lambda: flip_or_score(args), errors=(UserError, OSError, json.JSONDecodeError))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
 """What the programs share: overrides of the config on the command line, and exit codes.
 
-Overrides are KEY VALUE pairs at the end, as in Detectron2. Bad input is one sentence on stderr and exit code 2, which is
-also argparse's; some programs have code 1 instead, which scripts may rely on.
+Overrides are KEY VALUE pairs at the end, as in Detectron2. Exit code 0: done; 1: done with faults, or failed while running;
+2, which is also argparse's: bad input, nothing was done. An error is one sentence on stderr.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from .errors import ConfigError, UserError
 from .utils.text_output import escape_unwritable
 
+FAILED = 1
 BAD_INPUT = 2
-FAILED = 1  # for bad input, in those programs
+
+
+def make_parser(text: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with a module's docstring, and that goes by the name ``dn-detr VERB`` where that runs."""
+    called, *rest = [*sys.argv, "", ""]
+    prog = f"dn-detr {rest[0]}" if Path(called).stem == "dn-detr" else None
+    return argparse.ArgumentParser(prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +62,6 @@ def run_command(
     *,
     errors: tuple[type[Exception], ...] = (UserError,),
     describe: Callable[[Exception], str] = str,
-    code: int = BAD_INPUT,
 ) -> int:
     """Runs a program and returns its exit code.
 
@@ -62,11 +69,14 @@ def run_command(
         work: prints its results and returns an exit code, None = 0.
         errors: that mean bad input.
         describe: the sentence about an error.
-        code: of bad input.
+
+    Returns:
+        int: what ``work`` returns; BAD_INPUT after one of ``errors``, FAILED after a FloatingPointError, which says that
+        the model computed something that is not finite.
     """
     escape_unwritable()
     try:
         return work() or 0
-    except errors as error:
+    except (*errors, FloatingPointError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
-        return code
+        return BAD_INPUT if isinstance(error, errors) else FAILED

@@ -1,7 +1,9 @@
 """Reports versions, hardware and checks of this installation, as plain text to paste into an issue.
 
-    python -m dn_detr_d2.doctor
-    python -m dn_detr_d2.doctor --config-file configs/dn_dab_deformable.yaml MODEL.WEIGHTS model_final.pth
+    dn-detr doctor
+    dn-detr doctor --config-file configs/dn_dab_deformable.yaml MODEL.WEIGHTS model_final.pth
+
+In a checkout that is not installed, python -m dn_detr_d2.doctor is the same.
 
 No compiler is needed: without the compiled operators everything runs on PyTorch's, slower, which is a note.
 A line is "ok", a "note" (worth knowing, nothing to mend) or "BROKEN", then with the reason and the way out. The exit code is
@@ -31,6 +33,7 @@ from detectron2.structures import Boxes, Instances
 
 from . import __version__
 from .checkpoint import identify, read_checkpoint
+from .command_line import add_overrides, make_parser, parse
 from .data import cache_folder, check_records, class_names, dataset_path
 from .data.registered import register_data_sets
 from .engine.setup import setup_cfg
@@ -279,21 +282,33 @@ def _weights(path: str) -> str:
     return f"{path}: {len(file.state)} tensors, {numbers / 1e6:.1f} M numbers{names}, of {source or 'unknown source'}"
 
 
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--config-file", default="", metavar="FILE", help="also look at a config, its data and weights")
+    add_overrides(parser)
+    return parse(parser, argv)
+
+
+def examine(cfg: CfgNode) -> list[Finding]:
+    """Everything but the config itself: versions, devices, kernels, self-tests, and the places that it names."""
+    kernel = kernels(cfg.MODEL.DN_DETR.OP_BACKEND)
+    return [*chain(versions(), devices(), kernel, self_tests(), places(cfg.OUTPUT_DIR))]
+
+
+def as_text(findings: list[Finding]) -> str:
+    """A line for each finding."""
+    return "\n".join(f"{finding.state:<6}  {finding.subject:<24}  {finding.text}" for finding in findings)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; prints the report and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dn_detr_d2.doctor", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config-file", default="", metavar="FILE", help="also look at a config, its data and weights")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     escape_unwritable()
-    cfg = _loadable(args.config_file, args.opts)
-    found = kernels(cfg.MODEL.DN_DETR.OP_BACKEND)
-    chapters = [versions(), devices(), found, self_tests(), places(cfg.OUTPUT_DIR)]
+    findings = examine(_loadable(args.config_file, args.opts))
     if args.config_file or args.opts:
-        chapters.append(configuration(args.config_file, args.opts))
-    findings = [finding for chapter in chapters for finding in chapter]
-    for finding in findings:
-        print(f"{finding.state:<6}  {finding.subject:<24}  {finding.text}")
+        findings += configuration(args.config_file, args.opts)
+    print(as_text(findings))
     broken = sum(finding.state == "BROKEN" for finding in findings)
     print(f"{broken} of {len(findings)} lines are BROKEN" if broken else "all well")
     return 1 if broken else 0

@@ -17,7 +17,7 @@ class DatasetError(UserError):
 
     Args:
         message: the sentence.
-        kind: what ``tools/check_dataset.py`` counts it as; "" where it does not matter.
+        kind: what ``dn-detr check`` counts it as; "" where it does not matter.
     """
 
     def __init__(self, message: str, kind: str = ""):

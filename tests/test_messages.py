@@ -19,11 +19,11 @@ from naming import naming
 from PIL import Image
 
 import demo
-import train_net
 from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, add_dn_detr_config, setup_cfg
+from dn_detr_d2.commands import convert_dataset, train
 from dn_detr_d2.data import load_coco_json, read_image, register_coco_json
 from dn_detr_d2.predictor import Predictor
-from tools import convert_dataset, plot_runs
+from tools import plot_runs
 
 QUICK = ["--config-file", str(ROOT / "configs" / "quickstart.yaml")]
 CLASSES = ["MODEL.DN_DETR.NUM_CLASSES", 3]
@@ -71,7 +71,7 @@ def model(*overrides, system="dn_detr"):
 
 
 def launcher(*arguments):
-    return lambda bench: train_net.check(default_argument_parser().parse_args([*QUICK, *arguments]))
+    return lambda bench: train.check(default_argument_parser().parse_args([*QUICK, *arguments]))
 
 
 def predictor(given):
@@ -209,7 +209,10 @@ def missing_ways_out(text, values):
     ends = {".".join(key.split(".")[i:]) for key in keys for i in range(key.count(".") + 1)}
     own = " ".join(map(str, values))
     named = [key for key in re.findall(r"\b[A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)+\b", text) if key not in own]
-    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")])
+    sources = "".join(
+        path.read_text()
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("dn_detr_d2/commands/*.py")]
+    )
     sources += default_argument_parser().format_help()
     options = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in sources]
     return [key for key in named if key not in ends] + options

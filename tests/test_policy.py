@@ -85,6 +85,8 @@ DETECTRON2 = {
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
+    "commands": {"engine", "evaluation", "modeling", "utils"},
+    "report": {"utils"},
 }
 
 

@@ -13,22 +13,21 @@ from naming import naming
 from PIL import Image
 from ranks import fork_what_is_spawned
 
-import train_net
 from dn_detr_d2 import ConfigError
+from dn_detr_d2.commands import evaluate, train
 
 pytestmark = pytest.mark.usefixtures("forgotten_sets")
 QUICK = str(ROOT / "configs" / "quickstart.yaml")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(capsys, tmp_path):
     """run(*arguments) -> (exit code, what stands on stderr); asserts that no output folder appeared."""
 
     def call(*arguments):
         output = tmp_path / "out"
-        command = ["train_net.py", "--config-file", QUICK, *arguments, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output)]
-        monkeypatch.setattr(sys, "argv", command)
-        code = train_net.run()
+        command = ["--config-file", QUICK, *arguments, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output)]
+        code = train.main(command)
         assert code == 0 or not output.exists()
         return code, capsys.readouterr().err
 
@@ -71,7 +70,7 @@ def users_set(tmp_path, **changes):
 )
 def test_mistakes_are_refused_before_anything_is_written(run, arguments, named):
     code, said = run(*arguments)
-    assert code == 1
+    assert code == 2
     assert naming(*named).search(said)
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -81,7 +80,7 @@ def test_a_test_set_that_detectron2_registers_is_read_before_anything_is_written
     (tmp_path / "set.json").write_text('{"images": [')
     register_coco_instances("test_users", {}, str(tmp_path / "set.json"), str(tmp_path))
     code, said = run("DATASETS.TEST", "('test_users',)")
-    assert code == 1
+    assert code == 2
     assert naming("set.json", "JSON").search(said)
 
 
@@ -98,16 +97,15 @@ def test_a_test_set_that_detectron2_registers_is_read_before_anything_is_written
 )
 def test_a_broken_data_set_is_refused_before_anything_is_written(run, tmp_path, changes, named):
     code, said = run(*users_set(tmp_path, **changes))
-    assert (code, said.count("\n")) == (1, 1)
+    assert (code, said.count("\n")) == (2, 1)
     assert naming(*named).search(said)
 
 
-def test_a_truncated_image_ends_the_run_with_its_name(monkeypatch, capsys, tmp_path):
+def test_a_truncated_image_ends_the_run_with_its_name(capsys, tmp_path):
     options = users_set(tmp_path)
     with open(tmp_path / "a.png", "r+b") as file:
         file.truncate(50)
     command = [
-        "train_net.py",
         "--config-file",
         QUICK,
         "OUTPUT_DIR",
@@ -116,13 +114,12 @@ def test_a_truncated_image_ends_the_run_with_its_name(monkeypatch, capsys, tmp_p
         "cpu",
         *options,
     ]
-    monkeypatch.setattr(sys, "argv", [*command, "DATALOADER.NUM_WORKERS", "1"])
-    assert train_net.run() == 1
+    assert train.main([*command, "DATALOADER.NUM_WORKERS", "1"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "a.png" in last
 
 
-def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy_model):
+def test_weights_of_another_model_are_refused(capsys, tmp_path, toy_model):
     from detectron2.modeling import build_model
 
     from dn_detr_d2 import setup_cfg
@@ -133,9 +130,8 @@ def test_weights_of_another_model_are_refused(monkeypatch, capsys, tmp_path, toy
         )
     )
     torch.save({"model": model.state_dict()}, tmp_path / "eight.pth")
-    command = ["train_net.py", "--config-file", QUICK, "--eval-only", "MODEL.WEIGHTS", str(tmp_path / "eight.pth")]
-    monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
-    assert train_net.run() == 1
+    command = ["--config-file", QUICK, "MODEL.WEIGHTS", str(tmp_path / "eight.pth")]
+    assert evaluate.main([*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]) == 2
     assert naming(3, "circle, rectangle, triangle").search(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -144,19 +140,18 @@ def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, t
     fork_what_is_spawned(monkeypatch)
     options = users_set(tmp_path)
     (tmp_path / "a.png").write_bytes(b"not a picture")
-    command = ["train_net.py", "--config-file", QUICK, "--num-gpus", "2", "--dist-url", "auto", *options]
-    monkeypatch.setattr(sys, "argv", [*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")])
-    assert train_net.run() == 1
+    command = ["--config-file", QUICK, "--num-gpus", "2", "--dist-url", "auto", *options]
+    assert train.main([*command, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ")
     assert "a.png" in said
 
 
 def test_the_command_itself(tmp_path):
-    """As typed in a shell: exit code 1 and the sentence on stderr."""
+    """As typed in a shell: exit code 2 and the sentence on stderr."""
     command = [sys.executable, "train_net.py", "--config-file", QUICK, "SOLVER.BASE_LR", "-1.0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert naming("SOLVER.BASE_LR", -1.0).search(done.stderr.splitlines()[-1])
 
@@ -174,9 +169,9 @@ def test_the_cuda_backend_can_be_asked_for_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     asked = []
-    monkeypatch.setattr(train_net, "uses_kernel", lambda *given: asked.append(given))
+    monkeypatch.setattr(train, "uses_kernel", lambda *given: asked.append(given))
     opts = ["MODEL.DN_DETR.OP_BACKEND", "cuda", "MODEL.DEVICE", "cuda"]
-    train_net.check(default_argument_parser().parse_args(["--config-file", QUICK, *opts]))
+    train.check(default_argument_parser().parse_args(["--config-file", QUICK, *opts]))
     assert asked == [("cuda", "cuda")]
 
 
@@ -191,10 +186,10 @@ def test_a_backend_that_the_device_lacks_is_refused_before_anything_starts(backe
     file = str(ROOT / "configs" / f"{config}.yaml")
     args = default_argument_parser().parse_args(["--config-file", file, *opts])
     if not refused:
-        assert train_net.check(args) > 0
+        assert train.check(args) > 0
         return
     with pytest.raises(ConfigError, match=naming("OP_BACKEND", "cuda", "cpu")):
-        train_net.check(args)
+        train.check(args)
 
 
 @pytest.mark.parametrize("place", ["file", "base", "command"])
@@ -204,7 +199,7 @@ def test_a_cpu_that_was_asked_for_may_have_several_processes_wherever_it_was_ask
     (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\n" + "MODEL: {DEVICE: cpu}\n" * (place == "file"))
     opts = ["MODEL.DEVICE", "cpu"] if place == "command" else []
     line = ["--config-file", str(tmp_path / "a.yaml"), "--num-gpus", "2", *opts]
-    assert train_net.check(default_argument_parser().parse_args(line)) > 0
+    assert train.check(default_argument_parser().parse_args(line)) > 0
 
 
 WITHOUT = """

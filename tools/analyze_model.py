@@ -24,7 +24,7 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError, setup_cfg
-from dn_detr_d2.command_line import FAILED, add_overrides, parse, run_command
+from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.diagnostics.model_analysis import analyze, measure_memory
 
 
@@ -64,7 +64,7 @@ def report(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
-    return run_command(lambda: report(args), code=FAILED)
+    return run_command(lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -1,107 +1,12 @@
 #!/usr/bin/env python3
-"""Lists everything that is wrong with a COCO-format data set and its images, and repairs what needs no judgement.
+"""Checks, repairs and splits a data set in COCO's format; the same as ``dn-detr check``."""
 
-    python tools/check_dataset.py train.json images/train --val val.json images/val --num-queries 300
-    python tools/check_dataset.py train.json images/train --fix repaired.json
-    python tools/check_dataset.py train.json images/train --fix repaired.json --drop-bad
-
-Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or the repaired file not be written.
-With --fix the report and the code are about the repaired file. What is checked and repaired: docs/datasets.md.
-"""
-
-import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.command_line import run_command
-from dn_detr_d2.data.check_images import check_overlap
-from dn_detr_d2.data.check_set import CheckOptions, check_set, repair_set
-from dn_detr_d2.data.coco_custom import read_content
-from dn_detr_d2.data.conventions import CHOICES
-from dn_detr_d2.data.normalise import objects_of
-from dn_detr_d2.data.report import Report
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", metavar="ANNOTATIONS.json", help="COCO format")
-    parser.add_argument("folder", metavar="IMAGE_FOLDER", help="what file_name is relative to")
-    parser.add_argument("--val", nargs=2, metavar=("JSON", "FOLDER"), help="second set, checked too and compared")
-    parser.add_argument("--num-queries", type=int, default=0, metavar="N", help="MODEL.DN_DETR.NUM_QUERIES")
-    parser.add_argument(
-        "--denoising-budget", type=int, default=0, metavar="N", help="DENOISING.MAX_QUERIES // DENOISING.NUM_GROUPS"
-    )
-    parser.add_argument("--no-images", action="store_true", help="look at the annotations only")
-    parser.add_argument(
-        "--masks", action="store_true", help="masks are trained: count and repair what is wrong with them"
-    )
-    parser.add_argument("--fix", metavar="OUT.json", help="write a repaired copy of ANNOTATIONS.json")
-    parser.add_argument(
-        "--drop-bad", action="store_true", help="with --fix: leave out images and annotations that cannot be used"
-    )
-    parser.add_argument(
-        "--boxes", choices=CHOICES, help="with --fix: what the boxes are written as; xywh = they are right as they are"
-    )
-    return parser.parse_args(argv)
-
-
-def read(json_file: str, folder: str) -> dict:
-    """The content of an annotation file whose image folder exists; raises DatasetError."""
-    content = read_content(Path(json_file))
-    if not Path(folder).is_dir():
-        raise DatasetError(f"image folder {folder} does not exist or is no folder")
-    return content
-
-
-def check(args: argparse.Namespace) -> dict[str, Report]:
-    """Annotation file -> what is wrong with it; with ``--fix`` the first is repaired before."""
-    content = read(args.annotations, args.folder)
-    other = read(*args.val) if args.val else None
-    options = CheckOptions(args.num_queries, args.denoising_budget, not args.no_images, args.masks)
-    if args.fix:
-        report = repair_set(content, args.folder, args.fix, options, drop_bad=args.drop_bad, boxes=args.boxes)
-    else:
-        report = check_set(content, args.folder, options)
-    reports = {args.annotations: report}
-    if other is not None:
-        reports[args.val[0]] = check_set(other, args.val[1], options)
-        images = objects_of(content, "images"), objects_of(other, "images")
-        check_overlap(images[0], args.folder, images[1], args.val[1], report, not args.no_images)
-    return reports
-
-
-def refuse_overwriting(args: argparse.Namespace) -> None:
-    """Raises UserError if --fix names a file that is read."""
-    read_files = [args.annotations, *(args.val or [])[:1]]
-    if args.fix and os.path.realpath(args.fix) in map(os.path.realpath, read_files):
-        raise UserError(f"--fix {args.fix} is an input; name another file")
-    if (args.drop_bad or args.boxes) and not args.fix:
-        raise UserError("--drop-bad and --boxes need --fix OUT.json, which the result is written to")
-    if min(args.num_queries, args.denoising_budget) < 0:
-        raise UserError(
-            f"--num-queries and --denoising-budget must not be negative, got {args.num_queries} and {args.denoising_budget}"
-        )
-
-
-def report(args: argparse.Namespace) -> int:
-    """Prints what was found; 1 if there are problems."""
-    refuse_overwriting(args)
-    reports = check(args)
-    for name, found in reports.items():
-        print("\n".join([f"{name}:", *found.lines()]))
-    return int(any(found.problems() for found in reports.values()))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = parse_arguments(argv)
-    return run_command(lambda: report(args))
-
+from dn_detr_d2.commands.check import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,8 +24,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from dn_detr_d2 import ConfigError, UserError, setup_cfg
-from dn_detr_d2.command_line import FAILED, add_overrides, add_weights, parse, required_weights, run_command
+from dn_detr_d2 import ConfigError, setup_cfg
+from dn_detr_d2.command_line import add_overrides, add_weights, parse, required_weights, run_command
 from dn_detr_d2.data import build_probe_loader, check_files
 from dn_detr_d2.diagnostics import JudgedLabel, judge_labels
 from dn_detr_d2.diagnostics.label_errors import COLUMNS, as_rows, write_report
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse_arguments(argv)
     setup_logger(name="dn_detr_d2").setLevel(logging.WARNING)
-    return run_command(lambda: report(args), errors=(UserError, FloatingPointError), describe=last_line, code=FAILED)
+    return run_command(lambda: report(args), describe=last_line)
 
 
 if __name__ == "__main__":

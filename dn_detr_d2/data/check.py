@@ -1,6 +1,6 @@
 """Everything that is wrong with an annotation file in COCO format, not only what is met first.
 
-    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER
+    dn-detr check ANNOTATIONS.json IMAGE_FOLDER
 
 I images, A annotations, P categories. A *row* is the index of an entry in its list.
 """

@@ -1,6 +1,6 @@
 """What is wrong with the image files of a data set, and which of them another set has too.
 
-    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --val OTHER.json OTHER_FOLDER
+    dn-detr check ANNOTATIONS.json IMAGE_FOLDER --val OTHER.json OTHER_FOLDER
 
 Every image is decoded by the code that decodes it for training. A *row* is the index of an image in its list.
 """

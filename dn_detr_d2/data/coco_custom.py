@@ -36,7 +36,7 @@ from .report import Report
 
 logger = logging.getLogger(__name__)
 
-FIX = "tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
+FIX = "dn-detr check ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
 LOOKED_AT = 32  # images whose headers are read where a file has no sizes
 # What a data set is made of: attribute of Detectron2's metadata, what it is called in an error.
 FILES = {

@@ -1,7 +1,7 @@
 """Image files: where they may lie, what they may be, and their pixels.
 
 Everything that opens an image for training, evaluation or a check comes through here, so that
-``tools/check_dataset.py`` refuses what a training would refuse. A size is (height, width) in pixels.
+``dn-detr check`` refuses what a training would refuse. A size is (height, width) in pixels.
 """
 
 import os

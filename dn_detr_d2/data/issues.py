@@ -21,7 +21,7 @@ class Issue(str, Enum):
 
     Attributes:
         severity: what follows from it.
-        repairable: whether ``tools/check_dataset.py --fix`` repairs it.
+        repairable: whether ``dn-detr check --fix`` repairs it.
     """
 
     def __new__(cls, text: str, severity: Severity, repairable: bool = False):

@@ -50,12 +50,12 @@ def build_train_loader(cfg):
             )
         raise DatasetError(
             f"no image of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has a box; add images with boxes, "
-            "and see what tools/check_dataset.py says of those that are there"
+            "and see what dn-detr check says of those that are there"
         )
     if not usable:
         raise DatasetError(
             f"no box of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} can be trained on: all have no size, are not finite or "
-            "lie outside their image; tools/check_dataset.py lists them"
+            "lie outside their image; dn-detr check lists them"
         )
     filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     logger.info(

@@ -1,6 +1,6 @@
 """Values of an annotation file that mean the same, as one value; entries that mean nothing, left out and counted.
 
-The reader of trainings, ``tools/check_dataset.py`` and its ``--fix`` all look at a file through :func:`normalised`, so what
+The reader of trainings, ``dn-detr check`` and its ``--fix`` all look at a file through :func:`normalised`, so what
 one of them accepts the others accept too. A *row* is the index of an entry among those of its list that are objects.
 """
 

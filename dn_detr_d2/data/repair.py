@@ -1,6 +1,6 @@
 """An annotation file without what a training would drop, clip or stumble over, where that needs no judgement.
 
-    python tools/check_dataset.py ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json [--drop-bad] [--boxes CONVENTION]
+    dn-detr check ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json [--drop-bad] [--boxes CONVENTION]
 
 What the reader reads as the same or leaves out is written that way, see :mod:`.normalise`. Boxes that are not finite, have
 no positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable

@@ -45,7 +45,7 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
     logger.log(
         logging.WARNING if crowded else logging.INFO,
         "%s: %d images (%d without boxes), %d boxes, %d crowds; boxes that are dropped or clipped: %s; the fullest image %s "
-        "has %d objects%s%s. tools/check_dataset.py lists everything and reads the images",
+        "has %d objects%s%s. dn-detr check lists everything and reads the images",
         name,
         found["images"],
         found["empty"],

@@ -383,14 +383,14 @@ def test_the_tool_writes_nothing_when_it_refuses(tmp_path, official):
     authors_file(official, tmp_path / "official.pth")
     config = ROOT / "configs" / "dino_R50_4scale_12ep.yaml"
     ran = run_tool(tmp_path / "official.pth", tmp_path / "out.pth", "--config-file", config)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
     assert naming("DN-DETR (official)").search(ran.stderr)
     assert ran.stderr.count("\n") == 1
     assert not (tmp_path / "out.pth").exists()
     config = config.with_name("dn_detr_R50_50ep.yaml")
     ran = run_tool(tmp_path / "official.pth", tmp_path / "out.pth", "--config-file", config, "--classes", 7)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert naming("7 of the 7").search(ran.stderr)
 
 

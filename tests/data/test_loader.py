@@ -137,7 +137,7 @@ def config_of(folder, name, content):
 
 
 def test_boxes_of_which_none_can_be_trained_on_are_refused(tmp_path):
-    """As tools/check_dataset.py says; a training on nothing would run to its end."""
+    """As dn-detr check says; a training on nothing would run to its end."""
     content = valid_coco()
     for annotation, box in zip(content["annotations"], ([1, 2, 0, 0], [50, 50, 5, 5], [1, 1, 4, -1]), strict=True):
         annotation["bbox"] = box

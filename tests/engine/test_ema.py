@@ -11,8 +11,8 @@ from naming import naming
 from toy_training import load, make_cfg, train
 
 from dn_detr_d2 import CheckpointError, ConfigError
+from dn_detr_d2.commands.convert_checkpoint import run as convert_tool
 from dn_detr_d2.engine import AverageHook, Trainer, average_weights, evaluate, load_for_evaluation
-from tools.convert_checkpoint import run as convert_tool
 
 ON = ["MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.75]
 SHORT = ["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (2,)]

@@ -19,6 +19,7 @@ from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError
+from dn_detr_d2.commands import check as check_dataset
 from dn_detr_d2.data import records_of, register_coco_json
 from dn_detr_d2.data.check import annotated_sizes, check_content
 from dn_detr_d2.data.coco_custom import load_with_categories, read_content
@@ -27,7 +28,6 @@ from dn_detr_d2.data.normalise import objects_of
 from dn_detr_d2.data.report import Report
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.evaluation import RecordsEvaluator, TolerantCOCOEvaluator
-from tools import check_dataset
 
 ODD = Path(__file__).resolve().parent.parent / "data" / "odd_files"
 SIZES = {"a.png": (48, 64), "b.png": (100, 40), "c é 图.png": (480, 640), "d.png": (1, 3)}  # (height, width)

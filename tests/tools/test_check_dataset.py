@@ -1,4 +1,4 @@
-"""The command line of tools/check_dataset.py: exit codes, what it says, and what it writes."""
+"""The command line of dn-detr check: exit codes, what it says, and what it writes."""
 
 import json
 
@@ -7,8 +7,8 @@ from conftest import valid_coco
 from PIL import Image
 
 from dn_detr_d2 import DatasetError
+from dn_detr_d2.commands import check as tool
 from dn_detr_d2.data import load_coco_json
-from tools import check_dataset as tool
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 from conftest import ROOT
 
-from dn_detr_d2.command_line import BAD_INPUT, FAILED
+from dn_detr_d2.command_line import BAD_INPUT
 
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 OF_CONFIG = ["--config-file", CONFIG]
@@ -24,6 +24,7 @@ BAD = {
     "tools.quickstart": UNKNOWN_OPTION,
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out", "--groups", "0"],
+    "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.benchmark_criterion": ["--rounds", "0"],
     "dev.benchmark_masks": ["--rounds", "0"],
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
@@ -42,18 +43,9 @@ OVERRIDDEN = {
     "tools.find_label_errors": [*OF_CONFIG, "--dataset", "shapes_val", "--weights", CONFIG],
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out"],
+    "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.compare_runs": ["--quick", "--jobs", "1", "--pairs", "dense", "--report"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
-}
-
-
-# programs whose code for bad input is another
-CODES = {
-    "tools.analyze_model": FAILED,
-    "tools.convert_checkpoint": FAILED,
-    "tools.convert_dataset": FAILED,
-    "tools.find_label_errors": FAILED,
-    "dev.flip_labels": FAILED,
 }
 
 
@@ -81,7 +73,7 @@ def test_every_program_is_in_the_table():
 @pytest.mark.parametrize("program", BAD)
 def test_bad_input_is_one_line_and_one_exit_code(run, program):
     code, errors, text = run(program, *BAD[program])
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert len(errors) == 1, text
     assert "Traceback" not in text
 
@@ -91,7 +83,7 @@ def test_bad_input_is_one_line_and_one_exit_code(run, program):
 def test_overrides_are_read_in_both_spellings(run, tmp_path, monkeypatch, program, spelling):
     monkeypatch.chdir(tmp_path)  # compare_runs makes a folder
     code, errors, text = run(program, *OVERRIDDEN[program], *spelling, "MODEL.DN_DETR.NUM_QUERRIES", "3")
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert len(errors) == 1, text
     assert "MODEL.DN_DETR.NUM_QUERIES" in errors[0]
 
@@ -108,7 +100,7 @@ def test_weights_are_read_in_both_spellings(run, tmp_path, monkeypatch, program,
     }[program]
     monkeypatch.setattr("dn_detr_d2.visualization.models.DetrDatasetMapper", lambda *_: lambda record: record)
     code, errors, text = run(program, *OF_CONFIG, *rest, *arguments)
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert len(errors) == 1, text
     assert "/no/such.pth" in errors[0]
 
@@ -120,5 +112,5 @@ def test_weights_that_are_needed_are_asked_for(run, tmp_path, program):
         "tools.visualize_attention": ["--output", str(tmp_path), "--input", str(tmp_path / "a.png")],
     }[program]
     code, errors, _ = run(program, *OF_CONFIG, *rest)
-    assert code == CODES.get(program, BAD_INPUT)
+    assert code == BAD_INPUT
     assert "MODEL.WEIGHTS" in errors[0]

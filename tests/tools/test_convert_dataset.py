@@ -13,8 +13,8 @@ from conftest import ROOT
 from naming import naming
 from PIL import Image
 
+from dn_detr_d2.commands import convert_dataset as tool
 from dn_detr_d2.data import convert, convert_voc, convert_yolo, label_files, load_coco_json
-from tools import convert_dataset as tool
 
 VOC = """<annotation><filename>a.png</filename><object><name>cat</name><difficult>1</difficult>
 <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>"""
@@ -57,7 +57,7 @@ def test_class_names_come_from_data_yaml(folders, text):
 @pytest.mark.parametrize("text", ["names: 3", "[]", "x: [", "names: [a, a]", "names: {1: a}", "nc: 2", ""])
 def test_a_file_without_class_names_is_named(folders, text, capsys):
     (folders / "data.yaml").write_text(text)
-    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (2, None)
     assert "data.yaml" in capsys.readouterr().err
 
 
@@ -88,7 +88,7 @@ def test_a_file_without_class_names_is_named(folders, text, capsys):
 def test_each_bad_label_file_is_named_and_nothing_is_written(folders, capsys, line):
     for name in ("a.txt", "sub/b.txt"):
         (folders / "labels" / name).write_text("0 0.5 0.5 1 1\n\n" + line)
-    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (2, None)
     errors = capsys.readouterr().err.splitlines()
     assert [any(name in error for name in ("a.txt", "b.txt")) for error in errors] == [True, True]
     assert all("line 3 " in error for error in errors)
@@ -122,27 +122,27 @@ def test_voc_corners_are_one_based_and_inclusive_unless_told(folders, options, b
 )
 def test_a_bad_voc_file_is_named(folders, capsys, text):
     (folders / "labels" / "a.xml").write_text(text)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a.xml" in sentence
 
 
 def test_a_voc_file_that_is_a_pipe_is_named(folders, capsys):
     os.mkfifo(folders / "labels" / "a.xml")  # opening it would wait for ever
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "a.xml" in capsys.readouterr().err
 
 
 def test_a_class_that_is_not_listed_is_refused(folders, capsys):
     (folders / "labels" / "a.xml").write_text(VOC.replace("cat", "bird"))
-    assert run(folders, "voc", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "voc", "--names", str(folders / "classes.txt")) == (2, None)
     assert "['bird']" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_refused(folders):
-    assert run(folders, "yolo") == (1, None)
-    assert run(folders, "voc") == (1, None)
-    assert tool.main(["voc", "/nowhere", "/nowhere", "x.json"]) == 1
+    assert run(folders, "yolo") == (2, None)
+    assert run(folders, "voc") == (2, None)
+    assert tool.main(["voc", "/nowhere", "/nowhere", "x.json"]) == 2
 
 
 def noted(text):
@@ -216,7 +216,7 @@ def test_label_and_class_files_may_be_utf_16(folders):
 
 def test_bytes_that_are_no_text_are_named_with_their_line(folders, capsys):
     (folders / "labels" / "a.txt").write_bytes(b"0 0.5 0.5 1 1\n0 0.5\xff 0.5 1 1\n")
-    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (2, None)
     assert "a.txt: line 2 " in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_lines_that_stand_twice_are_dropped_and_counted(folders, capsys):
 
 
 def test_a_bad_file_is_one_sentence_with_its_first_line_and_a_count(folders, capsys):
-    assert yolo(folders, "0 0.5 0.5 1 1", "x 0 0 1 1", "0 0.5", "7 0.5 0.5 1 1") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 1", "x 0 0 1 1", "0 0.5", "7 0.5 0.5 1 1") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a.txt: line 2 " in sentence
     assert "2 more lines" in sentence
@@ -272,7 +272,7 @@ def test_a_bad_file_is_one_sentence_with_its_first_line_and_a_count(folders, cap
 
 def test_a_confidence_is_refused_or_left_out(folders, capsys):
     lines = "0 0.5 0.5 1 1 0.93", "1 0.1 0.1 0.4 0.1 0.4 0.4 0.5", "1 0.5 0.5 0.1 0.2"
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert "--ignore-confidence" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--ignore-confidence"])
     assert code == 0
@@ -284,14 +284,14 @@ def test_a_confidence_is_refused_or_left_out(folders, capsys):
 
 def test_boxes_in_pixels_are_named_and_read_if_told(folders, capsys):
     lines = "0 15 9 20 10", "1 3 2 12 2 12 8"
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert "--pixels" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--pixels"])
     assert (code, [x["bbox"] for x in content["annotations"]]) == (0, [[5, 4, 20, 10], [3, 2, 9, 6]])
 
 
 def test_pixels_beyond_the_picture_are_named(folders, capsys):
-    assert yolo(folders, "0 15 9 200 10", options=["--pixels"]) == (1, None)
+    assert yolo(folders, "0 15 9 200 10", options=["--pixels"]) == (2, None)
     assert "30x20" in capsys.readouterr().err
     assert yolo(folders, "0 0.5 0.5 1 1", options=[])[0] == 0  # the way out: without --pixels
 
@@ -310,7 +310,7 @@ def test_boxes_of_another_convention_are_noticed_and_read_if_told(folders, capsy
         for i in range(12)
     ]
     lines = ["0 " + row.format(**values) for values in rows]
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert f"--boxes {boxes}" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--boxes", boxes])
     expected = [[30 * v["x0"], 20 * v["y0"], 30 * v["w"], 20 * v["h"]] for v in rows]
@@ -323,7 +323,7 @@ def test_boxes_of_another_convention_are_noticed_and_read_if_told(folders, capsy
 def test_one_bad_line_does_not_hide_the_convention_of_the_others(folders, capsys, bad, count):
     lines = [f"0 {0.3 + 0.01 * i:.2f} 0.4 {0.8 + 0.01 * i:.2f} 0.95" for i in range(count)]
     lines += [bad] if count > 8 else []
-    assert yolo(folders, *lines) == (1, None)
+    assert yolo(folders, *lines) == (2, None)
     assert "--boxes xyxy" in capsys.readouterr().err
     code, content = yolo(folders, *lines, options=["--boxes", "xyxy"])
     assert (code, content["annotations"][0]["bbox"]) == (0, pytest.approx([9, 8, 15, 11]))
@@ -333,7 +333,7 @@ def test_one_bad_line_does_not_hide_the_convention_of_the_others(folders, capsys
     "line", ["0 .5 .5 .2 .2 .5 .5 2 .4 .4 1", "0 .5 .5 .2 .2 .9 7", "0 .5 .5 .2 .2 .5 .5 2 .4 .4 0"]
 )
 def test_boxes_with_more_numbers_are_not_called_pixels(folders, capsys, line):
-    assert yolo(folders, line, "1 0.3 0.3 0.1 0.1") == (1, None)
+    assert yolo(folders, line, "1 0.3 0.3 0.1 0.1") == (2, None)
     err = capsys.readouterr().err
     assert "--pixels" not in err
     assert "kpt_shape" in err
@@ -384,7 +384,7 @@ def test_labels_in_another_folder_are_refused_and_found(folders, capsys, there):
     labels = "labels" if there != "other/labels" else "other"
     arguments = ["--names", str(folders / "classes.txt")]
     out = folders / "out.json"
-    assert tool.main(["yolo", str(folders / labels), str(folders / "images"), str(out), *arguments]) == 1
+    assert tool.main(["yolo", str(folders / labels), str(folders / "images"), str(out), *arguments]) == 2
     assert not out.exists()
     [command] = re.findall(r": (yolo .*) OUT.json --names FILE", capsys.readouterr().err)
     assert tool.main([*command.split(), str(out), *arguments]) == 0
@@ -395,14 +395,14 @@ def test_the_whole_data_set_as_both_folders_is_refused_and_the_folders_are_found
     (folders / "images" / "sub" / "b.png").unlink()
     (folders / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
     out, arguments = folders / "out.json", ["--names", str(folders / "classes.txt")]
-    assert tool.main(["yolo", str(folders), str(folders), str(out), *arguments]) == 1
+    assert tool.main(["yolo", str(folders), str(folders), str(out), *arguments]) == 2
     [command] = re.findall(r": (yolo .*) OUT.json --names FILE", capsys.readouterr().err)
     assert tool.main([*command.split(), str(out), *arguments]) == 0
     assert by_picture(json.loads(out.read_text())) == {"a.png": [("cat", [0, 0, 30, 20])]}
 
 
 def test_a_set_without_boxes_is_refused_unless_told(folders, capsys):
-    assert yolo(folders, "") == (1, None)
+    assert yolo(folders, "") == (2, None)
     assert "--allow-empty" in capsys.readouterr().err
     code, content = yolo(folders, "", options=["--allow-empty"])
     assert (code, len(content["images"]), content["annotations"]) == (0, 2, [])
@@ -432,7 +432,7 @@ def test_names_are_compared_whatever_the_normalisation_of_unicode(folders):
 
 def test_bad_files_are_left_out_if_told(folders, capsys):
     (folders / "images" / "sub" / "b.png").write_bytes(b"no picture")
-    assert yolo(folders, "0 0.5 0.5 1 1") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 1") == (2, None)
     assert "--drop-bad" in capsys.readouterr().out
     code, content = yolo(folders, "0 0.5 0.5 1 1", options=["--drop-bad"])
     printed = capsys.readouterr()
@@ -444,7 +444,7 @@ def test_bad_files_are_left_out_if_told(folders, capsys):
 def test_label_files_behind_links_stay_in_their_folder(folders, capsys):
     (folders / "secret").write_text("root:x:0:0 secret")
     (folders / "labels" / "a.txt").symlink_to(folders / "secret")
-    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt")) == (2, None)
     assert "root:x" not in capsys.readouterr().err
     (folders / "labels" / "a.txt").unlink()
     (folders / "labels" / "real.txt").write_text("0 0.5 0.5 1 1")
@@ -456,7 +456,7 @@ def test_pictures_behind_links_stay_in_their_folder(folders, capsys):
     pictures(folders, "../outside.png", "../far/x.png")
     (folders / "images" / "c.png").symlink_to(folders / "outside.png")
     (folders / "images" / "far").symlink_to(folders / "far")
-    assert yolo(folders, "0 0.5 0.5 1 1") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 1") == (2, None)
     assert "c.png" in capsys.readouterr().err
     (folders / "images" / "c.png").unlink()
     code, content = yolo(folders, "0 0.5 0.5 1 1")
@@ -491,11 +491,11 @@ def test_options_and_paths_that_do_not_fit_are_refused(folders, capsys):
         ["yolo", labels, images, names, "--names", names],
         ["voc", "data.yaml", out],
     ):
-        assert tool.main(arguments) == 1
+        assert tool.main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert (folders / "classes.txt").read_text() == "cat\ndog\n"
     assert not (folders / "out.json").exists()
-    assert tool.main(["yolo", labels, images, out]) == 1
+    assert tool.main(["yolo", labels, images, out]) == 2
     [found] = re.findall(r"--names (\S+) is there", capsys.readouterr().err)
     assert tool.main(["yolo", labels, images, out, "--names", found]) == 0
 
@@ -504,7 +504,7 @@ def test_a_file_that_cannot_be_written_is_code_1_and_leaves_nothing(folders):
     (folders / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
     folder = str(folders / "labels")
     out = folders / "nowhere" / "out.json"
-    assert tool.main(["yolo", folder, str(folders / "images"), str(out), "--names", str(folders / "classes.txt")]) == 1
+    assert tool.main(["yolo", folder, str(folders / "images"), str(out), "--names", str(folders / "classes.txt")]) == 2
 
 
 def test_a_file_name_cannot_write_to_the_terminal(folders, capsys):
@@ -524,11 +524,11 @@ def test_pictures_that_share_a_label_file_are_counted(folders, capsys):
 
 def test_long_nonsense_is_refused_soon(folders, capsys):
     start = time.monotonic()
-    assert yolo(folders, "0 0.5 0.5 1 " + "9" * 1_000_000 + "x") == (1, None)
+    assert yolo(folders, "0 0.5 0.5 1 " + "9" * 1_000_000 + "x") == (2, None)
     (folders / "labels" / "a.xml").write_text("<annotation>" * 200_000)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     (folders / "labels" / "a.xml").write_text("<annotation>" * 200_000 + "</annotation>" * 200_000)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert time.monotonic() - start < 20
     assert len(capsys.readouterr().err) < 5000
 
@@ -601,7 +601,7 @@ def test_the_splits_of_roboflow_are_found(tmp_path):
     for split in ("train", "val"):
         code, content = data_yaml(tmp_path, text, split)
         assert (code, by_picture(content)) == (0, {"x.png": [("cat", BOX)]})
-    assert data_yaml(tmp_path, text, "test") == (1, None)
+    assert data_yaml(tmp_path, text, "test") == (2, None)
 
 
 def test_the_last_part_images_of_a_path_becomes_labels(tmp_path):
@@ -651,7 +651,7 @@ def test_a_path_that_does_not_exist_is_counted(splits, capsys):
 )
 def test_a_data_yaml_that_contradicts_itself_is_named(splits, capsys, text, value):
     os.mkfifo(splits / "pipe")  # opening it would wait for ever
-    assert data_yaml(splits, text) == (1, None)
+    assert data_yaml(splits, text) == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "data.yaml" in sentence
     assert value in sentence
@@ -681,14 +681,14 @@ def test_a_data_yaml_that_unfolds_without_end_is_refused(folders, capsys):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     (folders / "data.yaml").write_text("\n".join([*lines, "names: *a29"]))
-    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (2, None)
     assert len(capsys.readouterr().err) < 2000
 
 
 def test_labels_that_count_from_1_are_read_with_a_name_before_them(folders):
     (folders / "labels" / "a.txt").write_text("1 0.5 0.5 1 1\n2 0.5 0.5 0.1 0.1")
     (folders / "data.yaml").write_text("names: {1: nut, 2: bolt}")
-    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (1, None)
+    assert run(folders, "yolo", "--names", str(folders / "data.yaml")) == (2, None)
     (folders / "data.yaml").write_text("names: {0: unused, 1: nut, 2: bolt}")  # what the sentence says
     code, content = run(folders, "yolo", "--names", str(folders / "data.yaml"))
     assert (code, [name for name, _ in by_picture(content)["a.png"]]) == (0, ["nut", "bolt"])
@@ -696,7 +696,7 @@ def test_labels_that_count_from_1_are_read_with_a_name_before_them(folders):
 
 def test_a_split_must_be_named(splits, capsys):
     (splits / "data.yaml").write_text(NAMES + "train: images/train")
-    assert tool.main(["yolo", str(splits / "data.yaml"), str(splits / "out.json")]) == 1
+    assert tool.main(["yolo", str(splits / "data.yaml"), str(splits / "out.json")]) == 2
     assert "--split train" in capsys.readouterr().err
 
 
@@ -751,7 +751,7 @@ def test_pictures_in_another_folder_are_found(folders, capsys):
     (folders / "else").mkdir()
     (folders / "images" / "a.png").rename(folders / "else" / "a.png")
     voc(folders, a=("a.png", "", None))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [found] = re.findall(r"lie in (\S+); give", capsys.readouterr().err)
     assert tool.main(["voc", str(folders / "labels"), found, str(folders / "out.json")]) == 0
 
@@ -759,7 +759,7 @@ def test_pictures_in_another_folder_are_found(folders, capsys):
 def test_two_xml_of_one_picture_are_refused_with_both_names(folders, capsys):
     pictures(folders, "c.png")
     voc(folders, a=("a.png", "", None), c=("a.png", "", box(1, 1, 5, 5, name="dog")))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert ("a.xml" in sentence, "c.xml" in sentence, "--match stem" in sentence) == (True, True, True)
     code, content = run(folders, "voc", "--match", "stem")
@@ -768,7 +768,7 @@ def test_two_xml_of_one_picture_are_refused_with_both_names(folders, capsys):
 
 def test_a_copy_of_an_xml_is_refused_without_a_way_out_that_fails(folders, capsys):
     voc(folders, **{"a": ("a.png", "", None), "a (copy)": ("a.png", "", None)})
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert "a (copy).xml" in sentence
     assert "--match" not in sentence
@@ -791,7 +791,7 @@ def test_filenames_that_are_exchanged_lose_against_the_names_of_the_xml(folders,
 def test_a_name_that_fits_two_pictures_is_refused(folders, capsys):
     pictures(folders, "a.jpg")
     voc(folders, a=("a", "", None))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert {"a.jpg", "a.png"} <= set(re.findall(r"a\.\w{3}\b", capsys.readouterr().err))
     voc(folders, a=("a.jpg", "", None))  # the way out
     code, content = run(folders, "voc")
@@ -812,7 +812,7 @@ def test_sub_folders_and_other_cases_of_the_ending_are_read(folders):
 @pytest.mark.parametrize("size", [(300, 200), (20, 30), (31, 20)])
 def test_a_size_that_is_not_the_pictures_is_refused(folders, capsys, size):
     voc(folders, a=("a.png", "<size><width>{}</width><height>{}</height></size>".format(*size), box(1, 1, 10, 10)))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert f"{size[0]}x{size[1]}" in sentence
     assert "30x20" in sentence
@@ -829,7 +829,7 @@ def test_the_size_of_a_picture_is_that_after_its_exif_orientation(folders, capsy
     exif[0x0112] = 6
     Image.new("RGB", (20, 30)).save(folders / "images" / "t.jpg", exif=exif)  # shown as 30 x 20
     voc(folders, t=("t.jpg", "<size><width>20</width><height>30</height></size>", None))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "EXIF" in capsys.readouterr().err
     voc(folders, t=("t.jpg", "<size><width>30</width><height>20</height></size>", None))
     code, content = run(folders, "voc")
@@ -857,7 +857,7 @@ def test_a_size_in_fractions_is_read_and_one_that_is_no_number_is_named(folders,
     voc(folders, a=("a.png", "<size><width>30.0</width><height> 20 </height></size>", None))
     assert run(folders, "voc")[0] == 0
     voc(folders, a=("a.png", "<size><width>wide</width><height>20</height></size>", None))
-    assert run(folders, "voc")[0] == 1
+    assert run(folders, "voc")[0] == 2
     assert "'wide'" in capsys.readouterr().err
 
 
@@ -889,7 +889,7 @@ SHIFTED = [[60, 50, 20, 20], [70, 10, 15, 30], [50, 40, 10, 10], [10, 5, 80, 70]
 )
 def test_boxes_of_which_many_are_no_corners_are_refused_and_read_if_told(folders, capsys, options, expected):
     _many(folders, XYWH)
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     [sentence] = capsys.readouterr().err.splitlines()
     assert all(f"--corners {name}" in sentence for name in ("xywh", "swapped"))
     assert "3 of 4 boxes" in sentence
@@ -900,7 +900,7 @@ def test_boxes_of_which_many_are_no_corners_are_refused_and_read_if_told(folders
 
 def test_centres_are_refused_and_read_if_told(folders, capsys):
     _many(folders, [(81, 71, 20, 18), (85, 70, 30, 10), (90, 65, 18, 30)])  # as [x, y, w, h] they would stick out
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "--corners xywh" not in capsys.readouterr().err
     code, content = run(folders, "voc", "--corners", "cxcywh")
     found = [found for _, found in by_picture(content)["m.png"]]
@@ -953,7 +953,7 @@ def test_the_picture_of_an_xml_that_cannot_be_read_is_not_counted_as_one_without
 def test_bytes_that_are_not_utf_8_are_refused_with_a_way_out_that_works(folders, capsys, head):
     text = VOC.replace("cat", "café")
     (folders / "labels" / "a.xml").write_bytes((head + text).encode("latin-1"))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     declaration = re.search(r"<\?xml .*\?>", capsys.readouterr().err)[0]
     (folders / "labels" / "a.xml").write_bytes((declaration + text).encode("latin-1"))
     code, content = run(folders, "voc")
@@ -962,7 +962,7 @@ def test_bytes_that_are_not_utf_8_are_refused_with_a_way_out_that_works(folders,
 
 def test_text_that_is_no_xml_says_nothing_of_its_encoding(folders, capsys):
     (folders / "labels" / "a.xml").write_text("<annotation><b></annotation>")
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "UTF-8" not in capsys.readouterr().err
 
 
@@ -1030,7 +1030,7 @@ def test_sentences_about_xml_name_the_line(folders, capsys):
         ('<?xml version="1.0" encoding="no-such"?><annotation/>', 1),
     ):
         (folders / "labels" / "a.xml").write_text(text)
-        assert run(folders, "voc") == (1, None)
+        assert run(folders, "voc") == (2, None)
         [sentence] = capsys.readouterr().err.splitlines()
         assert f"a.xml: line {line}" in sentence
 
@@ -1054,7 +1054,7 @@ def test_corners_of_zero_are_counted_for_a_set_that_is_zero_based(folders, capsy
 
 def test_normalised_corners_are_refused(folders, capsys):
     voc(folders, a=("a.png", "", box(0.1, 0.2, 0.5, 0.7)))
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "--zero-based" in capsys.readouterr().err
     voc(folders, a=("a.png", "", box(0.1 * 30, 0.2 * 20, 0.5 * 30, 0.7 * 20)))  # the way out
     code, content = run(folders, "voc", "--zero-based")
@@ -1063,8 +1063,8 @@ def test_normalised_corners_are_refused(folders, capsys):
 
 def test_an_empty_voc_set_needs_names(folders, capsys):
     voc(folders, a=("a.png", "", ""))
-    assert run(folders, "voc") == (1, None)
-    assert run(folders, "voc", "--allow-empty") == (1, None)
+    assert run(folders, "voc") == (2, None)
+    assert run(folders, "voc", "--allow-empty") == (2, None)
     assert "--names" in capsys.readouterr().err
     code, content = run(folders, "voc", "--allow-empty", "--names", str(folders / "classes.txt"))
     assert (code, by_picture(content)) == (0, {"a.png": []})
@@ -1073,5 +1073,5 @@ def test_an_empty_voc_set_needs_names(folders, capsys):
 def test_an_xml_behind_a_link_stays_in_its_folder(folders, capsys):
     (folders / "secret.xml").write_text(VOC)
     (folders / "labels" / "a.xml").symlink_to(folders / "secret.xml")
-    assert run(folders, "voc") == (1, None)
+    assert run(folders, "voc") == (2, None)
     assert "a.xml" in capsys.readouterr().err

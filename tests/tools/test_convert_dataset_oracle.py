@@ -14,10 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dn_detr_d2.commands import convert_dataset as tool
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.check import annotated_sizes, check_content
 from dn_detr_d2.data.report import Report
-from tools import convert_dataset as tool
 
 CLASSES = ["cat", "traffic light", "dog"]
 STEP = 64  # coordinates are multiples of 1 / STEP, exact in float32 and in decimal

@@ -73,7 +73,7 @@ def test_table_file_and_pictures(run, tmp_path):
 )
 def test_mistakes_are_one_sentence_and_a_code(run, arguments, settings, named):
     code, stdout, stderr = run(*arguments, **settings)
-    assert code == 1
+    assert code == 2
     assert stderr.startswith("error: ")
     assert naming(*named).search(stderr)
     assert len(stderr.strip().splitlines()) == 1
@@ -87,7 +87,7 @@ def test_a_data_set_without_boxes_is_refused(run):
         code, _, stderr = run(dataset="test_no_boxes")
     finally:
         DatasetCatalog.remove("test_no_boxes")
-    assert code == 1
+    assert code == 2
     assert naming(1, "'test_no_boxes'").search(stderr)
 
 
@@ -112,17 +112,17 @@ def test_planted_labels_are_counted():
 def test_flipping_from_the_command_line(tmp_path, capsys):
     content = {"categories": [{"id": 1, "name": "a"}], "annotations": [{"id": 1, "category_id": 1}]}
     (tmp_path / "one.json").write_text(json.dumps(content))
-    assert flip_labels.main([str(tmp_path / "one.json"), str(tmp_path / "out.json")]) == 1
+    assert flip_labels.main([str(tmp_path / "one.json"), str(tmp_path / "out.json")]) == 2
     assert re.fullmatch(r"error: .*\b2\b.*\n", capsys.readouterr().err)
     content["categories"].append({"id": 2, "name": "b"})
     (tmp_path / "two.json").write_text(json.dumps(content))
     assert flip_labels.main([str(tmp_path / "two.json"), str(tmp_path / "out.json"), "--rate", "1"]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["category_id"] == 2
-    assert flip_labels.main([str(tmp_path / "two.json"), str(tmp_path / "out.json"), "--rate", "2"]) == 1
+    assert flip_labels.main([str(tmp_path / "two.json"), str(tmp_path / "out.json"), "--rate", "2"]) == 2
     assert naming("--rate", 2.0).search(capsys.readouterr().err)
 
 
 def test_top_0_is_for_the_table_only(run, tmp_path):
-    assert run("--num-images", 2, "--top", 0)[0] == 1
+    assert run("--num-images", 2, "--top", 0)[0] == 2
     assert run("--num-images", 2, "--top", 0, "--output", tmp_path / "found")[0] == 0
     assert [path.name for path in (tmp_path / "found").iterdir()] == ["label_errors.csv"]

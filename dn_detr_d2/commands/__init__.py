@@ -1,0 +1,1 @@
+"""What the program ``dn-detr`` runs: one module a verb, each with ``parse_arguments`` and ``main``."""

@@ -1,0 +1,178 @@
+"""Trains a detector, or evaluates one with --eval-only.
+
+    dn-detr train --config-file configs/dn_dab_deformable.yaml --num-gpus 8
+    dn-detr train --config-file configs/dn_dab_deformable.yaml --resume
+
+Without GPUs, --num-gpus N MODEL.DEVICE cpu starts N processes that talk over gloo. In a checkout, train_net.py is the same
+program: torchrun train_net.py ... and anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well
+(docs/cluster.md).
+
+SIGTERM or SIGUSR1 ends a training after the present step, or in the midst of an evaluation, with a checkpoint and exit code
+75: the same command with --resume continues from there, bitwise identical to an uninterrupted run. Before the first step,
+and with --eval-only, nothing has to be saved, and the code is 75 too. Other exit codes: 0 = done, 1 = failed while running,
+or Ctrl-C, 2 = bad input, nothing was written. The last line names the error.
+"""
+
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from ..command_line import BAD_INPUT, FAILED, make_parser
+from ..config import device_is_named
+from ..data import check_files, check_records
+from ..engine import (
+    Trainer,
+    check_processes,
+    evaluate,
+    format_error,
+    init_distributed,
+    leave,
+    load_for_evaluation,
+    rank_info_from_env,
+)
+from ..engine.extras import check_extras
+from ..engine.launch import launch
+from ..engine.setup import setup_cfg
+from ..errors import ConfigError, UserError
+from ..layers import MultiScaleDeformableAttention, uses_kernel
+from ..modeling.registry import name_the_node
+from ..report import announce, report_after_training
+from ..utils.text_output import escape_unwritable
+
+
+def training_parser(text: str) -> argparse.ArgumentParser:
+    """Detectron2's command line of trainings; its help begins with ``text``."""
+    own, parser = make_parser(text), default_argument_parser(epilog="")
+    parser.prog, parser.description = own.prog, own.description
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return training_parser(__doc__).parse_args(argv)
+
+
+def run_process(args: argparse.Namespace) -> dict | None:
+    """Runs in every process: one training or one evaluation; returns the results."""
+    cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
+    cfg.freeze()
+    if args.eval_only:  # the folder may be a training's: its config.yaml stays as it is
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    else:
+        default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr_d2")
+    escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
+    if args.eval_only:
+        results = evaluate(cfg)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    announce(cfg)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    results = trainer.train()
+    report_after_training(cfg)
+    return results
+
+
+def splits(args) -> tuple[str, ...]:
+    """Which data must be at hand."""
+    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+
+
+def check(args) -> float:
+    """Everything that can be refused before a process starts or a file is written; returns DIST_TIMEOUT."""
+    cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
+    if not args.eval_only:
+        check_extras(cfg)
+    cpu_wanted = device_is_named(args.config_file, args.opts)
+    check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
+    needed = splits(args)[0]
+    if not cfg.DATASETS[needed]:
+        raise ConfigError(f"DATASETS.{needed} is empty; give --config-file or name a data set")
+    for split in splits(args):
+        for name in cfg.DATASETS[split]:
+            # what is trained on is read at once, what is tested on much later
+            (check_records if split == "TEST" else check_files)(name)
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not weights:
+        raise ConfigError("--eval-only needs MODEL.WEIGHTS")
+    local = "://" not in weights
+    if weights and local and not Path(weights).is_file():
+        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; name a checkpoint, or '' to start at random")
+    check_model(cfg, load=args.eval_only and local)
+    return cfg.DIST_TIMEOUT
+
+
+def check_model(cfg, load: bool) -> None:
+    """Builds the model on the CPU, and loads MODEL.WEIGHTS, only to see that it can be done; raises ConfigError."""
+    backend, device = cfg.MODEL.DN_DETR.OP_BACKEND, torch.device(cfg.MODEL.DEVICE).type
+    cfg.MODEL.DEVICE, cfg.MODEL.DN_DETR.OP_BACKEND = "cpu", "torch"
+    try:
+        model = (load_for_evaluation if load else build_model)(cfg)
+    except (KeyError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"the model cannot be built or loaded: {' '.join(str(error).split())}") from None
+    if any(isinstance(module, MultiScaleDeformableAttention) for module in model.modules()):
+        with name_the_node("MODEL.DN_DETR.OP_BACKEND"):
+            uses_kernel(backend, device)  # refuses what the run itself would refuse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code. Whatever goes wrong is one sentence in the last line of stderr."""
+    return run(parse_arguments(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """As :func:`main`, of a command line that is parsed: in one process, in several, or as one that torchrun started."""
+    escape_unwritable()
+    rank_info, refused = None, BAD_INPUT
+    try:
+        if rank_info := rank_info_from_env(os.environ):
+            args.num_gpus = rank_info.local_world_size
+            args.num_machines = rank_info.world_size // rank_info.local_world_size
+            get_error_handler().initialize()
+        timeout = check(args)
+        refused = FAILED  # from here on, something is under way
+        if not rank_info:
+            machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+            return launch(run_process, *machines, timeout, (args,))
+        init_distributed(rank_info, timeout)
+        run_process(args)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if rank_info and isinstance(error, Exception):
+            get_error_handler().record_exception(error)  # where torchrun looks for it
+        return fail(format_error(error, rank_info), refused if isinstance(error, UserError) else FAILED)
+
+
+def fail(sentence: str, code: int) -> int:
+    """Prints the last line and returns the code; where the error was raised goes to the debug log."""
+    logging.getLogger("dn_detr_d2").debug("where it happened:", exc_info=True)
+    sys.stdout.flush()
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def run_and_leave(argv: list[str] | None = None, program: Callable[[list[str] | None], int] = main) -> int:
+    """Runs a program; with an exit code other than 0 nothing is waited for at the end of the process."""
+    try:
+        code = program(argv)
+    except SystemExit as leaving:  # 75, or 2 of a command line that cannot be read
+        code = leaving.code or 0
+    if code:
+        leave(code)
+    return 0
