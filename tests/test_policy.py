@@ -85,6 +85,7 @@ DETECTRON2 = {
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
+    "export": {"config", "structures"},
     "commands": {"engine", "evaluation", "modeling", "utils"},
     "report": {"utils"},
 }

@@ -10,12 +10,12 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from .. import setup_cfg
+from ..checkpoint.download import fetch
 from ..checkpoint.reader import read_checkpoint
 from ..config import load_config
 from ..data import DetrDatasetMapper, check_files, records_of
 from ..engine import Trainer, load_for_evaluation
 from ..errors import ConfigError, UserError
-from ..utils.files import draft_of
 from .detector import TOLERANCES, Agreement, ExportedDetector, compare
 from .formats import FORMATS, OPSETS, require_onnx
 from .metadata import describe, output_names
@@ -99,9 +99,9 @@ def export_model(config_file: str, opts: list, weights: str, wish: Wish) -> tupl
     model = load_for_evaluation(cfg)
     batches = sample_batches(cfg, wish.sample)
     wish.folder.mkdir(parents=True, exist_ok=True)
-    draft = draft_of(wish.path)
+    draft = wish.path.with_name(f".part-{wish.path.name}")  # AOTInductor insists on the ending
     try:
-        write(cfg, model, Path(weights), wish, draft)
+        write(cfg, model, wish, draft)
         agreement, results = verify(cfg, model, wish, draft, batches)
         draft.replace(wish.path)
     finally:
@@ -157,27 +157,27 @@ def sample_batches(cfg: CfgNode, sample: str) -> list[list[dict]]:
     return [[x] for x in images] + [images[:2]]
 
 
-def write(cfg: CfgNode, model: nn.Module, weights: Path, wish: Wish, path: Path) -> None:
+def write(cfg: CfgNode, model: nn.Module, wish: Wish, path: Path) -> None:
     """Writes the file under a name for the time being; raises ExportError if the exporter fails."""
     writer: Callable[..., None] = FORMATS[wish.kind][1]
     options = {"opset": wish.opset or OPSETS[-1], "fp16": wish.fp16, "int8": wish.int8} if wish.kind == "onnx" else {}
-    metadata = describe(cfg, model, weights)
+    metadata = describe(cfg, model, Path(fetch(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_SHA256)))
     try:
         writer(model, path, metadata, **options)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, OSError) as error:
         raise ExportError(f"the {wish.kind} exporter failed: {first_line(error)}") from error
 
 
-def verify(
-    cfg: CfgNode, model: nn.Module, wish: Wish, path: Path, batches: list[list[dict]]
-) -> tuple[Agreement, dict]:
+def verify(cfg: CfgNode, model: nn.Module, wish: Wish, path: Path, batches: list[list[dict]]) -> tuple[Agreement, dict]:
     """Loads a file and compares it with its model; raises ExportError if they do not agree."""
     tolerance = TOLERANCES[wish.precision]
     try:
         exported = ExportedDetector(model, output_names(model), FORMATS[wish.kind][2](path))
         agreement = compare(model, exported, batches, tolerance)
     except Exception as error:  # whatever a runtime says of a file that it cannot run
-        raise ExportError(f"the file was written, but it cannot be run, and was deleted: {first_line(error)}") from error
+        raise ExportError(
+            f"the file was written, but it cannot be run, and was deleted: {first_line(error)}"
+        ) from error
     if agreement.share < tolerance.share:
         raise ExportError(
             f"the file was written, but only {100 * agreement.share:.1f} % of the model's detections are among its own, "
