@@ -28,7 +28,7 @@ NAMES = ["a", "b_1", "<c>", "d", "e|f"]
 
 @pytest.fixture
 def trained(tmp_path, toy_cfg):
-    """A folder as a training leaves it: config.yaml with paths of this machine, weights, metrics.json. Returns (cfg, folder)."""
+    """(cfg, folder) as a training leaves it: config.yaml with paths of this machine, weights, metrics.json."""
     folder = tmp_path / "trained"
     folder.mkdir()
     listed = [["test_hub", str(tmp_path / "secret" / "a.json"), str(tmp_path)]]
@@ -56,7 +56,7 @@ def arguments(folder, *more):
 
 
 def test_a_dry_run_writes_what_would_be_pushed(trained, capsys):
-    cfg, folder = trained
+    _, folder = trained
     assert push_to_hub.main(arguments(folder, "--dry-run")) == 0
     assert "nothing was uploaded" in capsys.readouterr().out
     pushed = folder / "hub"
@@ -72,7 +72,7 @@ def test_a_dry_run_writes_what_would_be_pushed(trained, capsys):
 
 
 def test_the_card_says_data_metrics_and_what_is_to_be_filled_in(trained, tmp_path):
-    cfg, folder = trained
+    cfg, _ = trained
     sha256 = prepare_folder(cfg, tmp_path / "out", "user/name")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
@@ -107,6 +107,7 @@ def test_weights_that_were_not_evaluated_have_a_card_that_says_so(trained):
     assert "model-index" not in text
 
 
+@pytest.mark.long
 def test_a_pushed_model_is_loaded_by_its_name_with_the_same_detections(trained, tmp_path):
     """HF_ENDPOINT is read when huggingface_hub is imported, so both ends run in processes of their own."""
     cfg, folder = trained
@@ -133,7 +134,8 @@ sums = [{weights[2]!r}, "", "f" * 64]
 for i, known in enumerate(sums):
     opts = ["MODEL.WEIGHTS", {weights[1]!r}, "MODEL.WEIGHTS_SHA256", known]
     try:
-        found = Predictor(setup_cfg({str(tmp_path / "config.yaml")!r}, opts, splits=()))(np.load({str(tmp_path / "image.npy")!r}))
+        cfg = setup_cfg({str(tmp_path / "config.yaml")!r}, opts, splits=())
+        found = Predictor(cfg)(np.load({str(tmp_path / "image.npy")!r}))
         np.save({str(tmp_path)!r} + f"/found_{{i}}.npy", found["instances"].scores.numpy())
     except CheckpointError as error:
         print(error)
