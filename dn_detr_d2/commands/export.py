@@ -54,9 +54,10 @@ def export(args: argparse.Namespace) -> int:
         return FAILED
     if results:
         print(table(results))
+    share, size = 100 * agreement.share, path.stat().st_size / 1e6
     print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; {100 * agreement.share:.1f} % of the model's detections are among its "
-        f"own, whose scores differ by at most {agreement.score:.1g}; it takes {agreement.cpu_ratio:.2f} of the model's CPU time"
+        f"{path}: {size:.1f} MB; {share:.1f} % of the model's detections are among its own, whose scores differ by at most "
+        f"{agreement.score:.1g}; it takes {agreement.cpu_ratio:.2f} of the model's CPU time"
     )
     return 0
 
