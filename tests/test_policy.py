@@ -88,7 +88,6 @@ DETECTRON2 = {
     "doctor": {"config", "data", "modeling", "structures"},
     "export": {"config", "structures"},
     "commands": {"engine", "evaluation", "modeling", "utils"},
-    "report": {"utils"},
 }
 
 

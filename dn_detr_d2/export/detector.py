@@ -141,7 +141,7 @@ def with_instances(model: nn.Module) -> nn.Module:
 def partners(ours: Instances, theirs: Instances, tolerance: Tolerance) -> list[float | None]:
     """For each detection of ``ours`` the difference of its score and that of its partner in ``theirs``; None without one.
 
-    A partner has the same class and is nobody else's; the best detection chooses first, and takes the one of the nearest score.
+    A partner has the same class and is nobody else's; the best detection chooses first, and takes the nearest score.
     """
     overlap = mask_iou(ours, theirs) if ours.has("pred_masks") else pairwise_iou(ours.pred_boxes, theirs.pred_boxes)
     overlap = overlap.nan_to_num()  # of two empty boxes
@@ -152,11 +152,11 @@ def partners(ours: Instances, theirs: Instances, tolerance: Tolerance) -> list[f
     fits = (ours.pred_classes[:, None] == theirs.pred_classes[None]) & (gaps <= tolerance.score)
     gaps = gaps.masked_fill(~(fits & (overlap >= tolerance.iou)), torch.inf)
     found: list[float | None] = []
-    for row in gaps if len(theirs) else [None] * len(ours):
-        gap, best = (torch.inf, 0) if row is None else (float(row.min()), int(row.argmin()))
-        found.append(gap if gap < torch.inf else None)
+    for row in gaps:
+        gap, nearest = row.min(0) if len(theirs) else (torch.tensor(torch.inf), 0)
+        found.append(float(gap) if gap < torch.inf else None)
         if found[-1] is not None:
-            gaps[:, best] = torch.inf
+            gaps[:, nearest] = torch.inf
     return found
 
 
