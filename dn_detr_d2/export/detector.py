@@ -103,7 +103,7 @@ def compare(model: nn.Module, exported: ExportedDetector, batches: list[list[dic
     Args:
         model: in evaluation mode.
         exported: its file.
-        batches: of Detectron2's input dicts; the images of a batch pass the file together, padded, and the model one by one.
+        batches: of Detectron2's input dicts; the images of a batch are padded to one size and pass together.
         tolerance: what counts as the same.
     """
     exported = copy.copy(exported)
@@ -113,7 +113,7 @@ def compare(model: nn.Module, exported: ExportedDetector, batches: list[list[dic
     for warm in (False, True):  # the first pass of either is slower
         for batch in batches:
             started = time.process_time()
-            ours = [model([x])[0]["instances"] for x in batch]
+            ours = [x["instances"] for x in model.detect(batch)]
             between = time.process_time()
             theirs = [x["instances"] for x in exported.detect(batch)]
             if warm:
