@@ -290,18 +290,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parse(parser, argv)
 
 
+def examine(cfg: CfgNode) -> list[Finding]:
+    """Everything but the config itself: versions, devices, kernels, self-tests, and the places that it names."""
+    kernel = kernels(cfg.MODEL.DN_DETR.OP_BACKEND)
+    return [*chain(versions(), devices(), kernel, self_tests(), places(cfg.OUTPUT_DIR))]
+
+
+def as_text(findings: list[Finding]) -> str:
+    """A line for each finding."""
+    return "\n".join(f"{finding.state:<6}  {finding.subject:<24}  {finding.text}" for finding in findings)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; prints the report and returns the exit code."""
     args = parse_arguments(argv)
     escape_unwritable()
-    cfg = _loadable(args.config_file, args.opts)
-    found = kernels(cfg.MODEL.DN_DETR.OP_BACKEND)
-    chapters = [versions(), devices(), found, self_tests(), places(cfg.OUTPUT_DIR)]
+    findings = examine(_loadable(args.config_file, args.opts))
     if args.config_file or args.opts:
-        chapters.append(configuration(args.config_file, args.opts))
-    findings = [finding for chapter in chapters for finding in chapter]
-    for finding in findings:
-        print(f"{finding.state:<6}  {finding.subject:<24}  {finding.text}")
+        findings += configuration(args.config_file, args.opts)
+    print(as_text(findings))
     broken = sum(finding.state == "BROKEN" for finding in findings)
     print(f"{broken} of {len(findings)} lines are BROKEN" if broken else "all well")
     return 1 if broken else 0

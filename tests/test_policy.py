@@ -81,11 +81,13 @@ DETECTRON2 = {
     "visualization": {"data", "structures"},
     "config": {"config"},
     "checkpoint": {"checkpoint", "utils"},
+    "report": {"utils"},
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
     "commands": {"engine", "evaluation", "modeling", "utils"},
+    "report": {"utils"},
 }
 
 

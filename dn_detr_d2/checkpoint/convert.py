@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .classes import LABELS, count_classes, describe, match_classes, take_rows
 from .names import Source, identify, rename_all
+from .timm_names import to_timm_backbone
 
 # Names that hold no weight of a model: counters of BatchNorm, what detrex registers beside its models, and anchors in older
 # checkpoints of Detectron2.
@@ -63,6 +64,11 @@ def convert(
     """
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     state = {key: tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor) for key, tensor in state.items()}
+    if (backbone := to_timm_backbone(state, model_state)) is not None:
+        source, log = Source("ImageNet network", "timm"), ["the checkpoint is one of timm's; its names were converted"]
+        wanted = {name: model_state[name] for name in backbone}
+        state, absent = _compare(backbone, wanted, source, None, None, least_matched, log)
+        return Conversion(state, source, log, absent=absent)
     source = identify(state) or _by_model(state, model_state)
     if source is None:
         raise CheckpointError(

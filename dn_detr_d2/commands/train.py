@@ -44,11 +44,13 @@ from ..engine import (
     load_for_evaluation,
     rank_info_from_env,
 )
+from ..engine.extras import check_extras
 from ..engine.launch import launch
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, UserError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..modeling.registry import name_the_node
+from ..report import announce, report_after_training
 from ..utils.text_output import escape_unwritable
 
 
@@ -79,9 +81,12 @@ def run_process(args: argparse.Namespace) -> dict | None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+    announce(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    results = trainer.train()
+    report_after_training(cfg)
+    return results
 
 
 def splits(args) -> tuple[str, ...]:
@@ -92,6 +97,8 @@ def splits(args) -> tuple[str, ...]:
 def check(args) -> float:
     """Everything that can be refused before a process starts or a file is written; returns DIST_TIMEOUT."""
     cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
+    if not args.eval_only:
+        check_extras(cfg)
     cpu_wanted = device_is_named(args.config_file, args.opts)
     check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
     needed = splits(args)[0]

@@ -248,6 +248,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
     # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
     cfg.MODEL.SWIN = CfgNode({"SIZE": "T", "DROP_PATH_RATE": 0.2})
+    # Backbone "build_timm_backbone": NAME of a network of timm; its map of stride 2^i is res{i}, IN_FEATURES chooses some.
+    # NORM "FrozenBN" (as loaded), "BN" (trained), "SyncBN" (statistics of all GPUs) or "" (what the network has).
+    # MODEL.BACKBONE.FREEZE_AT counts as in Detectron2's ResNets: 1 = the stem, 2 = also what makes res2.
+    cfg.MODEL.TIMM = CfgNode({"NAME": "tf_efficientnet_lite0", "NORM": "FrozenBN"})
     # Backbone "build_vitdet_backbone" (maps p2 to p5; needs timm): "B" or "L", and the same chance. 0.1 in ViTDet-B.
     cfg.MODEL.VIT = CfgNode({"SIZE": "B", "DROP_PATH_RATE": 0.1})
 
@@ -278,6 +282,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Mask DINO): flip, resize to a square of IMAGE_SIZE times a factor from MIN_SCALE to MAX_SCALE (aspect ratio kept), crop
     # to a square of IMAGE_SIZE or pad to it with grey 128; "semantic" = flip, resize by MIN_SIZE_TRAIN, crop and pad to
     # IMAGE_SIZE. Padding is a part of these images. 1024, 0.1 and 2.0 in Mask2Former; 512 for ADE20K.
+    # INPUT.RANDOM_FLIP also takes "both": horizontal and vertical flips, independently of each other.
     cfg.INPUT.AUGMENTATION = "detr"
     cfg.INPUT.IMAGE_SIZE = 1024
     cfg.INPUT.MIN_SCALE = 0.1
@@ -369,6 +374,17 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Box noise (lambda1 = lambda2 of DN, the reach of near copies in DINO) at which the restoring of noised objects is
     # measured; [] = not at all. One pass over the images for each. [0.2, 0.4, 0.8] shows the training's 0.4 and both sides.
     cfg.TEST.INSTABILITY.HEALTH_SCALES = []
+
+    # OUTPUT_DIR/report/index.html at the end of a training (docs/report.md; the extra [report]): "auto" = where its packages
+    # are installed, "always" = or the training is refused, "never".
+    cfg.REPORT = "auto"
+    # Where scalars go besides TensorBoard and metrics.json: any of "wandb", "mlflow", which are extras too (docs/report.md).
+    cfg.LOGGERS = []
+    # A live bar of iterations, loss and remaining time on stderr, where that is a terminal.
+    cfg.PROGRESS_BAR = True
+    # What computes COCO's AP: "pycocotools" = Detectron2's compiled form of it, or "faster_coco_eval" (the extra
+    # [fast-eval]); the numbers are the same (docs/performance.md).
+    cfg.TEST.COCO_EVAL = "pycocotools"
 
     cfg.DEBUG = CfgNode()
     # Before the first step perturb the denoising queries of two training images, and refuse to train if a matching query or

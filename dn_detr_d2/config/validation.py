@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 from ..errors import ConfigError
 from .ranges import check_ranges
 
+LOGGERS = ("wandb", "mlflow")
+
 
 def check_config(cfg: CfgNode) -> None:
     """Refuses values that would fail later with a less telling message; the parts of the model check their own keys."""
@@ -33,10 +35,14 @@ def check_config(cfg: CfgNode) -> None:
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
         "MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE.NAME": ("constant", "linear", "cosine"),
         "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
+        "REPORT": ("auto", "always", "never"),
+        "TEST.COCO_EVAL": ("pycocotools", "faster_coco_eval"),
     }
     for key, known in choices.items():
         if _get(cfg, key) not in known:
             raise ConfigError(f"{key} must be one of {known}, got {_get(cfg, key)!r}")
+    if unknown := [x for x in cfg.LOGGERS if x not in LOGGERS]:
+        raise ConfigError(f"LOGGERS takes any of {LOGGERS}, got {unknown[0]!r}; TensorBoard is always written")
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute_range":
         raise ConfigError(f"INPUT.CROP.TYPE must be 'absolute_range' for DETR's crop, got {cfg.INPUT.CROP.TYPE!r}")
     try:

@@ -45,10 +45,10 @@ def training_augmentations(cfg) -> dict[str, list[T.Augmentation]]:
     """``flips``, ``resizes`` and ``crops`` of :class:`.mapper.DetrDatasetMapper` for training."""
     node, flips = cfg.INPUT, []
     if node.RANDOM_FLIP != "none":
-        if node.RANDOM_FLIP not in ("horizontal", "vertical"):
-            raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal or vertical, got {node.RANDOM_FLIP!r}")
-        vertical = node.RANDOM_FLIP == "vertical"
-        flips = [T.RandomFlip(horizontal=not vertical, vertical=vertical)]
+        if node.RANDOM_FLIP not in ("horizontal", "vertical", "both"):
+            raise ConfigError(f"INPUT.RANDOM_FLIP must be none, horizontal, vertical or both, got {node.RANDOM_FLIP!r}")
+        kinds = ["horizontal", "vertical"] if node.RANDOM_FLIP == "both" else [node.RANDOM_FLIP]
+        flips = [T.RandomFlip(horizontal=kind == "horizontal", vertical=kind == "vertical") for kind in kinds]
     return {"flips": flips, "crops": []} | AUGMENTATIONS[node.AUGMENTATION](node)
 
 

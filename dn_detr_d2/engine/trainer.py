@@ -26,12 +26,15 @@ from ..utils.processor import slow_bfloat16
 from ..utils.rng import isolated_rng
 from ..utils.text_output import escape_unwritable
 from . import optimizer
+from .extras import check_extras
 from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
 from .hooks.early_stopping import EarlyEnd, EarlyStopping
 from .hooks.ema import AverageHook, average_weights
 from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_training
 from .hooks.noise_schedule import NoiseSchedule
+from .hooks.progress import ProgressBar
 from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
+from .loggers import build_loggers
 from .train_step import TrainStep
 from .training_state import capture_training_state, restore_training_state
 
@@ -53,6 +56,7 @@ class Trainer(DefaultTrainer):
         escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
+        check_extras(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         if cfg.MODEL.DN_DETR.MASK.ENABLED:
             for name in cfg.DATASETS.TEST:  # or what cannot be evaluated would end the training at its first evaluation
@@ -72,12 +76,13 @@ class Trainer(DefaultTrainer):
         self._trainer = TrainStep(model, loader, optimizer, amp_dtype, reports, **options)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.device = next(model.parameters()).device
+        self.loggers, self._runs = build_loggers(cfg), {}
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
             cfg=cfg,
             new_classes=True,
-            training_state=partial(capture_training_state, loader, self.device),
+            training_state=partial(capture_training_state, loader, self.device, self.loggers),
             trainer=weakref.proxy(self),
             **({EMA: self.averaged} if self.averaged else {}),
         )
@@ -91,6 +96,7 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
             with must_fit(self.checkpointer.found):
                 restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
+            self._runs = saved.get("logger_runs") or {}
 
     def build_hooks(self) -> list:
         """Detectron2's hooks with our checkpoints; after an evaluation the best one and the diagnostics."""
@@ -116,6 +122,7 @@ class Trainer(DefaultTrainer):
         )
         noise = cfg.MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE
         schedule = NoiseSchedule(noise.NAME, noise.START, noise.END)
+        self._progress = ProgressBar(cfg.PROGRESS_BAR)
         return [
             stop,
             schedule,
@@ -124,17 +131,22 @@ class Trainer(DefaultTrainer):
             *found,
             *ends,
             RepeatEvaluation(record, [*evaluating, *ends]),
+            self._progress,
         ]
 
     def build_writers(self) -> list:
-        """Detectron2's, with our printer instead of the first, its own."""
-        return [MetricPrinter(self.max_iter), *super().build_writers()[1:]]
+        """Detectron2's, with our printer instead of the first, its own, and those of LOGGERS."""
+        return [MetricPrinter(self.max_iter), *super().build_writers()[1:], *self.loggers]
 
     def train(self):
         """As Detectron2's; SIGTERM and SIGUSR1 end it with a checkpoint and SystemExit(75), early stopping without."""
         self.stop_request.listen()
         try:
-            with interruptible(self.stop_request.anywhere, self.stop_request.raising):
+            self._start_loggers()
+            with (
+                interruptible(self.stop_request.anywhere, self.stop_request.raising),
+                self._progress.shown(self.start_iter, self.max_iter),
+            ):
                 return super().train()
         except EarlyEnd:
             return getattr(self, "_last_eval_results", None)
@@ -142,6 +154,12 @@ class Trainer(DefaultTrainer):
             self._leave_interrupted()
         finally:
             self.stop_request.release()
+
+    def _start_loggers(self) -> None:
+        """Starts or resumes the runs; their packages leave the random streams of the training alone."""
+        with isolated_rng(0, self.device):
+            for writer in self.loggers:
+                writer.start(str(self._runs.get(writer.name, "")))
 
     def _leave_interrupted(self) -> None:
         """Exits with the checkpoint of the last step, which may not have been written before the interrupted evaluation."""

@@ -1,25 +1,29 @@
 """The state of a training besides weights and optimizer: RNG states of all ranks, the position in the stream of images."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from detectron2.utils import comm
 
 from ..data.stream import StreamLoader
 from ..utils.rng import derive_seed, random_state, seed_all, set_random_state
+from .loggers import RunLogger, run_ids
 
 logger = logging.getLogger(__name__)
 
 
-def capture_training_state(loader, device: torch.device) -> dict:
+def capture_training_state(loader, device: torch.device, loggers: Sequence[RunLogger] = ()) -> dict:
     """The part of this state that a checkpoint keeps; a collective, rank 0 gets the RNG states of all ranks.
 
     Args:
         loader: of the training.
         device: of the model.
+        loggers: of this rank, whose runs a resumed training goes on with.
     """
     seed = loader.dataset.seed if isinstance(loader, StreamLoader) else None
-    return {"random_states": comm.gather(random_state(device)), "stream_seed": seed}
+    state = {"random_states": comm.gather(random_state(device)), "stream_seed": seed}
+    return state | ({"logger_runs": run_ids(loggers)} if loggers else {})
 
 
 def restore_training_state(saved: dict, loader, start_iter: int, device: torch.device, seed: int) -> None:

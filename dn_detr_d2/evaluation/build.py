@@ -70,6 +70,7 @@ def _instances(cfg, name: str, _) -> DatasetEvaluator:
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         max_detections=cfg.TEST.MAX_DETECTIONS_EVALUATED,
         only=evaluated_classes(cfg),
+        computed_by=cfg.TEST.COCO_EVAL,
     )
 
 

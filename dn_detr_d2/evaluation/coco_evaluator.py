@@ -6,8 +6,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from ..data.masks import encoded, has_mask
 from ..data.normalise import is_id, sort_key, usable_area
 from ..data.panoptic import read_panoptic_png
 from ..data.registered import records_of
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 from ..utils.files import atomic_write
+from ..utils.requirements import is_installed
 from .confusion import IOU_THRESHOLD, count_confusions
 from .panoptic_evaluator import require_same_size
+from .precision_recall import write_precision_recall
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,21 @@ class _COCOeval(COCOeval_opt):
     """Detectron2's fast COCOeval, whose summary names the number of detections that is counted."""
 
     summarize = COCOevalMaxDets.summarize
+
+
+def eval_class(name: str, *, usual: bool) -> Callable:
+    """What makes a COCOeval from ground truth, detections and the kind of IoU.
+
+    Args:
+        name: as ``TEST.COCO_EVAL``.
+        usual: whether COCO's numbers of detections are counted.
+    """
+    if name == "faster_coco_eval":
+        from faster_coco_eval import COCOeval_faster
+
+        kind = type("_FasterCOCOeval", (COCOeval_faster,), {"summarize": COCOevalMaxDets.summarize})
+        return partial(kind, extra_calc=False)  # which would write into the annotations
+    return COCOeval_opt if usual else _COCOeval
 
 
 class RecordsEvaluator(COCOEvaluator):
@@ -70,9 +87,11 @@ class RecordsEvaluator(COCOEvaluator):
         name: of the data set, for messages.
         only: names of the classes that AP is averaged over, their numbers where there are no names; [] = all.
         masks: whether to evaluate masks (``segm``) too; annotations then have a ``segmentation``.
+        computed_by: "pycocotools" or "faster_coco_eval", which give the same numbers; the second is a package of its own.
 
     Raises:
         DatasetError: a record has no image id, or one that another has, or ``only`` names a class that is not there.
+        ConfigError: the package of ``computed_by`` is not installed.
     """
 
     def __init__(
@@ -90,7 +109,14 @@ class RecordsEvaluator(COCOEvaluator):
         name: str = "the data set",
         only: Sequence[str] = (),
         masks: bool = False,
+        computed_by: str = "pycocotools",
     ):
+        if computed_by == "faster_coco_eval" and not is_installed(computed_by):
+            raise ConfigError(
+                f"TEST.COCO_EVAL is {computed_by!r}, but the package is not installed; pip install 'dn_detr_d2[fast-eval]', "
+                "or set it to 'pycocotools'"
+            )
+        self._computed_by = computed_by
         self._logger, self._cpu_device = logger, torch.device("cpu")
         self._distributed, self._output_dir = distributed, output_dir
         self._tasks = ("bbox", "segm") if masks else ("bbox",)
@@ -149,7 +175,7 @@ class RecordsEvaluator(COCOEvaluator):
         for row, record in enumerate(self._records):
             for annotation in record.get("annotations", []):
                 rows.append(row)
-                boxes.append(_xywh(annotation))
+                boxes.append(xywh_of(annotation))
                 annotations.append(annotation)
         boxes = np.array(boxes, np.float64).reshape(-1, 4)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -297,6 +323,9 @@ class RecordsEvaluator(COCOEvaluator):
         names = self._class_names and [self._class_names[i - 1] for i in chosen]
         for task, evaluation in evaluated.items():
             self._results[task] = self._derive_coco_results(evaluation, task, class_names=names)
+            if self._output_dir and evaluation is not None:
+                labels = [self._name_of(i) for i in chosen]
+                write_precision_recall(self._output_dir, task, evaluation, labels)
 
     def _refuse_unknown_classes(self, results: list[dict]) -> None:
         found = max((x["category_id"] for x in results), default=-1)
@@ -328,7 +357,7 @@ class RecordsEvaluator(COCOEvaluator):
         ground_truth = copy.copy(self._coco_api)
         found = ground_truth.loadRes(results)
         usual = self._limits == list(LIMITS)
-        evaluation = (COCOeval_opt if usual else _COCOeval)(ground_truth, found, task)
+        evaluation = eval_class(self._computed_by, usual=usual)(ground_truth, found, task)
         evaluation.params.imgIds = image_ids
         evaluation.params.catIds = self._only or evaluation.params.catIds
         evaluation.params.maxDets = list(self._limits)
@@ -372,23 +401,35 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
             raise DatasetError(f"tasks must be ('bbox',) or ('bbox', 'segm'), got {tasks!r}")
         masks = "segm" in tasks
         records, metadata = records_of(dataset_name, masks), MetadataCatalog.get(dataset_name)
-        if masks and "panoptic_json" not in metadata.as_dict():
-            refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
-        ids = metadata.get("thing_dataset_id_to_contiguous_id")
-        names = metadata.get("thing_classes")
-        if ids and "panoptic_json" in metadata.as_dict():
-            options["only"] = options.get("only") or [names[i] for i in sorted(ids.values())]
-            ids = metadata.stuff_dataset_id_to_contiguous_id | ids
+        names, ids = written_classes(dataset_name)
+        if "panoptic_json" not in metadata.as_dict():
+            if masks:
+                refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
+        elif things := metadata.get("thing_dataset_id_to_contiguous_id"):
+            options["only"] = options.get("only") or [names[i] for i in sorted(things.values())]
         super().__init__(
             records,
-            list(names) if names else None,
-            sorted(ids, key=ids.get) if ids else None,
+            names,
+            ids,
             distributed=distributed,
             output_dir=output_dir,
             name=dataset_name,
             masks=masks,
             **options,
         )
+
+
+def written_classes(dataset_name: str) -> tuple[list[str] | None, list | None]:
+    """The classes of a registered data set whose records have been read, None where nothing says so.
+
+    Returns:
+        tuple: their P names; the P ids that ``coco_instances_results.json`` names them by.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    ids, names = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("thing_classes")
+    if ids and "panoptic_json" in metadata.as_dict():
+        ids = metadata.stuff_dataset_id_to_contiguous_id | ids
+    return list(names) if names else None, sorted(ids, key=ids.get) if ids else None
 
 
 def _size_of(record: dict, seen: tuple | None) -> tuple[float, float]:
@@ -398,7 +439,8 @@ def _size_of(record: dict, seen: tuple | None) -> tuple[float, float]:
     return seen or (np.inf, np.inf)
 
 
-def _xywh(annotation: dict) -> list[float]:
+def xywh_of(annotation: dict) -> list[float]:
+    """The box of an annotation of a dataset dict as COCO writes it, in pixels."""
     box = [float(x) for x in annotation["bbox"]]
     if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
         return box

@@ -44,6 +44,7 @@ from .registry import (
     QUERY_SOURCE_REGISTRY,
 )
 from .roi_heads import DenoisingCascadeROIHeads, DenoisingROIHeads
+from .timm_backbone import TimmBackbone, build_timm_backbone
 
 __all__ = [
     "DECODER_LAYER_REGISTRY",
@@ -92,9 +93,11 @@ __all__ = [
     "SoftmaxCriterion",
     "SoftmaxMatcher",
     "Static",
+    "TimmBackbone",
     "TopKAnchors",
     "TwoStageQueries",
     "build_dc5_resnet_backbone",
     "build_swin_backbone",
+    "build_timm_backbone",
     "build_vitdet_backbone",
 ]

@@ -1,5 +1,6 @@
 import copy
 import logging
+from collections import Counter
 from unittest import mock
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from naming import naming
 from PIL import Image
 
-from dn_detr_d2 import DatasetError
+from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import DetrDatasetMapper
 from dn_detr_d2.data.mapper import BoxChecker
 
@@ -54,6 +55,22 @@ def test_boxes_follow_the_flip_and_the_resize(toy_cfg, record):
         assert out["image"][:, y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].float().mean() > 250
         seen.add((x0, x1))
     assert seen == {(0, 60), (60, 120)}
+
+
+def test_flips_in_both_directions_are_independent(toy_cfg, record):
+    flip = mapper(toy_cfg, "INPUT.RANDOM_FLIP", "both", "INPUT.MIN_SIZE_TRAIN", (40,))
+    record["annotations"][0]["bbox"] = [30, 0, 30, 10]
+    seen = Counter()
+    for seed in range(200):
+        np.random.seed(seed)
+        seen[tuple(int(v) for v in flip(record)["instances"].gt_boxes.tensor[0])] += 1
+    assert seen.keys() == {(30, 0, 60, 10), (0, 0, 30, 10), (30, 30, 60, 40), (0, 30, 30, 40)}
+    assert min(seen.values()) > 30  # 50 expected, with a standard deviation of 6
+
+
+def test_an_unknown_flip_is_refused(toy_cfg):
+    with pytest.raises(ConfigError, match=naming("INPUT.RANDOM_FLIP", "'diagonal'", "both")):
+        mapper(toy_cfg, "INPUT.RANDOM_FLIP", "diagonal")
 
 
 @settings(max_examples=40, deadline=None)
