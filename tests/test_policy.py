@@ -87,7 +87,6 @@ DETECTRON2 = {
     "predictor": {"engine", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
     "commands": {"engine", "evaluation", "modeling", "utils"},
-    "report": {"utils"},
 }
 
 
