@@ -84,6 +84,8 @@ DETECTRON2 = {
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
+    "sources": {"data"},
+    "tiling": {"layers", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
     "commands": {"engine", "evaluation", "modeling", "utils"},
     "report": {"utils"},
