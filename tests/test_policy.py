@@ -81,6 +81,7 @@ DETECTRON2 = {
     "visualization": {"data", "structures"},
     "config": {"config"},
     "checkpoint": {"checkpoint", "utils"},
+    "report": {"utils"},
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},

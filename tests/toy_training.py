@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 OPTIONS = [
-    *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0),
+    *(*TOY, "DATASETS.TRAIN", ("shapes_train",), "DATALOADER.NUM_WORKERS", 0, "REPORT", "never"),
     *("MODEL.DN_DETR.NUM_CLASSES", "auto"),
     *("INPUT.MIN_SIZE_TRAIN", (40, 48), "INPUT.MIN_SIZE_TEST", 48, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 6),
     *("INPUT.CROP.RESIZE", (48, 56), "INPUT.CROP.SIZE", (30, 40), "MODEL.DN_DETR.ENCODER.DROPOUT", 0.1),

