@@ -131,8 +131,8 @@ class Predictor(DefaultPredictor):
             found: what a call returned.
 
         Returns:
-            ``xyxy`` in pixels, ``confidence``, ``class_id``, ``mask``, and ``data["class_name"]``: names of the classes, their
-            numbers where the config has no names.
+            ``xyxy`` in pixels, ``confidence``, ``class_id``, ``mask``, and ``data["class_name"]``: names of the classes, or
+            their numbers where the config has no names.
 
         Raises:
             ConfigError: the package supervision is missing, or the model gives no instances.

@@ -23,8 +23,8 @@ def find_images(path: str | Path, what: str = "the image") -> list[Path]:
     """The file of that name, else the images of the folder, sorted, else the images that match the pattern, sorted.
 
     Args:
-        path: a file of any name, a folder, or a pattern with ``*``, ``?``, ``[...]`` and ``**`` as :mod:`glob` reads them. Of
-            folders and patterns, files with a suffix of ``IMAGE_SUFFIXES`` count.
+        path: a file of any name, a folder, or a pattern with ``*``, ``?``, ``[...]`` and ``**``, see :mod:`glob`. Of folders
+            and patterns, files with a suffix of ``IMAGE_SUFFIXES`` count.
         what: names it in errors.
 
     Raises:
@@ -95,8 +95,8 @@ def as_bgr(image, rgb: bool = False) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape[2:] != (3,) or not array.size:
         what = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
         raise UserError(
-            "the image must be a path, a PIL image, a NumPy array (H, W, 3) or a tensor (3, H, W), both of uint8 in BGR with "
-            f"H, W > 0, got {what}; cv2.imread returns None for a file that it cannot read"
+            "the image must be a path, a PIL image, a NumPy array (H, W, 3) or a tensor (3, H, W), both of uint8 in BGR "
+            f"with H, W > 0, got {what}; cv2.imread returns None for a file that it cannot read"
         )
     return array[:, :, ::-1] if rgb else array
 
@@ -125,7 +125,9 @@ class Video:
             what, out = f"the camera {source}", "connect one, or name a file with --video-input"
         else:
             if _URL.match(str(source)):
-                raise UserError(f"the video {source} is a URL, which is not fetched; download the file and give its path")
+                raise UserError(
+                    f"the video {source} is a URL, which is not fetched; download the file and give its path"
+                )
             what, out = f"the video {source}", "convert it, for example with ffmpeg -i FILE out.mp4"
             if not os.path.isfile(source):
                 raise DatasetError(f"{what} does not exist or is no file")

@@ -1,7 +1,7 @@
 """Large images in overlapping tiles: each passes the detector by itself, and the detections are merged by class-wise NMS.
 
-Small objects then have as many pixels as in the tiles' resize, not in that of the whole image. Objects larger than a tile are
-found in parts.
+Small objects keep more pixels when a tile is resized than when the whole image is. Objects larger than a tile are found in
+parts.
 """
 
 import math
@@ -65,8 +65,8 @@ class TiledDetector(nn.Module):
         """Detectron2's interface at inference.
 
         Args:
-            batched_inputs: one dict an image, as the model takes them, with ``image`` (3, H, W) not resized. Known objects are
-                cut at the edges of each tile.
+            batched_inputs: one dict an image, as the model takes them, with ``image`` (3, H, W) not resized. Known objects
+                are cut at the edges of each tile.
 
         Returns:
             ``{"instances": Instances}`` in pixels of each image, scores descending.
@@ -117,8 +117,8 @@ def _instances(found: dict) -> Instances:
     fields = set(instances.get_fields()) if instances is not None else set(found)
     if instances is None or not FIELDS - {"pred_masks"} <= fields <= FIELDS:
         raise ConfigError(
-            f"TEST.TILE.SIZE merges boxes, classes, scores and masks of instances, but the model gives {sorted(fields)}; set "
-            "it to 0"
+            f"TEST.TILE.SIZE merges boxes, classes, scores and masks of instances, but the model gives {sorted(fields)}; "
+            "set it to 0"
         )
     return instances
 
