@@ -18,6 +18,7 @@ BAD = {
     "tools.check_dataset": ["/nowhere.json", "/"],
     "tools.convert_checkpoint": ["/nowhere.pth", "/nowhere/out.pth", *OF_CONFIG],
     "tools.convert_dataset": ["voc", "/nowhere", "/nowhere", "/nowhere/out.json"],
+    "tools.export_model": [*OF_CONFIG, "--format", "onnx", "--output", "/nowhere/out"],
     "tools.find_label_errors": OF_DATASET,
     "tools.install_detectron2": UNKNOWN_OPTION,
     "tools.make_report": [*OF_CONFIG, "OUTPUT_DIR", "/nowhere"],
