@@ -128,7 +128,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert foreign == []  # nothing is fetched from elsewhere
     # every relative link and picture of the built pages leads to a file
     for page in (tmp_path / "site").rglob("*.html"):
-        for target in re.findall(r'(?:href|src)="([^"#?:]+)[^"]*"', page.read_text()):
+        for target in re.findall(r'(?:href|src)="([^"#?:]+)(?:[#?][^"]*)?"', page.read_text()):
             assert (page.parent / target).exists() or page.name == "404.html", f"{page}: {target}"
 
 
