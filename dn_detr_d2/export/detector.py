@@ -8,8 +8,7 @@ import torch
 from detectron2.structures import ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..modeling.batch import group_by_size
-from ..structures import Predictions
+from ..structures import Predictions, group_by_size
 from .formats import Run
 
 
@@ -141,7 +140,7 @@ def with_instances(model: nn.Module) -> nn.Module:
 def partners(ours: Instances, theirs: Instances, tolerance: Tolerance) -> list[float | None]:
     """For each detection of ``ours`` the difference of its score and that of its partner in ``theirs``; None without one.
 
-    A partner has the same class and is nobody else's; the best detection chooses first, and takes the one of the nearest score.
+    A partner has the same class and is nobody else's; the best detection chooses first, the nearest score.
     """
     overlap = mask_iou(ours, theirs) if ours.has("pred_masks") else pairwise_iou(ours.pred_boxes, theirs.pred_boxes)
     overlap = overlap.nan_to_num()  # of two empty boxes

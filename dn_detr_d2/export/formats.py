@@ -127,11 +127,11 @@ def load_onnx(path: Path) -> Run:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor, sizes: Tensor) -> list[Tensor]:
+    def _run(images: Tensor, sizes: Tensor) -> list[Tensor]:
         values = (images.float().numpy(), sizes.long().numpy())
         return [torch.from_numpy(x) for x in session.run(None, dict(zip(INPUTS, values, strict=True)))]
 
-    return run
+    return _run
 
 
 def load_torch_export(path: Path) -> Run:
