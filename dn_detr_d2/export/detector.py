@@ -8,8 +8,7 @@ import torch
 from detectron2.structures import ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..modeling.batch import group_by_size
-from ..structures import Predictions
+from ..structures import Predictions, group_by_size
 from .formats import Run
 
 
@@ -103,7 +102,7 @@ def compare(model: nn.Module, exported: ExportedDetector, batches: list[list[dic
     Args:
         model: in evaluation mode.
         exported: its file.
-        batches: of Detectron2's input dicts; the images of a batch pass the file together, padded, and the model one by one.
+        batches: of Detectron2's input dicts; the images of a batch are padded to one size and pass together.
         tolerance: what counts as the same.
     """
     exported = copy.copy(exported)
@@ -113,7 +112,7 @@ def compare(model: nn.Module, exported: ExportedDetector, batches: list[list[dic
     for warm in (False, True):  # the first pass of either is slower
         for batch in batches:
             started = time.process_time()
-            ours = [model([x])[0]["instances"] for x in batch]
+            ours = [x["instances"] for x in model.detect(batch)]
             between = time.process_time()
             theirs = [x["instances"] for x in exported.detect(batch)]
             if warm:
@@ -141,7 +140,7 @@ def with_instances(model: nn.Module) -> nn.Module:
 def partners(ours: Instances, theirs: Instances, tolerance: Tolerance) -> list[float | None]:
     """For each detection of ``ours`` the difference of its score and that of its partner in ``theirs``; None without one.
 
-    A partner has the same class and is nobody else's; the best detection chooses first, and takes the one of the nearest score.
+    A partner has the same class and is nobody else's; the best detection chooses first, and takes the nearest score.
     """
     overlap = mask_iou(ours, theirs) if ours.has("pred_masks") else pairwise_iou(ours.pred_boxes, theirs.pred_boxes)
     overlap = overlap.nan_to_num()  # of two empty boxes
@@ -152,11 +151,11 @@ def partners(ours: Instances, theirs: Instances, tolerance: Tolerance) -> list[f
     fits = (ours.pred_classes[:, None] == theirs.pred_classes[None]) & (gaps <= tolerance.score)
     gaps = gaps.masked_fill(~(fits & (overlap >= tolerance.iou)), torch.inf)
     found: list[float | None] = []
-    for row in gaps if len(theirs) else [None] * len(ours):
-        gap, best = (torch.inf, 0) if row is None else (float(row.min()), int(row.argmin()))
-        found.append(gap if gap < torch.inf else None)
+    for row in gaps:
+        gap, nearest = row.min(0) if len(theirs) else (torch.tensor(torch.inf), 0)
+        found.append(float(gap) if gap < torch.inf else None)
         if found[-1] is not None:
-            gaps[:, best] = torch.inf
+            gaps[:, nearest] = torch.inf
     return found
 
 

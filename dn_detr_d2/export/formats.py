@@ -75,6 +75,7 @@ def write_onnx(
             output_names=output_names(model),
             dynamo=True,
             optimize=False,
+            verbose=False,
         )
         program.save(path, external_data=False)
         if int8:
@@ -113,8 +114,10 @@ def write_aoti(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """
     if not shutil.which("g++") and not shutil.which("clang++"):
         raise ConfigError("--format aoti compiles C++ code, but there is no g++ or clang++; install one")
+    from torch._inductor import aoti_compile_and_package
+
     with _quiet():
-        torch._inductor.aoti_compile_and_package(
+        aoti_compile_and_package(
             trace(model, keep_operator=True),
             package_path=str(path),
             inductor_configs={"aot_inductor.metadata": metadata},
@@ -127,11 +130,11 @@ def load_onnx(path: Path) -> Run:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor, sizes: Tensor) -> list[Tensor]:
+    def _run(images: Tensor, sizes: Tensor) -> list[Tensor]:
         values = (images.float().numpy(), sizes.long().numpy())
         return [torch.from_numpy(x) for x in session.run(None, dict(zip(INPUTS, values, strict=True)))]
 
-    return run
+    return _run
 
 
 def load_torch_export(path: Path) -> Run:
@@ -142,7 +145,9 @@ def load_torch_export(path: Path) -> Run:
 
 def load_aoti(path: Path) -> Run:
     """A package of AOTInductor as a function of images and sizes."""
-    package = torch._inductor.aoti_load_package(str(path))
+    from torch._inductor import aoti_load_package
+
+    package = aoti_load_package(str(path))
     return lambda images, sizes: list(package(images.float(), sizes.long()))
 
 
