@@ -128,7 +128,9 @@ def load_onnx(path: Path) -> Run:
     """An ONNX file as a function of images and sizes."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; what it could not fold is no news
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def _run(images: Tensor, sizes: Tensor) -> list[Tensor]:
         values = (images.float().numpy(), sizes.long().numpy())

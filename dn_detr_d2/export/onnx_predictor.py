@@ -61,6 +61,7 @@ class OnnxPredictor:
     def __init__(self, path, providers=("CPUExecutionProvider",), threads: int = 0):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         found = self.session.get_modelmeta().custom_metadata_map
         if found.get("format_version") != str(KNOWN_VERSION):

@@ -202,7 +202,7 @@ def test_classes_that_the_config_leaves_open_are_the_checkpoints(trained, tmp_pa
     assert load_config("dn_detr_R50_50ep", zoo).MODEL.DN_DETR.NUM_CLASSES is None
     node = run.config_of("dn_detr_R50_50ep", zoo, wish).MODEL.DN_DETR
     assert (node.NUM_CLASSES, node.CLASS_NAMES) == (5, CLASSES)
-    torch.save({"model": {}}, tmp_path / "model.pth")
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "model.pth")
     with pytest.raises(ConfigError, match=naming("auto", tmp_path / "model.pth")):
         run.config_of("dn_detr_R50_50ep", zoo, wish)
 
