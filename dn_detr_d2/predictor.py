@@ -1,9 +1,11 @@
-"""Detectron2's predictor with safe reading: what an application uses on files that it has not made itself."""
+"""Detectron2's predictor for any source of images, with safe reading of weights: what an application uses."""
 
 from .utils import needs_detectron2  # noqa: F401
 
 # isort: split
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 import numpy as np
 import torch
@@ -11,48 +13,68 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 
 from .checkpoint.checkpointer import load_weights
+from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
 from .errors import ConfigError, UserError
+from .sources import as_bgr, expand
+from .structures import group_by_size
+from .tiling import with_tiles
+from .utils.processor import slow_bfloat16
 
 
 class Predictor(DefaultPredictor):
-    """One image in, its detections out.
+    """Images in, their detections out: one by a call, many by :meth:`predict`. Threads may share one predictor.
 
     DefaultPredictor unpickles a ``.pkl`` file, and with it runs what the file says, before any model sees the weights; this
     one reads every file through :func:`dn_detr_d2.checkpoint.read_checkpoint`.
 
     Args:
         cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`; all of ``MODEL.WEIGHTS`` is loaded, with
-            ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average.
+            ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average. With ``TEST.TILE.SIZE`` images are looked at in
+            tiles.
+        device: where the model runs; None = ``MODEL.DEVICE``.
+        half: autocast, to float16 on a GPU and to bfloat16 on a CPU that has instructions for it.
 
     Raises:
         CheckpointError: the weights are not named, missing, damaged, hostile, or do not fit the model.
+        ConfigError: the device is not there, or ``half`` would be slower on it.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, *, device: str | torch.device | None = None, half: bool = False):
         without_weights = cfg.clone()
         without_weights.defrost()
         without_weights.MODEL.WEIGHTS = ""
+        if device is not None:
+            without_weights.MODEL.DEVICE = str(device)
+            check_device(without_weights)
+        device = without_weights.MODEL.DEVICE
+        self._half = _half_dtype(torch.device(device)) if half else None
         super().__init__(without_weights)
         self.cfg = cfg.clone()
+        self.cfg.defrost()
+        self.cfg.MODEL.DEVICE = device
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
+        self._detector = with_tiles(self.model, cfg)
 
     def __call__(
         self,
-        original_image: np.ndarray,
+        image,
         *,
         known: Instances | None = None,
         labels: Sequence[str | int] | None = None,
+        rgb: bool = False,
     ) -> dict:
         """Detections of one image; see docs/prompting.md for what it may be told.
 
         Args:
-            original_image: (H, W, 3) uint8 in BGR, as OpenCV reads it.
+            image: NumPy array (H, W, 3) of uint8 in BGR, as OpenCV reads it; or a path, a PIL image, a tensor (3, H, W) of
+                uint8, see :func:`~dn_detr_d2.sources.as_bgr`.
             known: objects that need not be found, in pixels of this image: ``gt_boxes`` and ``gt_classes``, or
                 ``pred_boxes`` and ``pred_classes``, so that detections can be given back. None or no objects = nothing is
                 known.
             labels: names or numbers of the classes to look for; [] = none, None = all.
+            rgb: the array or tensor is in RGB.
 
         Returns:
             dict: "instances", with boxes in pixels of this image; known objects are not among them. Of models with masks
@@ -61,50 +83,133 @@ class Predictor(DefaultPredictor):
         Raises:
             UserError: the image is something else, such as OpenCV's None for a file that it cannot read; known objects or
                 labels that are not of this image or this model.
+            DatasetError: the file cannot be read.
             ConfigError: the model cannot be told such things.
         """
-        image = original_image
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-            what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"{type(image).__name__}"
-            raise UserError(
-                f"the image must be a NumPy array (H, W, 3) of uint8 in BGR with H, W > 0, got {what}; cv2.imread returns "
-                "None for a file that it cannot read"
-            )
+        array = as_bgr(image, rgb)
+        return self._detect([self._record(array, self._prompts(array, known, labels))])[0]
+
+    def predict(
+        self,
+        source,
+        *,
+        batch_size: int | None = None,
+        labels: Sequence[str | int] | None = None,
+        rgb: bool = False,
+    ) -> Iterator[dict]:
+        """Detections of many images, as from one call for each.
+
+        Args:
+            source: a path, a folder, a pattern such as ``"images/**/*.jpg"``, any image that a call takes, a list of all
+                these, or an iterator over them, for example :class:`~dn_detr_d2.sources.Video`.
+            batch_size: images read at a time, of which those of one size pass the model together; None =
+                ``TEST.IMS_PER_BATCH``. Detections do not depend on it.
+            labels, rgb: as in a call, the same for all images.
+
+        Yields:
+            dict: one an image, in their order, as a call returns it. An iterator is read when results are asked for, never
+            more than ``batch_size`` images ahead.
+
+        Raises:
+            UserError, DatasetError: as in a call; what a source names must exist before the first image is looked at, but
+                for iterators.
+        """
+        size = self.cfg.TEST.IMS_PER_BATCH if batch_size is None else batch_size
+        if type(size) is not int or size < 1:
+            raise UserError(f"batch_size must be a positive whole number, got {size!r}")
+        return self._predict(expand(source), size, labels, rgb)
+
+    def _predict(self, images: Iterable, size: int, labels: Sequence[str | int] | None, rgb: bool) -> Iterator[dict]:
+        images = iter(images)
+        while batch := [as_bgr(image, rgb) for image in islice(images, size)]:
+            yield from self._detect([self._record(image, self._prompts(image, None, labels)) for image in batch])
+
+    def to_supervision(self, found: dict):
+        """Detections of one image as supervision.Detections, with masks where there are some.
+
+        Args:
+            found: what a call returned.
+
+        Returns:
+            ``xyxy`` in pixels, ``confidence``, ``class_id``, ``mask``, and ``data["class_name"]``: names of the classes, or
+            their numbers where the config has no names.
+
+        Raises:
+            ConfigError: the package supervision is missing, or the model gives no instances.
+        """
+        return to_supervision(found, list(self.cfg.MODEL.DN_DETR.CLASS_NAMES))
+
+    def _prompts(self, image: np.ndarray, known: Instances | None, labels: Sequence[str | int] | None) -> dict:
+        """What the model is told of an image, checked in pixels of the image."""
         prompts = {}
         if known is not None:
             prompts["known"] = _as_ground_truth(known)
         if labels is not None:
             prompts["labels"] = [class_number(label, self.cfg) for label in labels]
-        if not prompts:
-            return super().__call__(image)
-        self._check(prompts, image)
-        return self._predict(prompts, image)
-
-    def _check(self, prompts: dict, image: np.ndarray) -> None:
-        if not hasattr(self.model, "check_prompts"):
+        if prompts and not hasattr(self.model, "check_prompts"):
             raise ConfigError(
                 f"MODEL.META_ARCHITECTURE = {self.cfg.MODEL.META_ARCHITECTURE!r} takes neither known objects nor labels; "
                 "call the predictor with the image alone"
             )
-        self.model.check_prompts([{"image": image.transpose(2, 0, 1)} | prompts])
+        if prompts:
+            self.model.check_prompts([{"image": image.transpose(2, 0, 1)} | prompts])
+        return prompts
 
-    @torch.no_grad()
-    def _predict(self, prompts: dict, image: np.ndarray) -> dict:
-        """As DefaultPredictor, with prompts that are resized with the image."""
-        resize = self.aug.get_transform(image)
+    def _record(self, image: np.ndarray, prompts: dict) -> dict:
+        """An image (H, W, 3) in BGR and its prompts as the detector takes them: resized, unless its tiles will be."""
         ordered = image[:, :, ::-1] if self.input_format == "RGB" else image
+        record = {"height": image.shape[0], "width": image.shape[1], **prompts}
+        if self._detector is not self.model:
+            pixels = np.ascontiguousarray(ordered.transpose(2, 0, 1))
+            return record | {"image": torch.from_numpy(pixels)}
+        resize = self.aug.get_transform(ordered)
         resized = resize.apply_image(ordered).astype("float32").transpose(2, 0, 1)
         if "known" in prompts:
             known = prompts["known"]
             boxes = resize.apply_box(known.gt_boxes.tensor.cpu().double().numpy())
             boxes = Boxes(torch.from_numpy(boxes).float())
-            prompts["known"] = Instances(resized.shape[1:], gt_boxes=boxes, gt_classes=known.gt_classes.cpu())
-        inputs = {
-            "image": torch.from_numpy(resized).to(self.cfg.MODEL.DEVICE),
-            "height": len(image),
-            "width": image.shape[1],
-        }
-        return self.model([inputs | prompts])[0]
+            record["known"] = Instances(resized.shape[1:], gt_boxes=boxes, gt_classes=known.gt_classes.cpu())
+        return record | {"image": torch.as_tensor(resized).to(self.cfg.MODEL.DEVICE)}
+
+    @torch.no_grad()
+    def _detect(self, records: list[dict]) -> list[dict]:
+        """Detections of images, of which those of one size pass the model together."""
+        found = {}
+        with self._precision():
+            for same in group_by_size(records):
+                found |= zip(same, self._detector([records[i] for i in same]), strict=True)
+        return [found[i] for i in range(len(records))]
+
+    def _precision(self) -> AbstractContextManager:
+        if self._half is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.cfg.MODEL.DEVICE).type, self._half)
+
+
+def to_supervision(found: dict, names: Sequence[str] = ()):
+    """See :meth:`Predictor.to_supervision`; ``names`` of the classes, in order."""
+    try:
+        import supervision
+    except ModuleNotFoundError:
+        raise ConfigError("to_supervision() needs supervision; pip install 'dn_detr_d2[report]'") from None
+    if "instances" not in found:
+        raise ConfigError(
+            f"to_supervision() converts instances, but the model gives {sorted(found)}; add 'instances' to "
+            "MODEL.DN_DETR.MASK.OUTPUTS"
+        )
+    detections = supervision.Detections.from_detectron2(found)
+    words = [names[i] if i < len(names) else str(i) for i in detections.class_id]
+    detections.data["class_name"] = np.array(words, dtype=str)
+    return detections
+
+
+def _half_dtype(device: torch.device) -> torch.dtype:
+    """What autocast uses on a device; raises ConfigError where that would be slower than float32."""
+    if device.type != "cpu":
+        return torch.float16
+    if reason := slow_bfloat16():
+        raise ConfigError(f"half=True does not help, {reason}; leave it out, or take a GPU")
+    return torch.bfloat16
 
 
 def _as_ground_truth(known: Instances) -> Instances:

@@ -295,3 +295,11 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 def upload(array: np.ndarray, like: Tensor) -> Tensor:
     """A host array as an int64 tensor beside ``like``, by :func:`to_device`."""
     return to_device(torch.as_tensor(array, dtype=torch.int64), like.device)
+
+
+def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
+    """Indices of the images of each size, so that none has to be padded for another."""
+    groups = {}
+    for i, image in enumerate(batched_inputs):
+        groups.setdefault(image["image"].shape, []).append(i)
+    return list(groups.values())

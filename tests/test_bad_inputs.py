@@ -85,7 +85,6 @@ IMAGES = [
 ]
 ARRAYS = [
     (None, ["NoneType", "cv2.imread"]),
-    ("a.png", ["str"]),
     ([[[0, 0, 0]]], ["list"]),
     (np.zeros((9, 9, 3), np.float32), ["float32", "(9, 9, 3)"]),
     (np.full((9, 9, 3), np.nan), ["float64"]),

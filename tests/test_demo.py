@@ -38,12 +38,11 @@ def run(monkeypatch, capsys, finished, tmp_path):
             "demo.py",
             "--config-file",
             str(finished[0]),
-            "--output",
-            str(tmp_path / "out"),
+            *([] if "--output" in arguments else ["--output", str(tmp_path / "out")]),
             *map(str, arguments),
         ]
         monkeypatch.setattr(sys, "argv", command)
-        code = demo.run()
+        code = demo.main()
         return code, *capsys.readouterr()
 
     return call

@@ -90,12 +90,11 @@ def prompt(system="dn_detr", **prompts):
 
 
 def command(main, *arguments):
-    """What a command prints to stderr, as an exception; its exit code must not be 0. demo.py reads sys.argv."""
+    """What a command prints to stderr, as an exception; its exit code must not be 0."""
 
     def run(bench):
         given = [x.replace("{folder}", str(bench.folder)) for x in arguments]
-        bench.patch.setattr("sys.argv", ["demo.py", *QUICK, *given])
-        assert (main() if main is demo.run else main(given)) != 0
+        assert main([*QUICK, *given] if main is demo.main else given) != 0
         raise RuntimeError(bench.said().removesuffix("\n").removeprefix("error: "))
 
     return run
@@ -167,7 +166,7 @@ ROWS = {
     "tool: convert_dataset": (
         command(convert_dataset.main, "yolo", "{folder}/gone", "{folder}", "out.json"), RuntimeError, ["gone"], None),
     "tool: demo": (
-        command(demo.run, "--input", "nowhere.jpg", "--output", "{folder}/out"), RuntimeError, ["--input", "nowhere.jpg"],
+        command(demo.main, "--input", "nowhere.jpg", "--output", "{folder}/out"), RuntimeError, ["--input", "nowhere.jpg"],
         None),
 }  # fmt: skip
 

@@ -78,16 +78,18 @@ DETECTRON2 = {
     "data": {"config", "data", "projects", "structures", "utils"},  # of the projects PointRend's changes of colours
     "evaluation": {"data", "evaluation", "structures", "utils"},
     "diagnostics": {"engine", "modeling", "structures", "utils"},
-    "visualization": {"data", "structures"},
+    "visualization": {"data", "structures", "utils"},
     "config": {"config"},
     "checkpoint": {"checkpoint", "utils"},
-    "report": {"utils"},
     "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
+    "sources": {"data"},
+    "tiling": {"layers", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
     "export": {"config", "structures"},
-    "commands": {"engine", "evaluation", "modeling", "utils"},
+    "commands": {"engine", "evaluation", "modeling", "structures", "utils"},
+    "report": {"utils"},
 }
 
 

@@ -356,6 +356,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
     # deformable family see the padding. False = only images of one size pass the model together.
     cfg.TEST.PAD_TO_LARGEST = False
+    # Side in pixels of the square tiles in which evaluation, the predictor and `dn-detr predict` look at images; 0 = whole
+    # images. Each tile is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST as if it were an image (docs/predictor.md).
+    cfg.TEST.TILE = CfgNode()
+    cfg.TEST.TILE.SIZE = 0
+    # Part of a tile that it shares with the next, at least. An object that is smaller than it lies wholly in some tile.
+    cfg.TEST.TILE.OVERLAP = 0.2
 
     # At each evaluation and when the training is over, the losses on so many annotated images of each data set of
     # DATASETS.TEST, evenly spaced by image id; 0 = off, more than there are = all. Without dropout, with the same noise each

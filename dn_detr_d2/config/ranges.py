@@ -58,6 +58,7 @@ _NOT_NEGATIVE = [
     "SOLVER.WEIGHT_DECAY_NORM",
     "TEST.INSTABILITY.NUM_IMAGES",
     "TEST.INSTABILITY.PERIOD",
+    "TEST.TILE.SIZE",
     "TEST.VALIDATION_LOSS",
 ]
 _FINITE = [
@@ -126,6 +127,7 @@ CHECKS: tuple[tuple[Sequence[str], str, Callable], ...] = (
             "MODEL.SWIN.DROP_PATH_RATE",
             "MODEL.VIT.DROP_PATH_RATE",
             "MODEL_EMA.DECAY",
+            "TEST.TILE.OVERLAP",
         ),
         "lie in [0, 1)",
         lambda x: 0 <= x < 1,

@@ -45,6 +45,17 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(f"LOGGERS takes any of {LOGGERS}, got {unknown[0]!r}; TensorBoard is always written")
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE != "absolute_range":
         raise ConfigError(f"INPUT.CROP.TYPE must be 'absolute_range' for DETR's crop, got {cfg.INPUT.CROP.TYPE!r}")
+    mask = cfg.MODEL.DN_DETR.MASK
+    if cfg.TEST.TILE.SIZE and mask.ENABLED and list(mask.OUTPUTS) != ["instances"]:
+        raise ConfigError(
+            f"TEST.TILE.SIZE = {cfg.TEST.TILE.SIZE} merges instances of tiles, but MODEL.DN_DETR.MASK.OUTPUTS is "
+            f"{list(mask.OUTPUTS)}; set OUTPUTS to ['instances'], or SIZE to 0"
+        )
+    check_device(cfg)
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Refuses a MODEL.DEVICE that is none, or that is not there; raises ConfigError."""
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:

@@ -81,7 +81,14 @@ def build_train_loader(cfg):
 
 
 def build_test_loader(cfg, dataset_name: str):
-    """A loader that yields every image of a data set once, ``TEST.IMS_PER_BATCH`` at a time."""
+    """A loader that yields every image of a data set once, ``TEST.IMS_PER_BATCH`` at a time.
+
+    With ``TEST.TILE`` images are not resized: their tiles are, see :mod:`dn_detr_d2.tiling`.
+    """
+    if cfg.TEST.TILE.SIZE:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0
     records = in_model_order(_counted_records(dataset_name), dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     workers = cfg.DATALOADER.NUM_WORKERS
     return evaluation_loader(records, DetrDatasetMapper(cfg, False), cfg.TEST.IMS_PER_BATCH, workers)

@@ -21,6 +21,7 @@ from ..checkpoint.resume import must_fit
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
 from ..evaluation import build_evaluator, main_metric
+from ..tiling import with_tiles
 from ..utils.distributed import device_of, unwrap
 from ..utils.processor import slow_bfloat16
 from ..utils.rng import isolated_rng
@@ -208,7 +209,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the RNG states of the training are preserved."""
         with isolated_rng(0, device_of(model)):
-            results = super().test(cfg, model, evaluators)
+            results = super().test(cfg, with_tiles(model, cfg), evaluators)
         if cfg.DATASETS.TEST:
             agree()
         return results

@@ -8,8 +8,7 @@ import torch
 from detectron2.structures import ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..modeling.batch import group_by_size
-from ..structures import Predictions
+from ..structures import Predictions, group_by_size
 from .formats import Run
 
 

@@ -26,14 +26,6 @@ def count_objects(batched_inputs: list[dict]) -> tuple[list[int], list[int]]:
     return [len(matching_objects(x)) for x in batched_inputs], [len(denoised_objects(x)) for x in batched_inputs]
 
 
-def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
-    """Indices of the images of each size, so that none has to be padded for another."""
-    groups = {}
-    for i, image in enumerate(batched_inputs):
-        groups.setdefault(image["image"].shape, []).append(i)
-    return list(groups.values())
-
-
 def require_masks(batched_inputs: list[dict]) -> None:
     """Raises DatasetError unless the training images have ``gt_masks``."""
     for record in batched_inputs:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
-from ..structures import Memory, to_device
-from .batch import count_objects, group_by_size, make_targets, matching_objects, require_masks
+from ..structures import Memory, group_by_size, to_device
+from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
 from .neck import padding_mask
 from .outputs import ForwardOutputs

@@ -34,6 +34,7 @@ BAD = {
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
+    "dev.denoising_pictures": ["--output", "/proc/no/such"],
     "dev.flip_labels": ["/nowhere.json", "/nowhere/out.json"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
