@@ -376,7 +376,9 @@ def test_a_video_is_drawn_frame_by_frame_and_its_objects_keep_number_and_colour(
     assert "12 frames" in out
     found = results(tmp_path)
     assert [x["frame"] for x in found] == list(range(12))
-    assert [x["box_xyxy"][0] for x in found] == pytest.approx([5 + 3 * i for i in range(12)], abs=1.5)  # it is compressed
+    assert [x["box_xyxy"][0] for x in found] == pytest.approx(
+        [5 + 3 * i for i in range(12)], abs=1.5
+    )  # it is compressed
     assert found[0]["track_id"] is None  # an object is confirmed in its second frame
     assert len({x["track_id"] for x in found[1:]}) == 1
     assert {x["class_name"] for x in found} == {"b"}
