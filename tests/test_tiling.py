@@ -7,6 +7,7 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given
 from hypothesis import strategies as st
 from naming import naming
+from scipy.ndimage import find_objects, label
 from torch import nn
 
 from dn_detr_d2 import ConfigError
@@ -51,20 +52,21 @@ class FindsSquares(nn.Module):
         return [self.look(x) for x in batched_inputs]
 
     def look(self, record):
-        grey = record["image"][0].float()
+        grey = record["image"][0].numpy().astype(float)
         height, width = grey.shape
         self.seen.append((height, width))
         scale = record["height"] / height
         found = []
-        for level in (50, 100, 150):
-            ys, xs = np.nonzero((grey - level).abs().numpy() < 20)
-            if len(ys) and min(np.ptp(xs), np.ptp(ys)) + 1 >= self.smallest:
-                box = [xs.min() * scale, ys.min() * scale, (xs.max() + 1) * scale, (ys.max() + 1) * scale]
-                found.append((level // 50, [float(x) for x in box]))
+        for ys, xs in find_objects(label(grey > 25)[0]):
+            x0, y0, x1, y1 = xs.start, ys.start, xs.stop, ys.stop
+            if min(x1 - x0, y1 - y0) >= self.smallest:
+                found.append((round(grey[ys, xs].max() / 50), [x0 * scale, y0 * scale, x1 * scale, y1 * scale]))
         size = record["height"], record["width"]
-        out = Instances(size, pred_boxes=Boxes(torch.tensor([box for _, box in found]).reshape(-1, 4)))
+        out = Instances(
+            size, pred_boxes=Boxes(torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4))
+        )
         out.scores = torch.tensor([0.9 - 0.1 * i for i in range(len(found))])
-        out.pred_classes = torch.tensor([label for label, _ in found], dtype=torch.int64)
+        out.pred_classes = torch.tensor([number for number, _ in found], dtype=torch.int64)
         if self.masks:
             out.pred_masks = torch.zeros(len(found), *size, dtype=torch.bool)
             for mask, (_, box) in zip(out.pred_masks, found, strict=True):
@@ -79,8 +81,8 @@ SQUARES = [(20, 30, 1), (150, 20, 2), (30, 160, 3), (170, 170, 1), (95, 40, 3)]
 
 def mosaic():
     image = torch.zeros(3, 200, 200, dtype=torch.uint8)
-    for x, y, label in SQUARES:
-        image[:, y : y + 10, x : x + 10] = 50 * label
+    for x, y, number in SQUARES:
+        image[:, y : y + 10, x : x + 10] = 50 * number
     return {"image": image, "height": 200, "width": 200, "file_name": "mosaic.png"}
 
 
