@@ -1,6 +1,7 @@
 # make quickstart   install, train a small detector on the embedded data set, evaluate it, draw what it sees
 # make test         install if need be, run the test suite
 # make test-all     the same with the long tests: builds, sanitizers, stress tests, exhaustive variants
+# make docs         build the site of docs/ in output/site
 #
 # VENV=folder   virtual environment to use, made if it is not there (default .venv)
 # PYTHON=path   an interpreter to use as it is; nothing is installed into it
@@ -21,7 +22,7 @@ PYTHON := $(VENV)/bin/python
 ENVIRONMENT := $(READY)
 endif
 
-.PHONY: quickstart test test-all lint environment check-python clean
+.PHONY: quickstart test test-all lint docs environment check-python clean
 quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
@@ -35,6 +36,10 @@ test-all: $(ENVIRONMENT)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m codespell_lib
+
+docs: $(ENVIRONMENT)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+	@echo "site: output/site/index.html"
 
 environment: $(ENVIRONMENT)
 

@@ -32,8 +32,9 @@ SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 400, "DATASETS.TEST": ("bcc
 SCRATCH = {"MODEL.WEIGHTS": "", "MODEL.BACKBONE.FREEZE_AT": 0, "SOLVER.BACKBONE_MULTIPLIER": 1.0}
 COARSE = {"MODEL.DN_DETR.IN_FEATURES": ("res3", "res4", "res5"), "MODEL.DN_DETR.NUM_FEATURE_LEVELS": 3}
 # What is taken back -> the overrides that do it.
+RECIPE = "the recipe"
 CHOICES = {
-    "the recipe": {},
+    RECIPE: {},
     "from random weights, nothing frozen": SCRATCH,
     "batch norms as loaded (FrozenBN)": {"MODEL.TIMM.NORM": "FrozenBN"},
     "levels from stride 8": COARSE,
@@ -46,6 +47,7 @@ CHOICES = {
     "batch 4, half the iterations": {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 400, "TEST.EVAL_PERIOD": 200},
     "horizontal flips only": {"INPUT.RANDOM_FLIP": "horizontal"},
 }
+KINDS = {"moving average": "ema/", "last weights": ""}
 METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
 
 
@@ -67,12 +69,16 @@ def folder_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def train(args: argparse.Namespace, name: str, overrides: dict, seed: int) -> Run:
-    """The training of that name, done now if it has not been; raises UserError if it fails, or is wanting in a report."""
+def train(args: argparse.Namespace, name: str, overrides: dict, seed: int) -> Run | None:
+    """The training of that name, done now if it has not been; None if a report finds that it has not ended.
+
+    Raises:
+        UserError: it fails.
+    """
     folder = Path(args.runs) / f"{folder_name(name)}_seed{seed}"
     if not (folder / "model_final.pth").exists():
         if args.report:
-            raise UserError(f"--report finds no {folder / 'model_final.pth'}; run without --report first")
+            return None
         print(f"training {name}, seed {seed}", file=sys.stderr, flush=True)
         opts = chain(*({"SEED": seed, "OUTPUT_DIR": folder} | overrides).items())
         command = [sys.executable, ROOT / "train_net.py", "--config-file", CONFIG, "--resume", *opts, *args.opts]
@@ -91,9 +97,9 @@ def last(run: Run, metric: str, prefix: str = "") -> float:
 
 
 def row(name: str, run: Run, base: Run | None = None, prefix: str = "") -> list[str]:
-    """A line of a table."""
+    """A line of a table; with ``base`` the difference of the AP50 too."""
     values = [f"{last(run, metric, prefix):.1f}" for metric in METRICS.values()]
-    gained = [] if base is None else [f"{last(run, 'AP50', prefix) - last(base, 'AP50', prefix):+.1f}"]
+    gained = [f"{last(run, 'AP50', prefix) - last(base, 'AP50', prefix):+.1f}"] if base else []
     return [name, *values, *gained, f"{run.seconds_an_iteration:.2f}"]
 
 
@@ -102,36 +108,44 @@ def report(args: argparse.Namespace) -> str:
     setup_cfg(str(CONFIG), args.opts, splits=())  # a misspelt key is named before hours of training
     if not (Path(args.bccd) / "bccd" / "train.json").is_file():
         raise UserError(f"--bccd {args.bccd} holds no bccd/train.json; name the folder above BCCD in COCO format")
-    output = Path(args.output or args.runs)
     first = args.seeds[0]
     short = {name: train(args, f"short {name}", SHORT | CHOICES[name], first) for name in args.choices}
-    whole = [train(args, "recipe", {}, seed) for seed in args.seeds]
-    scratch = train(args, "scratch", SCRATCH, first)
-    picture = draw([Group("from random weights", [scratch]), Group("configs/bccd.yaml", whole)], output / "bccd.png")
-    base = short.get("the recipe")
-    rows = [row(name, run, base if run is not base else None) for name, run in short.items()]
-    rows = [[*x[:-1], "", x[-1]] if len(x) == len(METRICS) + 2 else x for x in rows]
-    average = "ema/"
-    seeds = [row(f"seed {x}, moving average", run, None, average) for x, run in zip(args.seeds, whole, strict=True)]
-    seeds += [row(f"seed {x}, last weights", run) for x, run in zip(args.seeds, whole, strict=True)]
-    seeds += [row(f"from random weights, seed {first}, moving average", scratch, None, average)]
+    whole = {f"seed {seed}": train(args, "recipe", {}, seed) for seed in args.seeds}
+    scratch = {f"from random weights, seed {first}": train(args, "scratch", SCRATCH, first)}
+    wanting = [name for name, run in (short | whole | scratch).items() if run is None]
+    short, whole, scratch = ({name: run for name, run in x.items() if run} for x in (short, whole, scratch))
+    base = short.get(RECIPE)
+    if not whole or not base:
+        raise UserError(
+            f"--report finds neither a whole nor a short training of the recipe in {args.runs}; run it first"
+        )
+    groups = [Group("from random weights", [*scratch.values()])] if scratch else []
+    output = Path(args.output or args.runs)
+    picture = draw([*groups, Group("configs/bccd.yaml", [*whole.values()])], output / "bccd.png")
+    rows = [
+        row(f"{name}, {kind}", run, None, prefix)
+        for kind, prefix in KINDS.items()
+        for name, run in (whole | scratch).items()
+    ]
+    choices = [row(name, run, base) for name, run in short.items()]
+    headers = ["", *METRICS, "AP50 against the recipe", "seconds an iteration"]
     page = f"""# BCCD: what a small set of photographs gains from what
 
 `{command_line(args)}`, {machine()}.
 
 ## The recipe on the test split
 
-{tabulate(seeds, ["training", *METRICS, "seconds an iteration"], tablefmt="github", disable_numparse=True)}
+{tabulate(rows, ["training", *METRICS, "seconds an iteration"], tablefmt="github", disable_numparse=True)}
 
 ![Curves]({picture.name})
 
 ## One choice at a time taken back
 
-On the validation split, {SHORT["SOLVER.MAX_ITER"]} iterations, seed {first}, last weights; the last column but one is the
-difference in AP50.
+On the validation split, {SHORT["SOLVER.MAX_ITER"]} iterations, seed {first}, last weights.
 
-{tabulate(rows, ["", *METRICS, "AP50 against the recipe", "seconds an iteration"], tablefmt="github", disable_numparse=True)}
+{tabulate(choices, headers, tablefmt="github", disable_numparse=True)}
 """
+    page += f"\nNot trained: {'; '.join(wanting)}.\n" if wanting else ""
     (output / "bccd.md").write_text(page)
     return page
 

@@ -87,6 +87,7 @@ DETECTRON2 = {
     "sources": {"data"},
     "tiling": {"layers", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
+    "export": {"config", "structures"},
     "commands": {"engine", "evaluation", "modeling", "structures", "utils"},
     "report": {"utils"},
 }

@@ -76,6 +76,15 @@ def test_mistakes_are_refused_before_anything_is_written(run, arguments, named):
     assert said.count("\n") == 1
 
 
+def test_a_bare_name_is_a_config_of_the_package_in_every_process(monkeypatch, tmp_path):
+    """Each process hands the file to Detectron2, which knows no such names."""
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr(train, "launch", lambda *arguments: given.append(arguments[-1][0].config_file) or 0)
+    assert train.main(["--config-file", "quickstart", "MODEL.DEVICE", "cpu"]) == 0
+    assert given == [QUICK]
+
+
 def test_a_test_set_that_detectron2_registers_is_read_before_anything_is_written(run, tmp_path):
     (tmp_path / "set.json").write_text('{"images": [')
     register_coco_instances("test_users", {}, str(tmp_path / "set.json"), str(tmp_path))

@@ -24,8 +24,9 @@ TOP = {"README.md": "index.md"} | {
 TOP["examples/README.md"] = "examples.md"
 # packages and modules with a page of their own, in the order of the navigation
 API = (
-    "denoising", "losses", "layers", "structures", "boxes", "predictor", "model_zoo", "engine", "modeling", "data",
-    "evaluation", "diagnostics", "visualization", "checkpoint", "config", "errors",
+    "denoising", "losses", "layers", "structures", "boxes", "predictor", "sources", "tiling", "model_zoo", "engine",
+    "modeling", "data", "evaluation", "diagnostics", "visualization", "checkpoint", "config", "export", "report",
+    "hub", "errors",
 )  # fmt: skip
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 

@@ -74,7 +74,10 @@ def keys_page(source: Path) -> str:
     for name, groups in sections.items():
         page += [f"## {name}", plain(nodes.get(name, ""))]
         for keys, text in groups:
-            page += ["  \n".join(f"**`{key.name}`** = `{key.default}`" for key in keys), f": {plain(text)}"]
+            page += [
+                "  \n".join(f"**`{key.name}`** = `{key.default}`" for key in keys),
+                f": {plain(text)}" if text else "",
+            ]
     return "\n\n".join(part for part in page if part) + "\n"
 
 

@@ -11,4 +11,5 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_) -> None:
         """Changes the docstring of an object."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"`\1`", obj.docstring.value)
+            text = re.sub(r":[a-z]+:`[~.]*([^`]+)`", r"`\1`", obj.docstring.value)
+            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)  # a block of code follows

@@ -33,6 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..command_line import BAD_INPUT, FAILED, make_parser
 from ..config import device_is_named
+from ..config.zoo import find_config_file
 from ..data import check_files, check_records
 from ..engine import (
     Trainer,
@@ -139,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """As :func:`main`, of a command line that is parsed: in one process, in several, or as one that torchrun started."""
     escape_unwritable()
+    args.config_file = find_config_file(args.config_file)  # Detectron2 copies the file into the log
     rank_info, refused = None, BAD_INPUT
     try:
         if rank_info := rank_info_from_env(os.environ):

@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 
-from ..export import PARTS, OneImage
+from ..modeling.tensor_model import PARTS, TensorModel
 from .model_state import require_queries
 
 
@@ -56,22 +56,22 @@ def analyze(cfg, height: int, width: int) -> dict:
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flops = FlopCountAnalysis(OneImage(model), image).set_op_handle(**HANDLES)
-        activations = ActivationCountAnalysis(OneImage(model), image)
+        flops = FlopCountAnalysis(TensorModel(model), image).set_op_handle(**HANDLES)
+        activations = ActivationCountAnalysis(TensorModel(model), image)
         for analysis in (flops, activations):
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         per_part, per_operator = flops.by_module(), flops.by_module_and_operator()
         outputs = activations.by_module()
     result = {}
     for name in (*(part for part in PARTS if getattr(model, part) is not None), ""):
-        module = model.get_submodule(name)
+        module, traced = model.get_submodule(name), f"model.{name}" if name else ""
         parameters = list(module.parameters())
         result[name or "total"] = {
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "gflops": (per_part[name] - per_operator[name]["softmax"]) / 1e9,
-            "paper_gflops": (per_part[name] - sum(per_operator[name][kind] for kind in NOT_IN_PAPERS)) / 1e9,
-            "mactivations": outputs[name] / 1e6,
+            "gflops": (per_part[traced] - per_operator[traced]["softmax"]) / 1e9,
+            "paper_gflops": (per_part[traced] - sum(per_operator[traced][kind] for kind in NOT_IN_PAPERS)) / 1e9,
+            "mactivations": outputs[traced] / 1e6,
         }
     return result
 

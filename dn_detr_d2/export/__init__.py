@@ -1,5 +1,1 @@
-"""The detector as a function of tensors alone."""
-
-from .wrapper import PARTS, OneImage
-
-__all__ = ["PARTS", "OneImage"]
+"""A trained detector as a file that runs without this package: ONNX, torch.export, AOTInductor."""

@@ -135,8 +135,12 @@ def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[in
         offsets: (N, Q, H, L, K, 2), (x, y).
         shapes: (h, w) of each level.
     """
-    cells = np.array([(max(width, 1), max(height, 1)) for height, width in shapes], np.int64).reshape(-1, 2)
-    cells = upload(cells, offsets)  # (L, 2), no wait for the device
+    if torch.compiler.is_exporting():  # sizes are symbols, of which no array can be made
+        cells = torch.stack([offsets.new_full((), size) for height, width in shapes for size in (width, height)])
+        cells = cells.view(-1, 2)
+    else:
+        cells = np.array([(max(width, 1), max(height, 1)) for height, width in shapes], np.int64).reshape(-1, 2)
+        cells = upload(cells, offsets)  # (L, 2), no wait for the device
     return points[:, :, None, :, None] + offsets / cells[:, None]
 
 

@@ -46,7 +46,7 @@ class LearnedMaskQueries(nn.Module):
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; their references, which nobody reads, are 0.5."""
-        content, position = (x.weight.expand(len(memory.tokens), -1, -1) for x in (self.content, self.queries))
+        content, position = (x.weight.expand(memory.tokens.shape[0], -1, -1) for x in (self.content, self.queries))
         return ObjectQueries(content, torch.full_like(position[..., :4], 0.5), position=position)
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
@@ -133,7 +133,7 @@ class MaskDinoQueries(TopKAnchors):
         boxes, usable = self._propose(memory)
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
-        best = self.score_cells(logits).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        best = self.score_cells(logits).topk(torch.sym_min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
         first, refined, embeddings = self._decoder[0].classify_and_embed(chosen[0], self.refine(*chosen))
         proposals = Predictions(first[None], refined[None], embeddings[None], memory.mask_features)
@@ -143,10 +143,13 @@ class MaskDinoQueries(TopKAnchors):
     @torch.no_grad()
     def first_boxes(self, proposals: Predictions) -> Tensor:
         """(N, Q, 4) boxes of the masks of the proposals, image by image, because the maps of all would be large."""
-        features, corners = proposals.mask_features, []
-        for embeddings, own in zip(proposals.mask_embeddings[0], features, strict=True):
-            corners.append(boxes_of_masks(torch.einsum("qc,chw->qhw", embeddings, own) > 0))
-        x0, y0, x1, y1 = torch.stack(corners).to(features.dtype).unbind(-1)
+        features = proposals.mask_features
+        if torch.compiler.is_exporting():  # the number of images is not known
+            corners = boxes_of_masks(proposals.mask_logits() > 0)
+        else:
+            pairs = zip(proposals.mask_embeddings[0], features, strict=True)
+            corners = torch.stack([boxes_of_masks(torch.einsum("qc,chw->qhw", *pair) > 0) for pair in pairs])
+        x0, y0, x1, y1 = corners.to(features.dtype).unbind(-1)
         height, width = features.shape[-2:]
         if self.boxes_from_masks == "mask2box":
             empty = x1 == 0

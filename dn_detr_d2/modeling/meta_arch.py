@@ -177,14 +177,43 @@ class DenoisingDETR(nn.Module):
 
     def encode_images(self, images: ImageList) -> Memory:
         """:meth:`encode` after the preprocessing."""
-        features, size = self.backbone(images.tensor), images.tensor.shape[-2:]
+        sizes = to_device(torch.tensor(images.image_sizes), self.device)
+        return self.encode_tensors(images.tensor, padding_mask(sizes, *images.tensor.shape[-2:]))
+
+    def encode_tensors(self, images: Tensor, padding: Tensor) -> Memory:
+        """:meth:`encode` of normalised images (N, 3, H, W) with their (N, H, W) bool padding mask."""
+        features = self.backbone(images)
         if self.pixel_decoder is None:
-            padding = padding_mask(images.image_sizes, *size, device=self.device)
             return self.encoder(self.neck(features, padding))
         with torch.autocast(self.device.type, enabled=False):  # as in the authors' code
             features = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items()}
-            padding = torch.zeros(len(images.image_sizes), *size, dtype=torch.bool, device=self.device)
-            return self.pixel_decoder(features, self.encoder(self.neck(features, padding)))
+            return self.pixel_decoder(features, self.encoder(self.neck(features, torch.zeros_like(padding))))
+
+    def forward_tensors(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Detection as a function of tensors, without Detectron2's dicts: what is exported. Evaluation mode.
+
+        Args:
+            images: (N, 3, H, W) floating point in 0..255 and the channel order of ``INPUT.FORMAT``. In models with masks H
+                and W must be multiples of ``size_divisibility``.
+            sizes: (N, 2) integers, (height, width) of each image; what lies right of and below it is padding, whatever its
+                values. None = there is no padding.
+
+        Returns:
+            tuple: what the last layer predicts: logits (N, Q, P), or (N, Q, P + 1) with "no object" last; boxes (N, Q, 4),
+            cxcywh in [0, 1] of each image without its padding, of models with masks with it; mask logits
+            (N, Q, H / 4, W / 4). Mask2Former has no boxes, most models have no masks.
+        """
+        images = (images - self.pixel_mean) / self.pixel_std
+        if sizes is None:
+            padding = torch.zeros_like(images[:, 0], dtype=torch.bool)
+        else:
+            padding = padding_mask(sizes, *images.shape[-2:])
+            images = images.masked_fill(padding[:, None], 0.0)
+        memory = self.encode_tensors(images, padding)
+        predictions = self.decoder(self.query_source(memory), memory)
+        boxes = [] if predictions.boxes is None else [predictions.boxes[-1]]
+        masks = [] if predictions.mask_embeddings is None else [predictions.mask_logits()]
+        return (predictions.logits[-1], *boxes, *masks)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""

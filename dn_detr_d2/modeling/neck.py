@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers import SinePositionEncoding
-from ..structures import Pyramid, to_device
+from ..structures import Pyramid
 
 
 class Neck(nn.Module):
@@ -121,10 +121,9 @@ def is_coarser(input_shape: dict[str, ShapeSpec], a: str, b: str) -> bool:
     return None not in strides and strides[0] > strides[1]
 
 
-def padding_mask(image_sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Tensor:
-    """(N, height, width) bool: True on the pixels right of and below each image of size (h, w)."""
-    sizes = to_device(torch.tensor(image_sizes), device)
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
+    """(N, height, width) bool: True on the pixels right of and below each image of size (h, w), sizes (N, 2)."""
+    rows, columns = torch.arange(height, device=sizes.device), torch.arange(width, device=sizes.device)
     return (rows[None, :, None] >= sizes[:, 0, None, None]) | (columns[None, None] >= sizes[:, 1, None, None])
 
 

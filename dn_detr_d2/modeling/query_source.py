@@ -102,7 +102,7 @@ class LearnedAnchors(nn.Module):
         """The matching queries, the same for every image."""
         copies = max(len(self.patterns.weight) if self.patterns is not None else 0, 1)
         content, boxes = self._content().tile(copies, 1), self.anchors.weight.sigmoid().tile(copies, 1)
-        n = len(memory.tokens)
+        n = memory.tokens.shape[0]
         return ObjectQueries(self._add_patterns(content).expand(n, -1, -1), boxes.expand(n, -1, -1))
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
@@ -165,7 +165,7 @@ class LearnedPositions(nn.Module):
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; with 0.5 as reference the box heads say the box itself."""
-        position = self.queries.weight.expand(len(memory.tokens), -1, -1)
+        position = self.queries.weight.expand(memory.tokens.shape[0], -1, -1)
         boxes = torch.full_like(position[..., :4], 0.5)
         return ObjectQueries(torch.zeros_like(position), boxes, position=position)
 
@@ -211,7 +211,7 @@ class LearnedQueries(LearnedPositions):
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The same queries for every image; width and height of their references are not known yet: 0.5."""
-        position, content = self.queries.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)
+        position, content = self.queries.weight.expand(memory.tokens.shape[0], -1, -1).chunk(2, -1)
         with torch.autocast(position.device.type, enabled=False):  # boxes are float32
             points = self.reference(position).sigmoid()
         return ObjectQueries(content, without_size(points), position=position)
@@ -266,7 +266,7 @@ class LearnedPoints(nn.Module):
         """The same queries for every image; width and height of their references are not known: 0.5."""
         content = self.patterns.weight.repeat_interleave(len(self.points.weight), 0)
         boxes = without_size(self.points.weight).tile(len(self.patterns.weight), 1)
-        n = len(memory.tokens)
+        n = memory.tokens.shape[0]
         return ObjectQueries(content.expand(n, -1, -1), boxes.expand(n, -1, -1))
 
     def embed(self, noised: NoisedTargets) -> ObjectQueries:
@@ -342,7 +342,7 @@ class TopKAnchors(nn.Module):
         boxes, usable = self._propose(memory)
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
-        best = self.score_cells(logits).topk(min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        best = self.score_cells(logits).topk(torch.sym_min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
         refined = self.refine(*chosen)
         proposals = self.proposal_outputs(take(logits, best), refined, logits, hidden, boxes, usable)
@@ -364,7 +364,7 @@ class TopKAnchors(nn.Module):
         """(content, boxes) of queries at the chosen cells, (N, Q, C) and (N, Q, 4) without gradient."""
         if self.content is None:
             return hidden, boxes
-        return self.content.weight[: hidden.shape[1]].expand(len(hidden), -1, -1), boxes
+        return self.content.weight[: hidden.shape[1]].expand(hidden.shape[0], -1, -1), boxes
 
     def proposal_targets(self, targets: Targets) -> Targets:
         """What the loss of the proposals asks for."""
@@ -378,7 +378,7 @@ class TopKAnchors(nn.Module):
         """(N, S, 4) box of each cell, and (N, S) whether it may be used: not padding, and not at the border."""
         points = cell_points(memory)
         sides = [points.new_full((h * w,), self.SIDE * 2**level) for level, (h, w) in enumerate(memory.shapes)]
-        sides = torch.cat(sides)[None, :, None].expand(len(points), -1, 2)
+        sides = torch.cat(sides)[None, :, None].expand(points.shape[0], -1, 2)
         boxes = torch.cat([points, sides], -1)
         inside = ((boxes > self.MARGIN) & (boxes < 1 - self.MARGIN)).all(-1)
         return boxes, inside & ~memory.padding

@@ -97,5 +97,5 @@ def test_command_line():
     assert "3 classes" in ran.stdout
     assert "MiB" in ran.stdout
     ran = run_program(*command, "8", "8")
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert naming("error: ", "--size", "32 32", "8 8").search(ran.stderr.splitlines()[-1])

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,7 +87,10 @@ def test_wandb_gets_values_and_goes_on_with_its_run(tmp_path, wandb_offline):
     assert ids[1] == "abc123"
     files = [path.name for path in (tmp_path / "wandb").rglob("run-*.wandb")]
     assert sorted(files) == sorted(f"run-{x}.wandb" for x in ids)
-    assert b"denoising/accuracy@0.4" in next((tmp_path / "wandb").rglob("run-abc123.wandb")).read_bytes()
+    log, until = next((tmp_path / "wandb").rglob("run-abc123.wandb")), time.monotonic() + 60
+    while b"denoising/accuracy@0.4" not in log.read_bytes():  # another process writes it
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_training_with_wandb_draws_the_same_random_numbers(tmp_path, wandb_offline):

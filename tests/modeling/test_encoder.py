@@ -8,24 +8,24 @@ from dn_detr_d2.structures import Pyramid
 
 
 def test_padding_mask_marks_right_and_bottom():
-    mask = padding_mask([(2, 3), (3, 1)], 3, 4, torch.device("cpu"))
+    mask = padding_mask(torch.tensor([(2, 3), (3, 1)]), 3, 4)
     assert mask[0].int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
     assert mask[1].int().tolist() == [[0, 1, 1, 1]] * 3
 
 
 def test_shrinking_a_mask_takes_the_nearest_pixel():
     """Cell j of w looks at pixel floor(j * W / w): for 5 -> 2 these are 0 and 2."""
-    mask = padding_mask([(4, 2)], 4, 5, torch.device("cpu"))
+    mask = padding_mask(torch.tensor([(4, 2)]), 4, 5)
     assert shrink_mask(mask, (2, 2))[0].int().tolist() == [[0, 1], [0, 1]]
 
 
 def test_valid_ratio_is_width_then_height():
-    mask = padding_mask([(2, 3)], 4, 4, torch.device("cpu"))
+    mask = padding_mask(torch.tensor([(2, 3)]), 4, 4)
     assert valid_ratio(mask).tolist() == [[0.75, 0.5]]
 
 
 def make_memory(sizes, shapes):
-    padding = [padding_mask(sizes, h, w, torch.device("cpu")) for h, w in shapes]
+    padding = [padding_mask(torch.tensor(sizes), h, w) for h, w in shapes]
     maps = [torch.randn(len(sizes), 4, h, w) for h, w in shapes]
     return flatten_pyramid(Pyramid(maps, [torch.zeros_like(x) for x in maps], padding)), maps
 
