@@ -166,10 +166,13 @@ def read_known(path: str, images: list[Path], cfg) -> dict[Path, list[tuple[list
 
 
 def read_labels(text: str, cfg) -> list[int]:
-    """Numbers of the classes of ``--labels``; raises UserError for classes that the model has not."""
+    """Numbers of the classes of ``--labels``; raises UserError for classes that the model has not, or that are named twice."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     known_names = cfg.MODEL.DN_DETR.CLASS_NAMES
-    return [class_number(int(x) if x.isdecimal() and x not in known_names else x, cfg) for x in names]
+    labels = [class_number(int(x) if x.isdecimal() and x not in known_names else x, cfg) for x in names]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"--labels {text} stands for the classes {labels}; name each once")
+    return labels
 
 
 def read_prompts(args: argparse.Namespace, images: list[Path], cfg) -> Callable[[Path, tuple[int, int]], dict]:
