@@ -166,7 +166,7 @@ def read_known(path: str, images: list[Path], cfg) -> dict[Path, list[tuple[list
 
 
 def read_labels(text: str, cfg) -> list[int]:
-    """Numbers of the classes of ``--labels``; raises UserError for classes that the model has not, or that are named twice."""
+    """Numbers of the classes of ``--labels``; raises UserError for unknown classes, or those that are named twice."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     known_names = cfg.MODEL.DN_DETR.CLASS_NAMES
     labels = [class_number(int(x) if x.isdecimal() and x not in known_names else x, cfg) for x in names]
