@@ -1,11 +1,13 @@
 import json
 import os
+import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -401,6 +403,28 @@ def test_frames_of_a_capture_are_those_of_images(finished, video):
     ((again, _), *_) = demo_of_model.follow([first])
     assert torch.equal(found["instances"].scores, again["instances"].scores)
     assert drawn.get_image().shape == (480, 720, 3)
+
+
+@pytest.mark.parametrize("source", ["VIDEO", pytest.param("--webcam", marks=pytest.mark.long)])
+def test_a_damaged_video_and_a_missing_camera_are_one_line_of_the_process(finished, video, tmp_path, source):
+    """OpenCV and FFmpeg print on their own, past sys.stderr."""
+    video.write_bytes(video.read_bytes()[:600])
+    given = ["--webcam"] if source == "--webcam" else ["--video-input", str(video)]
+    if source == "--webcam" and os.path.exists("/dev/video0"):
+        pytest.skip("there is a camera")
+    command = [sys.executable, str(ROOT / "demo.py"), "--config-file", str(finished[0]), *given]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert naming("pan.mp4" if source == "VIDEO" else "camera").search(done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tracks_need_their_package(run, video, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    code, _, err = run("--video-input", video, "--track")
+    assert code == 2
+    assert naming("--track", "[track]").search(err)
 
 
 def test_a_video_that_ends_early_is_drawn_and_named(run, video, tmp_path, monkeypatch):
