@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+import textwrap
 from itertools import chain
 from pathlib import Path
 
@@ -145,7 +146,7 @@ On the validation split, {SHORT["SOLVER.MAX_ITER"]} iterations, seed {first}, la
 
 {tabulate(choices, headers, tablefmt="github", disable_numparse=True)}
 """
-    page += f"\nNot trained: {'; '.join(wanting)}.\n" if wanting else ""
+    page += "\n" + textwrap.fill(f"Not trained: {'; '.join(wanting)}.", 118) + "\n" if wanting else ""
     (output / "bccd.md").write_text(page)
     return page
 

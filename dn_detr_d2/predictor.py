@@ -90,12 +90,7 @@ class Predictor(DefaultPredictor):
         return self._detect([self._record(array, self._prompts(array, known, labels))])[0]
 
     def predict(
-        self,
-        source,
-        *,
-        batch_size: int | None = None,
-        labels: Sequence[str | int] | None = None,
-        rgb: bool = False,
+        self, source, *, batch_size: int | None = None, labels: Sequence[str | int] | None = None, rgb: bool = False
     ) -> Iterator[dict]:
         """Detections of many images, as from one call for each.
 

@@ -1,6 +1,8 @@
 import os
 import pickle
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 from naming import naming
+from PIL import Image
 
-from dn_detr_d2 import CheckpointError, UserError
+from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, UserError
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.predictor import Predictor
 
@@ -190,3 +193,152 @@ def test_what_is_not_of_the_image_or_the_model_is_refused_in_pixels_of_the_image
     predictor, image = told
     with pytest.raises(UserError, match=naming(*named)):
         predictor(image, **prompts)
+
+
+@pytest.fixture
+def made(toy_cfg, toy_model, tmp_path):
+    """made(system, *overrides, **arguments) -> a small predictor."""
+
+    def make(system, *overrides, **arguments):
+        torch.save({"model": toy_model(system).state_dict()}, tmp_path / "model.pth")
+        options = ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), "INPUT.MIN_SIZE_TEST", 64, *overrides]
+        return Predictor(toy_cfg(system, *options), **arguments)
+
+    return make
+
+
+def pictures(count=5):
+    rng = np.random.default_rng(0)
+    sizes = [(48, 64), (64, 48), (48, 64), (40, 40), (96, 128)]  # the last is of the first's shape once resized
+    return [rng.integers(256, size=(*sizes[i % 5], 3), dtype=np.uint8) for i in range(count)]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr", "mask2former"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_many_images_have_the_detections_of_one_by_one(made, system, padded):
+    predictor = made(system, "TEST.PAD_TO_LARGEST", padded)
+    images = pictures()
+    expected = [predictor(image)["instances"] for image in images]
+    for batch_size in (None, 2, 5):
+        found = [x["instances"] for x in predictor.predict(images, batch_size=batch_size)]
+        assert [x.image_size for x in found] == [image.shape[:2] for image in images]
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+
+
+def test_images_of_one_size_pass_the_model_together(made):
+    predictor, passes = made("dn_detr"), []
+    predictor.model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    list(predictor.predict(pictures(), batch_size=5))
+    assert passes == [3, 1, 1]
+
+
+def test_every_kind_of_source_gives_the_same_detections(made, tmp_path):
+    predictor, image = made("dn_detr"), pictures(1)[0]
+    rgb = np.ascontiguousarray(image[:, :, ::-1])
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    expected = predictor(image)["instances"]
+    assert same(predictor(str(tmp_path / "a.png"))["instances"], expected)
+    assert same(predictor(Image.fromarray(rgb))["instances"], expected)
+    assert same(predictor(torch.from_numpy(rgb).permute(2, 0, 1), rgb=True)["instances"], expected)
+    for source in (tmp_path, str(tmp_path / "*.png"), [tmp_path / "a.png"], image, (x for x in [image])):
+        (found,) = predictor.predict(source)
+        assert same(found["instances"], expected)
+
+
+def test_a_stream_is_read_when_results_are_asked_for(made):
+    predictor, taken = made("dn_detr"), []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield pictures(1)[0]
+
+    results = predictor.predict(endless(), batch_size=2)
+    assert len(taken) == 0
+    next(results)
+    assert len(taken) == 2
+    next(results)
+    assert len(taken) == 2
+
+
+def test_labels_hold_for_all_images(told):
+    predictor, image = told
+    assert [set(x["instances"].pred_classes.tolist()) for x in predictor.predict([image] * 3, labels=["b"])] == [
+        {1}
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "kind", "named"),
+    [
+        ("gone.png", {}, DatasetError, ["gone.png"]),
+        ("http://a.org/x.jpg", {}, UserError, ["http://a.org/x.jpg", "URL"]),
+        (["gone.png"], {}, DatasetError, ["gone.png"]),
+        ([], {"batch_size": 0}, UserError, ["batch_size", 0]),
+        ([], {"batch_size": 1.5}, UserError, ["batch_size", 1.5]),
+    ],
+)
+def test_sources_are_looked_for_before_the_first_image(told, source, options, kind, named):
+    with pytest.raises(kind, match=naming(*named)):
+        told[0].predict(source, **options)
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "dino"])
+def test_threads_share_a_predictor(made, system):
+    predictor, images = made(system), pictures(5) * 3
+    expected = [predictor(image)["instances"] for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = [x["instances"] for x in pool.map(predictor, images)]
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_half_precision_is_near_and_refused_where_it_is_slow(made, monkeypatch):
+    image = pictures(1)[0]
+    monkeypatch.setattr("dn_detr_d2.predictor.slow_bfloat16", lambda: "")
+    full, half = made("dn_detr"), made("dn_detr", half=True)
+    half.model.load_state_dict(full.model.state_dict())
+    dtypes = set()
+    half.model.backbone.register_forward_hook(lambda *given: dtypes.update(x.dtype for x in given[2].values()))
+    found, expected = half(image)["instances"], full(image)["instances"]
+    assert dtypes == {torch.bfloat16}
+    assert (found.scores - expected.scores).abs().max() < 0.05
+    assert not same(found, expected)
+    monkeypatch.setattr("dn_detr_d2.predictor.slow_bfloat16", lambda: "this CPU has none")
+    with pytest.raises(ConfigError, match=naming("half=True", "this CPU has none")):
+        made("dn_detr", half=True)
+
+
+def test_the_device_is_an_argument(made):
+    assert made("dn_detr", device=torch.device("cpu")).cfg.MODEL.DEVICE == "cpu"
+    with pytest.raises(ConfigError, match=naming("MODEL.DEVICE", "'no device'")):
+        made("dn_detr", device="no device")
+
+
+def test_supervision_gets_boxes_names_and_masks(made):
+    names = ["MODEL.DN_DETR.CLASS_NAMES", list("abcde")]
+    image = pictures(1)[0]
+    predictor = made("mask_dino", *names)
+    found = predictor(image)
+    detections, instances = predictor.to_supervision(found), found["instances"]
+    assert np.array_equal(detections.xyxy, instances.pred_boxes.tensor.numpy())
+    assert np.array_equal(detections.mask, instances.pred_masks.numpy())
+    assert np.array_equal(detections.confidence, instances.scores.numpy())
+    assert list(detections.data["class_name"]) == ["abcde"[i] for i in instances.pred_classes]
+    assert len(detections[detections.class_id == 9]) == 0
+    plain = made("dn_detr")
+    assert plain.to_supervision(plain(image)).mask is None
+    assert set(plain.to_supervision(plain(image)).data["class_name"]) <= set("01234")
+    with pytest.raises(ConfigError, match=naming("['sem_seg']", "MASK.OUTPUTS")):
+        predictor.to_supervision({"sem_seg": None})
+
+
+def test_a_missing_supervision_names_its_extra(told, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ConfigError, match=naming("[report]")):
+        told[0].to_supervision({})

@@ -24,9 +24,9 @@ from dn_detr_d2.utils.requirements import is_installed
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="model repository on the hub")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config.yaml of the training")
     add_weights(parser, "of the training")
-    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="model repository on the hub")
     parser.add_argument("--output", metavar="FOLDER", help="what is pushed is written here (default OUTPUT_DIR/hub)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--dry-run", action="store_true", help="write the folder, upload nothing")

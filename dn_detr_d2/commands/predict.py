@@ -166,10 +166,13 @@ def read_known(path: str, images: list[Path], cfg) -> dict[Path, list[tuple[list
 
 
 def read_labels(text: str, cfg) -> list[int]:
-    """Numbers of the classes of ``--labels``; raises UserError for classes that the model has not."""
+    """Numbers of the classes of ``--labels``; raises UserError for unknown classes, or those that are named twice."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     known_names = cfg.MODEL.DN_DETR.CLASS_NAMES
-    return [class_number(int(x) if x.isdecimal() and x not in known_names else x, cfg) for x in names]
+    labels = [class_number(int(x) if x.isdecimal() and x not in known_names else x, cfg) for x in names]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"--labels {text} stands for the classes {labels}; name each once")
+    return labels
 
 
 def read_prompts(args: argparse.Namespace, images: list[Path], cfg) -> Callable[[Path, tuple[int, int]], dict]:
@@ -328,10 +331,19 @@ def writing(target: Path, frame_rate: float):
             writer.release()
 
 
+def quiet_opencv() -> None:
+    """Of a video that cannot be read there is one sentence, not the lines of OpenCV and FFmpeg besides."""
+    import cv2
+
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
 def predict_video(args: argparse.Namespace) -> int:
     """Runs over the frames of a video or a camera; 1 if a file ends before the frames that it announces."""
     target = plan_video(args.video_input, Path(args.output) if args.output is not None else None)
     name = args.video_input or "webcam"
+    quiet_opencv()
     with ExitStack() as stack:
         video = stack.enter_context(Video(0 if args.webcam else args.video_input))
         cfg = read_config(args)

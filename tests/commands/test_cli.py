@@ -47,7 +47,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert call(capsys, "--version") == (0, f"dn-detr {dn_detr_d2.__version__}\n", "")
 
 
-@pytest.mark.parametrize(("word", "near"), [("trian", "train"), ("evaluate", "eval"), ("xyz", "doctor")])
+@pytest.mark.parametrize(("word", "near"), [("trein", "train"), ("evaluate", "eval"), ("xyz", "doctor")])
 def test_an_unknown_verb_is_refused_with_the_nearest(capsys, word, near):
     code, out, err = call(capsys, word, "--config-file", "x")
     assert (code, out, err.count("\n")) == (2, "", 1)
