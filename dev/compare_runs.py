@@ -113,7 +113,7 @@ def take_backbone(checkpoint: str, folder: Path) -> Path:
 
 
 def bccd(folder: Path) -> list:
-    """The data set of configs/bccd.yaml from ``folder``."""
+    """The data set of configs/bccd_scratch.yaml from ``folder``."""
     if missing := [name for name in ("train.json", "test.json", "images") if not (folder / name).exists()]:
         raise UserError(f"--bccd {folder} holds no {missing[0]}; name the folder of BCCD in COCO format")
     images = str((folder / "images").resolve())
