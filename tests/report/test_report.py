@@ -15,8 +15,8 @@ from naming import naming
 from PIL import Image
 from toy_training import make_cfg, train
 
-import train_net
 from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2.commands.train import main
 from dn_detr_d2.engine import extras
 from dn_detr_d2.errors import DatasetError
 from dn_detr_d2.evaluation.precision_recall import PrecisionRecall, read_precision_recall
@@ -263,12 +263,11 @@ def test_the_program_names_the_extra(folder, monkeypatch, capsys):
 
 
 @pytest.mark.long
-def test_a_training_ends_with_a_report(tmp_path, monkeypatch):
+def test_a_training_ends_with_a_report(tmp_path):
     cfg = make_cfg(tmp_path / "made")
-    line = ["train_net.py", "--config-file", str(ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml")]
+    line = ["--config-file", str(ROOT / "configs" / f"{SYSTEMS['dn_detr']}.yaml")]
     flat = [x for key, value in extras_flat(cfg) for x in (key, str(value))]
-    monkeypatch.setattr("sys.argv", [*line, *flat, "REPORT", "always", "OUTPUT_DIR", str(tmp_path / "out")])
-    assert train_net.run() == 0
+    assert main([*line, *flat, "REPORT", "always", "OUTPUT_DIR", str(tmp_path / "out")]) == 0
     parts = sections(tmp_path / "out" / "report" / "index.html")
     assert list(parts) == TITLES
     assert str(tmp_path / "out") in parts["Command"]
