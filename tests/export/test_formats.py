@@ -85,3 +85,17 @@ def test_a_package_of_aotinductor_predicts_the_same(toy_model, tmp_path):
             expected = model.forward_tensors(images, sizes)
         for ours, theirs in zip(expected, run(images, sizes), strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_torch_export_predicts_the_same_and_keeps_its_metadata(toy_model, tmp_path):
+    model = toy_model("dn_deformable_detr", *SMALL).eval()
+    _, write, load = FORMATS["torch_export"]
+    write(model, tmp_path / "model.pt2", {"class_names": '["a"]'})
+    said = {"class_names": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=said)
+    assert said == {"class_names": '["a"]'}
+    images, sizes = padded_batch(model, [(96, 160)] * 3)
+    with torch.no_grad():
+        expected, found = model.forward_tensors(images, sizes), load(tmp_path / "model.pt2")(images, sizes)
+    for ours, theirs in zip(expected, found, strict=True):
+        assert torch.equal(ours, theirs)
