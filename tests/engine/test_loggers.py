@@ -100,8 +100,15 @@ def test_a_training_with_wandb_draws_the_same_random_numbers(tmp_path, wandb_off
     assert all(x.startswith((".logger_runs", ".config")) for x in different), different
 
 
+def train_with(variables, cfg):
+    """A training in a process that may have been made before this test set its environment variables."""
+    os.environ.update(variables)
+    train(cfg)
+
+
 def test_only_rank_0_writes(tmp_path, mlflow_store):
-    on_ranks(train, make_cfg(tmp_path / "out", *SHORT, "LOGGERS", ["mlflow"]))
+    variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    on_ranks(train_with, variables, make_cfg(tmp_path / "out", *SHORT, "LOGGERS", ["mlflow"]))
     assert len(runs_of(mlflow_store)) == 1
 
 
