@@ -15,7 +15,7 @@ from naming import naming
 from PIL import Image
 
 import demo
-from dn_detr_d2.commands.predict import no_window
+from dn_detr_d2.commands.predict import no_window, writing
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.sources import Video
@@ -436,6 +436,18 @@ def test_a_video_that_ends_early_is_drawn_and_named(run, video, tmp_path, monkey
     assert code == 1
     assert naming("pan.mp4", 30, 12).search(err)
     assert (tmp_path / "out" / "pan.mp4").exists()
+
+
+def test_frames_of_another_size_are_resized_and_none_is_lost(tmp_path):
+    target = tmp_path / "out.mp4"
+    shapes = [(48, 64, 3), (96, 128, 3), (48, 64, 3), (30, 64, 3)]
+    with writing(target, 10.0) as write:
+        for level, shape in enumerate(shapes):
+            write(np.full(shape, 60 * level, np.uint8))
+    with Video(target) as video:
+        frames = list(video)
+    assert [frame.shape for frame in frames] == [shapes[0]] * 4
+    assert [round(frame.mean() / 60) for frame in frames] == [0, 1, 2, 3]
 
 
 GTK = "  GUI:                           GTK3\n"

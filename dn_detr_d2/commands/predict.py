@@ -313,19 +313,24 @@ def write_records(records: list[dict], folder: Path) -> None:
 
 @contextmanager
 def writing(target: Path, frame_rate: float):
-    """A function that writes a frame (H, W, 3) BGR to a file by OpenCV's mp4v; raises ConfigError where that cannot be."""
+    """A function that writes a frame (H, W, 3) BGR to a file by OpenCV's mp4v; raises ConfigError where that cannot be.
+
+    A file has frames of one size, that of the first. OpenCV drops others without an error, so they are resized.
+    """
     import cv2
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    writers = []
+    writers, size = [], None
 
     def _write(frame) -> None:
+        nonlocal size
         if not writers:
             code = cv2.VideoWriter.fourcc(*"mp4v")
-            writers.append(cv2.VideoWriter(str(target), code, frame_rate, frame.shape[1::-1]))
+            size = frame.shape[1::-1]
+            writers.append(cv2.VideoWriter(str(target), code, frame_rate, size))
             if not writers[0].isOpened():
                 raise ConfigError(f"--output {target} cannot be written by OpenCV; choose another folder")
-        writers[0].write(frame)
+        writers[0].write(frame if frame.shape[1::-1] == size else cv2.resize(frame, size))
 
     try:
         yield _write
