@@ -17,7 +17,7 @@ from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
 from .errors import ConfigError, UserError
 from .sources import as_bgr, expand
-from .structures import group_by_size
+from .structures import map_by_size
 from .tiling import with_tiles
 from .utils.processor import slow_bfloat16
 
@@ -169,11 +169,8 @@ class Predictor(DefaultPredictor):
     @torch.no_grad()
     def _detect(self, records: list[dict]) -> list[dict]:
         """Detections of images, of which those of one size pass the model together."""
-        found = {}
         with self._precision():
-            for same in group_by_size(records):
-                found |= zip(same, self._detector([records[i] for i in same]), strict=True)
-        return [found[i] for i in range(len(records))]
+            return map_by_size(self._detector, records)
 
     def _precision(self) -> AbstractContextManager:
         if self._half is None:

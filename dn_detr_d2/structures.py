@@ -5,7 +5,7 @@ the levels, Q queries, K prediction sets (decoder layers), T matched pairs, P cl
 In every mask True means blocked or padded, except ``Targets.valid``, which says what is real.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -303,3 +303,19 @@ def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
     for i, image in enumerate(batched_inputs):
         groups.setdefault(image["image"].shape, []).append(i)
     return list(groups.values())
+
+
+def map_by_size(
+    function: Callable[[list[dict]], Iterable], batched_inputs: list[dict], *, together: bool = False
+) -> list:
+    """What a function gives for images, in their order.
+
+    Args:
+        function: takes the images that pass a model together and gives one result for each.
+        batched_inputs: Detectron2's input dicts.
+        together: all at once, whatever their sizes; False = those of each size, see :func:`group_by_size`.
+    """
+    found = {}
+    for same in [range(len(batched_inputs))] if together else group_by_size(batched_inputs):
+        found |= zip(same, function([batched_inputs[i] for i in same]), strict=True)
+    return [found[i] for i in range(len(batched_inputs))]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .classes import LABELS, count_classes, describe, match_classes, take_rows
 from .names import Source, identify, rename_all
-from .timm_names import to_timm_backbone
+from .timm_names import BODY, to_timm_backbone
 
 # Names that hold no weight of a model: counters of BatchNorm, what detrex registers beside its models, and anchors in older
 # checkpoints of Detectron2.
@@ -17,8 +17,8 @@ NOTHING = re.compile(r"num_batches_tracked$|^criterion\.|^pixel_(mean|std)$|anch
 
 DETECTRON2S = "a detector of Detectron2"
 
-# Where feature pyramids of Detectron2 keep the network that ImageNet has trained: FPN, and that of ViTDet.
-BODIES = ("backbone.bottom_up.", "backbone.net.")
+# Where backbones keep the network that ImageNet has trained: FPN; ViTDet's pyramid and networks of timm.
+BODIES = ("backbone.bottom_up.", BODY)
 
 
 @dataclass

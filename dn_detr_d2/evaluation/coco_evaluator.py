@@ -35,6 +35,7 @@ from .precision_recall import write_precision_recall
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "coco_instances_results.json"  # in OUTPUT_DIR/inference
 LIMITS = (1, 10, 100)  # detections of an image and class that COCO counts
 LEFT_OUT = 3  # VERDICTS up to here: training drops the box, and no detection can match it
 # Ground truth is replaced by what a model can give for it, in float32 and inside the image, if their IoU is below this.
@@ -299,7 +300,7 @@ class RecordsEvaluator(COCOEvaluator):
         self._refuse_unknown_classes(results)
         if self._output_dir:
             written = [x | {"category_id": self._category_ids[x["category_id"]]} for x in results]
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            path = os.path.join(self._output_dir, RESULTS)
             logger.info("Saving results to %s", path)
             with atomic_write(path, "w") as file:
                 json.dump(written, file, default=_plain)

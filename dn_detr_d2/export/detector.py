@@ -8,7 +8,7 @@ import torch
 from detectron2.structures import ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..structures import Predictions, group_by_size
+from ..structures import Predictions, map_by_size
 from .formats import Run
 
 
@@ -42,11 +42,7 @@ class ExportedDetector(nn.Module):
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As of the model, in evaluation mode and without prompts."""
-        together = [range(len(batched_inputs))] if self.model.pad_to_largest else group_by_size(batched_inputs)
-        found = {}
-        for same in together:
-            found |= zip(same, self.detect([batched_inputs[i] for i in same]), strict=True)
-        return [found[i] for i in range(len(batched_inputs))]
+        return map_by_size(self.detect, batched_inputs, together=self.model.pad_to_largest)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
         """Detections of images that are padded to one size and pass the file together."""

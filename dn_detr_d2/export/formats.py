@@ -1,7 +1,6 @@
 """The formats of exported files: writing one, and loading it again as a function of tensors."""
 
 import copy
-import importlib.util
 import logging
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..layers import MultiScaleDeformableAttention
 from ..modeling.tensor_model import TensorModel
+from ..utils.requirements import is_installed
 from .metadata import INPUTS, output_names
 
 OPSETS = (18, 19, 20)
@@ -173,7 +173,7 @@ FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Run]]] = {
 def require_onnx() -> None:
     """Raises ConfigError unless the packages that write and run ONNX files are installed."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise ConfigError(f"--format onnx needs the package {name}; pip install 'dn_detr_d2[export]' brings it")
 
 

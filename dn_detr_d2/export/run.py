@@ -134,13 +134,15 @@ def config_of(config_file: str, opts: list, wish: Wish) -> CfgNode:
 
 def classes_of_checkpoint(weights: str) -> list:
     """NUM_CLASSES and CLASS_NAMES that a checkpoint was trained with, as overrides; raises ConfigError if it has none."""
-    names = list(read_checkpoint(weights).class_names) if Path(weights).is_file() else []
-    if Path(weights).is_file() and not names:
+    if not Path(weights).is_file():  # which is refused where it is loaded
+        return []
+    names = list(read_checkpoint(weights).class_names)
+    if not names:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES is 'auto', and {weights} does not name its classes; add "
             "MODEL.DN_DETR.NUM_CLASSES with their number, or take the config.yaml of the training"
         )
-    return ["MODEL.DN_DETR.NUM_CLASSES", len(names), "MODEL.DN_DETR.CLASS_NAMES", repr(names)] if names else []
+    return ["MODEL.DN_DETR.NUM_CLASSES", len(names), "MODEL.DN_DETR.CLASS_NAMES", repr(names)]
 
 
 def sample_batches(cfg: CfgNode, sample: str) -> list[list[dict]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
-from ..structures import Memory, group_by_size, to_device
+from ..structures import Memory, map_by_size, to_device
 from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
 from .neck import padding_mask
@@ -110,11 +110,7 @@ class DenoisingDETR(nn.Module):
             normalizers = normalizers or self.step_normalizers(batched_inputs)
             outputs = self.forward_outputs(batched_inputs, self.denoising, normalizers=normalizers)
             return {name: loss.value for name, loss in self.losses(outputs, normalizers).items()}
-        found = {}
-        for same in [range(len(batched_inputs))] if self.pad_to_largest else group_by_size(batched_inputs):
-            part = [batched_inputs[i] for i in same]
-            found |= zip(same, self.detect(part), strict=True)
-        return [found[i] for i in range(len(batched_inputs))]
+        return map_by_size(self.detect, batched_inputs, together=self.pad_to_largest)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections of images that pass the model together; what one is told changes nothing for the others."""

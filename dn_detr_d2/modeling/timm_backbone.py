@@ -33,7 +33,8 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str, maps: list[str], norm: str = "FrozenBN", freeze_at: int = 0):
         super().__init__()
-        strides = _strides(name)
+        info = _create(name).feature_info
+        strides = _strides(info)
         if wrong := [x for x in maps if x not in strides]:
             raise ConfigError(
                 f"MODEL.TIMM.NAME {name!r} makes {', '.join(strides)}, not {', '.join(wrong)}; change "
@@ -47,7 +48,7 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = dict(zip(self._out_features, net.feature_info.channels(), strict=True))
         self._out_feature_strides = dict(zip(self._out_features, net.feature_info.reduction(), strict=True))
         self.net = _with_norm(net, norm)
-        self._freeze(_create(name).feature_info, freeze_at)
+        self._freeze(info, freeze_at)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> {name: (N, C, h, w)}."""
@@ -102,10 +103,11 @@ def _cut(net: nn.Module) -> None:
         net.blocks = net.blocks[: int(last.split(".")[1]) + 1]
 
 
-def _strides(name: str) -> dict[str, int]:
+def _strides(info) -> dict[str, int]:
     """{"res2": position of the last map of stride 4, ...} of a network; strides that are no power of two are left out."""
-    found = enumerate(_create(name).feature_info.reduction())
-    return {f"res{stride.bit_length() - 1}": i for i, stride in found if stride & (stride - 1) == 0}
+    return {
+        f"res{stride.bit_length() - 1}": i for i, stride in enumerate(info.reduction()) if stride & (stride - 1) == 0
+    }
 
 
 def _with_norm(net: nn.Module, norm: str) -> nn.Module:

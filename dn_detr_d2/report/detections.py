@@ -11,9 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ..data.registered import records_of, register_data_sets
 from ..errors import DatasetError, UserError
-from ..evaluation.coco_evaluator import written_classes, xywh_of
-
-RESULTS = "coco_instances_results.json"
+from ..evaluation.coco_evaluator import RESULTS, written_classes, xywh_of
 
 
 @dataclass
