@@ -27,11 +27,11 @@ quickstart: $(ENVIRONMENT)
 	$(PYTHON) tools/quickstart.py
 
 test: $(ENVIRONMENT)
-	@echo "== Running the tests (7 minutes on two cores)"
+	@echo "== Running the tests (about 10 minutes on two cores)"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist loadfile --durations 40
 
 test-all: $(ENVIRONMENT)
-	@echo "== Running all tests, the long ones too (12 minutes on two cores)"
+	@echo "== Running all tests, the long ones too"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -q -n $(THREADS) --dist loadfile --durations 40 -m "long or not long"
 
 lint: $(ENVIRONMENT)
@@ -44,10 +44,10 @@ docs: $(ENVIRONMENT)
 environment: $(ENVIRONMENT)
 
 $(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py $(wildcard csrc/* csrc/*/*)
-	@echo "== Making the environment $(VENV) (5.7 GB, a few minutes; the next time it is there)"
+	@echo "== Making the environment $(VENV) (7 GB, a few minutes; the next time it is there)"
 	@mkdir -p $(VENV)
-	@free=$$(df -Pk $(VENV) | awk 'NR == 2 {print int($$4 / 1000000)}'); test -x $(VENV)/bin/pip -o "$$free" -ge 8 || \
-	  { echo "error: $(VENV) and what pip unpacks on the way need 8 GB, and $$free GB are free there"; exit 1; }
+	@free=$$(df -Pk $(VENV) | awk 'NR == 2 {print int($$4 / 1000000)}'); test -x $(VENV)/bin/pip -o "$$free" -ge 10 || \
+	  { echo "error: $(VENV) and what pip unpacks on the way need 10 GB, and $$free GB are free there"; exit 1; }
 	test -x $(VENV)/bin/pip || $(BASE_PYTHON) -m venv $(VENV)
 	@echo "== Installing the pinned requirements (requirements.txt)"
 	$(PIP) --upgrade pip setuptools wheel

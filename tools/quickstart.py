@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     print("== 3/3 Result on shapes_val (COCO metrics, 0 to 100)")
     print_table(OUTPUT / "metrics.json")
     print(f"checkpoint: {weights}\nconfig:     {OUTPUT / 'config.yaml'}\npictures:   {pictures}")
+    print(f"report:     {OUTPUT / 'report' / 'index.html'}")
     print(f"log:        {OUTPUT / 'log.txt'}\ntime:       {(time.monotonic() - start) / 60:.1f} minutes")
     return 0
 
