@@ -104,7 +104,7 @@ def test_clip_types(toy_cfg, toy_model, kind, expected):
 # that its two-stage form does not have) and sampling_offsets at lr_linear_proj_mult = 0.1.
 BACKBONE = {r"^backbone\.": 1e-5}
 DEFORMABLE = {r"^backbone\.": 2e-5, r"sampling_offsets\.": 2e-5, r"^query_source\.reference\.": 2e-5}
-OWN_RECIPES = ("bccd", "quickstart")
+OWN_RECIPES = ("bccd", "bccd_scratch", "quickstart")
 DETECTRON2S = ("faster_rcnn_R50_FPN_12ep", "faster_rcnn_dn_R50_FPN_12ep")
 
 
