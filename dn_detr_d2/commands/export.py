@@ -46,7 +46,6 @@ def export(args: argparse.Namespace) -> int:
     wish = Wish(
         args.format, Path(args.output), args.opset, args.fp16, args.int8, args.sample_image, evaluate=args.run_eval
     )
-    wish.check()
     try:
         path, agreement, results = export_model(args.config_file, args.opts, required_weights(args), wish)
     except ExportError as error:

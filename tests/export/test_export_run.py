@@ -25,6 +25,8 @@ from dn_detr_d2.utils.files import sha256_of
 
 CLASSES = ["cat", "dog", "cow", "hen", "pig"]
 SIZES = ["INPUT.MIN_SIZE_TEST", 70, "INPUT.MAX_SIZE_TEST", 110, "TEST.DETECTIONS_PER_IMAGE", 20]
+RESNET18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+SMALL = [*SIZES, *RESNET18, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def trained(toy_cfg, toy_model, tmp_path):
     """trained(system) -> command line of a model with weights, and its config; the picture is image.png beside them."""
 
     def make(system="dn_deformable_detr"):
-        options = [*SIZES, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 2, "MODEL.DN_DETR.CLASS_NAMES", CLASSES]
+        options = [*SMALL, "MODEL.DN_DETR.CLASS_NAMES", CLASSES]
         weights = tmp_path / "model.pth"
         torch.save({"model": toy_model(system, *options).state_dict(), "class_names": CLASSES}, weights)
         cfg = toy_cfg(system, *options, "MODEL.WEIGHTS", str(weights))
@@ -207,9 +209,17 @@ def test_classes_that_the_config_leaves_open_are_the_checkpoints(trained, tmp_pa
         run.config_of("dn_detr_R50_50ep", zoo, wish)
 
 
-@pytest.mark.long
-def test_both_are_evaluated_on_the_test_set(trained, tmp_path, capsys):
-    command, _ = trained()
-    of_shapes = ["DATASETS.TEST", "('shapes_val',)", "MODEL.DN_DETR.CLASS_NAMES", "[]", "OUTPUT_DIR", str(tmp_path)]
-    torch.save({"model": torch.load(tmp_path / "model.pth", weights_only=True)["model"]}, tmp_path / "model.pth")
-    assert export.main(["--format", "onnx", "--run-eval", *command, *of_shapes]) in (0, 2)
+def test_both_are_evaluated_on_the_test_set(toy_model, toy_cfg, tmp_path, capsys):
+    options = [*SMALL, "MODEL.DN_DETR.NUM_CLASSES", 3, "MODEL.DN_DETR.CLASS_NAMES", []]
+    torch.save({"model": toy_model("dn_deformable_detr", *options).state_dict()}, tmp_path / "model.pth")
+    options += ["DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path)]
+    (tmp_path / "config.yaml").write_text(toy_cfg("dn_deformable_detr", *options).dump())
+    flags = ["--format", "torch_export", "--run-eval", "--output", str(tmp_path / "out")]
+    command = [*flags, "--config-file", str(tmp_path / "config.yaml"), "MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    assert export.main(command) == 0
+    lines = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| bbox/")]
+    rows = {name.strip(): (ours.strip(), theirs.strip()) for name, ours, theirs in lines}
+    assert {"bbox/AP", "bbox/AP50", "bbox/AP-circle"} <= rows.keys()
+    assert all(ours == theirs for ours, theirs in rows.values())  # the graph is exact
+    assert float(rows["bbox/AP50"][0]) >= 0
+    assert (tmp_path / "out" / "model.pt2").exists()

@@ -30,6 +30,7 @@ BAD = {
     "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.benchmark_criterion": ["--rounds", "0"],
     "dev.benchmark_evaluation": ["--rounds", "0"],
+    "dev.benchmark_export": ["dino_R50_4scale_12ep", "--rounds", "0"],
     "dev.benchmark_masks": ["--rounds", "0"],
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
     "dev.compare_runs": ["--jobs", "0"],
