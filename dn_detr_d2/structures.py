@@ -176,6 +176,21 @@ class Memory:
         )
 
 
+@dataclass(frozen=True)
+class IsolatedGroups:
+    """Denoising groups of one size that see themselves and the matching queries, which see none of them (DN-DETR Eq. 8-9).
+
+    They stand first on the query axis, one group after the other.
+
+    Attributes:
+        number: of groups.
+        size: queries of each.
+    """
+
+    number: int
+    size: int
+
+
 @dataclass
 class ObjectQueries:
     """Queries as they enter the decoder; denoising queries first, matching queries last.
@@ -192,6 +207,8 @@ class ObjectQueries:
             own (two-stage systems), or None.
         noised_cells: which cells of a map of (h, w) cells the noised masks of the denoising queries cover, (h, w) ->
             (N, D, h, w) bool, for decoders with masked attention; None where there are no such masks.
+        isolated: the groups that ``blocked`` is the mask of, or None where it has another pattern. Attention that is told
+            of them need not look at what is blocked.
     """
 
     content: Tensor = field(metadata={"query_axis": 1})
@@ -200,6 +217,7 @@ class ObjectQueries:
     position: Tensor | None = field(default=None, metadata={"query_axis": 1})
     proposals: "Predictions | None" = None
     noised_cells: Callable[[tuple[int, int]], Tensor] | None = None
+    isolated: IsolatedGroups | None = None
 
 
 @dataclass
@@ -237,8 +255,13 @@ def slice_queries(item, part: slice):
     return replace_on_query_axis(item, lambda x, axis, _: x[(slice(None),) * axis + (part,)])
 
 
-def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Tensor | None) -> ObjectQueries:
-    """Denoising queries first, matching queries last; ``blocked`` is the mask over both.
+def join_queries(
+    denoising: ObjectQueries,
+    matching: ObjectQueries,
+    blocked: Tensor | None,
+    isolated: IsolatedGroups | None = None,
+) -> ObjectQueries:
+    """Denoising queries first, matching queries last; ``blocked`` is the mask over both, and ``isolated`` its groups.
 
     Every field on the query axis is joined; all others are those of ``matching``, but for the noised masks.
 
@@ -257,7 +280,7 @@ def join_queries(denoising: ObjectQueries, matching: ObjectQueries, blocked: Ten
                 "give the same fields"
             )
     joined = replace_on_query_axis(matching, _join)
-    return replace(joined, blocked=blocked, noised_cells=denoising.noised_cells)
+    return replace(joined, blocked=blocked, noised_cells=denoising.noised_cells, isolated=isolated)
 
 
 def replace_on_query_axis(item, change: Callable[[Tensor, int, str], Tensor]):

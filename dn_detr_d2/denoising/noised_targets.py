@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..structures import Assignment
+from ..structures import Assignment, IsolatedGroups
 from .mask_noise import NoisedMasks
 from .query_groups import QueryGroups
 
@@ -46,6 +46,11 @@ class NoisedTargets:
     def num_groups(self) -> int:
         """G."""
         return self.groups.num_groups
+
+    @property
+    def isolated(self) -> IsolatedGroups | None:
+        """The groups, where :meth:`attention_mask` says no more than that each sees itself and the matching queries."""
+        return None if self.mask_padding else self.groups.pattern
 
     def as_known(self) -> "NoisedTargets":
         """The same as known objects: matching queries see them; nobody sees padding, which would tell of other images."""

@@ -252,9 +252,10 @@ class DenoisingQueries:
         if self.noised is None:
             self.joined = matching
         else:
-            hide = self.denoising.attention_mask
-            blocked = self.noised.attention_mask(matching.content.shape[1]) if hide else None
-            self.joined = join_queries(self.queries, matching, blocked)
+            mask = (None, None)
+            if self.denoising.attention_mask:
+                mask = (self.noised.attention_mask(matching.content.shape[1]), self.noised.isolated)
+            self.joined = join_queries(self.queries, matching, *mask)
         return self.joined
 
     def split(self, outputs):

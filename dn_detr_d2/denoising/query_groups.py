@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..structures import IsolatedGroups
+
 
 @dataclass
 class QueryGroups:
@@ -21,12 +23,14 @@ class QueryGroups:
         visible: (G + 1, G + 1) bool table [group of the query, group of the key]; the last row and column stand for the
             matching queries.
         num_copies: copies of an object in a group.
+        made_as: what :meth:`isolated` has made, see :attr:`pattern`.
     """
 
     group: Tensor
     copy: Tensor
     visible: Tensor
     num_copies: int = 1
+    made_as: tuple | None = None
 
     @classmethod
     def isolated(
@@ -43,7 +47,21 @@ class QueryGroups:
         visible = torch.eye(num_groups + 1, dtype=torch.bool, device=device)
         visible[:, -1] = True
         slot = torch.arange(num_groups * copies * room, device=device)
-        return cls(slot // (copies * room), slot // room % copies, visible, copies)
+        group = slot // (copies * room)
+        made_as = None
+        if not visible.is_inference():  # those do not count their changes
+            pattern = IsolatedGroups(num_groups, copies * room)
+            made_as = (pattern, *((x, x._version) for x in (group, visible)))
+        return cls(group, slot // room % copies, visible, copies, made_as)
+
+    @property
+    def pattern(self) -> IsolatedGroups | None:
+        """Number and size of the groups where all is as :meth:`isolated` has made it, else None; reads no device."""
+        if self.made_as is None:
+            return None
+        pattern, *made = self.made_as
+        now = (self.group, self.visible)
+        return pattern if all(x is y and x._version == n for x, (y, n) in zip(now, made, strict=True)) else None
 
     def shown_to_matching(self) -> "QueryGroups":
         """The same places with a table in which matching queries see all groups: known objects (DN-DETR, TPAMI 2024).

@@ -9,11 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..structures import IsolatedGroups
 from .ms_deform_attn import ms_deform_attn_fused
+
+FOLD_PAIRS, FOLD_PAIRS_A_KEY = 100_000, 32  # measured on a CPU, see docs/performance.md
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    blocked: Tensor | None = None,
+    dropout: float = 0.0,
+    isolated: IsolatedGroups | None = None,
 ) -> Tensor:
     """Multi-head scaled dot-product attention on projected inputs.
 
@@ -24,15 +33,61 @@ def attend(
         num_heads: H; heads are consecutive blocks of channels.
         blocked: bool, (Q, S) or (N, Q, S) or (N, 1, S), True where a query must not look.
         dropout: probability of losing an attention weight; 0 outside training.
+        isolated: the groups that ``blocked`` is the mask of. Where they are large they are folded, see
+            :func:`attend_folded`, and ``blocked`` is not looked at; the result is the same but for rounding.
 
     Returns:
         Tensor: (N, Q, H * D), heads side by side.
     """
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    if blocked is not None:
-        blocked = ~blocked if blocked.dim() == 2 else ~blocked[:, None]  # SDPA's mask says what is allowed
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=blocked, dropout_p=dropout)
+    if isolated is not None and pays_to_fold(isolated, query.shape[2]):
+        attended = attend_folded(query, key, value, isolated, dropout)
+    else:
+        if blocked is not None:
+            blocked = ~blocked if blocked.dim() == 2 else ~blocked[:, None]  # SDPA's mask says what is allowed
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=blocked, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
+
+
+def pays_to_fold(groups: IsolatedGroups, num_queries: int) -> bool:
+    """Whether folded attention is faster: it saves enough pairs, and enough for each key that it copies."""
+    denoising = groups.number * groups.size
+    matching = num_queries - denoising
+    saved = denoising * (denoising - groups.size) + matching * denoising  # keys of other groups, and of all to matching
+    return saved >= max(FOLD_PAIRS, FOLD_PAIRS_A_KEY * groups.number * (groups.size + matching))
+
+
+def attend_folded(query: Tensor, key: Tensor, value: Tensor, groups: IsolatedGroups, dropout: float = 0.0) -> Tensor:
+    """Self-attention with denoising groups as images of their own, whose keys are the group and the matching queries.
+
+    No pair that is blocked is computed, and no mask is needed.
+
+    Args:
+        query, key, value: (N, H, Q, channels of a head), the groups first.
+        groups: the groups; the queries behind them are the matching ones.
+        dropout: probability of losing an attention weight.
+
+    Returns:
+        Tensor: (N, H, Q, channels of a head of ``value``).
+    """
+    shape = (groups.number, groups.size)
+    denoising = groups.number * groups.size
+
+    def _grouped(x: Tensor) -> Tensor:
+        """(N, H, Q, E) -> (N, G, H, queries of a group, E)."""
+        return x[:, :, :denoising].unflatten(2, shape).transpose(1, 2)
+
+    def _seen(x: Tensor) -> Tensor:
+        """(N, H, Q, E) -> (N * G, H, queries of a group and matching queries, E)."""
+        matching = x[:, None, :, denoising:].expand(-1, groups.number, -1, -1, -1)
+        return torch.cat([_grouped(x), matching], 3).flatten(0, 1)
+
+    restored = F.scaled_dot_product_attention(
+        _grouped(query).flatten(0, 1), _seen(key), _seen(value), dropout_p=dropout
+    )
+    restored = restored.unflatten(0, (-1, groups.number)).transpose(1, 2).flatten(2, 3)
+    own = (x[:, :, denoising:] for x in (query, key, value))
+    return torch.cat([restored, F.scaled_dot_product_attention(*own, dropout_p=dropout)], 2)
 
 
 class SelfAttention(nn.Module):
@@ -56,16 +111,27 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, blocked: Tensor | None = None, isolated: IsolatedGroups | None = None
+    ) -> Tensor:
         """x (N, Q, C) attends to itself; ``position`` (N, Q, C) is added to query and key, not to the value."""
         dim = x.shape[-1]
         weight, bias = self.in_proj.weight, self.in_proj.bias
         query, key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, -1)
-        return self._add(x, query, key, F.linear(x, weight[2 * dim :], bias[2 * dim :]), blocked)
+        return self._add(x, query, key, F.linear(x, weight[2 * dim :], bias[2 * dim :]), blocked, isolated)
 
-    def _add(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+    def _add(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocked: Tensor | None,
+        isolated: IsolatedGroups | None = None,
+    ) -> Tensor:
         """Residual and norm around what the projected queries find."""
-        attended = attend(query, key, value, self.num_heads, blocked, self.dropout.p if self.training else 0.0)
+        dropout = self.dropout.p if self.training else 0.0
+        attended = attend(query, key, value, self.num_heads, blocked, dropout, isolated)
         return self.norm(x + self.dropout(self.out_proj(attended)))
 
 
@@ -105,15 +171,16 @@ class ConditionalSelfAttention(nn.Module):
         self.key_position = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(dim)
         nn.init.zeros_(self.out_proj.bias)
+        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, blocked: Tensor | None = None, isolated: IsolatedGroups | None = None
+    ) -> Tensor:
         """x, position (N, Q, C) -> (N, Q, C)."""
         key = self.key_content(x) + self.key_position(position)
         dropout = self.dropout.p if self.training else 0.0
-        attended = attend(self.query(x, position), key, self.value(x), self.num_heads, blocked, dropout)
+        attended = attend(self.query(x, position), key, self.value(x), self.num_heads, blocked, dropout, isolated)
         return self.norm(x + self.dropout(self.out_proj(attended)))
 
     def query(self, x: Tensor, position: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class Decoder(LayerStack):
             position = self.position(content, boxes, memory, first=first)
         else:
             position = QueryPosition(queries.position)
-        return layer(content, LayerInputs(position, boxes, memory, queries.blocked, blocked_cells))
+        return layer(content, LayerInputs(position, boxes, memory, queries.blocked, blocked_cells, queries.isolated))
 
     def views(self, memory: Memory) -> list[Memory]:
         """What the layers look at, in turns; here all of the memory."""

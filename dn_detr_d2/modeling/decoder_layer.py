@@ -21,7 +21,7 @@ from ..layers import (
     axis_coordinates,
     encode_boxes,
 )
-from ..structures import Memory
+from ..structures import IsolatedGroups, Memory
 from .registry import DECODER_LAYER_REGISTRY
 
 
@@ -48,6 +48,7 @@ class LayerInputs:
         memory: what they look at.
         blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
         blocked_cells: (N, Q, S) bool cross-attention mask [query, cell] of masked attention, or None.
+        isolated: the groups that ``blocked`` is the mask of, if it is no other; self-attention may use them instead.
     """
 
     position: QueryPosition
@@ -55,6 +56,7 @@ class LayerInputs:
     memory: Memory
     blocked: Tensor | None
     blocked_cells: Tensor | None = None
+    isolated: IsolatedGroups | None = None
 
 
 def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
@@ -152,7 +154,7 @@ class ConditionalDecoderLayer(nn.Module):
     def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
         """(N, Q, C) -> (N, Q, C)."""
         position, memory = inputs.position, inputs.memory
-        content = self.self_attn(content, position.embedding, inputs.blocked)
+        content = self.self_attn(content, position.embedding, inputs.blocked, inputs.isolated)
         content = self.cross_attn(
             content, position.embedding, position.sine, memory.tokens, memory.positions, memory.padding
         )
@@ -185,7 +187,7 @@ class MultiLevelConditionalDecoderLayer(nn.Module):
         """(N, Q, C) -> (N, Q, C)."""
         position, memory = inputs.position, inputs.memory
         asked = self.self_attn.query(content, position.embedding)  # before the content changes, as in the official code
-        content = self.self_attn(content, position.embedding, inputs.blocked)
+        content = self.self_attn(content, position.embedding, inputs.blocked, inputs.isolated)
         image = (memory.tokens, memory.positions, memory.padding, memory.shapes)
         return self.ffn(self.cross_attn(content, position.embedding, position.sine, *image, asked))
 
@@ -225,7 +227,7 @@ class DeformableDecoderLayer(nn.Module):
     def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
         """(N, Q, C) -> (N, Q, C)."""
         position, memory = inputs.position, inputs.memory
-        content = self.self_attn(content, position.embedding, inputs.blocked)
+        content = self.self_attn(content, position.embedding, inputs.blocked, inputs.isolated)
         reference = self.reference(inputs.boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None])
         attended = self.cross_attn(
             content + position.embedding, reference, memory.tokens, memory.padding, memory.shapes
@@ -293,7 +295,7 @@ class PlainDecoderLayer(nn.Module):
     def forward(self, content: Tensor, inputs: LayerInputs) -> Tensor:
         """(N, Q, C) -> (N, Q, C); DETR has no boxes to look around."""
         position, memory = inputs.position, inputs.memory
-        content = self.self_attn(content, position.embedding, inputs.blocked)
+        content = self.self_attn(content, position.embedding, inputs.blocked, inputs.isolated)
         image = (memory.tokens, memory.positions, memory.padding[:, None])
         return self.ffn(self.cross_attn(content, position.embedding, *image))
 
@@ -310,7 +312,7 @@ class MaskedDecoderLayer(PlainDecoderLayer):
         """(N, Q, C) -> (N, Q, C); needs ``inputs.blocked_cells``."""
         position, memory = inputs.position.embedding, inputs.memory
         content = self.cross_attn(content, position, memory.tokens, memory.positions, inputs.blocked_cells)
-        return self.ffn(self.self_attn(content, position, inputs.blocked))
+        return self.ffn(self.self_attn(content, position, inputs.blocked, inputs.isolated))
 
 
 @DECODER_LAYER_REGISTRY.register()
@@ -329,7 +331,7 @@ class RowColumnDecoderLayer(PlainDecoderLayer):
         boxes, memory = inputs.boxes, inputs.memory
         padding = memory.padding.unflatten(1, memory.shapes[0])
         encode = memory.axis_encoding
-        content = self.self_attn(content, inputs.position.embedding, inputs.blocked)
+        content = self.self_attn(content, inputs.position.embedding, inputs.blocked, inputs.isolated)
         grid = (memory.tokens.unflatten(1, memory.shapes[0]), *(encode(x) for x in axis_coordinates(padding)), padding)
         return self.ffn(self.cross_attn(content, encode(boxes[..., 0]), encode(boxes[..., 1]), *grid))
 

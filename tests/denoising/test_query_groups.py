@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dn_detr_d2.denoising import QueryGroups
+from dn_detr_d2.structures import IsolatedGroups
 
 
 @given(groups=st.integers(1, 5), copies=st.integers(1, 2), room=st.integers(1, 4), matching=st.integers(0, 5))
@@ -38,3 +39,24 @@ def test_another_table_opens_a_group_to_the_matching_queries():
 def test_the_mask_is_where_the_groups_are(device):
     assert QueryGroups.isolated(3, 2, 2, device).attention_mask(4).shape == (16, 16)
     assert QueryGroups.isolated(3, 2, 2, device).attention_mask(4).device == torch.device(device)
+
+
+def test_groups_that_were_changed_are_no_pattern_any_more():
+    assert QueryGroups.isolated(3, 2, 4).pattern == IsolatedGroups(3, 8)
+    assert QueryGroups.isolated(3, 2, 4).shown_to_matching().pattern is None
+    in_place, moved, replaced = (QueryGroups.isolated(3, 2, 4) for _ in range(3))
+    in_place.visible[:, 1] = True
+    moved.group[0] = 2
+    replaced.visible = torch.ones(4, 4, dtype=torch.bool)
+    assert [x.pattern for x in (in_place, moved, replaced)] == [None] * 3
+    with torch.inference_mode():
+        assert QueryGroups.isolated(3, 2, 4).pattern is None
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3))
+def test_the_pattern_is_the_mask(groups, copies, room, matching):
+    layout = QueryGroups.isolated(groups, copies, room)
+    pattern = layout.pattern
+    place = [i // pattern.size for i in range(pattern.number * pattern.size)] + [-1] * matching
+    seen = [[a == b or b == -1 for b in place] for a in place]
+    assert (~layout.attention_mask(matching)).tolist() == seen

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from naming import naming
 from torch import nn
 
@@ -14,7 +16,9 @@ from dn_detr_d2.layers import (
     attend,
     ms_deform_attn,
 )
+from dn_detr_d2.layers.attention import attend_folded, pays_to_fold
 from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
+from dn_detr_d2.structures import IsolatedGroups
 
 
 def loop_attention(query, key, value, heads, blocked=None):
@@ -42,6 +46,50 @@ def test_attend_equals_written_loops(mask):
         blocked[..., 0] = False
     expected = loop_attention(query, key, value, 2, blocked)
     torch.testing.assert_close(attend(query, key, value, 2, blocked), expected)
+
+
+@given(
+    images=st.integers(1, 2),
+    number=st.integers(1, 3),
+    size=st.integers(1, 3),
+    matching=st.integers(0, 4),
+    heads=st.integers(1, 2),
+)
+def test_folded_attention_equals_written_loops_with_the_mask(images, number, size, matching, heads):
+    group = torch.tensor([i // size for i in range(number * size)] + [number] * matching)
+    blocked = (group[:, None] != group) & (group != number)
+    query, key, value = (torch.randn(images, len(group), heads * width) for width in (4, 4, 3))
+    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
+    folded = attend_folded(*split, IsolatedGroups(number, size)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(folded, loop_attention(query, key, value, heads, blocked))
+
+
+def test_large_groups_are_folded_and_small_ones_masked():
+    """Folded, the mask is not looked at; nor does a fold change what comes out, or its gradient."""
+    dense = {}
+    for number, size, matching, folds in ((10, 100, 300, True), (5, 7, 300, False), (20, 20, 900, False)):
+        groups = IsolatedGroups(number, size)
+        group = torch.tensor([i // size for i in range(number * size)] + [number] * matching)
+        blocked = (group[:, None] != group) & (group != number)
+        inputs = [torch.randn(1, len(group), 16, requires_grad=True) for _ in range(3)]
+        assert pays_to_fold(groups, len(group)) == folds
+        weights = torch.randn(1, len(group), 16)
+        for name, arguments in {"masked": (blocked,), "chosen": (blocked, 0.0, groups)}.items():
+            out = attend(*inputs, 2, *arguments)
+            dense[name] = [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+        for ours, theirs in zip(dense["chosen"], dense["masked"], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        everything = attend(*inputs, 2, torch.zeros_like(blocked), 0.0, groups)
+        assert torch.allclose(everything, dense["masked"][0], atol=1e-5) == folds
+
+
+def test_folded_attention_drops_weights():
+    ones = torch.ones(1, 1, 30, 4)
+    for groups in (IsolatedGroups(1, 15), IsolatedGroups(3, 10)):
+        dropped = attend_folded(ones, ones, ones, groups, 0.5)
+        kept = dropped.unique(dim=2).shape[2]
+        assert kept > 3  # without dropout all rows are ones
+        torch.testing.assert_close(dropped.mean(), torch.tensor(1.0), atol=0.2, rtol=0)
 
 
 def test_self_attention_equals_pytorchs_module():

@@ -7,14 +7,22 @@ import torch
 from conftest import DENOISING_SYSTEMS, make_batch
 
 from dn_detr_d2.denoising import NoisedTargets
+from dn_detr_d2.layers import attention
 from dn_detr_d2.modeling.batch import make_targets
 from dn_detr_d2.structures import join_queries
 
 pytestmark = pytest.mark.parametrize("system", DENOISING_SYSTEMS)
 
 
+@pytest.fixture(params=[False, True], ids=["masked", "folded"])
+def folded(request, monkeypatch):
+    """Whether self-attention folds the groups, which at this size would not pay."""
+    monkeypatch.setattr(attention, "pays_to_fold", lambda groups, num_queries: request.param)
+    return request.param
+
+
 @pytest.fixture
-def parts(toy_model, system):
+def parts(toy_model, system, folded):
     """(model, memory, noised targets, a function from noised targets to predictions)."""
     groups = ["MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3, "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 0]
     model = toy_model(system, *groups).train()
@@ -27,7 +35,7 @@ def parts(toy_model, system):
     @torch.no_grad()
     def decode(z):
         mask = z.attention_mask(matching.content.shape[1])
-        return model.decoder(join_queries(model.query_source.embed(z), matching, mask), memory)
+        return model.decoder(join_queries(model.query_source.embed(z), matching, mask, z.isolated), memory)
 
     return model, memory, noised, decode
 
@@ -65,6 +73,7 @@ def test_groups_do_not_see_each_other(parts, group):
         assert (a[:, :, mine] - b[:, :, mine]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("folded", [False], indirect=True)
 def test_a_mask_with_one_flipped_entry_leaks(parts, monkeypatch):
     """The test above can fail: one matching query that sees one denoising key changes what it predicts."""
     noised, decode = parts[2], parts[3]
@@ -90,3 +99,27 @@ def test_evaluation_is_the_same_with_denoising_on_and_off(parts):
         off = model(batch)[0]["instances"]
     assert torch.equal(on.scores, off.scores)
     assert torch.equal(on.pred_boxes.tensor, off.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("folded", [False], indirect=True)
+def test_losses_and_gradients_are_the_same_folded(toy_model, system, folded, monkeypatch):
+    """With 3 groups the ordinary forward pass of training; dropout off, whose random numbers would be others."""
+    model = toy_model(system, "MODEL.DN_DETR.DENOISING.NUM_GROUPS", 3, "MODEL.DN_DETR.DENOISING.NUM_QUERIES", 0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    results, calls = [], []
+    for fold in (False, True):
+        monkeypatch.setattr(
+            attention, "pays_to_fold", lambda groups, num_queries, fold=fold: calls.append(groups) or fold
+        )
+        torch.manual_seed(1)
+        model.zero_grad()
+        losses = model(make_batch(3, 2))
+        sum(losses.values()).backward()
+        results.append(losses | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(calls) == 2 * len(model.decoder.layers)
+    masked, chosen = results
+    assert masked.keys() == chosen.keys()
+    for name, value in masked.items():
+        torch.testing.assert_close(chosen[name], value, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")

@@ -33,6 +33,7 @@ BAD = {
     "dev.benchmark_export": ["dino_R50_4scale_12ep", "--rounds", "0"],
     "dev.benchmark_masks": ["--rounds", "0"],
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
+    "dev.benchmark_self_attention": ["--rounds", "0"],
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
     "dev.denoising_pictures": ["--output", "/proc/no/such"],
