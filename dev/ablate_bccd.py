@@ -29,7 +29,7 @@ from dn_detr_d2.visualization.runs import Group, Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "bccd.yaml"
-SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 400, "DATASETS.TEST": ("bccd_val",)}
+SHORT = {"SOLVER.MAX_ITER": 500, "TEST.EVAL_PERIOD": 250, "DATASETS.TEST": ("bccd_val",)}
 SCRATCH = {"MODEL.WEIGHTS": "", "MODEL.BACKBONE.FREEZE_AT": 0, "SOLVER.BACKBONE_MULTIPLIER": 1.0}
 COARSE = {"MODEL.DN_DETR.IN_FEATURES": ("res3", "res4", "res5"), "MODEL.DN_DETR.NUM_FEATURE_LEVELS": 3}
 # What is taken back -> the overrides that do it.
@@ -37,16 +37,16 @@ RECIPE = "the recipe"
 CHOICES = {
     RECIPE: {},
     "from random weights, nothing frozen": SCRATCH,
+    "100 queries": {"MODEL.DN_DETR.NUM_QUERIES": 100},
+    "without denoising": {"MODEL.DN_DETR.DENOISING.NAME": ""},
+    "learned anchors (as DN-Deformable-DETR)": {"MODEL.DN_DETR.QUERY_SOURCE.NAME": "LearnedAnchors"},
     "batch norms as loaded (FrozenBN)": {"MODEL.TIMM.NORM": "FrozenBN"},
     "levels from stride 8": COARSE,
-    "levels from stride 8, at 256 pixels": COARSE
-    | {"INPUT.MIN_SIZE_TRAIN": (224, 256, 288), "INPUT.MIN_SIZE_TEST": 256},
-    "learned anchors (as DN-Deformable-DETR)": {"MODEL.DN_DETR.QUERY_SOURCE.NAME": "LearnedAnchors"},
-    "without denoising": {"MODEL.DN_DETR.DENOISING.NAME": ""},
-    "learning rate 0.0005": {"SOLVER.BASE_LR": 0.0005},
+    "192 to 256 pixels, tested at 224": {"INPUT.MIN_SIZE_TRAIN": (192, 224, 256), "INPUT.MIN_SIZE_TEST": 224},
+    "learning rate 0.00035": {"SOLVER.BASE_LR": 0.00035},
     "class weight 1": {"MODEL.DN_DETR.LOSS.CLASS_WEIGHT": 1.0},
-    "batch 4, half the iterations": {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 400, "TEST.EVAL_PERIOD": 200},
     "horizontal flips only": {"INPUT.RANDOM_FLIP": "horizontal"},
+    "batch 4, half the iterations": {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 250, "TEST.EVAL_PERIOD": 125},
 }
 KINDS = {"moving average": "ema/", "last weights": ""}
 METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
