@@ -27,9 +27,11 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def image_scale(image_size: tuple[int, int], like: Tensor) -> Tensor:
-    """(4,) factors (width, height, width, height) of an image given as (height, width)."""
-    height, width = image_size
-    return like.new_tensor([width, height, width, height])
+    """(4,) factors (width, height, width, height) of an image given as (height, width); nothing is copied from the host."""
+    factors = like.new_empty(2, 2)
+    for axis, side in enumerate(image_size[::-1]):
+        factors[:, axis].fill_(side)
+    return factors.flatten()
 
 
 def boxes_of_masks(masks: Tensor) -> Tensor:

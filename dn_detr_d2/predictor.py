@@ -19,6 +19,7 @@ from .errors import ConfigError, UserError
 from .sources import as_bgr, expand
 from .structures import map_by_size
 from .tiling import with_tiles
+from .utils.fold_norms import fold_norms
 from .utils.processor import slow_bfloat16
 
 
@@ -55,6 +56,8 @@ class Predictor(DefaultPredictor):
         self.cfg.MODEL.DEVICE = device
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
+        if cfg.TEST.FOLD_NORMS:
+            fold_norms(self.model)
         self._detector = with_tiles(self.model, cfg)
 
     def __call__(

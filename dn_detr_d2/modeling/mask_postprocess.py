@@ -247,6 +247,14 @@ class MaskPostprocess:
             for *found, x in zip(logits, masks, boxes, batched_inputs, strict=True)
         ]
 
+    def start(self, predictions: Predictions, batched_inputs: list[dict]) -> list[dict]:
+        """:meth:`__call__`; how many pixels and segments there are must be known before the next image."""
+        return self(predictions, batched_inputs)
+
+    def finish(self, found: list[dict]) -> list[dict]:
+        """What :meth:`start` has given."""
+        return found
+
     def _instances(self, logits, masks, boxes, image_size, wanted) -> Instances:
         return instance_output(
             logits,

@@ -110,7 +110,10 @@ class DenoisingDETR(nn.Module):
             normalizers = normalizers or self.step_normalizers(batched_inputs)
             outputs = self.forward_outputs(batched_inputs, self.denoising, normalizers=normalizers)
             return {name: loss.value for name, loss in self.losses(outputs, normalizers).items()}
-        return map_by_size(self.detect, batched_inputs, together=self.pad_to_largest)
+        if any(map(is_prompted, batched_inputs)):
+            return map_by_size(self.detect, batched_inputs, together=self.pad_to_largest)
+        found = map_by_size(self._start_detection, batched_inputs, together=self.pad_to_largest)
+        return self.postprocess.finish(found)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections of images that pass the model together; what one is told changes nothing for the others."""
@@ -120,6 +123,11 @@ class DenoisingDETR(nn.Module):
             found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
         found |= prompted(self, batched_inputs, memory, queries)
         return [found[i] for i in range(len(batched_inputs))]
+
+    def _start_detection(self, batched_inputs: list[dict]) -> list:
+        """:meth:`detect` without prompts and without the last wait for the device."""
+        memory = self.encode(batched_inputs)
+        return self.postprocess.start(self.decoder(self.query_source(memory), memory), batched_inputs)
 
     def check_prompts(self, batched_inputs: list[dict]) -> None:
         """:func:`~dn_detr_d2.modeling.prompting.check_prompts`; :meth:`forward` does so too."""

@@ -1,14 +1,17 @@
 """From predictions to Instances in pixels."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
-from ..structures import Predictions
+from ..structures import Predictions, upload
+
+NONFINITE = "the model predicts NaN or Inf: its weights or its input are not finite (files: {})"
 
 
 def class_probability(logits: Tensor, num_classes: int) -> Tensor:
@@ -91,6 +94,51 @@ def _detections(scores: Tensor, boxes: Tensor, classes: Tensor, image_size: tupl
     )
 
 
+@dataclass
+class Found:
+    """Detections of one image on their way from the device: which of them are any is not known on the host yet.
+
+    Attributes:
+        instances: in pixels of the wanted output size.
+        nonempty: (n,) bool, which boxes have a size inside the image.
+        finite: () bool, whether all that the model has predicted for the image is.
+        image: name of its file.
+    """
+
+    instances: Instances
+    nonempty: Tensor
+    finite: Tensor
+    image: str
+
+
+def finish(found: list[Found]) -> list[dict[str, Instances]]:
+    """Detectron2's output dicts, without boxes that have no size; all images together wait once for the device.
+
+    Args:
+        found: of all images, whether or not they have passed the model together.
+
+    Raises:
+        FloatingPointError: predictions are not finite.
+    """
+    if not found:
+        return []
+    flags = iter(torch.cat([x for one in found for x in (one.finite[None], one.nonempty)]).tolist())
+    kept = {}
+    for i, one in enumerate(found):
+        finite, *nonempty = itertools.islice(flags, 1 + len(one.nonempty))
+        if not finite:
+            raise FloatingPointError(NONFINITE.format([one.image]))
+        kept[i] = [place for place, usable in enumerate(nonempty) if usable]
+    return [
+        {
+            "instances": one.instances
+            if len(kept[i]) == len(one.nonempty)
+            else one.instances[upload(kept[i], one.nonempty)]
+        }
+        for i, one in enumerate(found)
+    ]
+
+
 class Postprocess:
     """From the predictions of a batch to Detectron2's output dicts.
 
@@ -112,11 +160,17 @@ class Postprocess:
         Raises:
             FloatingPointError: predictions are not finite.
         """
-        logits, boxes = _last_layer(predictions, batched_inputs)
+        return self.finish(self.start(predictions, batched_inputs))
+
+    def start(self, predictions: Predictions, batched_inputs: list[dict]) -> list[Found]:
+        """The part of :meth:`__call__` that does not wait for the device, image by image; :meth:`finish` does the rest."""
+        logits, boxes = predictions.logits[-1], predictions.boxes[-1]
         return [
-            _output(self.select(image_logits, image_boxes, size_of(x), self.top_k), x)
-            for image_logits, image_boxes, x in zip(logits, boxes, batched_inputs, strict=True)
+            _found(self.select(*predicted, size_of(x), self.top_k), predicted, x)
+            for *predicted, x in zip(logits, boxes, batched_inputs, strict=True)
         ]
+
+    finish = staticmethod(finish)
 
     def of_labels(
         self, predictions: Predictions, labels: list[Tensor], batched_inputs: list[dict]
@@ -131,12 +185,14 @@ class Postprocess:
         Raises:
             FloatingPointError: predictions are not finite.
         """
-        counts = [len(own) for own in labels]
-        logits, boxes = (x.split(counts) for x in _last_layer(predictions, batched_inputs))
-        return [
-            _output(select_labelled(*found, size_of(x), self.top_k, softmax=self.select is select_best), x)
-            for *found, x in zip(logits, boxes, labels, batched_inputs, strict=True)
-        ]
+        counts, softmax = [len(own) for own in labels], self.select is select_best
+        logits, boxes = predictions.logits[-1].split(counts), predictions.boxes[-1].split(counts)
+        return self.finish(
+            [
+                _found(select_labelled(*predicted, own, size_of(x), self.top_k, softmax=softmax), predicted, x)
+                for *predicted, own, x in zip(logits, boxes, labels, batched_inputs, strict=True)
+            ]
+        )
 
 
 def size_of(record: dict) -> tuple[int, int]:
@@ -150,22 +206,18 @@ def output_size(record: dict) -> tuple[int, int]:
     return record.get("height", height), record.get("width", width)
 
 
-def _output(found: Instances, record: dict) -> dict[str, Instances]:
-    """Detections in pixels of the wanted output size."""
-    return {"instances": detector_postprocess(found, *output_size(record))}
-
-
-def _last_layer(predictions: Predictions, batched_inputs: list[dict]) -> tuple[Tensor, Tensor]:
-    """Logits and boxes of the last layer; raises FloatingPointError if they are not finite."""
-    logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-    require_finite([logits, boxes], batched_inputs)
-    return logits, boxes
+def _found(found: Instances, predicted: list[Tensor], record: dict) -> Found:
+    """Detections scaled to the wanted output size and cut to it, as by Detectron2's ``detector_postprocess``."""
+    wanted = output_size(record)
+    boxes = found.pred_boxes.tensor
+    for axis, (new, old) in enumerate(zip(wanted[::-1], found.image_size[::-1], strict=True)):
+        boxes[:, axis::2].mul_(new / old).clamp_(0, new)  # Boxes.clip() would wait for the device
+    finite = torch.stack([x.isfinite().all() for x in predicted]).all()
+    scaled = Instances(wanted, **found.get_fields())
+    return Found(scaled, scaled.pred_boxes.nonempty(), finite, record.get("file_name", "unnamed"))
 
 
 def require_finite(predicted: list[Tensor], batched_inputs: list[dict]) -> None:
     """Raises FloatingPointError, with the names of the images, if a tensor holds NaN or Inf."""
     if not torch.stack([x.isfinite().all() for x in predicted]).all():  # one wait for the device
-        raise FloatingPointError(
-            "the model predicts NaN or Inf: its weights or its input are not finite "
-            f"(files: {[x.get('file_name', 'unnamed') for x in batched_inputs]})"
-        )
+        raise FloatingPointError(NONFINITE.format([x.get("file_name", "unnamed") for x in batched_inputs]))

@@ -1,0 +1,84 @@
+"""Detections on their way to the host: Detectron2's own post-processing is the reference, and one wait has to do."""
+
+import pytest
+import torch
+from conftest import make_batch
+from detectron2.modeling.postprocessing import detector_postprocess
+from hypothesis import given
+from hypothesis import strategies as st
+from naming import naming
+
+from dev.benchmark_criterion import OperatorCount
+from dn_detr_d2.modeling.postprocess import Postprocess, select_best, select_top
+from dn_detr_d2.structures import Predictions
+
+
+def predictions(images, queries, seed):
+    """Random ones of two layers; of some boxes a side is nothing, and some lie outside the image."""
+    torch.manual_seed(seed)
+    boxes = torch.rand(2, images, queries, 4) * 1.6 - 0.3
+    boxes[..., 2:] = boxes[..., 2:].clamp(min=0)
+    return Predictions(torch.randn(2, images, queries, 4), boxes)
+
+
+def records(images):
+    sizes = [(40, 60), (64, 48), (33, 91)]
+    batch = [{"image": torch.zeros(3, *sizes[i % 3]), "file_name": f"{i}.png"} for i in range(images)]
+    for i, record in enumerate(batch):
+        if i % 2 == 0:  # the output has another size
+            record |= {"height": 100 + i, "width": 77}
+    return batch
+
+
+@given(st.integers(0, 3), st.integers(1, 9), st.integers(0, 99), st.sampled_from([select_top, select_best]))
+def test_it_is_detectron2s_post_processing(images, queries, seed, select):
+    made, batch = predictions(images, queries, seed), records(images)
+    found = Postprocess(select, 6)(made, batch)
+    assert len(found) == images
+    for i, (one, record) in enumerate(zip(found, batch, strict=True)):
+        size = tuple(record["image"].shape[-2:])
+        raw = select(made.logits[-1, i], made.boxes[-1, i], size, 6)
+        theirs = detector_postprocess(raw, record.get("height", size[0]), record.get("width", size[1]))
+        ours = one["instances"]
+        assert ours.image_size == theirs.image_size
+        assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+        assert torch.equal(ours.scores, theirs.scores)
+        assert torch.equal(ours.pred_classes, theirs.pred_classes)
+
+
+def test_the_image_that_is_not_finite_is_named():
+    made = predictions(3, 4, 0)
+    made.logits[-1, 1, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"NaN or Inf.*\['1\.png'\]"):
+        Postprocess(select_top, 6)(made, records(3))
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr", "dino", "detr"])
+def test_a_batch_waits_once_for_the_device_whatever_is_in_it(toy_model, monkeypatch, system):
+    """The two scalars that are read for each size are Detectron2's: ImageList computes the padded size in a host tensor."""
+    reads = []
+    for name in ("cpu", "tolist", "item", "__bool__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, f=original: reads.append(1) or f(self))
+    model = toy_model(system).eval()
+    for sizes in (((64, 96),), ((64, 96), (96, 64), (80, 80))):
+        reads.clear()
+        with torch.no_grad(), OperatorCount() as count:
+            found = model(make_batch(*[0] * 3, sizes=sizes))
+        assert len(found) == 3
+        assert (len(reads), count.waits) == (1, 2 * len(sizes))
+
+
+def test_labels_that_are_looked_for_come_out_alike():
+    post, batch = Postprocess(select_top, 6), records(2)
+    made = predictions(3, 5, 4)  # two passes over the first image, one over the second
+    found = post.of_labels(made, [torch.tensor([2, 0]), torch.tensor([1])], batch)
+    assert [
+        set(x["instances"].pred_classes.tolist()) <= kinds for x, kinds in zip(found, ({0, 2}, {1}), strict=True)
+    ] == [
+        True,
+        True,
+    ]
+    made.boxes[-1, 2, 0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match=naming("1.png")):
+        post.of_labels(made, [torch.tensor([2, 0]), torch.tensor([1])], batch)
