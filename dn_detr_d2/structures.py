@@ -315,6 +315,28 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
+class HostCopy:
+    """A copy of a tensor on its way to the host; work that is launched after it began does not delay it.
+
+    Args:
+        tensor: on any device, without gradient.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._copy, self._done = tensor, None
+        if tensor.is_cuda:
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """The tensor in host memory."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._copy.cpu()
+
+
 def upload(array: np.ndarray, like: Tensor) -> Tensor:
     """A host array as an int64 tensor beside ``like``, by :func:`to_device`."""
     return to_device(torch.as_tensor(array, dtype=torch.int64), like.device)

@@ -13,6 +13,7 @@ from layers.op_cases import make_fused_inputs, make_inputs
 from dn_detr_d2.engine import TrainStep
 from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
 from dn_detr_d2.layers.position_encoding import encode_boxes
+from dn_detr_d2.structures import HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -240,6 +241,23 @@ def test_encodings_of_boxes_do_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(encoded.cpu(), encode_boxes(boxes.cpu(), 128), rtol=0, atol=2e-4)
+
+
+def test_a_copy_to_the_host_does_not_wait_for_later_work():
+    """The copy is there long before the products that were launched after it; both are what they should be."""
+    big = torch.randn(4096, 4096, device="cuda")
+    for _ in range(2):  # the first call of a product is slow
+        copy, later = HostCopy(big[:2, :3].clone()), torch.cuda.Event()
+        for _ in range(50):
+            product = big @ big
+        later.record()
+        host = copy.wait()
+        waited_for_all = later.query()
+        torch.cuda.synchronize()
+    assert not waited_for_all
+    assert host.device.type == "cpu"
+    torch.testing.assert_close(host, big[:2, :3].cpu(), rtol=0, atol=0)
+    assert product.isfinite().all()
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

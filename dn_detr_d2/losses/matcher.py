@@ -4,13 +4,14 @@ Shapes: K prediction sets (decoder layers), N images, Q queries, M ground truths
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..structures import Assignment, Predictions, Targets, upload
+from ..structures import Assignment, HostCopy, Predictions, Targets, upload
 from .costs import BoxGIoUCost, BoxL1Cost, ClassFocalCost, ClassSoftmaxCost, Cost
 from .functional import Constants, in_float32
 
@@ -58,13 +59,25 @@ class HungarianMatcher:
         """
         return self.match([(predictions, targets)])[0]
 
-    @torch.no_grad()
     def match(self, parts: Sequence[tuple[Predictions, Targets]]) -> list[Assignment]:
         """:meth:`__call__` for several predictions with their targets, with one copy to the host for all of them."""
+        return self.finish(self.start(parts))
+
+    @torch.no_grad()
+    def start(self, parts: Sequence[tuple[Predictions, Targets]]) -> "CostsOnTheirWay":
+        """The part of :meth:`match` that does not wait for the device; the device may be given other work before
+        :meth:`finish`."""
         costs = [self.cost(*part) for part in parts]
-        host = torch.cat([cost.flatten() for cost in costs]).cpu()  # the one device-to-host copy of matching in a step
-        blocks = zip(host.split([cost.numel() for cost in costs]), costs, parts, strict=True)
-        return [self._assign(block.view(cost.shape).numpy(), targets) for block, cost, (_, targets) in blocks]
+        host = HostCopy(
+            torch.cat([cost.flatten() for cost in costs])
+        )  # the one device-to-host copy of matching in a step
+        return CostsOnTheirWay(host, [cost.shape for cost in costs], [targets for _, targets in parts])
+
+    def finish(self, costs: "CostsOnTheirWay") -> list[Assignment]:
+        """The assignments of :meth:`match` from the costs, once they are on the host."""
+        blocks = costs.copy.wait().split([shape.numel() for shape in costs.shapes])
+        rows = zip(blocks, costs.shapes, costs.targets, strict=True)
+        return [self._assign(block.view(shape).numpy(), targets) for block, shape, targets in rows]
 
     def _assign(self, cost: np.ndarray, targets: Targets) -> Assignment:
         """The pairs of (K, N, Q, M) costs."""
@@ -95,6 +108,21 @@ class HungarianMatcher:
                 "logits, boxes or masks hold NaN or Inf"
             )
         return linear_sum_assignment(cost)
+
+
+@dataclass
+class CostsOnTheirWay:
+    """Matching costs between device and host.
+
+    Attributes:
+        copy: of all costs in a row.
+        shapes: (K, N, Q, M) of each part.
+        targets: of each part.
+    """
+
+    copy: HostCopy
+    shapes: list[torch.Size]
+    targets: list[Targets]
 
 
 class SoftmaxMatcher(HungarianMatcher):

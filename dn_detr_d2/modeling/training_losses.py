@@ -32,12 +32,12 @@ def training_losses(
     targets, proposals = outputs.targets, outputs.queries.proposals
     pairs: LossNormalizers | float = max(sum(targets.counts), 1) if normalizers is None else normalizers.matching
     parts = [(outputs.matching, targets)] + ([] if proposals is None else [(proposals, proposal_targets(targets))])
-    main, *proposed = [
-        criterion(*part, assignment, pairs) for part, assignment in zip(parts, matcher.match(parts), strict=True)
-    ]
-    others = {}
-    if outputs.dn is not None:
+    costs, others = matcher.start(parts), {}
+    if outputs.dn is not None:  # launched before the host waits for the costs
         others |= _named(outputs.dn.terms(outputs.denoising), "denoising", "dn", "dn")
+    main, *proposed = [
+        criterion(*part, assignment, pairs) for part, assignment in zip(parts, matcher.finish(costs), strict=True)
+    ]
     for terms in proposed:
         others |= _named(terms, "proposal", "proposal", "proposal")
     return _named(main, "matching", "main", "aux") | others

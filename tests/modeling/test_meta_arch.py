@@ -9,7 +9,7 @@ from naming import naming
 
 from dn_detr_d2 import CheckpointError, ConfigError
 from dn_detr_d2.losses import mean_over_ranks, name_layers
-from dn_detr_d2.structures import Pyramid
+from dn_detr_d2.structures import HostCopy, Pyramid
 
 EMPTY = [(3, 1), (0, 2), (0, 0)]
 
@@ -35,6 +35,21 @@ def test_losses_come_in_groups(toy_model, system):
     assert {name for name in losses if name.startswith("main/")} == {"main/class", "main/l1", "main/giou"}
     assert "aux/giou_1" in losses
     assert "aux/giou_2" not in losses
+
+
+def test_denoising_losses_are_launched_before_the_host_waits_for_the_costs(toy_model, monkeypatch):
+    model, calls = toy_model("dn_detr").train(), []
+
+    def recorded(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: calls.append(name) or original(*given, **named))
+
+    for owner, name in ((model.matcher, "start"), (model.matcher, "finish"), (HostCopy, "wait")):
+        recorded(owner, name)
+    recorded(type(model.criterion), "__call__")
+    losses = model(make_batch(2, 1))
+    assert any(name.startswith("dn/") for name in losses)
+    assert calls == ["start", "__call__", "finish", "wait", "__call__"]
 
 
 def test_layers_are_named_last_and_others():
