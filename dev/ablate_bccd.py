@@ -29,7 +29,7 @@ from dn_detr_d2.visualization.runs import Group, Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "bccd.yaml"
-SHORT = {"SOLVER.MAX_ITER": 500, "TEST.EVAL_PERIOD": 250, "DATASETS.TEST": ("bccd_val",)}
+SHORT = {"SOLVER.MAX_ITER": 400, "TEST.EVAL_PERIOD": 200, "DATASETS.TEST": ("bccd_val",)}
 SCRATCH = {"MODEL.WEIGHTS": "", "MODEL.BACKBONE.FREEZE_AT": 0, "SOLVER.BACKBONE_MULTIPLIER": 1.0}
 COARSE = {"MODEL.DN_DETR.IN_FEATURES": ("res3", "res4", "res5"), "MODEL.DN_DETR.NUM_FEATURE_LEVELS": 3}
 # What is taken back -> the overrides that do it.
@@ -46,7 +46,7 @@ CHOICES = {
     "learning rate 0.00035": {"SOLVER.BASE_LR": 0.00035},
     "class weight 1": {"MODEL.DN_DETR.LOSS.CLASS_WEIGHT": 1.0},
     "horizontal flips only": {"INPUT.RANDOM_FLIP": "horizontal"},
-    "batch 4, half the iterations": {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 250, "TEST.EVAL_PERIOD": 125},
+    "batch 4, half the iterations": {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 200, "TEST.EVAL_PERIOD": 100},
 }
 KINDS = {"moving average": "ema/", "last weights": ""}
 METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
