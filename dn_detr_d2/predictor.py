@@ -56,7 +56,7 @@ class Predictor(DefaultPredictor):
         self.cfg.MODEL.DEVICE = device
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
-        if cfg.TEST.FOLD_NORMS:
+        if cfg.TEST.FOLD_NORMS and cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR":  # rounding may decide an NMS
             fold_norms(self.model)
         self._detector = with_tiles(self.model, cfg)
 

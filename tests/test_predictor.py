@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances
 from naming import naming
 from PIL import Image
@@ -342,3 +343,15 @@ def test_a_missing_supervision_names_its_extra(told, monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ConfigError, match=naming("[report]")):
         told[0].to_supervision({})
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_norms_are_folded_unless_the_config_says_no(made, folds):
+    predictor = made("dn_detr", "TEST.FOLD_NORMS", folds)
+    norms = sum(isinstance(module, FrozenBatchNorm2d) for module in predictor.model.modules())
+    assert (norms == 0) == folds
+    plain = made("dn_detr", "TEST.FOLD_NORMS", False)
+    for image in pictures(2):
+        ours, theirs = (x(image)["instances"] for x in (predictor, plain))
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=0, atol=1e-2)

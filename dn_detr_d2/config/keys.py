@@ -357,7 +357,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # deformable family see the padding. False = only images of one size pass the model together.
     cfg.TEST.PAD_TO_LARGEST = False
     # True = the predictor folds batch norms into the convolutions before them (Detectron2's ResNets); detections are the
-    # same but for rounding.
+    # same but for rounding. Detectron2's own detectors stay as they are.
     cfg.TEST.FOLD_NORMS = True
     # Side in pixels of the square tiles in which evaluation, the predictor and `dn-detr predict` look at images; 0 = whole
     # images. Each tile is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST as if it were an image (docs/predictor.md).
