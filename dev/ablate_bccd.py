@@ -6,7 +6,8 @@
 
 --bccd is the folder that holds bccd/. The choices are compared on the validation split, on a short schedule with the
 first seed; then the recipe is trained as it is, and from random weights, and evaluated on the test split. Trainings that
-have ended are taken from --runs; an interrupted one is resumed. Writes bccd.md and bccd.png. Exit code 2: bad input.
+have ended are taken from --runs; an interrupted one is resumed. Writes bccd.md, bccd.png and bccd_ap50.png. Exit code 2:
+bad input.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tabulate import tabulate
 from dev.compare_runs import machine
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.command_line import add_overrides, parse, run_command
-from dn_detr_d2.visualization.curves import draw
+from dn_detr_d2.visualization.curves import AP50, draw
 from dn_detr_d2.visualization.runs import Group, Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,9 @@ def report(args: argparse.Namespace) -> str:
         )
     groups = [Group("from random weights", [*scratch.values()])] if scratch else []
     output = Path(args.output or args.runs)
-    picture = draw([*groups, Group("configs/bccd.yaml", [*whole.values()])], output / "bccd.png")
+    groups.append(Group("from ImageNet weights", [*whole.values()]))
+    picture = draw(groups, output / "bccd.png")
+    draw(groups, output / "bccd_ap50.png", [AP50])
     rows = [
         row(f"{name}, {kind}", run, None, prefix)
         for kind, prefix in KINDS.items()

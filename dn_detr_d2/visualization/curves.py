@@ -1,5 +1,6 @@
 """Groups of runs as one picture and one table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from .style import colour, line_style, new_figure, save
 
 # Of masks where a training has them, for that name comes last; else of boxes.
 AP = r"(.*/)?(bbox|segm)/AP"
+AP50 = (r"(.*/)?(bbox|segm)/AP50", "AP50 (0 to 100)")
 # What a row of panels shows: (pattern of the key, label of the axis)
 ROWS = (
     (AP, "AP (0 to 100)"),
-    (r"(.*/)?(bbox|segm)/AP50", "AP50 (0 to 100)"),
+    AP50,
     (r"loss_main", "matching loss,\nlast layer"),
     (r"loss_dn", "denoising loss,\nall layers"),
     (r"instability/layer_\d+", "instability IS, last layer\n(changed queries an image)"),
@@ -23,7 +25,7 @@ UNITS = {"iterations": "iterations", "seconds": "seconds of training"}
 HEADERS = ("group", "runs", "final AP", "best AP", "iterations to the baseline's final AP", "seconds an iteration")
 
 
-def draw(groups: list[Group], path: str | Path) -> Path:
+def draw(groups: list[Group], path: str | Path, rows: Sequence[tuple[str, str]] = ROWS) -> Path:
     """Writes a picture: AP, AP50, losses, instability and anchor distance against iterations and seconds.
 
     A group of several runs is its mean with a band from the lowest to the highest run. Panels without data are left out.
@@ -31,14 +33,15 @@ def draw(groups: list[Group], path: str | Path) -> Path:
     Args:
         groups: the first is the baseline; at least one.
         path: of the picture; its folder is made if need be.
+        rows: of panels: a pattern of keys and the label of the axis.
 
     Raises:
         UserError: no group has any of the values, or the picture cannot be written.
     """
-    shown = [[(row, axis) for axis in AXES if any(g.band(row[0], axis) is not None for g in groups)] for row in ROWS]
+    shown = [[(row, axis) for axis in AXES if any(g.band(row[0], axis) is not None for g in groups)] for row in rows]
     shown = [panels for panels in shown if panels]
     if not shown:
-        names, keys = [group.name for group in groups], [pattern for pattern, _ in ROWS]
+        names, keys = [group.name for group in groups], [pattern for pattern, _ in rows]
         raise UserError(f"none of the runs {names} has a value to draw; metrics.json must hold one of {keys}")
     columns = max(map(len, shown))
     figure, panels = new_figure(len(shown), columns, (5.2, 2.5))
