@@ -12,6 +12,7 @@ training takes at that size. Exit code 2: bad input.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.command_line import run_command
 from dn_detr_d2.denoising import QueryGroups
-from dn_detr_d2.layers import attend, attention
+from dn_detr_d2.layers.attention import attend, attend_folded, pays_to_fold
 from dn_detr_d2.structures import IsolatedGroups
 
 HEADS, DIM, IMAGES = 8, 256, 2
@@ -42,40 +43,50 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def seconds(inputs: list[Tensor], weights: Tensor, blocked: Tensor, groups: IsolatedGroups | None, fold: bool) -> tuple:
+def masked(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
+    """(N, Q, C) by the mask over all pairs."""
+    return attend(query, key, value, HEADS, blocked)
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor, groups: IsolatedGroups) -> Tensor:
+    """(N, Q, C) by folded groups, whatever their size."""
+    query, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
+    return attend_folded(query, key, value, groups).transpose(1, 2).flatten(2)
+
+
+def seconds(function: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor, mask) -> tuple[float, Tensor]:
     """(time of a forward and backward pass, result)."""
-    attention.pays_to_fold = lambda groups, num_queries: fold
     clock = time.perf_counter if weights.is_cuda else time.process_time
     if weights.is_cuda:
         torch.cuda.synchronize()
     started = clock()
-    result = attend(*inputs, HEADS, blocked, 0.0, groups)
+    result = function(*inputs, mask)
     torch.autograd.grad((result * weights).sum(), inputs)
     if weights.is_cuda:
         torch.cuda.synchronize()
     return clock() - started, result.detach()
 
 
-def row(size: int, number: int, args: argparse.Namespace, chosen: bool) -> list[str]:
+def row(size: int, number: int, args: argparse.Namespace) -> list[str]:
     """A line of the table."""
     groups, total = IsolatedGroups(number, size), size * number + args.matching
     blocked = QueryGroups.isolated(number, 1, size, args.device).attention_mask(args.matching)
     inputs = [torch.randn(IMAGES, total, DIM, device=args.device, requires_grad=True) for _ in range(3)]
     weights = torch.randn(IMAGES, total, DIM, device=args.device)
-    ratios, folded = [], []
+    ratios, times = [], []
     for warm in (False, *[True] * args.rounds):
-        first, expected = seconds(inputs, weights, blocked, groups, False)
-        second, found = seconds(inputs, weights, blocked, groups, True)
+        first, expected = seconds(masked, inputs, weights, blocked)
+        second, found = seconds(folded, inputs, weights, groups)
         if warm:
             ratios.append(first / second)
-            folded.append(second)
+            times.append(second)
     return [
         f"{size} x {number}",
         f"{(~blocked).float().mean():.2f}",
-        f"{1e3 * median(folded):.1f}",
+        f"{1e3 * median(times):.1f}",
         f"{median(ratios):.2f}x",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
-        "folded" if chosen else "masked",
+        "folded" if pays_to_fold(groups, total) else "masked",
         f"{(found - expected).abs().max():.0e}",
     ]
 
@@ -90,14 +101,7 @@ def measure(args: argparse.Namespace) -> str:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but PyTorch finds no CUDA device; leave it out")
     torch.manual_seed(args.seed)
-    rule = attention.pays_to_fold
-    try:
-        rows = [
-            row(size, number, args, rule(IsolatedGroups(number, size), size * number + args.matching))
-            for size, number in SIZES
-        ]
-    finally:
-        attention.pays_to_fold = rule
+    rows = [row(size, number, args) for size, number in SIZES]
     return tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
 
 

@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from .checkpoint.checkpointer import load_weights
 from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
+from .data.mapper import has_queries
 from .errors import ConfigError, UserError
 from .sources import as_bgr, expand
 from .structures import map_by_size
@@ -56,7 +57,7 @@ class Predictor(DefaultPredictor):
         self.cfg.MODEL.DEVICE = device
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
-        if cfg.TEST.FOLD_NORMS and cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR":  # rounding may decide an NMS
+        if cfg.TEST.FOLD_NORMS and has_queries(cfg):  # rounding may decide an NMS
             fold_norms(self.model)
         self._detector = with_tiles(self.model, cfg)
 

@@ -342,6 +342,11 @@ def upload(array: np.ndarray, like: Tensor) -> Tensor:
     return to_device(torch.as_tensor(array, dtype=torch.int64), like.device)
 
 
+def file_name(image: dict) -> str:
+    """The file of an image of a batch, for messages; "unnamed" where its dict names none."""
+    return image.get("file_name", "unnamed")
+
+
 def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
     """Indices of the images of each size, so that none has to be padded for another."""
     groups = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..structures import file_name
 from ..utils.files import atomic_write
 
 
@@ -177,11 +178,6 @@ def write_report(path: Path, batch: list[dict], random_state: dict[str, Tensor],
     text = json.dumps(_as_text({**content, "batch": path.with_suffix(".pth").name, "versions": versions}), indent=2)
     with atomic_write(path.with_suffix(".json"), "w") as file:
         file.write(f"{text}\n")
-
-
-def file_name(image: dict) -> str:
-    """Name of an image of a batch."""
-    return image.get("file_name", "unnamed")
 
 
 def _as_text(content):

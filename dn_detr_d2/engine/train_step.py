@@ -14,9 +14,10 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..structures import file_name
 from ..utils.distributed import unwrap
 from ..utils.rng import set_torch_state, torch_state
-from .nonfinite import NonfiniteTensor, file_name, search, write_report
+from .nonfinite import NonfiniteTensor, search, write_report
 from .optimizer import ClipsWholeModel, total_norm
 
 logger = logging.getLogger(__name__)

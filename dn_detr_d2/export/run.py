@@ -14,6 +14,7 @@ from ..checkpoint.download import fetch
 from ..checkpoint.reader import read_checkpoint
 from ..config import load_config
 from ..data import DetrDatasetMapper, check_files, records_of
+from ..data.mapper import has_queries
 from ..engine import Trainer, load_for_evaluation
 from ..errors import ConfigError, UserError
 from .detector import TOLERANCES, Agreement, ExportedDetector, compare
@@ -118,7 +119,7 @@ def config_of(config_file: str, opts: list, wish: Wish) -> CfgNode:
             compare or to evaluate on.
     """
     plain = load_config(config_file, opts)
-    if plain.MODEL.META_ARCHITECTURE != "DenoisingDETR":
+    if not has_queries(plain):
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE = {plain.MODEL.META_ARCHITECTURE!r} is one of Detectron2's own detectors; export it "
             "with Detectron2's tools/deploy/export_model.py"

@@ -64,16 +64,16 @@ class HungarianMatcher:
         return self.finish(self.start(parts))
 
     @torch.no_grad()
-    def start(self, parts: Sequence[tuple[Predictions, Targets]]) -> "CostsOnTheirWay":
+    def start(self, parts: Sequence[tuple[Predictions, Targets]]) -> "PendingCosts":
         """The part of :meth:`match` that does not wait for the device; the device may be given other work before
         :meth:`finish`."""
         costs = [self.cost(*part) for part in parts]
         host = HostCopy(
             torch.cat([cost.flatten() for cost in costs])
         )  # the one device-to-host copy of matching in a step
-        return CostsOnTheirWay(host, [cost.shape for cost in costs], [targets for _, targets in parts])
+        return PendingCosts(host, [cost.shape for cost in costs], [targets for _, targets in parts])
 
-    def finish(self, costs: "CostsOnTheirWay") -> list[Assignment]:
+    def finish(self, costs: "PendingCosts") -> list[Assignment]:
         """The assignments of :meth:`match` from the costs, once they are on the host."""
         blocks = costs.copy.wait().split([shape.numel() for shape in costs.shapes])
         rows = zip(blocks, costs.shapes, costs.targets, strict=True)
@@ -111,7 +111,7 @@ class HungarianMatcher:
 
 
 @dataclass
-class CostsOnTheirWay:
+class PendingCosts:
     """Matching costs between device and host.
 
     Attributes:

@@ -251,9 +251,10 @@ class MaskPostprocess:
         """:meth:`__call__`; how many pixels and segments there are must be known before the next image."""
         return self(predictions, batched_inputs)
 
-    def finish(self, found: list[dict]) -> list[dict]:
+    @staticmethod
+    def finish(outputs: list[dict]) -> list[dict]:
         """What :meth:`start` has given."""
-        return found
+        return outputs
 
     def _instances(self, logits, masks, boxes, image_size, wanted) -> Instances:
         return instance_output(

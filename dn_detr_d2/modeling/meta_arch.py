@@ -112,8 +112,8 @@ class DenoisingDETR(nn.Module):
             return {name: loss.value for name, loss in self.losses(outputs, normalizers).items()}
         if any(map(is_prompted, batched_inputs)):
             return map_by_size(self.detect, batched_inputs, together=self.pad_to_largest)
-        found = map_by_size(self._start_detection, batched_inputs, together=self.pad_to_largest)
-        return self.postprocess.finish(found)
+        pending = map_by_size(self._start_detection, batched_inputs, together=self.pad_to_largest)
+        return self.postprocess.finish(pending)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections of images that pass the model together; what one is told changes nothing for the others."""

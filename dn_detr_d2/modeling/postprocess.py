@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
-from ..structures import Predictions, upload
+from ..structures import Predictions, file_name, upload
 
 NONFINITE = "the model predicts NaN or Inf: its weights or its input are not finite (files: {})"
 
@@ -95,11 +95,11 @@ def _detections(scores: Tensor, boxes: Tensor, classes: Tensor, image_size: tupl
 
 
 @dataclass
-class Found:
-    """Detections of one image on their way from the device: which of them are any is not known on the host yet.
+class PendingDetections:
+    """Detections of one image of which the host does not know yet how many there are.
 
     Attributes:
-        instances: in pixels of the wanted output size.
+        instances: in pixels of the wanted output size, boxes without a size among them.
         nonempty: (n,) bool, which boxes have a size inside the image.
         finite: () bool, whether all that the model has predicted for the image is.
         image: name of its file.
@@ -109,34 +109,6 @@ class Found:
     nonempty: Tensor
     finite: Tensor
     image: str
-
-
-def finish(found: list[Found]) -> list[dict[str, Instances]]:
-    """Detectron2's output dicts, without boxes that have no size; all images together wait once for the device.
-
-    Args:
-        found: of all images, whether or not they have passed the model together.
-
-    Raises:
-        FloatingPointError: predictions are not finite.
-    """
-    if not found:
-        return []
-    flags = iter(torch.cat([x for one in found for x in (one.finite[None], one.nonempty)]).tolist())
-    kept = {}
-    for i, one in enumerate(found):
-        finite, *nonempty = itertools.islice(flags, 1 + len(one.nonempty))
-        if not finite:
-            raise FloatingPointError(NONFINITE.format([one.image]))
-        kept[i] = [place for place, usable in enumerate(nonempty) if usable]
-    return [
-        {
-            "instances": one.instances
-            if len(kept[i]) == len(one.nonempty)
-            else one.instances[upload(kept[i], one.nonempty)]
-        }
-        for i, one in enumerate(found)
-    ]
 
 
 class Postprocess:
@@ -162,15 +134,36 @@ class Postprocess:
         """
         return self.finish(self.start(predictions, batched_inputs))
 
-    def start(self, predictions: Predictions, batched_inputs: list[dict]) -> list[Found]:
+    def start(self, predictions: Predictions, batched_inputs: list[dict]) -> list[PendingDetections]:
         """The part of :meth:`__call__` that does not wait for the device, image by image; :meth:`finish` does the rest."""
         logits, boxes = predictions.logits[-1], predictions.boxes[-1]
         return [
-            _found(self.select(*predicted, size_of(x), self.top_k), predicted, x)
+            _pending(self.select(*predicted, size_of(x), self.top_k), predicted, x)
             for *predicted, x in zip(logits, boxes, batched_inputs, strict=True)
         ]
 
-    finish = staticmethod(finish)
+    @staticmethod
+    def finish(pending: list[PendingDetections]) -> list[dict[str, Instances]]:
+        """Detectron2's output dicts, without boxes that have no size; all images together wait once for the device.
+
+        Args:
+            pending: of :meth:`start`, of all images, whether or not they have passed the model together.
+
+        Raises:
+            FloatingPointError: predictions are not finite.
+        """
+        if not pending:
+            return []
+        flags = iter(torch.cat([x for one in pending for x in (one.finite[None], one.nonempty)]).tolist())
+        outputs = []
+        for one in pending:
+            finite, *nonempty = itertools.islice(flags, 1 + len(one.nonempty))
+            if not finite:
+                raise FloatingPointError(NONFINITE.format([one.image]))
+            kept = [place for place, usable in enumerate(nonempty) if usable]
+            all_of_them = len(kept) == len(nonempty)
+            outputs.append({"instances": one.instances if all_of_them else one.instances[upload(kept, one.nonempty)]})
+        return outputs
 
     def of_labels(
         self, predictions: Predictions, labels: list[Tensor], batched_inputs: list[dict]
@@ -189,7 +182,7 @@ class Postprocess:
         logits, boxes = predictions.logits[-1].split(counts), predictions.boxes[-1].split(counts)
         return self.finish(
             [
-                _found(select_labelled(*predicted, own, size_of(x), self.top_k, softmax=softmax), predicted, x)
+                _pending(select_labelled(*predicted, own, size_of(x), self.top_k, softmax=softmax), predicted, x)
                 for *predicted, own, x in zip(logits, boxes, labels, batched_inputs, strict=True)
             ]
         )
@@ -206,7 +199,7 @@ def output_size(record: dict) -> tuple[int, int]:
     return record.get("height", height), record.get("width", width)
 
 
-def _found(found: Instances, predicted: list[Tensor], record: dict) -> Found:
+def _pending(found: Instances, predicted: list[Tensor], record: dict) -> PendingDetections:
     """Detections scaled to the wanted output size and cut to it, as by Detectron2's ``detector_postprocess``."""
     wanted = output_size(record)
     boxes = found.pred_boxes.tensor
@@ -214,10 +207,10 @@ def _found(found: Instances, predicted: list[Tensor], record: dict) -> Found:
         boxes[:, axis::2].mul_(new / old).clamp_(0, new)  # Boxes.clip() would wait for the device
     finite = torch.stack([x.isfinite().all() for x in predicted]).all()
     scaled = Instances(wanted, **found.get_fields())
-    return Found(scaled, scaled.pred_boxes.nonempty(), finite, record.get("file_name", "unnamed"))
+    return PendingDetections(scaled, scaled.pred_boxes.nonempty(), finite, file_name(record))
 
 
 def require_finite(predicted: list[Tensor], batched_inputs: list[dict]) -> None:
     """Raises FloatingPointError, with the names of the images, if a tensor holds NaN or Inf."""
     if not torch.stack([x.isfinite().all() for x in predicted]).all():  # one wait for the device
-        raise FloatingPointError(NONFINITE.format([x.get("file_name", "unnamed") for x in batched_inputs]))
+        raise FloatingPointError(NONFINITE.format([file_name(x) for x in batched_inputs]))
