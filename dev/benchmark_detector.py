@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Times a training step and an inference of a config, part by part, and against other implementations.
+
+    python dev/benchmark_detector.py --config-file configs/dino_R50_4scale_12ep.yaml --device cuda --precision bf16
+    python dev/benchmark_detector.py --config-file configs/deformable_detr_R50_50ep.yaml --against torch transformers
+    python dev/benchmark_detector.py --config-file configs/dn_dab_deformable.yaml --size 256 256 --curves
+
+Images are random pixels of one size, weights are random. Without --threads above 1 the CPU times are CPU time of one thread,
+so other programs disturb them little. "floor" is the share of a part's time in matrix products and convolutions, which any
+implementation has to compute; "kept" is what autograd keeps for the backward pass; operators are counted below autograd;
+"reads" are calls that bring numbers to Python, for which the host waits on a GPU.
+Rivals take turns with ours in this process; a ratio is the median over the rounds, with its range: "torch" is ours with
+deformable attention out of PyTorch's operators, "transformers" Deformable DETR of Hugging Face with the same sizes.
+--curves measures how a training step grows instead, and writes a CSV and a plot. Exit code 2: bad input.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tabulate import tabulate
+
+from dev.benchmark import timeline
+from dev.benchmark.detector_curves import CURVES, measure_curves, write_curves
+from dev.benchmark.detectors import PRECISIONS, RIVALS, Case, Detector, build_ours, build_rival, seconds
+from dev.benchmark.timeline import BACKWARD, FORWARD, Timeline
+from dev.compare_runs import machine
+from dn_detr_d2 import ConfigError, UserError
+from dn_detr_d2.command_line import add_overrides, parse, run_command
+
+HEADERS = ("part", "forward ms", "backward ms", "of the step", "floor", "kept MiB", "operators", "reads")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--size", type=int, nargs=2, default=(400, 667), metavar=("H", "W"), help="in pixels")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="images of a step (default 2)")
+    parser.add_argument("--objects", type=int, default=7, metavar="N", help="in each image (default 7)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default 1)")
+    parser.add_argument("--against", nargs="+", choices=RIVALS, default=[], help="what else is timed")
+    parser.add_argument("--curves", nargs="*", choices=list(CURVES), help="measure these curves (default: all) instead")
+    parser.add_argument("--output", metavar="DIR", default="output/benchmark", help="where curves go")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and boxes (default 0)")
+    add_overrides(parser)
+    return parse(parser, argv)
+
+
+def checked_case(args: argparse.Namespace) -> Case:
+    """The case of the arguments.
+
+    Raises:
+        UserError: numbers out of range, no GPU.
+    """
+    for name, least in (("batch", 1), ("objects", 0), ("rounds", 1), ("threads", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if min(args.size) < 32:
+        raise UserError(f"--size must be at least 32 32, got {args.size[0]} {args.size[1]}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but PyTorch finds no CUDA device; leave it out")
+    size, opts = tuple(args.size), tuple(args.opts)
+    return Case(args.config_file, opts, size, args.batch, args.objects, args.precision, args.device, args.seed)
+
+
+def time_meter(args: argparse.Namespace) -> timeline.Meter:
+    """What measures time on this device with so many threads."""
+    if args.device == "cuda":
+        return timeline.DeviceTime()
+    return timeline.WallTime() if args.threads > 1 else timeline.Meter()
+
+
+def part_table(detector: Detector, run: Callable[[], object], args: argparse.Namespace, training: bool) -> str:
+    """A line for each part of a training step, or of an inference."""
+    optimizer = detector.optimizer if training else None
+
+    def cost(meter: timeline.Meter) -> dict[tuple[str, str], float]:
+        return Timeline(detector.model, meter, optimizer).costs(run)
+
+    cost(time_meter(args))  # warms up
+    rounds = [cost(time_meter(args)) for _ in range(args.rounds)]
+    times = {key: median(x.get(key, 0.0) for x in rounds) for key in rounds[0]}
+    floor, operators, reads = (
+        cost(x) for x in (timeline.Floor(time_meter(args)), timeline.Operators(), timeline.Reads())
+    )
+    kept = cost(timeline.KeptBytes(detector.model)) if training else {}
+    total = sum(times.values())
+    rows = []
+    for part in [*dict.fromkeys(part for part, _ in times), None]:
+        keys = [key for key in times if part in (key[0], None)]
+        ms = {
+            which: sum(times[key] for key in keys if (key[1] == BACKWARD) == (which == BACKWARD))
+            for which in (FORWARD, BACKWARD)
+        }
+        sums = [sum(x.get(key, 0.0) for key in keys) for x in (times, floor, kept, operators, reads)]
+        share = f"{100 * sums[1] / sums[0]:.0f} %" if sums[0] else ""
+        rows.append(
+            [
+                part or "all",
+                f"{ms[FORWARD]:.1f}",
+                f"{ms[BACKWARD]:.1f}",
+                f"{100 * sums[0] / total:.1f} %",
+                share,
+                f"{sums[2] / 2**20:.0f}",
+                f"{sums[3]:.0f}",
+                f"{sums[4]:.0f}",
+            ]
+        )
+    return tabulate(rows, HEADERS, tablefmt="github", colalign=("left", *["right"] * 7), disable_numparse=True)
+
+
+def rival_table(ours: Detector, case: Case, args: argparse.Namespace) -> str:
+    """Time of each rival over ours."""
+    rivals = {"ours": ours} | {name: build_rival(name, case) for name in args.against}
+    rows = []
+    for what in ("step", "detect"):
+        times = {name: [] for name in rivals}
+        for counted in (False, *[True] * args.rounds):
+            for name, rival in rivals.items():
+                took = seconds(getattr(rival, what), args.device, wall=args.threads > 1)
+                if counted:
+                    times[name].append(took)
+        for name in args.against:
+            ratios = [a / b for a, b in zip(times[name], times["ours"], strict=True)]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            bare = [f"{1e3 * median(times[x]):.0f}" for x in ("ours", name)]
+            rows.append(
+                ["training step" if what == "step" else "inference", name, *bare, f"{median(ratios):.2f}x", spread]
+            )
+    return tabulate(
+        rows, ("", "against", "ours ms", "its ms", "ratio", "range"), tablefmt="github", disable_numparse=True
+    )
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Prints the tables."""
+    case = checked_case(args)
+    torch.set_num_threads(args.threads)
+    print(
+        f"{Path(case.config).name}, {case.batch} images of {case.size[0]} x {case.size[1]} with {case.objects} objects, ",
+        end="",
+    )
+    print(f"{case.precision}, {case.device}, {args.threads} threads, seed {case.seed}, {machine()}\n")
+    if args.curves is not None:
+        write_curves(measure_curves(args.curves or list(CURVES), case, args.rounds), Path(args.output))
+        return
+    ours = build_ours(case)
+    print("Training step\n\n" + part_table(ours, ours.step, args, training=True))
+    if args.device == "cuda":
+        print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+    print("\nInference\n\n" + part_table(ours, ours.detect, args, training=False))
+    if args.against:
+        print("\nAgainst others\n\n" + rival_table(ours, case, args))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: benchmark(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
