@@ -3,7 +3,8 @@
 from ..utils import needs_detectron2  # noqa: F401
 
 # isort: split
-from .denoising_health import JudgedLabel, Restoration, judge_labels, measure_restoration
+from .annotation_errors import Suspicion, judge_annotations, judge_labels
+from .denoising_health import Restoration, measure_restoration
 from .diagnostic_hooks import InstabilityHook, LeakCheckHook, MeasuringHook, build_diagnostics
 from .instability import anchor_distances, anchor_metrics, average_top_k, churn, instability
 from .leak import check_denoising
@@ -12,11 +13,11 @@ from .probe import ProbedImage, probe
 
 __all__ = [
     "InstabilityHook",
-    "JudgedLabel",
     "LeakCheckHook",
     "MeasuringHook",
     "ProbedImage",
     "Restoration",
+    "Suspicion",
     "anchor_distances",
     "anchor_metrics",
     "average_top_k",
@@ -24,6 +25,7 @@ __all__ = [
     "check_denoising",
     "churn",
     "instability",
+    "judge_annotations",
     "judge_labels",
     "measure_restoration",
     "preserve_state",

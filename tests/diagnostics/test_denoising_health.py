@@ -1,6 +1,7 @@
 """Restoration and suspicious labels, with a model that is right by construction and with the real ones."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ class Oracle(nn.Module):
     def __init__(self, generator=PLAIN):
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(1))
-        self.denoising = QueryDenoising(generator, dim=8)
+        self.denoising, self.decoder = QueryDenoising(generator, dim=8), SimpleNamespace(BOXES=True)
 
     def forward_outputs(self, batch, denoising):
         boxes, scale = [record["instances"].gt_boxes.tensor for record in batch], torch.tensor([96.0, 64, 96, 64])
@@ -86,9 +87,9 @@ def test_restored_boxes_are_compared_as_torchvision_does():
     [batch] = scenes(4)
     with torch.random.fork_rng():
         result = measure_restoration(oracle, [batch], [0.3])[0.3]
-        from dn_detr_d2.diagnostics.denoising_health import _renoised_passes
+        from dn_detr_d2.diagnostics.denoising_health import renoised_passes
 
-        [seen] = _renoised_passes(oracle, batch, 0.5, 0.3, [0])
+        [seen] = renoised_passes(oracle, batch, 0.5, 0.3, [0])
     pairs = seen.noised.assignment
     noised, clean = seen.noised.boxes[0, pairs.query[0]], seen.targets.boxes[0, pairs.target[0]]
     slow = [

@@ -14,8 +14,7 @@ from ranks import on_ranks
 
 from dn_detr_d2 import ConfigError, DenoisingGenerator, LeakError, UserError, setup_cfg
 from dn_detr_d2.denoising import QueryGroups, embed_boxes
-from dn_detr_d2.diagnostics import check_denoising
-from dn_detr_d2.diagnostics.denoising_health import judge_labels
+from dn_detr_d2.diagnostics import check_denoising, judge_labels
 from dn_detr_d2.diagnostics.validation_loss import validation_losses
 from dn_detr_d2.modeling.batch import make_targets
 from dn_detr_d2.modeling.postprocess import class_probability, select_labelled

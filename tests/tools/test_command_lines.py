@@ -38,9 +38,9 @@ BAD = {
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
     "dev.denoising_pictures": ["--output", "/proc/no/such"],
-    "dev.flip_labels": ["/nowhere.json", "/nowhere/out.json"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
+    "dev.plant_errors": ["/nowhere.json", "--output", "/nowhere/out.json"],
     "dev.readme_picture": ["--output", "/proc/no/such.png"],
     "dev.stress_test": ["no-such-scenario"],
 }

@@ -1,16 +1,15 @@
-"""tools/find_label_errors.py from the command line to the pictures, and flip_labels.py that measures it."""
+"""tools/find_label_errors.py from the command line to the pictures."""
 
 import csv
-import json
-import re
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from naming import naming
 from PIL import Image
 
-from dev import flip_labels
+from dn_detr_d2.diagnostics import Suspicion
+from dn_detr_d2.diagnostics.label_errors import as_rows
 from tools import find_label_errors
 
 SHAPES = ["MODEL.DN_DETR.NUM_CLASSES", 3, "INPUT.MIN_SIZE_TEST", 48, "DATALOADER.NUM_WORKERS", 0]
@@ -30,32 +29,98 @@ def run(toy_cfg, toy_model, tmp_path, capsys):
     return call
 
 
+def read_table(folder):
+    """kind -> rows of label_errors.csv."""
+    kinds = {}
+    with (folder / "label_errors.csv").open() as file:
+        for row in csv.DictReader(file):
+            kinds.setdefault(row["kind"], []).append(row)
+    return kinds
+
+
 def test_table_file_and_pictures(run, tmp_path):
     out = tmp_path / "found"
     code, stdout, stderr = run("--num-images", 8, "--top", 3, "--output", out)
     assert (code, stderr) == (0, "")
     records = [record for record in DatasetCatalog.get("shapes_val") if record["image_id"] % 25 == 0]
-    count = sum(len(record["annotations"]) for record in records)
-    with (out / "label_errors.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == count
-    assert {int(row["annotation"]) for row in rows} == {x["id"] for record in records for x in record["annotations"]}
-    scores = [float(row["score"]) for row in rows]
-    assert scores == sorted(scores, reverse=True)
     annotations = {x["id"]: x for record in records for x in record["annotations"]}
+    kinds = read_table(out)
+    assert list(kinds) == ["class", "box", "spurious", "missing"]
+    for kind in ("class", "box", "spurious"):
+        assert {int(row["annotation"]) for row in kinds[kind]} == set(annotations)
+        assert len(kinds[kind]) == len(annotations)
     names = ("circle", "rectangle", "triangle")
-    for row in rows:
-        annotation = annotations[int(row["annotation"])]
-        assert row["label"] == names[annotation["category_id"]] != row["suggested"]
-        x, y, w, h = annotation["bbox"]
-        assert [float(row[key]) for key in ("x0", "y0", "x1", "y1")] == pytest.approx([x, y, x + w, y + h], abs=0.2)
-    pictures = sorted(out.glob("*.png"))
-    assert [picture.name for picture in pictures] == [
-        f"{i:04d}_{row['label']}_or_{row['suggested']}.png" for i, row in enumerate(rows[:3], 1)
-    ]
-    assert min(Image.open(pictures[0]).size) == 480
-    assert stdout.count("shapes_val") == 3
-    assert f"{count} annotations; for {sum(x > 0 for x in scores)} of them another class is likelier" in stdout
+    for kind, rows in kinds.items():
+        scores = [float(row["score"]) for row in rows]
+        assert scores == sorted(scores, reverse=True), kind
+        for row in rows:
+            if kind == "missing":
+                assert (row["annotation"], row["label"], row["x0"]) == ("", "", "")
+                assert row["suggested"] in names
+                continue
+            annotation = annotations[int(row["annotation"])]
+            assert row["label"] == names[annotation["category_id"]]
+            x, y, w, h = annotation["bbox"]
+            assert [float(row[key]) for key in ("x0", "y0", "x1", "y1")] == pytest.approx([x, y, x + w, y + h], abs=0.2)
+    assert all(row["label"] != row["suggested"] for row in kinds["class"])
+    assert all(row["suggested_x0"] for kind in ("box", "missing") for row in kinds[kind])
+    assert not any(row["suggested_x0"] for kind in ("class", "spurious") for row in kinds[kind])
+    pictures = {picture.name for picture in out.glob("*.png")}
+    wanted = {f"class_{i:04d}_{row['label']}_or_{row['suggested']}.png" for i, row in enumerate(kinds["class"][:3], 1)}
+    wanted |= {
+        f"{kind}_{i:04d}_{row['label']}.png" for kind in ("box", "spurious") for i, row in enumerate(kinds[kind][:3], 1)
+    }
+    wanted |= {f"missing_{i:04d}_{row['suggested']}.png" for i, row in enumerate(kinds["missing"][:3], 1)}
+    assert pictures == wanted
+    assert all(min(Image.open(out / name).size) == 480 for name in pictures)
+    doubted = sum(float(row["score"]) > 0 for row in kinds["class"])
+    assert f"{len(annotations)} annotations; for {doubted} of them another class is likelier" in stdout
+
+
+def test_one_kind_alone(run, tmp_path):
+    code, stdout, _ = run("--num-images", 2, "--top", 1, "--kinds", "missing", "--output", tmp_path / "found")
+    assert code == 0
+    assert list(read_table(tmp_path / "found")) == ["missing"]
+    assert "another class" not in stdout
+
+
+def test_a_model_without_boxes_judges_classes(run, tmp_path):
+    out = tmp_path / "found"
+    assert run("--num-images", 2, "--top", 1, "--output", out, system="mask2former")[0] == 0
+    assert list(read_table(out)) == ["class"]
+
+
+def test_a_model_of_one_class_judges_boxes(tmp_path, toy_model, toy_cfg, capsys):
+    one = ["MODEL.DN_DETR.NUM_CLASSES", 1, "INPUT.MIN_SIZE_TEST", 48, "DATALOADER.NUM_WORKERS", 0]
+    records = [record for record in DatasetCatalog.get("shapes_val")[:3] if record["annotations"]]
+    for record in records:
+        record["annotations"] = [x | {"category_id": 0} for x in record["annotations"]]
+    DatasetCatalog.register("test_one_class", lambda: records)
+    MetadataCatalog.get("test_one_class").thing_classes = ["shape"]
+    try:
+        (tmp_path / "config.yaml").write_text(toy_cfg("dn_detr", *one).dump())
+        torch.save({"model": toy_model("dn_detr", *one).state_dict()}, tmp_path / "model.pth")
+        given = ["--config-file", str(tmp_path / "config.yaml"), "--weights", str(tmp_path / "model.pth")]
+        assert find_label_errors.main([*given, "--dataset", "test_one_class", "--output", str(tmp_path / "found")]) == 0
+    finally:
+        DatasetCatalog.remove("test_one_class")
+        MetadataCatalog.remove("test_one_class")
+    assert list(read_table(tmp_path / "found")) == ["box", "spurious", "missing"]
+
+
+def test_a_crowd_is_not_missing():
+    box, record = [10.0, 10, 30, 30], {"image_id": 1, "file_name": "a.png"}
+    crowd = {"id": 1, "bbox": [0, 0, 40, 20], "category_id": 0, "iscrowd": 1}
+    judged = [Suspicion("missing", 1, 0.9, suggested=0, suggested_box=box)]
+    DatasetCatalog.register("test_crowd", lambda: [record | {"annotations": [crowd]}])
+    try:
+        assert as_rows(judged, ["a"], "test_crowd") == []
+        crowd["bbox"] = [0, 0, 40, 19]  # less than half of the box
+        assert [row["suggested"] for row in as_rows(judged, ["a"], "test_crowd")] == ["a"]
+        crowd |= {"bbox": [0, 0, 40, 40], "iscrowd": 0}
+        assert len(as_rows(judged, ["a"], "test_crowd")) == 1
+    finally:
+        DatasetCatalog.remove("test_crowd")
 
 
 @pytest.mark.parametrize(
@@ -89,37 +154,6 @@ def test_a_data_set_without_boxes_is_refused(run):
         DatasetCatalog.remove("test_no_boxes")
     assert code == 2
     assert naming(1, "'test_no_boxes'").search(stderr)
-
-
-def test_planted_labels_are_counted():
-    """Ten annotations of which two are flipped; the ranking has one of them first, the other last."""
-    categories = [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}, {"id": 9, "name": "c"}]
-    original = {"categories": categories, "annotations": [{"id": i, "category_id": 3} for i in range(10)]}
-    flipped = flip_labels.flip(original, 0.2, seed=4)
-    planted = [x["id"] for x in flipped["annotations"] if x["category_id"] != 3]
-    assert len(planted) == 2
-    assert all(x["category_id"] == 3 for x in original["annotations"])  # left as it was
-    others = [i for i in range(10) if i not in planted]
-    order = [planted[0], *others, planted[1]]
-    ranking = [{"annotation": str(i), "suggested": "a" if i == planted[0] else "c"} for i in order]
-    lines = flip_labels.score(original, flipped, ranking)
-    assert lines[0] == "2 of 10 annotations have a planted label (0.200 by chance)"
-    assert "first 1: precision 1.000, recall 0.500" in lines
-    assert "first 2: precision 0.500, recall 0.500" in lines
-    assert lines[-1] == "the suggestion is the original class for 0.500 of the planted labels"
-
-
-def test_flipping_from_the_command_line(tmp_path, capsys):
-    content = {"categories": [{"id": 1, "name": "a"}], "annotations": [{"id": 1, "category_id": 1}]}
-    (tmp_path / "one.json").write_text(json.dumps(content))
-    assert flip_labels.main([str(tmp_path / "one.json"), str(tmp_path / "out.json")]) == 2
-    assert re.fullmatch(r"error: .*\b2\b.*\n", capsys.readouterr().err)
-    content["categories"].append({"id": 2, "name": "b"})
-    (tmp_path / "two.json").write_text(json.dumps(content))
-    assert flip_labels.main([str(tmp_path / "two.json"), str(tmp_path / "out.json"), "--rate", "1"]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["category_id"] == 2
-    assert flip_labels.main([str(tmp_path / "two.json"), str(tmp_path / "out.json"), "--rate", "2"]) == 2
-    assert naming("--rate", 2.0).search(capsys.readouterr().err)
 
 
 def test_top_0_is_for_the_table_only(run, tmp_path):
