@@ -245,6 +245,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # First 8 or more hexadecimal digits of the SHA-256 that a MODEL.WEIGHTS with "://" must have; "" = those in the file's
     # name, as PyTorch publishes it. Without either nothing is downloaded.
     cfg.MODEL.WEIGHTS_SHA256 = ""
+    # Parts that a training leaves as they are, by name: any of "backbone", "neck", "encoder", "query_source", "decoder", or
+    # parts of these, such as "decoder.layers.0". The statistics of their batch norms stay too. MODEL.BACKBONE.FREEZE_AT
+    # freezes the first stages of the backbone alone.
+    cfg.MODEL.FREEZE = []
     # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
     # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
     cfg.MODEL.SWIN = CfgNode({"SIZE": "T", "DROP_PATH_RATE": 0.2})

@@ -28,6 +28,7 @@ from ..utils.rng import isolated_rng
 from ..utils.text_output import escape_unwritable
 from . import optimizer
 from .extras import check_extras
+from .freezing import freeze_parts
 from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
 from .hooks.early_stopping import EarlyEnd, EarlyStopping
 from .hooks.ema import AverageHook, average_weights
@@ -227,6 +228,7 @@ class Trainer(DefaultTrainer):
         from detectron2.modeling import build_model
 
         model = build_model(cfg)
+        freeze_parts(model, cfg.MODEL.FREEZE)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         logger.debug("Model:\n%s", model)
