@@ -12,9 +12,11 @@ from .prompts import class_number, evaluated_classes, split_classes
 from .registered import check_records, records_of
 from .semantic import read_semantic_map
 from .shapes import cache_folder, register_shapes
+from .shapes_hard import register_shapes_hard
 from .shapes_segments import register_shapes_segments
 
 register_shapes()
+register_shapes_hard()
 register_shapes_segments()
 
 __all__ = [

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,34 +51,73 @@ def cache_folder() -> Path:
     return root / f"shapes-v{VERSION}"
 
 
+Scene = tuple[np.ndarray, list[tuple[int, int, int, int]], list[int], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a split is drawn.
+
+    Attributes:
+        folder: where its files are.
+        seed: of all its scenes.
+        num_images: so many.
+        draw: from the dice of a scene to what :func:`draw_scene` returns.
+        classes: their names, in the order of the class indices.
+    """
+
+    folder: Path
+    seed: int
+    num_images: int
+    draw: Callable[[Dice], Scene]
+    classes: Sequence[str]
+
+
+_splits: dict[str, Split] = {}
+
+
 def register_shapes() -> None:
     """Registers both splits; nothing is drawn or read yet."""
-    for name in SPLITS:
-        if name in DatasetCatalog:
-            continue
-        DatasetCatalog.register(name, lambda name=name: load_shapes(name))
-        MetadataCatalog.get(name).set(
-            json_file=str(cache_folder() / name / "annotations.json"),
-            evaluator_type="coco",
-            thing_classes=list(CLASSES),
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
-        )
+    for name, (seed, num_images) in SPLITS.items():
+        register_split(name, Split(cache_folder() / name, seed, num_images, lambda rng: draw_scene(rng), CLASSES))
+
+
+def register_split(name: str, split: Split) -> None:
+    """Registers a data set that is drawn when it is first used; one that is known stays."""
+    if name in DatasetCatalog:
+        return
+    _splits[name] = split
+    DatasetCatalog.register(name, lambda: load_shapes(name))
+    MetadataCatalog.get(name).set(
+        json_file=str(split.folder / "annotations.json"),
+        evaluator_type="coco",
+        thing_classes=list(split.classes),
+        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(split.classes))},
+    )
 
 
 def load_shapes(name: str, masks: bool = False) -> list[dict]:
     """Dataset dicts of a split, drawn first if the cache does not hold it; with ``masks`` also the ``segmentation``."""
     annotations = Path(MetadataCatalog.get(name).json_file)
     if not annotations.is_file():
-        generate(annotations.parent, *SPLITS[name])
+        split = _splits[name]
+        generate(annotations.parent, split.seed, split.num_images, split.draw, split.classes)
     return load_with_categories(annotations, annotations.parent, masks=masks)[0]
 
 
-def generate(folder: Path, seed: int, num_images: int) -> None:
-    """Draws a split into ``folder``: images as .bmp and annotations.json."""
+def generate(
+    folder: Path,
+    seed: int,
+    num_images: int,
+    draw: Callable[[Dice], Scene] | None = None,
+    classes: Sequence[str] = CLASSES,
+) -> None:
+    """Draws a split into ``folder``: images as .bmp and annotations.json; arguments as of :class:`Split`."""
+    draw = draw or draw_scene
     with drafted(folder) as draft:
         images, annotations = [], []
         for image_id in range(num_images):
-            pixels, boxes, labels, masks = draw_scene(Dice([seed, image_id]))
+            pixels, boxes, labels, masks = draw(Dice([seed, image_id]))
             file_name = f"{image_id:05d}.bmp"
             Image.fromarray(pixels).save(draft / file_name)
             height, width = pixels.shape[:2]
@@ -95,7 +135,7 @@ def generate(folder: Path, seed: int, num_images: int) -> None:
                         "iscrowd": 0,
                     }
                 )
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+        categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (draft / "annotations.json").write_text(json.dumps(content))
 
@@ -122,7 +162,7 @@ def run_lengths_of(mask: np.ndarray) -> dict:
     return {"size": list(mask.shape), "counts": found["counts"].decode("ascii")}
 
 
-def draw_scene(rng: Dice) -> tuple[np.ndarray, list[tuple[int, int, int, int]], list[int], list[np.ndarray]]:
+def draw_scene(rng: Dice) -> Scene:
     """One scene, drawn from the back to the front.
 
     Returns:
@@ -164,30 +204,41 @@ def draw_ground(rng: Dice, height: int, width: int) -> np.ndarray:
     return rng.integers(40, 216, 3) + patterns[rng.integers(len(patterns))][..., None]
 
 
-def draw_object(rng: Dice, label: int, height: int, width: int):
-    """Mask (H, W) of an object wholly inside the image and its (x0, y0, x1, y1); (mask, None) where it has no room."""
-    low, high = SIDES
+def draw_object(rng: Dice, shape: int, height: int, width: int, sides: tuple[int, int] | None = None):
+    """Mask (H, W) of an object wholly inside the image and its (x0, y0, x1, y1); (mask, None) where it has no room.
+
+    Args:
+        rng: what it is drawn from.
+        shape: 0 = circle, 1 = rectangle, 2 = triangle, 3 = rhombus.
+        height, width: of the image in pixels.
+        sides: shortest and longest side in pixels; None = :data:`SIDES`.
+    """
+    low, high = sides or SIDES
     w = rng.integers(low, high + 1)
-    h = w if label == 0 else int(np.clip(w * rng.integers(50, 201) // 100, low, high))
+    h = w if shape == 0 else int(np.clip(w * rng.integers(50, 201) // 100, low, high))
     y, x = np.mgrid[:height, :width]
     if w >= width or h >= height:
         return np.zeros((height, width), bool), None
     x0, y0 = rng.integers(width - w + 1), rng.integers(height - h + 1)
     dx, dy = 2 * (x - x0) - w + 1, 2 * (y - y0) - h + 1  # doubled distance from the centre, exact for any parity
     inside = (abs(dx) < w) & (abs(dy) < h)
-    if label == 0:
+    if shape == 0:
         inside &= dx * dx + dy * dy <= w * w
-    elif label == 2:  # apex up or down
+    elif shape == 2:  # apex up or down
         depth = (y - y0) if rng.integers(2) else (y0 + h - 1 - y)
         inside &= abs(dx) * h <= w * (depth + 1)
+    elif shape == 3:
+        inside &= abs(dx) * h + abs(dy) * w <= w * h
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     return inside, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def hides_too_much(owner: np.ndarray, mask: np.ndarray, areas: list[int]) -> bool:
-    """Whether an object drawn on ``mask`` would leave too little of one that lies below it."""
+def hides_too_much(
+    owner: np.ndarray, mask: np.ndarray, areas: list[int], most_percent: int = MAX_COVERED_PERCENT
+) -> bool:
+    """Whether an object drawn on ``mask`` would hide more than ``most_percent`` of one that lies below it."""
     left = np.bincount(owner[~mask], minlength=len(areas) + 1)[1:]
-    return any(100 * (area - rest) > MAX_COVERED_PERCENT * area for area, rest in zip(areas, left, strict=True))
+    return any(100 * (area - rest) > most_percent * area for area, rest in zip(areas, left, strict=True))
 
 
 def object_colour(rng: Dice, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
