@@ -359,6 +359,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # True = the predictor folds batch norms into the convolutions before them (Detectron2's ResNets); detections are the
     # same but for rounding. Detectron2's own detectors stay as they are.
     cfg.TEST.FOLD_NORMS = True
+    # What autocast computes in wherever images are detected: evaluation, the periodic one too, the predictor, `dn-detr
+    # predict`. "" = float32, "bf16" (on CPUs only with instructions for it), "fp16" (on GPUs only). Scores, boxes and masks
+    # come out in float32 in any case, and losses of validation, diagnostics and exports are not concerned.
+    cfg.TEST.AMP = ""
     # Side in pixels of the square tiles in which evaluation, the predictor and `dn-detr predict` look at images; 0 = whole
     # images. Each tile is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST as if it were an image (docs/predictor.md).
     cfg.TEST.TILE = CfgNode()

@@ -21,8 +21,10 @@ from ..checkpoint.resume import must_fit
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
 from ..evaluation import build_evaluator, main_metric
+from ..inference import prepared
 from ..tiling import with_tiles
 from ..utils.distributed import device_of, unwrap
+from ..utils.precision import dtype_of
 from ..utils.processor import slow_bfloat16
 from ..utils.rng import isolated_rng
 from ..utils.text_output import escape_unwritable
@@ -41,7 +43,6 @@ from .training_state import capture_training_state, restore_training_state
 
 logger = logging.getLogger(__name__)
 
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that only read the model, so they may be interrupted
 
 
@@ -68,7 +69,7 @@ class Trainer(DefaultTrainer):
         devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
         self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+        amp_dtype = dtype_of(cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
         if amp_dtype is torch.bfloat16 and next(model.parameters()).is_cpu and (reason := slow_bfloat16()):
             logger.warning("%s; SOLVER.AMP.ENABLED False trains faster here", reason)
         reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
@@ -209,7 +210,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the RNG states of the training are preserved."""
         with isolated_rng(0, device_of(model)):
-            results = super().test(cfg, with_tiles(model, cfg), evaluators)
+            results = super().test(cfg, with_tiles(prepared(model, cfg), cfg), evaluators)
         if cfg.DATASETS.TEST:
             agree()
         return results

@@ -17,6 +17,7 @@ from ..losses import (
     SoftmaxMatcher,
     without_masks,
 )
+from ..utils.precision import dtype_of
 from .decoder import Decoder
 from .mask_postprocess import build_postprocess
 from .mask_queries import MaskDinoQueries
@@ -71,6 +72,7 @@ def build_parts(cfg) -> dict:
         "criterion": criterion,
         "postprocess": build_postprocess(cfg),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
+        "amp": dtype_of(cfg.TEST.AMP),
         "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,

@@ -13,6 +13,7 @@ from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
 from ..structures import Memory, map_by_size, to_device
+from ..utils.precision import inference
 from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
 from .neck import padding_mask
@@ -37,6 +38,7 @@ class DenoisingDETR(nn.Module):
         postprocess: from predictions to Detectron2's output.
         pad_to_largest: at inference pad images to the largest of their batch, as the authors' evaluation does, instead of
             passing those of one size together. Then the detections of an image depend a little on its neighbours.
+        amp: what autocast computes in at inference; None = float32. Detections are float32 in any case.
         size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
     """
@@ -56,6 +58,7 @@ class DenoisingDETR(nn.Module):
         criterion: SetCriterion,
         postprocess: Postprocess,
         pad_to_largest: bool,
+        amp: torch.dtype | None,
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -64,7 +67,7 @@ class DenoisingDETR(nn.Module):
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
-        self.postprocess, self.pad_to_largest = postprocess, pad_to_largest
+        self.postprocess, self.pad_to_largest, self.amp = postprocess, pad_to_largest, amp
         self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -117,17 +120,19 @@ class DenoisingDETR(nn.Module):
 
     def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections of images that pass the model together; what one is told changes nothing for the others."""
-        memory = self.encode(batched_inputs)
-        queries, found = self.query_source(memory), {}
-        if not all(is_prompted(x) for x in batched_inputs):  # all images, as they would pass without prompts
-            found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
-        found |= prompted(self, batched_inputs, memory, queries)
+        with inference(self.device.type, self.amp):
+            memory = self.encode(batched_inputs)
+            queries, found = self.query_source(memory), {}
+            if not all(is_prompted(x) for x in batched_inputs):  # all images, as they would pass without prompts
+                found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
+            found |= prompted(self, batched_inputs, memory, queries)
         return [found[i] for i in range(len(batched_inputs))]
 
     def _start_detection(self, batched_inputs: list[dict]) -> list:
         """:meth:`detect` without prompts and without the last wait for the device."""
-        memory = self.encode(batched_inputs)
-        return self.postprocess.start(self.decoder(self.query_source(memory), memory), batched_inputs)
+        with inference(self.device.type, self.amp):
+            memory = self.encode(batched_inputs)
+            return self.postprocess.start(self.decoder(self.query_source(memory), memory), batched_inputs)
 
     def check_prompts(self, batched_inputs: list[dict]) -> None:
         """:func:`~dn_detr_d2.modeling.prompting.check_prompts`; :meth:`forward` does so too."""

@@ -1,0 +1,45 @@
+"""Detectors as ``TEST.*`` wants them at inference; what evaluation and the predictor share."""
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from .utils.precision import dtype_of
+
+
+class Autocast(nn.Module):
+    """A detector of Detectron2's own under autocast; ours has it inside, see :class:`~dn_detr_d2.modeling.DenoisingDETR`.
+
+    Args:
+        model: gives Detectron2's outputs.
+        device_type: where, such as "cuda".
+        dtype: what autocast computes in.
+    """
+
+    def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.device_type, self.dtype = model, device_type, dtype
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """As of the model, with floating-point numbers in float32."""
+        with torch.autocast(self.device_type, self.dtype):
+            found = self.model(batched_inputs)
+        return [{name: _float32(value) for name, value in outputs.items()} for outputs in found]
+
+
+def _float32(value):
+    """Tensors and instances with floating-point numbers in float32, anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, Boxes):
+        return Boxes(value.tensor.float())
+    if isinstance(value, Instances):
+        return Instances(value.image_size, **{name: _float32(x) for name, x in value.get_fields().items()})
+    return value
+
+
+def prepared(model: nn.Module, cfg) -> nn.Module:
+    """The model as ``TEST.AMP`` asks for it, in evaluation mode if it is; itself where there is nothing to do."""
+    if not cfg.TEST.AMP or cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR":
+        return model
+    return Autocast(model, torch.device(cfg.MODEL.DEVICE).type, dtype_of(cfg.TEST.AMP)).train(model.training)
