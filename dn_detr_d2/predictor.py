@@ -169,11 +169,10 @@ class Predictor(DefaultPredictor):
 
     @torch.no_grad()
     def _detect(self, records: list[dict]) -> list[dict]:
-        """Detections of images, of which those of one size pass the model together."""
-        exact = (
-            has_queries(self.cfg) and not self.cfg.TEST.PAD_TO_LARGEST
-        )  # then the model does so itself, and waits once
-        return map_by_size(self._detector, records, together=exact)
+        """Detections of images, of which those of one size pass the model together, or all where that changes nothing."""
+        node = self.cfg.TEST
+        exact = has_queries(self.cfg) and (node.HIDE_PADDING or not node.PAD_TO_LARGEST)
+        return map_by_size(self._detector, records, together=exact)  # the model groups them itself, and waits once
 
 
 def to_supervision(found: dict, names: Sequence[str] = ()):

@@ -356,6 +356,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
     # deformable family see the padding. False = only images of one size pass the model together.
     cfg.TEST.PAD_TO_LARGEST = False
+    # True = padding is kept out of convolutions, norms and positions at inference (docs/predictor.md), so that an image has
+    # the detections that it has alone but for rounding, with PAD_TO_LARGEST and with any SIZE_DIVISIBILITY. For Detectron2's
+    # ResNets; not for Anchor DETR and models with masks.
+    cfg.TEST.HIDE_PADDING = False
     # True = the predictor folds batch norms into the convolutions before them (Detectron2's ResNets); detections are the
     # same but for rounding. Detectron2's own detectors stay as they are.
     cfg.TEST.FOLD_NORMS = True

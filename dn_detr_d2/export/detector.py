@@ -42,7 +42,7 @@ class ExportedDetector(nn.Module):
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As of the model, in evaluation mode and without prompts."""
-        return map_by_size(self.detect, batched_inputs, together=self.model.pad_to_largest)
+        return map_by_size(self.detect, batched_inputs, together=self.model.passes_together)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
         """Detections of images that are padded to one size and pass the file together."""

@@ -3,6 +3,8 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
+from dataclasses import replace
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -16,6 +18,7 @@ from ..structures import Memory, map_by_size, to_device
 from ..utils.precision import inference
 from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
+from .hidden_padding import resnet_maps
 from .neck import padding_mask
 from .outputs import ForwardOutputs
 from .pixel_decoder import padded_size
@@ -38,6 +41,8 @@ class DenoisingDETR(nn.Module):
         postprocess: from predictions to Detectron2's output.
         pad_to_largest: at inference pad images to the largest of their batch, as the authors' evaluation does, instead of
             passing those of one size together. Then the detections of an image depend a little on its neighbours.
+        hide_padding: at inference keep padding out of everything, so that the detections of an image are those that it has
+            alone, whatever it is padded to; see :mod:`.hidden_padding`.
         amp: what autocast computes in at inference; None = float32. Detections are float32 in any case.
         size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
@@ -58,6 +63,7 @@ class DenoisingDETR(nn.Module):
         criterion: SetCriterion,
         postprocess: Postprocess,
         pad_to_largest: bool,
+        hide_padding: bool,
         amp: torch.dtype | None,
         size_divisibility: int,
         pixel_mean: list[float],
@@ -67,7 +73,8 @@ class DenoisingDETR(nn.Module):
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
-        self.postprocess, self.pad_to_largest, self.amp = postprocess, pad_to_largest, amp
+        self.postprocess, self.amp = postprocess, amp
+        self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
         self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -114,8 +121,8 @@ class DenoisingDETR(nn.Module):
             outputs = self.forward_outputs(batched_inputs, self.denoising, normalizers=normalizers)
             return {name: loss.value for name, loss in self.losses(outputs, normalizers).items()}
         if any(map(is_prompted, batched_inputs)):
-            return map_by_size(self.detect, batched_inputs, together=self.pad_to_largest)
-        pending = map_by_size(self._start_detection, batched_inputs, together=self.pad_to_largest)
+            return map_by_size(self.detect, batched_inputs, together=self.passes_together)
+        pending = map_by_size(self._start_detection, batched_inputs, together=self.passes_together)
         return self.postprocess.finish(pending)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
@@ -133,6 +140,15 @@ class DenoisingDETR(nn.Module):
         with inference(self.device.type, self.amp):
             memory = self.encode(batched_inputs)
             return self.postprocess.start(self.decoder(self.query_source(memory), memory), batched_inputs)
+
+    def passes_together(self, record: dict) -> bool:
+        """Whether an image passes the model with images of other sizes at inference.
+
+        One that has fewer cells than its queries are chosen from would have more of both with hidden padding.
+        """
+        if not self.pad_to_largest or not self.hide_padding:
+            return self.pad_to_largest
+        return self.neck.count_cells(record["image"].shape[-2:]) >= getattr(self.query_source, "cells_needed", 0)
 
     def check_prompts(self, batched_inputs: list[dict]) -> None:
         """:func:`~dn_detr_d2.modeling.prompting.check_prompts`; :meth:`forward` does so too."""
@@ -191,6 +207,9 @@ class DenoisingDETR(nn.Module):
 
     def encode_tensors(self, images: Tensor, padding: Tensor) -> Memory:
         """:meth:`encode` of normalised images (N, 3, H, W) with their (N, H, W) bool padding mask."""
+        if self.hide_padding and not self.training:
+            memory = self.encoder(self.neck(resnet_maps(self.backbone, images, padding), padding, hidden=True))
+            return replace(memory, hides_padding=True)
         features = self.backbone(images)
         if self.pixel_decoder is None:
             return self.encoder(self.neck(features, padding))
