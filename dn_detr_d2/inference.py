@@ -1,10 +1,14 @@
 """Detectors as ``TEST.*`` wants them at inference; what evaluation and the predictor share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from .utils.precision import dtype_of
+from .utils.cuda_graphs import Replayed
+from .utils.precision import dtype_of, inference
 
 
 class Autocast(nn.Module):
@@ -36,6 +40,38 @@ def _float32(value):
     if isinstance(value, Instances):
         return Instances(value.image_size, **{name: _float32(x) for name, x in value.get_fields().items()})
     return value
+
+
+@contextmanager
+def accelerated(model: nn.Module, cfg) -> Iterator[None]:
+    """Inside, a detector of ours passes images as ``TEST.COMPILE`` and ``TEST.CUDA_GRAPHS`` say; others are as they are.
+
+    Args:
+        model: not in DistributedDataParallel.
+        cfg: a checked config.
+    """
+    accelerate(model, cfg)
+    try:
+        yield
+    finally:
+        if hasattr(model, "tensor_pass"):
+            model.tensor_pass = None  # a training needs the memory of the recordings
+
+
+def accelerate(model: nn.Module, cfg) -> None:
+    """As :func:`accelerated`, for good."""
+    node = cfg.TEST
+    if not node.COMPILE and not node.CUDA_GRAPHS:
+        return
+    function = model.forward_tensors
+    if node.COMPILE:
+        function = torch.compile(function, dynamic=True)
+
+    def _pass(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        with inference(images.device.type, model.amp):
+            return function(images, sizes)
+
+    model.tensor_pass = Replayed(_pass, node.CUDA_GRAPHS) if node.CUDA_GRAPHS else _pass
 
 
 def prepared(model: nn.Module, cfg) -> nn.Module:

@@ -16,7 +16,7 @@ from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
 from .data.mapper import has_queries
 from .errors import ConfigError, UserError
-from .inference import prepared
+from .inference import accelerate, prepared
 from .sources import as_bgr, expand
 from .structures import map_by_size
 from .tiling import with_tiles
@@ -56,6 +56,7 @@ class Predictor(DefaultPredictor):
         load_weights(self.model, cfg)
         if cfg.TEST.FOLD_NORMS and has_queries(cfg):  # rounding may decide an NMS
             fold_norms(self.model)
+        accelerate(self.model, cfg)
         self._detector = with_tiles(prepared(self.model, cfg), cfg)
 
     def __call__(

@@ -1,8 +1,18 @@
 """Evaluation as TEST.* wants it; tests/test_predictor.py has the predictor."""
 
+import copy
+
 import pytest
 import torch
-from conftest import make_batch
+from conftest import MASK_SYSTEMS, SYSTEMS, make_batch
+from naming import naming
+from torch import nn
+from utils.test_cuda_graphs import Recording
+
+from dn_detr_d2 import ConfigError
+from dn_detr_d2.engine import Trainer
+from dn_detr_d2.inference import accelerate
+from dn_detr_d2.utils.cuda_graphs import Replayed
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("", torch.float32), ("bf16", torch.bfloat16)])
@@ -27,3 +37,114 @@ def test_evaluation_is_in_the_wanted_precision_and_keeps_a_training_as_it_is(toy
 def test_gradients_through_a_detection_are_there_where_they_are_wanted(toy_model):
     (found,) = toy_model("dn_detr").eval()(make_batch(0))
     assert found["instances"].scores.requires_grad
+
+
+def detections(model, batch):
+    with torch.no_grad():
+        return model(batch)
+
+
+def assert_alike(found, expected, tolerance=1e-5):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        if "instances" not in ours:
+            torch.testing.assert_close(ours["sem_seg"], theirs["sem_seg"], atol=tolerance, rtol=tolerance)
+            continue
+        ours, theirs = ours["instances"], theirs["instances"]
+        torch.testing.assert_close(ours.scores, theirs.scores, atol=tolerance, rtol=0)
+        torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, atol=100 * tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("system", [*SYSTEMS, *MASK_SYSTEMS])
+def test_passes_of_tensors_and_their_recordings_detect_the_same(toy_model, system):
+    """Recordings of two shapes of which one is kept; with gradients there is none."""
+    model = toy_model(system).eval()
+    batch = make_batch(0, 0, 0, 0, sizes=((64, 96), (70, 90), (64, 96)))
+    expected = detections(model, batch)
+    recorder = type("Logged", (Recording,), {"log": []})
+    model.tensor_pass = Replayed(model.forward_tensors, 1, recorder)
+    for _ in range(2):
+        assert_alike(detections(model, batch), expected)
+    kinds = [kind for kind, _ in recorder.log]
+    assert kinds == ["record", "replay", "release"] * 3 + ["record", "replay"]
+    model(batch)
+    assert len(recorder.log) == len(kinds)
+
+
+def test_known_objects_pass_without_a_recording(toy_model):
+    model = toy_model("dn_detr").eval()
+    batch = make_batch(1)
+    batch[0]["known"] = batch[0]["instances"]
+    expected = detections(model, batch)
+    model.tensor_pass = lambda *_: pytest.fail("the objects would not be known")
+    assert_alike(detections(model, batch), expected)
+
+
+@pytest.fixture
+def slow_to_compile():
+    """Compiled code of other tests is forgotten before and after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("slow_to_compile")
+@pytest.mark.parametrize("hide", [False, True])
+def test_a_compiled_detector_detects_the_same_and_is_compiled_once(toy_cfg, toy_model, hide):
+    """By the compiler's first half alone; tests of all would need minutes. Sizes are dynamic from the first on."""
+    from torch._dynamo.utils import counters
+
+    model = toy_model("dn_deformable_detr", "TEST.HIDE_PADDING", hide).eval()
+    batches = [make_batch(*[0] * n, sizes=(size,)) for n, size in ((2, (64, 96)), (3, (70, 90)), (2, (97, 101)))]
+    expected = [detections(model, batch) for batch in batches]
+    keys = list(model.state_dict())
+    cfg = toy_cfg("dn_deformable_detr", "TEST.COMPILE", True)
+    compiled = torch.compile
+    torch.compile = lambda function, dynamic: compiled(function, dynamic=dynamic, backend="aot_eager")
+    try:
+        accelerate(model, cfg)
+    finally:
+        torch.compile = compiled
+    counters.clear()
+    for batch, theirs in zip(batches, expected, strict=True):
+        assert_alike(detections(model, batch), theirs)
+    assert list(model.state_dict()) == keys
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["TEST.CUDA_GRAPHS", 4], ("TEST.CUDA_GRAPHS", 4, "MODEL.DEVICE", "'cpu'")),
+        (["TEST.CUDA_GRAPHS", 4, "TEST.COMPILE", True], ("TEST.COMPILE", "TEST.CUDA_GRAPHS", 4)),
+        (["TEST.CUDA_GRAPHS", -1], ("TEST.CUDA_GRAPHS", -1)),
+        (["TEST.AMP", "half"], ("TEST.AMP", "'half'")),
+    ],
+)
+def test_what_cannot_be_done_is_refused(toy_cfg, options, named):
+    with pytest.raises(ConfigError, match=naming(*named)):
+        toy_cfg("dn_detr", *options)
+
+
+@pytest.mark.parametrize("key", ["TEST.COMPILE", "TEST.HIDE_PADDING"])
+def test_detectron2s_own_detectors_have_no_such_thing(tmp_path, key):
+    from toy_training import make_rcnn_cfg
+
+    with pytest.raises(ConfigError, match=naming(key, "GeneralizedRCNN")):
+        make_rcnn_cfg(tmp_path, key, True)
+
+
+def test_an_evaluation_leaves_nothing_behind(toy_cfg, monkeypatch):
+    """Recordings keep memory that a training needs."""
+    seen, module = [], nn.Module()
+    module.tensor_pass = None
+    monkeypatch.setattr(
+        "dn_detr_d2.engine.trainer.DefaultTrainer.test", lambda *_: seen.append(module.tensor_pass) or {}
+    )
+    module.forward_tensors, module.amp = copy.copy, None
+    cfg = toy_cfg("dn_detr", "TEST.COMPILE", True)
+    Trainer.test(cfg, module)
+    assert callable(seen[0])
+    assert module.tensor_pass is None

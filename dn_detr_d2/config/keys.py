@@ -367,6 +367,13 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # predict`. "" = float32, "bf16" (on CPUs only with instructions for it), "fp16" (on GPUs only). Scores, boxes and masks
     # come out in float32 in any case, and losses of validation, diagnostics and exports are not concerned.
     cfg.TEST.AMP = ""
+    # True = torch.compile compiles the model for evaluation and the predictor, once for all image sizes; it takes a minute
+    # or more.
+    cfg.TEST.COMPILE = False
+    # So many CUDA graphs, one for each size of a batch with its padding, are recorded and replayed in evaluation and the
+    # predictor; the one not used for longest makes place. 0 = none. GPUs only, for fewer gaps between kernels
+    # (docs/predictor.md). Images with known objects or labels pass without.
+    cfg.TEST.CUDA_GRAPHS = 0
     # Side in pixels of the square tiles in which evaluation, the predictor and `dn-detr predict` look at images; 0 = whole
     # images. Each tile is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST as if it were an image (docs/predictor.md).
     cfg.TEST.TILE = CfgNode()

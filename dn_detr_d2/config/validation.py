@@ -57,15 +57,23 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Refuses a MODEL.DEVICE that is none, or that is not there, or that TEST.AMP is no use on; raises ConfigError."""
+    """Refuses a MODEL.DEVICE that is not there, or on which TEST.AMP or CUDA_GRAPHS do not work; raises ConfigError."""
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:
         raise ConfigError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
-    if device.type != "cpu":
+    if cfg.TEST.COMPILE and cfg.TEST.CUDA_GRAPHS:
+        raise ConfigError(
+            f"TEST.COMPILE = True and TEST.CUDA_GRAPHS = {cfg.TEST.CUDA_GRAPHS} are two ways to the same; choose one"
+        )
+    if device.type == "cuda":
         return
+    if cfg.TEST.CUDA_GRAPHS:
+        raise ConfigError(
+            f"TEST.CUDA_GRAPHS = {cfg.TEST.CUDA_GRAPHS} needs a GPU, got MODEL.DEVICE = {cfg.MODEL.DEVICE!r}; set it to 0"
+        )
     if cfg.TEST.AMP == "fp16":
         raise ConfigError(
             f"TEST.AMP = 'fp16' needs a GPU, got MODEL.DEVICE = {cfg.MODEL.DEVICE!r}: on CPUs float16 is slower than "

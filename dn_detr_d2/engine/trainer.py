@@ -21,7 +21,7 @@ from ..checkpoint.resume import must_fit
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
 from ..evaluation import build_evaluator, main_metric
-from ..inference import prepared
+from ..inference import accelerated, prepared
 from ..tiling import with_tiles
 from ..utils.distributed import device_of, unwrap
 from ..utils.precision import dtype_of
@@ -209,7 +209,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the RNG states of the training are preserved."""
-        with isolated_rng(0, device_of(model)):
+        with isolated_rng(0, device_of(model)), accelerated(unwrap(model), cfg):
             results = super().test(cfg, with_tiles(prepared(model, cfg), cfg), evaluators)
         if cfg.DATASETS.TEST:
             agree()

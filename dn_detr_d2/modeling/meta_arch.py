@@ -3,6 +3,7 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
 from .hidden_padding import resnet_maps
 from .neck import padding_mask
-from .outputs import ForwardOutputs
+from .outputs import ForwardOutputs, LastPredictions
 from .pixel_decoder import padded_size
 from .postprocess import Postprocess
 from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
@@ -46,6 +47,10 @@ class DenoisingDETR(nn.Module):
         amp: what autocast computes in at inference; None = float32. Detections are float32 in any case.
         size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
+
+    Attributes:
+        tensor_pass: takes images and sizes as :meth:`forward_tensors` does, such as a compiled form of it, and detects where
+            no gradient is wanted and nothing is told of an image; None = the parts one by one.
     """
 
     @configurable
@@ -75,6 +80,7 @@ class DenoisingDETR(nn.Module):
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
         self.postprocess, self.amp = postprocess, amp
         self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
+        self.tensor_pass: Callable[..., tuple[Tensor, ...]] | None = None
         self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -138,8 +144,24 @@ class DenoisingDETR(nn.Module):
     def _start_detection(self, batched_inputs: list[dict]) -> list:
         """:meth:`detect` without prompts and without the last wait for the device."""
         with inference(self.device.type, self.amp):
-            memory = self.encode(batched_inputs)
-            return self.postprocess.start(self.decoder(self.query_source(memory), memory), batched_inputs)
+            if self.tensor_pass is not None and not torch.is_grad_enabled():
+                predictions = self._predict_by_tensors(batched_inputs)
+            else:
+                memory = self.encode(batched_inputs)
+                predictions = self.decoder(self.query_source(memory), memory)
+            return self.postprocess.start(predictions, batched_inputs)
+
+    def _predict_by_tensors(self, batched_inputs: list[dict]) -> LastPredictions:
+        """Predictions by ``tensor_pass``, from pixels that are not normalised."""
+        images = self._padded([to_device(x["image"], self.device).float() for x in batched_inputs])
+        outputs = self.tensor_pass(images.tensor, to_device(torch.tensor(images.image_sizes), self.device))
+        return LastPredictions.of(dict(zip(self.tensor_names, outputs, strict=True)))
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of what :meth:`forward_tensors` gives, in its order."""
+        boxes = ("boxes",) if self.decoder.BOXES else ()
+        return ("logits", *boxes, *(("masks",) if self.pixel_decoder is not None else ()))
 
     def passes_together(self, record: dict) -> bool:
         """Whether an image passes the model with images of other sizes at inference.
@@ -246,6 +268,10 @@ class DenoisingDETR(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""
         images = [(to_device(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        return self._padded(images)
+
+    def _padded(self, images: list[Tensor]) -> ImageList:
+        """Images (3, h, w) of the sizes of a batch as one, padded with zeros."""
         return ImageList.from_tensors(
             images, self.size_divisibility, padding_constraints=self.backbone.padding_constraints
         )
