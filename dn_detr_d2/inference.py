@@ -7,7 +7,9 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from .data.mapper import has_queries
 from .utils.cuda_graphs import Replayed
+from .utils.fold_norms import fold_norms
 from .utils.precision import dtype_of, inference
 
 
@@ -40,6 +42,27 @@ def _float32(value):
     if isinstance(value, Instances):
         return Instances(value.image_size, **{name: _float32(x) for name, x in value.get_fields().items()})
     return value
+
+
+def settle(model: nn.Module, cfg) -> None:
+    """Prepares a detector of ours that will be neither trained nor saved, in place; others are as they are.
+
+    Norms are folded (``TEST.FOLD_NORMS``), which also stores convolutions channels last, and what autocast would cast in
+    each pass is cast once: weights of the backbone's convolutions. Outputs are the same but for rounding.
+
+    Args:
+        model: in evaluation mode, with its weights.
+        cfg: a checked config.
+    """
+    if not has_queries(cfg):  # rounding may decide an NMS
+        return
+    if cfg.TEST.FOLD_NORMS:
+        fold_norms(model)
+    for module in model.backbone.modules() if cfg.TEST.AMP else ():
+        if isinstance(module, nn.Conv2d):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                narrow = parameter.detach().to(dtype_of(cfg.TEST.AMP))
+                setattr(module, name, nn.Parameter(narrow, requires_grad=False))
 
 
 @contextmanager
@@ -76,6 +99,6 @@ def accelerate(model: nn.Module, cfg) -> None:
 
 def prepared(model: nn.Module, cfg) -> nn.Module:
     """The model as ``TEST.AMP`` asks for it, in evaluation mode if it is; itself where there is nothing to do."""
-    if not cfg.TEST.AMP or cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR":
+    if not cfg.TEST.AMP or has_queries(cfg):
         return model
     return Autocast(model, torch.device(cfg.MODEL.DEVICE).type, dtype_of(cfg.TEST.AMP)).train(model.training)

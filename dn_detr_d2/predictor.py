@@ -16,11 +16,10 @@ from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
 from .data.mapper import has_queries
 from .errors import ConfigError, UserError
-from .inference import accelerate, prepared
+from .inference import accelerate, prepared, settle
 from .sources import as_bgr, expand
 from .structures import map_by_size
 from .tiling import with_tiles
-from .utils.fold_norms import fold_norms
 
 
 class Predictor(DefaultPredictor):
@@ -54,8 +53,7 @@ class Predictor(DefaultPredictor):
         self.cfg.MODEL.DEVICE = device
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
-        if cfg.TEST.FOLD_NORMS and has_queries(cfg):  # rounding may decide an NMS
-            fold_norms(self.model)
+        settle(self.model, cfg)
         accelerate(self.model, cfg)
         self._detector = with_tiles(prepared(self.model, cfg), cfg)
 

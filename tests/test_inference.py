@@ -1,18 +1,21 @@
 """Evaluation as TEST.* wants it; tests/test_predictor.py has the predictor."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from conftest import MASK_SYSTEMS, SYSTEMS, make_batch
 from naming import naming
 from torch import nn
+from torch._dynamo.utils import counters
 from utils.test_cuda_graphs import Recording
 
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.inference import accelerate
+from dn_detr_d2.inference import accelerate, settle
 from dn_detr_d2.utils.cuda_graphs import Replayed
+from dn_detr_d2.utils.fold_norms import fold_norms
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("", torch.float32), ("bf16", torch.bfloat16)])
@@ -91,27 +94,49 @@ def slow_to_compile():
 @pytest.mark.long
 @pytest.mark.usefixtures("slow_to_compile")
 @pytest.mark.parametrize("hide", [False, True])
-def test_a_compiled_detector_detects_the_same_and_is_compiled_once(toy_cfg, toy_model, hide):
-    """By the compiler's first half alone; tests of all would need minutes. Sizes are dynamic from the first on."""
-    from torch._dynamo.utils import counters
-
-    model = toy_model("dn_deformable_detr", "TEST.HIDE_PADDING", hide).eval()
-    batches = [make_batch(*[0] * n, sizes=(size,)) for n, size in ((2, (64, 96)), (3, (70, 90)), (2, (97, 101)))]
+def test_a_compiled_detector_detects_the_same_and_is_not_compiled_for_each_size(toy_cfg, toy_model, monkeypatch, hide):
+    """By the compiler's first half alone; the second one would need minutes more, and knows no sizes either."""
+    model = toy_model("dn_detr", "TEST.HIDE_PADDING", hide).eval()
+    sizes = [(2, (64, 96)), (3, (70, 90)), (2, (97, 101)), (4, (120, 70)), (2, (83, 64)), (3, (100, 130))]
+    batches = [make_batch(*[0] * n, sizes=(size,)) for n, size in sizes]
     expected = [detections(model, batch) for batch in batches]
     keys = list(model.state_dict())
-    cfg = toy_cfg("dn_deformable_detr", "TEST.COMPILE", True)
-    compiled = torch.compile
-    torch.compile = lambda function, dynamic: compiled(function, dynamic=dynamic, backend="aot_eager")
-    try:
-        accelerate(model, cfg)
-    finally:
-        torch.compile = compiled
+    eager = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("dn_detr_d2.inference.torch.compile", eager)
+    accelerate(model, toy_cfg("dn_detr", "TEST.COMPILE", True))
     counters.clear()
     for batch, theirs in zip(batches, expected, strict=True):
         assert_alike(detections(model, batch), theirs)
     assert list(model.state_dict()) == keys
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] <= 2
     assert not counters["graph_break"]
+
+
+def test_what_is_compiled_is_the_pass_of_tensors_of_all_sizes(toy_cfg, toy_model, monkeypatch):
+    model, asked = toy_model("dn_detr").eval(), []
+    monkeypatch.setattr("dn_detr_d2.inference.torch.compile", lambda f, **options: asked.append((f, options)) or f)
+    accelerate(model, toy_cfg("dn_detr", "TEST.COMPILE", True))
+    assert asked == [(model.forward_tensors, {"dynamic": True})]
+    batch = make_batch(0, 0)
+    found = detections(model, batch)
+    model.tensor_pass = None
+    assert_alike(found, detections(model, batch))
+
+
+@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("system", ["dn_deformable_detr", "mask2former"])
+def test_weights_are_cast_once_to_what_autocast_makes_of_them(toy_cfg, toy_model, monkeypatch, system, folds):
+    monkeypatch.setattr("dn_detr_d2.config.validation.slow_bfloat16", lambda: "")
+    options = ["TEST.AMP", "bf16", "TEST.FOLD_NORMS", folds]
+    model, batch = toy_model(system, *options).eval(), make_batch(0, 0)
+    settled = copy.deepcopy(model)
+    settle(settled, toy_cfg(system, *options))
+    if folds:
+        fold_norms(model)
+    convolutions = [x for x in settled.backbone.modules() if isinstance(x, nn.Conv2d)]
+    assert {p.dtype for x in convolutions for p in x.parameters(recurse=False)} == {torch.bfloat16}
+    assert settled.neck.projections[0][0].weight.dtype == torch.float32
+    assert_alike(detections(settled, batch), detections(model, batch), 0)
 
 
 @pytest.mark.parametrize(

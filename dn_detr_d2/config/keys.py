@@ -360,8 +360,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # the detections that it has alone but for rounding, with PAD_TO_LARGEST and with any SIZE_DIVISIBILITY. For Detectron2's
     # ResNets; not for Anchor DETR and models with masks.
     cfg.TEST.HIDE_PADDING = False
-    # True = the predictor folds batch norms into the convolutions before them (Detectron2's ResNets); detections are the
-    # same but for rounding. Detectron2's own detectors stay as they are.
+    # True = predictor and --eval-only fold batch norms into the convolutions before them (Detectron2's ResNets) and store
+    # convolutions channels last; detections are the same but for rounding. Detectron2's own detectors stay as they are.
     cfg.TEST.FOLD_NORMS = True
     # What autocast computes in wherever images are detected: evaluation, the periodic one too, the predictor, `dn-detr
     # predict`. "" = float32, "bf16" (on CPUs only with instructions for it), "fp16" (on GPUs only). Scores, boxes and masks

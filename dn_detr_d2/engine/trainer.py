@@ -21,7 +21,7 @@ from ..checkpoint.resume import must_fit
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
 from ..evaluation import build_evaluator, main_metric
-from ..inference import accelerated, prepared
+from ..inference import accelerated, prepared, settle
 from ..tiling import with_tiles
 from ..utils.distributed import device_of, unwrap
 from ..utils.precision import dtype_of
@@ -286,4 +286,6 @@ def load_for_evaluation(cfg) -> nn.Module:
 def evaluate(cfg) -> dict:
     """Evaluates MODEL.WEIGHTS on DATASETS.TEST; returns Detectron2's results."""
     escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
-    return Trainer.test(cfg, load_for_evaluation(cfg))
+    model = load_for_evaluation(cfg)
+    settle(model, cfg)
+    return Trainer.test(cfg, model)
