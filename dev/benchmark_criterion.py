@@ -117,7 +117,15 @@ def reference_losses(logits: Tensor, boxes: Tensor, pairs: list, case: Case, nor
 class OperatorCount(TorchDispatchMode):
     """Counts dispatched operators, and among them those that would make the host wait for a device."""
 
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten._unique2")
+    # In inference mode aten.item is seen itself, else the first that it is made of.
+    WAITING = (
+        "aten._local_scalar_dense",
+        "aten.item",
+        "aten.nonzero",
+        "aten.masked_select",
+        "aten.is_nonzero",
+        "aten._unique2",
+    )
 
     def __init__(self):
         super().__init__()

@@ -4,7 +4,6 @@ from .utils import needs_detectron2  # noqa: F401
 
 # isort: split
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -17,11 +16,10 @@ from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
 from .data.mapper import has_queries
 from .errors import ConfigError, UserError
+from .inference import accelerate, prepared, settle
 from .sources import as_bgr, expand
 from .structures import map_by_size
 from .tiling import with_tiles
-from .utils.fold_norms import fold_norms
-from .utils.processor import slow_bfloat16
 
 
 class Predictor(DefaultPredictor):
@@ -35,31 +33,29 @@ class Predictor(DefaultPredictor):
             ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average. With ``TEST.TILE.SIZE`` images are looked at in
             tiles.
         device: where the model runs; None = ``MODEL.DEVICE``.
-        half: autocast, to float16 on a GPU and to bfloat16 on a CPU that has instructions for it.
 
     Raises:
         CheckpointError: the weights are not named, missing, damaged, hostile, or do not fit the model.
-        ConfigError: the device is not there, or ``half`` would be slower on it.
+        ConfigError: the device is not there, or ``TEST.AMP`` would be slower on it.
     """
 
-    def __init__(self, cfg, *, device: str | torch.device | None = None, half: bool = False):
+    def __init__(self, cfg, *, device: str | torch.device | None = None):
         without_weights = cfg.clone()
         without_weights.defrost()
         without_weights.MODEL.WEIGHTS = ""
         if device is not None:
             without_weights.MODEL.DEVICE = str(device)
-            check_device(without_weights)
+        check_device(without_weights)
         device = without_weights.MODEL.DEVICE
-        self._half = _half_dtype(torch.device(device)) if half else None
         super().__init__(without_weights)
         self.cfg = cfg.clone()
         self.cfg.defrost()
         self.cfg.MODEL.DEVICE = device
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
-        if cfg.TEST.FOLD_NORMS and has_queries(cfg):  # rounding may decide an NMS
-            fold_norms(self.model)
-        self._detector = with_tiles(self.model, cfg)
+        settle(self.model, cfg)
+        accelerate(self.model, cfg)
+        self._detector = with_tiles(prepared(self.model, cfg), cfg)
 
     def __call__(
         self,
@@ -158,7 +154,7 @@ class Predictor(DefaultPredictor):
         """An image (H, W, 3) in BGR and its prompts as the detector takes them: resized, unless its tiles will be."""
         ordered = image[:, :, ::-1] if self.input_format == "RGB" else image
         record = {"height": image.shape[0], "width": image.shape[1], **prompts}
-        if self._detector is not self.model:
+        if self.cfg.TEST.TILE.SIZE:
             pixels = np.ascontiguousarray(ordered.transpose(2, 0, 1))
             return record | {"image": torch.from_numpy(pixels)}
         resize = self.aug.get_transform(ordered)
@@ -172,14 +168,10 @@ class Predictor(DefaultPredictor):
 
     @torch.no_grad()
     def _detect(self, records: list[dict]) -> list[dict]:
-        """Detections of images, of which those of one size pass the model together."""
-        with self._precision():
-            return map_by_size(self._detector, records)
-
-    def _precision(self) -> AbstractContextManager:
-        if self._half is None:
-            return nullcontext()
-        return torch.autocast(torch.device(self.cfg.MODEL.DEVICE).type, self._half)
+        """Detections of images, of which those of one size pass the model together, or all where that changes nothing."""
+        node = self.cfg.TEST
+        exact = has_queries(self.cfg) and (node.HIDE_PADDING or not node.PAD_TO_LARGEST)
+        return map_by_size(self._detector, records, together=exact)  # the model groups them itself, and waits once
 
 
 def to_supervision(found: dict, names: Sequence[str] = ()):
@@ -197,15 +189,6 @@ def to_supervision(found: dict, names: Sequence[str] = ()):
     words = [names[i] if i < len(names) else str(i) for i in detections.class_id]
     detections.data["class_name"] = np.array(words, dtype=str)
     return detections
-
-
-def _half_dtype(device: torch.device) -> torch.dtype:
-    """What autocast uses on a device; raises ConfigError where that would be slower than float32."""
-    if device.type != "cpu":
-        return torch.float16
-    if reason := slow_bfloat16():
-        raise ConfigError(f"half=True does not help, {reason}; leave it out, or take a GPU")
-    return torch.bfloat16
 
 
 def _as_ground_truth(known: Instances) -> Instances:

@@ -148,6 +148,7 @@ class Memory:
             theirs (Anchor DETR): (...) in [0, 1] -> (..., C). None elsewhere.
         mask_features: (N, C, h, w) what mask embeddings are multiplied with, at a quarter of the padded image's height and
             width; None in models without masks.
+        hides_padding: whether each image looks as it does alone, so that nothing may depend on the size of its padding.
     """
 
     tokens: Tensor
@@ -157,6 +158,7 @@ class Memory:
     valid_ratios: Tensor
     axis_encoding: Callable[[Tensor], Tensor] | None = None
     mask_features: Tensor | None = None
+    hides_padding: bool = False
 
     def of_levels(self, cells: Tensor) -> tuple[Tensor, ...]:
         """(N, S, ...) -> (N, h * w, ...) of each level."""
@@ -356,16 +358,23 @@ def group_by_size(batched_inputs: list[dict]) -> list[list[int]]:
 
 
 def map_by_size(
-    function: Callable[[list[dict]], Iterable], batched_inputs: list[dict], *, together: bool = False
+    function: Callable[[list[dict]], Iterable],
+    batched_inputs: list[dict],
+    *,
+    together: bool | Callable[[dict], bool] = False,
 ) -> list:
     """What a function gives for images, in their order.
 
     Args:
         function: takes the images that pass a model together and gives one result for each.
         batched_inputs: Detectron2's input dicts.
-        together: all at once, whatever their sizes; False = those of each size, see :func:`group_by_size`.
+        together: which images pass at once, whatever their sizes: all, none, or those for which a function says so; the
+            others pass with those of their size, see :func:`group_by_size`.
     """
+    mixed = [i for i, image in enumerate(batched_inputs) if (together(image) if callable(together) else together)]
+    others = [i for i in range(len(batched_inputs)) if i not in set(mixed)]
+    groups = [[others[i] for i in same] for same in group_by_size([batched_inputs[i] for i in others])]
     found = {}
-    for same in [range(len(batched_inputs))] if together else group_by_size(batched_inputs):
+    for same in [mixed, *groups] if mixed else groups:
         found |= zip(same, function([batched_inputs[i] for i in same]), strict=True)
     return [found[i] for i in range(len(batched_inputs))]

@@ -3,14 +3,16 @@
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, SYSTEMS, make_batch
+from conftest import MASK_SYSTEMS, ROOT, SYSTEMS, make_batch
 from detectron2.utils.events import EventStorage
 from layers.op_cases import make_fused_inputs, make_inputs
 
 from dn_detr_d2.engine import TrainStep
+from dn_detr_d2.inference import accelerate
 from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
 from dn_detr_d2.layers.position_encoding import encode_boxes
 from dn_detr_d2.structures import HostCopy
@@ -115,6 +117,7 @@ def test_fused_form_equals_the_definition(dims, sizes, dtype, point_dtype):
 SHIFTED = """
 import sys, torch
 from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
+from dn_detr_d2.inference import accelerate
 from dn_detr_d2.layers.position_encoding import encode_boxes
 
 def shifted(x):
@@ -282,3 +285,103 @@ def test_a_training_step(toy_model, tmp_path, system, counts, dtype):
     with EventStorage() as storage:
         step.run_step()
         assert storage.latest()["total_loss"][0] > 0
+
+
+def recorded(toy_cfg, model, graphs, *options):
+    """The model with CUDA graphs; a machine without a GPU would refuse the config, not the model."""
+    accelerate(model, toy_cfg("dn_detr", "MODEL.DEVICE", "cuda", "TEST.CUDA_GRAPHS", graphs, *options))
+    return model
+
+
+@pytest.mark.parametrize("amp", ["", "bf16", "fp16"])
+@pytest.mark.parametrize("system", [*SYSTEMS, *MASK_SYSTEMS])
+def test_cuda_graphs_detect_the_same(toy_cfg, toy_model, system, amp):
+    """Recorded once a shape and replayed for other images; what was found before stays. Of three graphs two are kept."""
+    model = toy_model(system, "TEST.AMP", amp).cuda().eval()
+    batches = [
+        make_batch(0, 0, sizes=(size,), seed=seed) for seed in range(2) for size in ((64, 96), (70, 90), (96, 64))
+    ]
+    with torch.no_grad():
+        expected = [image for batch in batches for image in model(batch)]
+        recorded(toy_cfg, model, 2)
+        found = [image for batch in batches for image in model(batch)]
+    assert len(model.tensor_pass) == 2
+    tolerance = 1e-4 if not amp else 0.05
+    for ours, theirs in zip(found, expected, strict=True):
+        if "instances" not in ours:
+            assert (ours["sem_seg"] - theirs["sem_seg"]).abs().max() < tolerance
+            continue
+        assert (ours["instances"].scores - theirs["instances"].scores).abs().max() < tolerance
+        assert ours["instances"].scores.dtype == torch.float32
+
+
+def test_a_replay_does_not_wait_and_sees_weights_that_change(toy_cfg, toy_model):
+    """A graph reads parameters where they are: a training that updates them in place needs no other recording."""
+    model = toy_model("dn_deformable_detr", "TEST.AMP", "bf16").cuda().eval()
+    images, sizes = torch.rand(2, 3, 64, 96, device="cuda") * 255, torch.tensor([[64, 96], [50, 70]], device="cuda")
+    run = recorded(toy_cfg, model, 1).tensor_pass
+    run(images, sizes)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = run(images, sizes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    after = run(images, sizes)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        expected = model.forward_tensors(images, sizes)
+    torch.testing.assert_close(after[0].float(), expected[0].float(), atol=0.05, rtol=0.05)
+    assert not torch.equal(after[0], before[0])
+
+
+def test_padding_of_a_recording_is_an_input(toy_cfg, toy_model):
+    """One graph for images of other sizes in the same padded batch."""
+    model = toy_model("dn_detr", "TEST.HIDE_PADDING", True).cuda().eval()
+    run = recorded(toy_cfg, model, 4).tensor_pass
+    images = torch.rand(2, 3, 64, 96, device="cuda") * 255
+    for sizes in ([[64, 96], [50, 70]], [[33, 57], [64, 96]]):
+        sizes = torch.tensor(sizes, device="cuda")
+        with torch.no_grad():
+            expected = model.forward_tensors(images, sizes)
+        for ours, theirs in zip(run(images, sizes), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    assert len(run) == 1
+
+
+def test_the_fallback_of_the_operator_can_be_recorded(toy_cfg, toy_model):
+    """Its table of sizes must not come from host memory, which is another one at the replay."""
+    model = toy_model("dn_deformable_detr", "MODEL.DN_DETR.OP_BACKEND", "torch").cuda().eval()
+    run = recorded(toy_cfg, model, 1).tensor_pass
+    images, sizes = torch.rand(1, 3, 64, 96, device="cuda") * 255, torch.tensor([[64, 96]], device="cuda")
+    with torch.no_grad():
+        expected = model.forward_tensors(images, sizes)
+    run(images, sizes)
+    rubbish = [torch.full((4, 2), 9).pin_memory() for _ in range(64)]  # what the allocator would give next
+    for ours, theirs in zip(run(images, sizes), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    del rubbish
+
+
+def test_threads_and_streams_share_recordings(toy_cfg, toy_model):
+    model = toy_model("dn_detr").cuda().eval()
+    run = recorded(toy_cfg, model, 2).tensor_pass
+    shapes = [(1, 3, 64, 96), (1, 3, 96, 64), (1, 3, 80, 80)]
+    given = [torch.rand(*shapes[i % 3], device="cuda") * 255 for i in range(24)]
+    sizes = [torch.tensor([x.shape[-2:]], device="cuda") for x in given]
+    with torch.no_grad():
+        expected = [model.forward_tensors(*pair) for pair in zip(given, sizes, strict=True)]
+    torch.cuda.synchronize()
+
+    def on_its_own_stream(pair):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            found = run(*pair)
+        stream.synchronize()
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(on_its_own_stream, zip(given, sizes, strict=True)))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=1e-3)

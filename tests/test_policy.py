@@ -85,6 +85,7 @@ DETECTRON2 = {
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
     "sources": {"data"},
+    "inference": {"structures"},
     "tiling": {"layers", "structures"},
     "doctor": {"config", "data", "modeling", "structures"},
     "export": {"config", "structures"},

@@ -17,6 +17,8 @@ from dn_detr_d2 import CheckpointError, ConfigError, DatasetError, UserError
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.predictor import Predictor
 
+SLOW_BFLOAT16 = "dn_detr_d2.config.validation.slow_bfloat16"
+
 
 class Payload:
     def __init__(self, canary):
@@ -234,7 +236,7 @@ def test_many_images_have_the_detections_of_one_by_one(made, system, padded):
 
 def test_images_of_one_size_pass_the_model_together(made):
     predictor, passes = made("dn_detr"), []
-    predictor.model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    predictor.model.backbone.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
     list(predictor.predict(pictures(), batch_size=5))
     assert passes == [3, 1, 1]
 
@@ -299,20 +301,42 @@ def test_threads_share_a_predictor(made, system):
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_half_precision_is_near_and_refused_where_it_is_slow(made, monkeypatch):
+@pytest.mark.parametrize("system", ["dn_detr", "dn_deformable_detr", "dino", "mask2former", "mask_dino"])
+def test_bfloat16_is_near_and_comes_out_in_float32(made, monkeypatch, system):
     image = pictures(1)[0]
-    monkeypatch.setattr("dn_detr_d2.predictor.slow_bfloat16", lambda: "")
-    full, half = made("dn_detr"), made("dn_detr", half=True)
+    monkeypatch.setattr(SLOW_BFLOAT16, lambda: "")
+    full, half = made(system), made(system, "TEST.AMP", "bf16")
     half.model.load_state_dict(full.model.state_dict())
     dtypes = set()
     half.model.backbone.register_forward_hook(lambda *given: dtypes.update(x.dtype for x in given[2].values()))
     found, expected = half(image)["instances"], full(image)["instances"]
     assert dtypes == {torch.bfloat16}
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
     assert (found.scores - expected.scores).abs().max() < 0.05
-    assert not same(found, expected)
-    monkeypatch.setattr("dn_detr_d2.predictor.slow_bfloat16", lambda: "this CPU has none")
-    with pytest.raises(ConfigError, match=naming("half=True", "this CPU has none")):
-        made("dn_detr", half=True)
+    assert not torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("system", ["dn_detr", "mask_dino"])
+def test_what_a_predictor_gives_may_be_changed_in_place(made, system):
+    """Tensors made in inference mode may not, and autograd would refuse them."""
+    predictor, modes = made(system), set()
+    predictor.model.decoder.register_forward_hook(lambda *_: modes.add(torch.is_inference_mode_enabled()))
+    found = predictor(pictures(1)[0])["instances"]
+    assert modes == {True}
+    assert not any(getattr(x, "tensor", x).is_inference() for x in found.get_fields().values())
+    found.pred_boxes.scale(2, 2)
+    (found.scores.requires_grad_() * 2).sum().backward()
+
+
+@pytest.mark.parametrize(("device", "amp", "named"), [("cpu", "bf16", "has none"), ("cpu", "fp16", "needs a GPU")])
+def test_a_precision_that_is_slower_is_refused(made, toy_cfg, monkeypatch, device, amp, named):
+    monkeypatch.setattr(SLOW_BFLOAT16, lambda: "this CPU has none")
+    with pytest.raises(ConfigError, match=naming("TEST.AMP", repr(amp), named)):
+        toy_cfg("dn_detr", "TEST.AMP", amp)
+    cfg = toy_cfg("dn_detr", "MODEL.WEIGHTS", "any.pth")
+    cfg.TEST.AMP = amp  # as in a config that was checked on another machine
+    with pytest.raises(ConfigError, match=naming("TEST.AMP", repr(amp), named)):
+        Predictor(cfg, device=device)
 
 
 def test_the_device_is_an_argument(made):

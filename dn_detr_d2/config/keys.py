@@ -360,9 +360,24 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # True = images of one batch are padded to the largest at inference, as in the authors' evaluation; convolutions and the
     # deformable family see the padding. False = only images of one size pass the model together.
     cfg.TEST.PAD_TO_LARGEST = False
-    # True = the predictor folds batch norms into the convolutions before them (Detectron2's ResNets); detections are the
-    # same but for rounding. Detectron2's own detectors stay as they are.
+    # True = padding is kept out of convolutions, norms and positions at inference (docs/predictor.md), so that an image has
+    # the detections that it has alone but for rounding, with PAD_TO_LARGEST and with any SIZE_DIVISIBILITY. For Detectron2's
+    # ResNets; not for Anchor DETR and models with masks.
+    cfg.TEST.HIDE_PADDING = False
+    # True = predictor and --eval-only fold batch norms into the convolutions before them (Detectron2's ResNets) and store
+    # convolutions channels last; detections are the same but for rounding. Detectron2's own detectors stay as they are.
     cfg.TEST.FOLD_NORMS = True
+    # What autocast computes in wherever images are detected: evaluation, the periodic one too, the predictor, `dn-detr
+    # predict`. "" = float32, "bf16" (on CPUs only with instructions for it), "fp16" (on GPUs only). Scores, boxes and masks
+    # come out in float32 in any case, and losses of validation, diagnostics and exports are not concerned.
+    cfg.TEST.AMP = ""
+    # True = torch.compile compiles the model for evaluation and the predictor, once for all image sizes; it takes a minute
+    # or more.
+    cfg.TEST.COMPILE = False
+    # So many CUDA graphs, one for each size of a batch with its padding, are recorded and replayed in evaluation and the
+    # predictor; the one not used for longest makes place. 0 = none. GPUs only, for fewer gaps between kernels
+    # (docs/predictor.md). Images with known objects or labels pass without.
+    cfg.TEST.CUDA_GRAPHS = 0
     # Side in pixels of the square tiles in which evaluation, the predictor and `dn-detr predict` look at images; 0 = whole
     # images. Each tile is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST as if it were an image (docs/predictor.md).
     cfg.TEST.TILE = CfgNode()

@@ -4,6 +4,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..errors import ConfigError
+from ..utils.processor import slow_bfloat16
 from .ranges import check_ranges
 
 LOGGERS = ("wandb", "mlflow")
@@ -36,6 +37,7 @@ def check_config(cfg: CfgNode) -> None:
         "MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE.NAME": ("constant", "linear", "cosine"),
         "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
         "REPORT": ("auto", "always", "never"),
+        "TEST.AMP": ("", "bf16", "fp16"),
         "TEST.COCO_EVAL": ("pycocotools", "faster_coco_eval"),
     }
     for key, known in choices.items():
@@ -55,13 +57,30 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Refuses a MODEL.DEVICE that is none, or that is not there; raises ConfigError."""
+    """Refuses a MODEL.DEVICE that is not there, or on which TEST.AMP or CUDA_GRAPHS do not work; raises ConfigError."""
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:
         raise ConfigError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"MODEL.DEVICE = {cfg.MODEL.DEVICE!r}, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
+    if cfg.TEST.COMPILE and cfg.TEST.CUDA_GRAPHS:
+        raise ConfigError(
+            f"TEST.COMPILE = True and TEST.CUDA_GRAPHS = {cfg.TEST.CUDA_GRAPHS} are two ways to the same; choose one"
+        )
+    if device.type == "cuda":
+        return
+    if cfg.TEST.CUDA_GRAPHS:
+        raise ConfigError(
+            f"TEST.CUDA_GRAPHS = {cfg.TEST.CUDA_GRAPHS} needs a GPU, got MODEL.DEVICE = {cfg.MODEL.DEVICE!r}; set it to 0"
+        )
+    if cfg.TEST.AMP == "fp16":
+        raise ConfigError(
+            f"TEST.AMP = 'fp16' needs a GPU, got MODEL.DEVICE = {cfg.MODEL.DEVICE!r}: on CPUs float16 is slower than "
+            "float32; take 'bf16' or ''"
+        )
+    if cfg.TEST.AMP == "bf16" and (reason := slow_bfloat16()):
+        raise ConfigError(f"TEST.AMP = 'bf16' does not help, {reason}; set it to '', or take a GPU")
 
 
 def _check_diagnostics(node: CfgNode) -> None:

@@ -33,6 +33,11 @@ def check_detector(cfg: CfgNode, *, training: bool) -> None:
         )
     if hasattr(META_ARCH_REGISTRY.get(name), "forward_outputs"):
         return
+    if asked := [key for key in ("HIDE_PADDING", "COMPILE", "CUDA_GRAPHS") if cfg.TEST[key]]:
+        raise ConfigError(
+            f"TEST.{asked[0]} = {cfg.TEST[asked[0]]} is for DenoisingDETR, but MODEL.META_ARCHITECTURE is {name!r}; set it "
+            f"to {type(cfg.TEST[asked[0]])()}"
+        )
     node, default = cfg.MODEL.DN_DETR, get_cfg()
     add_dn_detr_config(default)
     changed = [key for key, value in node.items() if value != default.MODEL.DN_DETR[key] and key not in READ_BY_ALL]

@@ -21,8 +21,10 @@ from ..checkpoint.resume import must_fit
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
 from ..evaluation import build_evaluator, main_metric
+from ..inference import accelerated, prepared, settle
 from ..tiling import with_tiles
 from ..utils.distributed import device_of, unwrap
+from ..utils.precision import dtype_of
 from ..utils.processor import slow_bfloat16
 from ..utils.rng import isolated_rng
 from ..utils.text_output import escape_unwritable
@@ -42,7 +44,6 @@ from .training_state import capture_training_state, restore_training_state
 
 logger = logging.getLogger(__name__)
 
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that only read the model, so they may be interrupted
 
 
@@ -69,7 +70,7 @@ class Trainer(DefaultTrainer):
         devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
         self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        amp_dtype = AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+        amp_dtype = dtype_of(cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
         if amp_dtype is torch.bfloat16 and next(model.parameters()).is_cpu and (reason := slow_bfloat16()):
             logger.warning("%s; SOLVER.AMP.ENABLED False trains faster here", reason)
         reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
@@ -209,8 +210,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None) -> dict:
         """As Detectron2's; the RNG states of the training are preserved."""
-        with isolated_rng(0, device_of(model)):
-            results = super().test(cfg, with_tiles(model, cfg), evaluators)
+        with isolated_rng(0, device_of(model)), accelerated(unwrap(model), cfg):
+            results = super().test(cfg, with_tiles(prepared(model, cfg), cfg), evaluators)
         if cfg.DATASETS.TEST:
             agree()
         return results
@@ -287,4 +288,6 @@ def load_for_evaluation(cfg) -> nn.Module:
 def evaluate(cfg) -> dict:
     """Evaluates MODEL.WEIGHTS on DATASETS.TEST; returns Detectron2's results."""
     escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
-    return Trainer.test(cfg, load_for_evaluation(cfg))
+    model = load_for_evaluation(cfg)
+    settle(model, cfg)
+    return Trainer.test(cfg, model)

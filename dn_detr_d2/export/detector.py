@@ -8,23 +8,9 @@ import torch
 from detectron2.structures import ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..structures import Predictions, map_by_size
+from ..modeling.outputs import LastPredictions
+from ..structures import map_by_size
 from .formats import Run
-
-
-@dataclass
-class LastPredictions(Predictions):
-    """Predictions of the last layer alone, with masks as maps.
-
-    Attributes:
-        maps: (N, Q, h, w) mask logits, or None.
-    """
-
-    maps: Tensor | None = None
-
-    def mask_logits(self, row: int = -1) -> Tensor:
-        """The maps."""
-        return self.maps
 
 
 class ExportedDetector(nn.Module):
@@ -42,7 +28,7 @@ class ExportedDetector(nn.Module):
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """As of the model, in evaluation mode and without prompts."""
-        return map_by_size(self.detect, batched_inputs, together=self.model.pad_to_largest)
+        return map_by_size(self.detect, batched_inputs, together=self.model.passes_together)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
         """Detections of images that are padded to one size and pass the file together."""
@@ -52,9 +38,7 @@ class ExportedDetector(nn.Module):
             padding_constraints=self.model.backbone.padding_constraints,
         )
         outputs = dict(zip(self.names, self.run(images.tensor, torch.tensor(images.image_sizes)), strict=True))
-        boxes = outputs["boxes"][None] if "boxes" in outputs else None
-        predictions = LastPredictions(outputs["logits"][None], boxes, maps=outputs.get("masks"))
-        return self.model.postprocess(predictions, batched_inputs)
+        return self.model.postprocess(LastPredictions.of(outputs), batched_inputs)
 
 
 @dataclass

@@ -12,8 +12,7 @@ INPUTS = ("images", "sizes")
 
 def output_names(model) -> list[str]:
     """Names of what :meth:`~dn_detr_d2.modeling.DenoisingDETR.forward_tensors` of a model gives, in its order."""
-    boxes = ["boxes"] if model.decoder.BOXES else []
-    return ["logits", *boxes, *(["masks"] if model.pixel_decoder is not None else [])]
+    return list(model.tensor_names)
 
 
 def describe(cfg, model, weights: Path) -> dict[str, str]:

@@ -135,7 +135,8 @@ def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[in
         offsets: (N, Q, H, L, K, 2), (x, y).
         shapes: (h, w) of each level.
     """
-    if torch.compiler.is_exporting():  # sizes are symbols, of which no array can be made
+    # Compiled, sizes are symbols, of which no array can be made; recorded, an upload would read host memory at each replay.
+    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
         cells = torch.stack([offsets.new_full((), size) for height, width in shapes for size in (width, height)])
         cells = cells.view(-1, 2)
     else:

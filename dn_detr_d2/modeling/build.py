@@ -17,7 +17,10 @@ from ..losses import (
     SoftmaxMatcher,
     without_masks,
 )
+from ..utils.precision import dtype_of
 from .decoder import Decoder
+from .encoder import DeformableEncoder, PlainEncoder
+from .hidden_padding import can_hide_padding
 from .mask_postprocess import build_postprocess
 from .mask_queries import MaskDinoQueries
 from .neck import Neck
@@ -71,10 +74,30 @@ def build_parts(cfg) -> dict:
         "criterion": criterion,
         "postprocess": build_postprocess(cfg),
         "pad_to_largest": cfg.TEST.PAD_TO_LARGEST,
+        "hide_padding": hides_padding(cfg, backbone, encoder),
+        "amp": dtype_of(cfg.TEST.AMP),
         "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }
+
+
+def hides_padding(cfg, backbone: nn.Module, encoder: nn.Module) -> bool:
+    """``TEST.HIDE_PADDING``; raises ConfigError where some part of the model would see padding nevertheless."""
+    root = cfg.MODEL.DN_DETR
+    if not cfg.TEST.HIDE_PADDING:
+        return False
+    reasons = {
+        f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is no ResNet of Detectron2 with batch norms and without "
+        "deformable convolutions": not can_hide_padding(backbone),
+        f"ENCODER.NAME {root.ENCODER.NAME!r} takes means over it": not isinstance(
+            encoder, PlainEncoder | DeformableEncoder
+        ),
+        "MASK.ENABLED True makes it a part of the image": root.MASK.ENABLED,
+    }
+    if wrong := [reason for reason, found in reasons.items() if found]:
+        raise ConfigError(f"TEST.HIDE_PADDING = True cannot hide padding, because {wrong[0]}; set it to False")
+    return True
 
 
 def check_boxes(cfg, decoder: Decoder, matcher: HungarianMatcher, criterion: SetCriterion) -> None:

@@ -60,8 +60,11 @@ class LayerInputs:
 
 
 def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
-    """(N, Q, 4) boxes in [0, 1] of the image -> in [0, 1] of the padded image, as its finest level sees it."""
-    return boxes * memory.valid_ratios[:, None, 0].tile(2)
+    """(N, Q, 4) boxes in [0, 1] of the image -> in [0, 1] of the padded image, as its finest level sees it.
+
+    They stay as they are, as those of an image alone, where padding is hidden.
+    """
+    return boxes if memory.hides_padding else boxes * memory.valid_ratios[:, None, 0].tile(2)
 
 
 class AnchorPosition(nn.Module):

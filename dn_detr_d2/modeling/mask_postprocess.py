@@ -16,6 +16,7 @@ from torch import Tensor
 from ..boxes import boxes_of_masks, cxcywh_to_xyxy, image_scale
 from ..errors import ConfigError
 from ..structures import Predictions
+from ..utils.precision import after_inference
 from .pixel_decoder import STRIDE
 from .postprocess import (
     Postprocess,
@@ -239,13 +240,15 @@ class MaskPostprocess:
         Raises:
             FloatingPointError: predictions are not finite.
         """
-        logits, masks = predictions.logits[-1].float(), predictions.mask_logits(-1)
-        boxes = [None] * len(logits) if predictions.boxes is None else predictions.boxes[-1]
-        require_finite([logits, masks, *([] if predictions.boxes is None else [boxes])], batched_inputs)
-        return [
-            {name: self._make[name](self, *found, size_of(x), output_size(x)) for name in self.outputs}
-            for *found, x in zip(logits, masks, boxes, batched_inputs, strict=True)
-        ]
+        masks = predictions.mask_logits(-1)
+        with after_inference(masks.device.type):
+            logits = predictions.logits[-1].float()
+            boxes = [None] * len(logits) if predictions.boxes is None else predictions.boxes[-1]
+            require_finite([logits, masks, *([] if predictions.boxes is None else [boxes])], batched_inputs)
+            return [
+                {name: self._make[name](self, *found, size_of(x), output_size(x)) for name in self.outputs}
+                for *found, x in zip(logits, masks, boxes, batched_inputs, strict=True)
+            ]
 
     def start(self, predictions: Predictions, batched_inputs: list[dict]) -> list[dict]:
         """:meth:`__call__`; how many pixels and segments there are must be known before the next image."""

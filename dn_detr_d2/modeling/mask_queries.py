@@ -133,7 +133,7 @@ class MaskDinoQueries(TopKAnchors):
         boxes, usable = self._propose(memory)
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
-        best = self.score_cells(logits).topk(torch.sym_min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        best = self.choose(logits, memory)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
         first, refined, embeddings = self._decoder[0].classify_and_embed(chosen[0], self.refine(*chosen))
         proposals = Predictions(first[None], refined[None], embeddings[None], memory.mask_features)

@@ -3,6 +3,9 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -13,10 +16,12 @@ from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
 from ..structures import Memory, map_by_size, to_device
+from ..utils.precision import inference
 from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
+from .hidden_padding import resnet_maps
 from .neck import padding_mask
-from .outputs import ForwardOutputs
+from .outputs import ForwardOutputs, LastPredictions
 from .pixel_decoder import padded_size
 from .postprocess import Postprocess
 from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
@@ -37,8 +42,15 @@ class DenoisingDETR(nn.Module):
         postprocess: from predictions to Detectron2's output.
         pad_to_largest: at inference pad images to the largest of their batch, as the authors' evaluation does, instead of
             passing those of one size together. Then the detections of an image depend a little on its neighbours.
+        hide_padding: at inference keep padding out of everything, so that the detections of an image are those that it has
+            alone, whatever it is padded to; see :mod:`.hidden_padding`.
+        amp: what autocast computes in at inference; None = float32. Detections are float32 in any case.
         size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
+
+    Attributes:
+        tensor_pass: takes images and sizes as :meth:`forward_tensors` does, such as a compiled form of it, and detects where
+            no gradient is wanted and nothing is told of an image; None = the parts one by one.
     """
 
     @configurable
@@ -56,6 +68,8 @@ class DenoisingDETR(nn.Module):
         criterion: SetCriterion,
         postprocess: Postprocess,
         pad_to_largest: bool,
+        hide_padding: bool,
+        amp: torch.dtype | None,
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -64,7 +78,9 @@ class DenoisingDETR(nn.Module):
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
-        self.postprocess, self.pad_to_largest = postprocess, pad_to_largest
+        self.postprocess, self.amp = postprocess, amp
+        self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
+        self.tensor_pass: Callable[..., tuple[Tensor, ...]] | None = None
         self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -111,23 +127,50 @@ class DenoisingDETR(nn.Module):
             outputs = self.forward_outputs(batched_inputs, self.denoising, normalizers=normalizers)
             return {name: loss.value for name, loss in self.losses(outputs, normalizers).items()}
         if any(map(is_prompted, batched_inputs)):
-            return map_by_size(self.detect, batched_inputs, together=self.pad_to_largest)
-        pending = map_by_size(self._start_detection, batched_inputs, together=self.pad_to_largest)
+            return map_by_size(self.detect, batched_inputs, together=self.passes_together)
+        pending = map_by_size(self._start_detection, batched_inputs, together=self.passes_together)
         return self.postprocess.finish(pending)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections of images that pass the model together; what one is told changes nothing for the others."""
-        memory = self.encode(batched_inputs)
-        queries, found = self.query_source(memory), {}
-        if not all(is_prompted(x) for x in batched_inputs):  # all images, as they would pass without prompts
-            found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
-        found |= prompted(self, batched_inputs, memory, queries)
+        with inference(self.device.type, self.amp):
+            memory = self.encode(batched_inputs)
+            queries, found = self.query_source(memory), {}
+            if not all(is_prompted(x) for x in batched_inputs):  # all images, as they would pass without prompts
+                found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
+            found |= prompted(self, batched_inputs, memory, queries)
         return [found[i] for i in range(len(batched_inputs))]
 
     def _start_detection(self, batched_inputs: list[dict]) -> list:
         """:meth:`detect` without prompts and without the last wait for the device."""
-        memory = self.encode(batched_inputs)
-        return self.postprocess.start(self.decoder(self.query_source(memory), memory), batched_inputs)
+        with inference(self.device.type, self.amp):
+            if self.tensor_pass is not None and not torch.is_grad_enabled():
+                predictions = self._predict_by_tensors(batched_inputs)
+            else:
+                memory = self.encode(batched_inputs)
+                predictions = self.decoder(self.query_source(memory), memory)
+            return self.postprocess.start(predictions, batched_inputs)
+
+    def _predict_by_tensors(self, batched_inputs: list[dict]) -> LastPredictions:
+        """Predictions by ``tensor_pass``, from pixels that are not normalised."""
+        images = self._padded([to_device(x["image"], self.device).float() for x in batched_inputs])
+        outputs = self.tensor_pass(images.tensor, to_device(torch.tensor(images.image_sizes), self.device))
+        return LastPredictions.of(dict(zip(self.tensor_names, outputs, strict=True)))
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of what :meth:`forward_tensors` gives, in its order."""
+        boxes = ("boxes",) if self.decoder.BOXES else ()
+        return ("logits", *boxes, *(("masks",) if self.pixel_decoder is not None else ()))
+
+    def passes_together(self, record: dict) -> bool:
+        """Whether an image passes the model with images of other sizes at inference.
+
+        One that has fewer cells than its queries are chosen from would have more of both with hidden padding.
+        """
+        if not self.pad_to_largest or not self.hide_padding:
+            return self.pad_to_largest
+        return self.neck.count_cells(record["image"].shape[-2:]) >= getattr(self.query_source, "cells_needed", 0)
 
     def check_prompts(self, batched_inputs: list[dict]) -> None:
         """:func:`~dn_detr_d2.modeling.prompting.check_prompts`; :meth:`forward` does so too."""
@@ -186,6 +229,9 @@ class DenoisingDETR(nn.Module):
 
     def encode_tensors(self, images: Tensor, padding: Tensor) -> Memory:
         """:meth:`encode` of normalised images (N, 3, H, W) with their (N, H, W) bool padding mask."""
+        if self.hide_padding and not self.training:
+            memory = self.encoder(self.neck(resnet_maps(self.backbone, images, padding), padding, hidden=True))
+            return replace(memory, hides_padding=True)
         features = self.backbone(images)
         if self.pixel_decoder is None:
             return self.encoder(self.neck(features, padding))
@@ -222,6 +268,10 @@ class DenoisingDETR(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises each image, then pads with zeros at the bottom and right."""
         images = [(to_device(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        return self._padded(images)
+
+    def _padded(self, images: list[Tensor]) -> ImageList:
+        """Images (3, h, w) of the sizes of a batch as one, padded with zeros."""
         return ImageList.from_tensors(
             images, self.size_divisibility, padding_constraints=self.backbone.padding_constraints
         )

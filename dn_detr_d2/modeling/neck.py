@@ -3,6 +3,8 @@
 Shapes: N images, C channels, L levels, (h, w) the size of a level.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..layers import SinePositionEncoding
 from ..structures import Pyramid
+from .hidden_padding import outside, project
 
 
 class Neck(nn.Module):
@@ -44,6 +47,7 @@ class Neck(nn.Module):
     ):
         super().__init__()
         self.in_features = list(in_features)
+        self.strides = {name: input_shape[name].stride for name in in_features}
         self.coarse_first = len(in_features) > 1 and is_coarser(input_shape, in_features[0], in_features[-1])
         channels = [input_shape[name].channels for name in in_features]
         coarsest = channels[0 if self.coarse_first else -1]
@@ -97,16 +101,34 @@ class Neck(nn.Module):
         nn.init.zeros_(convolution.bias)
         return nn.Sequential(convolution, nn.GroupNorm(cls.NUM_GROUPS, dim))
 
-    def forward(self, features: dict[str, Tensor], padding: Tensor) -> Pyramid:
-        """Backbone maps and the (N, H, W) bool pixel padding mask -> Pyramid."""
-        raw = [features[name] for name in self.in_features]
+    def forward(self, features: dict[str, Tensor], padding: Tensor, *, hidden: bool = False) -> Pyramid:
+        """Backbone maps and the (N, H, W) bool pixel padding mask -> Pyramid.
+
+        Args:
+            features: maps of the backbone.
+            padding: True right of and below each image.
+            hidden: keep padding out of convolutions and norms, see :mod:`.hidden_padding`.
+        """
+        raw = [(features[name], self.strides[name]) for name in self.in_features]
         given, extra = self.projections[: len(raw)], self.projections[len(raw) :]
-        maps, coarser = [projection(source) for projection, source in zip(given, raw, strict=True)], []
+
+        def _project(projection: nn.Sequential, source: tuple[Tensor, int]) -> tuple[Tensor, int]:
+            return project(projection, source[0], padding, source[1]) if hidden else (projection(source[0]), 0)
+
+        maps, coarser = [_project(*pair) for pair in zip(given, raw, strict=True)], []
         for projection in extra:
-            coarser.append(projection(coarser[-1] if coarser else raw[0 if self.coarse_first else -1]))
+            coarser.append(_project(projection, coarser[-1] if coarser else raw[0 if self.coarse_first else -1]))
         maps = coarser[::-1] + maps if self.coarse_first else maps + coarser
-        masks = [shrink_mask(padding, x.shape[-2:]) for x in maps]
+        masks = [outside(padding, stride) if hidden else shrink_mask(padding, x.shape[-2:]) for x, stride in maps]
+        maps = [x for x, _ in maps]
         return Pyramid(maps, [self.position_encoding(mask).to(maps[0].dtype) for mask in masks], masks)
+
+    def count_cells(self, size: tuple[int, int]) -> int:
+        """Cells of all levels of an image of (height, width) without padding."""
+        strides = list(self.strides.values())
+        while len(strides) < len(self.projections):
+            strides.append(2 * max(strides))
+        return sum(math.prod(-(-length // stride) for length in size) for stride in strides)
 
 
 def build_position_encoding(cfg) -> SinePositionEncoding:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..denoising import DenoisingQueries, NoisedTargets
 from ..structures import Memory, ObjectQueries, Predictions, Targets
 
@@ -47,3 +49,24 @@ class ForwardOutputs:
     @property
     def _parts(self) -> tuple[Predictions, Predictions]:
         return self.predictions.split(self.dn.num_queries if self.dn is not None else 0)
+
+
+@dataclass
+class LastPredictions(Predictions):
+    """Predictions of the last layer alone, with masks as maps.
+
+    Attributes:
+        maps: (N, Q, h, w) mask logits, or None.
+    """
+
+    maps: Tensor | None = None
+
+    @classmethod
+    def of(cls, outputs: dict[str, Tensor]) -> "LastPredictions":
+        """From what :meth:`~.meta_arch.DenoisingDETR.forward_tensors` gives, as "logits", "boxes" and "masks"."""
+        boxes = outputs["boxes"][None] if "boxes" in outputs else None
+        return cls(outputs["logits"][None], boxes, maps=outputs.get("masks"))
+
+    def mask_logits(self, row: int = -1) -> Tensor:
+        """The maps."""
+        return self.maps

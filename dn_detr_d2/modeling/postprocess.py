@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
 from ..structures import Predictions, file_name, upload
+from ..utils.precision import after_inference
 
 NONFINITE = "the model predicts NaN or Inf: its weights or its input are not finite (files: {})"
 
@@ -136,11 +137,12 @@ class Postprocess:
 
     def start(self, predictions: Predictions, batched_inputs: list[dict]) -> list[PendingDetections]:
         """The part of :meth:`__call__` that does not wait for the device, image by image; :meth:`finish` does the rest."""
-        logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-        return [
-            _pending(self.select(*predicted, size_of(x), self.top_k), predicted, x)
-            for *predicted, x in zip(logits, boxes, batched_inputs, strict=True)
-        ]
+        with after_inference(predictions.logits.device.type):
+            logits, boxes = predictions.logits[-1], predictions.boxes[-1]
+            return [
+                _pending(self.select(*predicted, size_of(x), self.top_k), predicted, x)
+                for *predicted, x in zip(logits, boxes, batched_inputs, strict=True)
+            ]
 
     @staticmethod
     def finish(pending: list[PendingDetections]) -> list[dict[str, Instances]]:
@@ -179,13 +181,14 @@ class Postprocess:
             FloatingPointError: predictions are not finite.
         """
         counts, softmax = [len(own) for own in labels], self.select is select_best
-        logits, boxes = predictions.logits[-1].split(counts), predictions.boxes[-1].split(counts)
-        return self.finish(
-            [
-                _pending(select_labelled(*predicted, own, size_of(x), self.top_k, softmax=softmax), predicted, x)
-                for *predicted, own, x in zip(logits, boxes, labels, batched_inputs, strict=True)
-            ]
-        )
+        with after_inference(predictions.logits.device.type):
+            logits, boxes = predictions.logits[-1].split(counts), predictions.boxes[-1].split(counts)
+            return self.finish(
+                [
+                    _pending(select_labelled(*predicted, own, size_of(x), self.top_k, softmax=softmax), predicted, x)
+                    for *predicted, own, x in zip(logits, boxes, labels, batched_inputs, strict=True)
+                ]
+            )
 
 
 def size_of(record: dict) -> tuple[int, int]:

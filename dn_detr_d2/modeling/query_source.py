@@ -333,6 +333,11 @@ class TopKAnchors(nn.Module):
             )
         return common_arguments(root) | {"content": node.CONTENT}
 
+    @property
+    def cells_needed(self) -> int:
+        """So many cells, or the image has fewer queries."""
+        return self.num_queries
+
     def make_heads(self, dim: int, num_classes: int) -> None:
         """The heads that rank and correct the cells."""
         self.heads = DetectionHeads(dim, num_classes, 1)
@@ -342,7 +347,7 @@ class TopKAnchors(nn.Module):
         boxes, usable = self._propose(memory)
         hidden = self.norm(self.project(memory.tokens * usable[..., None]))
         logits = self.heads.classify(hidden, 0)
-        best = self.score_cells(logits).topk(torch.sym_min(self.num_queries, logits.shape[1]), 1).indices  # (N, Q)
+        best = self.choose(logits, memory)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
         refined = self.refine(*chosen)
         proposals = self.proposal_outputs(take(logits, best), refined, logits, hidden, boxes, usable)
@@ -355,6 +360,13 @@ class TopKAnchors(nn.Module):
     def proposal_outputs(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
         """The proposals that have a loss: here those that were chosen, (1, N, Q, P) and (1, N, Q, 4)."""
         return Predictions(logits[None], boxes[None])
+
+    def choose(self, logits: Tensor, memory: Memory) -> Tensor:
+        """(N, Q) the cells most like an object by their (N, S, P) logits; padding may be among them unless it is hidden."""
+        scores = self.score_cells(logits)
+        if memory.hides_padding:
+            scores = scores.masked_fill(memory.padding, -torch.inf)
+        return scores.topk(torch.sym_min(self.num_queries, logits.shape[1]), 1).indices
 
     def score_cells(self, logits: Tensor) -> Tensor:
         """(N, S, P) class logits -> (N, S) how much a cell looks like an object."""

@@ -54,6 +54,25 @@ def test_the_predictor_is_detectron2s_and_reads_no_other_detector(trained):
         Predictor(cfg)
 
 
+def test_autocast_at_inference_comes_out_in_float32(trained, monkeypatch):
+    monkeypatch.setattr("dn_detr_d2.config.validation.slow_bfloat16", lambda: "")
+    image = np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)
+    full, half = (
+        Predictor(make_rcnn_cfg(trained, "MODEL.WEIGHTS", str(trained / "model_final.pth"), "TEST.AMP", amp))
+        for amp in ("", "bf16")
+    )
+    for predictor in (full, half):
+        predictor.model.roi_heads.box_predictor.test_score_thresh = 0.0
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = full(image)["instances"]
+    found = half(image)["instances"]
+    assert expected.scores.dtype == torch.bfloat16
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    assert len(found) > 0
+    assert torch.equal(found.scores, expected.scores.float())
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor.float())
+
+
 def test_known_objects_and_labels_are_refused(trained):
     cfg = make_rcnn_cfg(trained, "MODEL.WEIGHTS", str(trained / "model_final.pth"))
     image, predictor = np.zeros((48, 64, 3), np.uint8), Predictor(cfg)
