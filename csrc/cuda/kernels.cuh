@@ -8,8 +8,10 @@
 // backward pass the sums over channels travel the other way: after each batch, lane j holds the sums of point j.
 // Channels beyond G * V are done in further rounds.
 //
-// Blocks walk over the queries of one (image, head) before the next, so that a slice of value stays in the L2 cache.
-// Shuffles need all lanes of a warp: nothing returns early, lanes without work own points without corners.
+// Blocks walk over the queries of one (image, head) before the next, so that a slice of value stays in the L2 cache. Where
+// the queries are the cells themselves (Q = S, an encoder's self-attention), a block takes a tile of cells of one level in
+// place of queries in a row: the points of neighbours read the same cells, which then come from the L1 cache.
+// Shuffles need all lanes of a warp: only whole warps return early, lanes without work own points without corners.
 #pragma once
 
 #include "../ms_deform_attn.h"
@@ -30,6 +32,12 @@ template <typename T>
 using Wide = typename WideOf<T>::type;
 
 constexpr int kThreads = 256;
+constexpr int kMostThreads = 512; // of a block of the forward kernel
+constexpr int kTileWidth = 8; // cells
+// Blocks that must fit on an SM. More do not fit in the forms that models call; told so, the compiler uses the registers
+// that are left and needs fewer instructions.
+template <typename T>
+constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
 constexpr int kInlineLevels = 32;
 constexpr int kKeptBatches = 4; // batches of points whose wide gradients the backward kernel keeps on chip
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -37,6 +45,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct Level {
   int height, width;
   int start; // cells of the levels before it
+  int first_tile; // tiles of the levels before it, if queries are tiled
 };
 
 // One call; all tensors contiguous, letters as in docs/operator.md. T is the type of value and output, P that of locations
@@ -48,6 +57,7 @@ struct Arguments {
   using A = Wide<T>;
   int S, H, D, Q, L, K;
   int tiles; // blocks for the queries of one (image, head)
+  bool tiled; // query i belongs to cell i, and a block takes kTileWidth columns and as many rows as it has slots for
   Level levels[kInlineLevels];
   const Level* more_levels; // all of them, on the device, if there are more than kInlineLevels
   const T* value; // (N, S, H, D)
@@ -198,6 +208,19 @@ __device__ __forceinline__ A group_max(A x) {
   return x;
 }
 
+// Query of slot `slot` of `slots` in this tile of cells, -1 where the tile reaches over the edge of its level.
+__device__ __forceinline__ int query_in_tile(const Level* levels, int count, int tile, int slot, int slots) {
+  int l = 0;
+  while (l + 1 < count && tile >= levels[l + 1].first_tile) {
+    ++l;
+  }
+  const Level level = levels[l];
+  const int place = tile - level.first_tile, across = (level.width + kTileWidth - 1) / kTileWidth;
+  const int x = place % across * kTileWidth + slot % kTileWidth;
+  const int y = place / across * (slots / kTileWidth) + slot / kTileWidth;
+  return x < level.width && y < level.height ? level.start + y * level.width + x : -1;
+}
+
 // Where this thread works.
 template <int G>
 struct Slot {
@@ -208,12 +231,13 @@ struct Slot {
   int64_t first; // element of value of the image's first cell, this head
 
   template <typename T, typename P>
-  __device__ __forceinline__ explicit Slot(const Arguments<T, P>& a) {
+  __device__ __forceinline__ Slot(const Arguments<T, P>& a, const Level* levels) {
     const int slice = blockIdx.x / a.tiles, tile = blockIdx.x % a.tiles;
     const int image = slice / a.H, head = slice % a.H;
-    const int query = tile * (kThreads / G) + threadIdx.x / G;
+    const int slot = threadIdx.x / G, slots = blockDim.x / G;
+    const int query = a.tiled ? query_in_tile(levels, a.L, tile, slot, slots) : tile * slots + slot;
     lane = threadIdx.x % G;
-    active = query < a.Q;
+    active = 0 <= query && query < a.Q;
     row = int64_t(image) * a.Q + query;
     index = row * a.H + head;
     first = (int64_t(image) * a.S * a.H + head) * a.D;
@@ -301,7 +325,7 @@ __device__ __forceinline__ const Level* shared_levels(const Arguments<T, P>& a) 
   if (a.L > kInlineLevels) {
     return a.more_levels;
   }
-  for (int l = threadIdx.x; l < a.L; l += kThreads) {
+  for (int l = threadIdx.x; l < a.L; l += blockDim.x) {
     levels[l] = a.levels[l];
   }
   __syncthreads();
@@ -310,10 +334,13 @@ __device__ __forceinline__ const Level* shared_levels(const Arguments<T, P>& a) 
 
 // One slot a group: a weighted sum of corners, written once.
 template <bool kFused, int G, int V, typename T, typename P>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Arguments<T, P> a) {
+__global__ void __launch_bounds__(kMostThreads, kResident<T>) forward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
   const Level* levels = shared_levels(a);
-  const Slot<G> slot(a);
+  const Slot<G> slot(a, levels);
+  if (!__any_sync(kAllLanes, slot.active)) {
+    return;
+  }
   Softmax<A> soft;
   if constexpr (kFused) {
     soft = softmax(a, slot);
@@ -417,11 +444,14 @@ struct KeptGradients {
 
 // One slot a group: adds to grad_value at the corners, writes the gradients of locations (offsets) and weights (logits).
 template <bool kFused, int G, int V, typename T, typename P>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
   constexpr int B = kBatch<G>;
   const Level* levels = shared_levels(a);
-  const Slot<G> slot(a);
+  const Slot<G> slot(a, levels);
+  if (!__any_sync(kAllLanes, slot.active)) {
+    return;
+  }
   Softmax<A> soft;
   if constexpr (kFused) {
     soft = softmax(a, slot);

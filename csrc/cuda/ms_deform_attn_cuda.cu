@@ -115,13 +115,13 @@ Arguments<T, P> make_arguments(const Inputs& in, at::Tensor& more_levels) {
   std::vector<Level> levels(in.sizes.L);
   int start = 0;
   for (int l = 0; l < a.L; ++l) {
-    levels[l] = {static_cast<int>(in.spatial_shapes[2 * l]), static_cast<int>(in.spatial_shapes[2 * l + 1]), start};
+    levels[l] = {static_cast<int>(in.spatial_shapes[2 * l]), static_cast<int>(in.spatial_shapes[2 * l + 1]), start, 0};
     start += levels[l].height * levels[l].width;
   }
   if (a.L <= kInlineLevels) {
     std::copy(levels.begin(), levels.end(), a.levels);
   } else {
-    more_levels = at::empty({a.L, 3}, at::kInt);
+    more_levels = at::empty({a.L, static_cast<int64_t>(sizeof(Level) / sizeof(int))}, at::kInt);
     std::copy(levels.begin(), levels.end(), static_cast<Level*>(more_levels.mutable_data_ptr()));
     more_levels = more_levels.to(in.value.device());
     a.more_levels = static_cast<const Level*>(more_levels.const_data_ptr());
@@ -129,16 +129,20 @@ Arguments<T, P> make_arguments(const Inputs& in, at::Tensor& more_levels) {
   return a;
 }
 
-// Sets the number of blocks: the queries of one (image, head) in tiles, one slot for each group of lanes.
+struct Grid {
+  unsigned blocks;
+  int threads;
+};
+
+// One slot for each group of lanes.
 template <typename T, typename P>
-unsigned count_blocks(Arguments<T, P>& a, const Sizes& sizes, int lanes) {
-  const int64_t slots = kThreads / lanes;
-  a.tiles = static_cast<int>((sizes.Q + slots - 1) / slots);
+Grid make_grid(Arguments<T, P>& a, const Sizes& sizes, int lanes, bool backward) {
+  const int threads = plan_blocks(a, lanes, backward);
   const int64_t blocks = sizes.N * sizes.H * a.tiles;
   TORCH_CHECK(
       blocks <= std::numeric_limits<int>::max(), "value or sampling_locations is too large for the CUDA kernel: ", blocks,
       " blocks of queries");
-  return static_cast<unsigned>(blocks);
+  return {static_cast<unsigned>(blocks), threads};
 }
 
 template <bool kFused>
@@ -155,9 +159,9 @@ at::Tensor run_forward(const Inputs& in) {
     auto a = make_arguments<T, P>(in, more_levels);
     a.output = static_cast<T*>(output.mutable_data_ptr());
     with_geometry<T>(in.sizes.D, aligned(in.value), [&](auto lanes, auto channels) {
-      const unsigned blocks = count_blocks(a, in.sizes, lanes);
+      const auto grid = make_grid(a, in.sizes, lanes, false);
       forward_kernel<kFused, lanes(), channels(), T, P>
-          <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+          <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
@@ -196,14 +200,14 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
       a.grad_weights = static_cast<P*>(grads.weights.mutable_data_ptr());
       a.grad_reference = grads.reference.defined() ? static_cast<A*>(grads.reference.mutable_data_ptr()) : nullptr;
       with_geometry<A>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
-        const unsigned blocks = count_blocks(a, in.sizes, lanes);
+        const auto grid = make_grid(a, in.sizes, lanes, true);
         at::Tensor wide_grad_weights;
         if (needs_memory<kFused, lanes(), T, P>(in.sizes.L * in.sizes.K)) {
           wide_grad_weights = at::empty(in.weights.sizes(), options);
           a.wide_grad_weights = static_cast<A*>(wide_grad_weights.mutable_data_ptr());
         }
         backward_kernel<kFused, lanes(), channels(), T, P>
-            <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+            <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
     });

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,12 +21,12 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Dim3 {
   unsigned x = 0;
 };
-inline Dim3 threadIdx, blockIdx;
+inline Dim3 threadIdx, blockIdx, blockDim;
 
 namespace emulator {
 
@@ -75,6 +76,7 @@ inline void meet(unsigned first, unsigned last) {
 
 // Runs `kernel` as `blocks` blocks of `threads` threads.
 inline void launch(unsigned blocks, unsigned threads, std::function<void()> kernel) {
+  blockDim.x = threads;
   for (unsigned b = 0; b < blocks; ++b) {
     Block state;
     block = &state;
@@ -109,15 +111,22 @@ inline void launch(unsigned blocks, unsigned threads, std::function<void()> kern
   }
 }
 
+// What the lanes of this warp hand over here, the first lane's first.
+template <typename T>
+const uint64_t* exchange(T value) {
+  static_assert(sizeof(T) <= 8, "lanes hand over up to eight bytes");
+  const unsigned me = block->running, first = me / kWarp * kWarp;
+  auto& values = block->exchange[block->fibers[me].meetings % 2];
+  values[me] = 0;
+  std::memcpy(&values[me], &value, sizeof(T));
+  meet(first, first + kWarp);
+  return &values[first];
+}
+
 template <typename T>
 T shuffle(T value, unsigned source_lane) {
-  static_assert(sizeof(T) <= 8, "shuffles carry up to eight bytes");
-  const unsigned me = block->running, first = me / kWarp * kWarp;
-  auto& exchange = block->exchange[block->fibers[me].meetings % 2];
-  std::memcpy(&exchange[me], &value, sizeof(T));
-  meet(first, first + kWarp);
   T result;
-  std::memcpy(&result, &exchange[first + source_lane], sizeof(T));
+  std::memcpy(&result, exchange(value) + source_lane, sizeof(T));
   return result;
 }
 
@@ -138,6 +147,11 @@ T __shfl_xor_sync(unsigned, T value, int mask, int width) {
   const int lane = emulator::block->running % emulator::kWarp;
   const int source = lane ^ mask;
   return emulator::shuffle(value, source / width == lane / width ? source : lane);
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  const uint64_t* values = emulator::exchange(value);
+  return std::any_of(values, values + emulator::kWarp, [](uint64_t x) { return x != 0; });
 }
 
 template <typename T>

@@ -25,7 +25,7 @@ void run_geometry(const CudaCall& call, bool backward) {
   std::vector<Level> levels;
   int start = 0;
   for (int l = 0; l < a.L; ++l) {
-    levels.push_back({int(call.shapes[2 * l]), int(call.shapes[2 * l + 1]), start});
+    levels.push_back({int(call.shapes[2 * l]), int(call.shapes[2 * l + 1]), start, 0});
     start += levels[l].height * levels[l].width;
   }
   std::copy_n(levels.begin(), std::min(a.L, kInlineLevels), a.levels);
@@ -51,11 +51,7 @@ void run_geometry(const CudaCall& call, bool backward) {
   a.grad_points = grad_points.get();
   a.wide_grad_weights = needs_memory<kFused, G, T, P>(a.L * a.K) ? wide.get() : nullptr;
 
-  const int slots = kThreads / G;
-  a.tiles = (a.Q + slots - 1) / slots;
-  const int lanes = std::min(slots, a.Q) * G;
-  const unsigned threads = (lanes + emulator::kWarp - 1) / emulator::kWarp * emulator::kWarp; // the rest has no work
-  const unsigned blocks = call.N * a.H * a.tiles;
+  const unsigned threads = plan_blocks(a, G, backward), blocks = call.N * a.H * a.tiles;
   if (backward) {
     emulator::launch(blocks, threads, [&] { backward_kernel<kFused, G, V, T, P>(a); });
     if (elements > 0) {

@@ -36,6 +36,7 @@ BAD = {
     "dev.benchmark_self_attention": ["--rounds", "0"],
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
+    "dev.count_l2_reads": ["--height", "0"],
     "dev.denoising_pictures": ["--output", "/proc/no/such"],
     "dev.flip_labels": ["/nowhere.json", "/nowhere/out.json"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
