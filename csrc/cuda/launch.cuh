@@ -68,5 +68,28 @@ int plan_blocks(Arguments<T, P>& a, int lanes, bool backward) {
   return a.tiled ? threads : kThreads;
 }
 
+// Places of the points of an (image, head), see place_of(); fills in the levels' first places, from 0 to the result if that
+// is below 2^31.
+inline int64_t count_places(Level* levels, int count) {
+  int64_t places = 0;
+  for (int l = 0; l < count; ++l) {
+    levels[l].first_place = static_cast<int>(places);
+    places += (int64_t(levels[l].height) + 1) * (int64_t(levels[l].width) + 1);
+  }
+  return places;
+}
+
+// What gather_kernel works on; `order`, `starts` and `grad_value` are left to the caller.
+template <typename T, typename P>
+Gather<T> make_gather(const Arguments<T, P>& a) {
+  Gather<T> gather{};
+  static_cast<Map&>(gather) = a;
+  gather.points = a.L * a.K;
+  gather.blocks = (a.S + kThreads / kWarp - 1) / (kThreads / kWarp);
+  gather.shares = a.shares;
+  gather.grad_output = a.grad_output;
+  return gather;
+}
+
 } // namespace
 } // namespace dn_detr_d2
