@@ -3,7 +3,9 @@
     python dev/count_cuda_instructions.py --architecture 90
 
 Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K =
-16 points, the registers of a thread and the bytes that a thread spills. "fused" is the form that models call:
+16 points, the registers of a thread and the bytes that a thread spills. "sorted" and "gather" are the backward pass
+under torch.use_deterministic_algorithms(True); gather works on (cell, head), to which 64 corners of points belong if
+there are as many queries as cells. "fused" is the form that models call:
 reference + offset and the softmax are made in the kernel. Straight code counts once, the loop over batches of points
 as often as it runs; both sides of a branch count, so the figure is an upper bound, except for the slow paths out of
 line behind the end of the kernel.
@@ -25,7 +27,7 @@ from dn_detr_d2 import UserError
 from dn_detr_d2.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-CHANNELS, POINTS, WARP = 32, 16, 32
+CHANNELS, POINTS, CORNERS, WARP = 32, 16, 4, 32
 SOURCE = f"""
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -33,9 +35,13 @@ SOURCE = f"""
 using namespace dn_detr_d2;
 template <bool F, int G, int V, class T> void both(Arguments<T, T> a) {{  // lanes and channels as in launch.cuh, D = 32
   forward_kernel<F, G, V, T, T><<<1, kThreads>>>(a);
-  backward_kernel<F, 8, 4, T, T><<<1, kThreads>>>(a);
+  backward_kernel<F, false, 8, 4, T, T><<<1, kThreads>>>(a);
+  backward_kernel<F, true, 8, 4, T, T><<<1, kThreads>>>(a);
 }}
-void all(Arguments<float, float> f, Arguments<__nv_bfloat16, __nv_bfloat16> b) {{
+void all(
+    Arguments<float, float> f, Arguments<__nv_bfloat16, __nv_bfloat16> b, Gather<float> gf, Gather<__nv_bfloat16> gb) {{
+  gather_kernel<8, 4, float><<<1, kThreads>>>(gf);
+  gather_kernel<4, 8, __nv_bfloat16><<<1, kThreads>>>(gb);
   both<false, 8, 4>(f);
   both<true, 8, 4>(f);
   both<false, 4, 8>(b);
@@ -91,16 +97,18 @@ def find_loops(instructions: list[tuple[int, str]]) -> list[range]:
     return [range(start, end + 1) for start, end in ends.items()]
 
 
-def count_executed(instructions: list[tuple[int, str]], lanes: int, backward: bool) -> float:
-    """Instructions of a warp for each of its 32 / lanes (query, head) pairs.
+def count_executed(instructions: list[tuple[int, str]], kernel: str, lanes: int) -> float:
+    """Instructions of a warp for each of its 32 / lanes (query, head) pairs; of the gather kernel, for a (cell, head).
 
-    The loop over batches of points is the innermost loop with a shuffle in the forward kernel, whose loop over channels is
-    around it, and the outermost in the backward kernel. The loop over channels runs once.
+    The loop over batches of points is the outermost loop with a shuffle in the backward kernel and the innermost in the
+    others, whose loop over channels is around it. The loop over channels runs once.
     """
     with_shuffles = [x for x in find_loops(instructions) if any("SHFL" in instructions[i][1] for i in x)]
     if not with_shuffles:
         raise UserError("no loop over points was found in the machine code: the compiler has changed its form")
-    batch = (max if backward else min)(with_shuffles, key=len)
+    batch = (max if kernel == "backward" else min)(with_shuffles, key=len)
+    if kernel == "gather":
+        return len(instructions) + (POINTS * CORNERS // WARP - 1) * len(batch)
     trips = POINTS // min(lanes, 8)
     return (len(instructions) + (trips - 1) * len(batch)) * lanes / WARP
 
@@ -117,10 +125,10 @@ def count(architecture: str) -> list[dict]:
     rows = []
     for listing in text.split("Function : ")[1:]:
         name = listing.split()[0]
-        kernel, fused, lanes = re.search(r"(forward|backward)_kernelILb([01])ELi(\d+)E", name).groups()
-        executed = count_executed(read_instructions(listing), int(lanes), kernel == "backward")
+        kernel, flags, lanes = re.search(r"(forward|backward|gather)_kernelI((?:Lb[01]E)*)Li(\d+)E", name).groups()
+        executed = count_executed(read_instructions(listing), kernel, int(lanes))
         dtype = "bfloat16" if "bfloat16" in name else "float32"
-        form = "fused" if fused == "1" else "plain"
+        form = {"": "", "0": "plain", "1": "fused"}[flags[2:3]] + ", sorted" * (flags[6:7] == "1")
         rows.append({"kernel": kernel, "form": form, "dtype": dtype, "instructions": executed, **usage[name]})
     return sorted(rows, key=lambda row: (row["kernel"], row["form"], row["dtype"]))
 
@@ -129,7 +137,7 @@ def report(architecture: str) -> None:
     """Prints the table."""
     for row in count(architecture):
         print(
-            "{kernel:9} {form:6} {dtype:9} {instructions:6.0f} instructions a (query, head)  {registers:4} registers  "
+            "{kernel:9} {form:13} {dtype:9} {instructions:6.0f} instructions a (query, head)  {registers:4} registers  "
             "{spills:3} bytes spilled".format(**row)
         )
 

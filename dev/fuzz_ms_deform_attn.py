@@ -27,7 +27,7 @@ SOURCES = [
     ROOT / "dev" / "fuzz" / "cuda_on_cpu.cpp",
     ROOT / "dev" / "fuzz" / "main.cpp",
 ]
-SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-DDN_DETR_SANITIZED"]
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-clobbered", "-Wno-unknown-pragmas"]
 
 

@@ -1,6 +1,7 @@
 """What only a CUDA device can show: the same numbers there as here, and mixed precision."""
 
 import copy
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from dn_detr_d2.inference import accelerate
 from dn_detr_d2.layers import ms_deform_attn, ms_deform_attn_fused
 from dn_detr_d2.layers.position_encoding import encode_boxes
 from dn_detr_d2.structures import HostCopy
+
+# Deterministic algorithms need it; cuBLAS and PyTorch read it once, at the first product of the process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -195,15 +199,96 @@ def test_opcheck(sizes):
     torch.library.opcheck(torch.ops.dn_detr_d2.ms_deform_attn.default, (value, flat, loc, weights))
 
 
-def test_the_backward_pass_raises_under_deterministic_algorithms():
-    value, shapes, loc, weights = make_inputs(dtype=torch.float32)
-    out = ms_deform_attn(value.cuda().requires_grad_(), shapes, loc.cuda(), weights.cuda())
+@pytest.fixture
+def deterministic():
+    """Deterministic algorithms during a test."""
     torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match="ms_deform_attn_backward_cuda does not have a deterministic"):
-            out.sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+SORTED_SIZES = [
+    {},
+    {"d": 32, "h": 8, "q": 257, "n": 3, "k": 4},
+    {"d": 32, "h": 8, "n": 2, "k": 4, "q": 30, "shapes": [(6, 4), (3, 2)]},  # queries in tiles
+    *({"d": d, "q": 40} for d in (1, 16, 33, 64, 128)),
+    {"d": 32, "shapes": [(2, 3)] * 33},
+    {"d": 32, "shapes": [(0, 3), (2, 2), (1, 1)]},
+    *({"d": 32, name: 0} for name in ("n", "q", "h", "d", "k")),
+]
+
+
+@pytest.mark.parametrize("sizes", SORTED_SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "point_dtype"), FUSED_TYPES, ids=str)
+def test_deterministic_gradients_equal_the_definition(deterministic, sizes, dtype, point_dtype):
+    value, shapes, reference, offsets, logits = make_fused_inputs(4, **sizes)
+    wide = torch.promote_types(dtype, torch.float32)
+    value, reference, logits = value.to(dtype), reference.to(wide), logits.to(point_dtype)
+    tensors = (value, reference, off_the_jumps(shapes, reference, offsets.to(point_dtype)), logits)
+    exact = forward_and_gradients(
+        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"),
+        [x.double().requires_grad_() for x in tensors],
+        dtype,
+    )
+    ours = forward_and_gradients(
+        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors), dtype
+    )
+    for a, b, like in zip(ours, exact, (value, *tensors), strict=True):
+        assert a.dtype == like.dtype
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5 + torch.finfo(a.dtype).eps
+        scale = max(1, b.abs().max().item() if b.numel() else 1)
+        torch.testing.assert_close(a.double(), b, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_deterministic_gradients_are_the_same_bits_each_time(deterministic, form, dtype):
+    """Many queries on few cells: there atomic additions give other bits nearly every time, in the value and reference."""
+    value, shapes, *rest = (make_inputs if form == "plain" else make_fused_inputs)(
+        n=2, q=3000, h=8, d=32, k=4, shapes=[(5, 7), (3, 3), (2, 2), (1, 1)]
+    )
+    function = ms_deform_attn if form == "plain" else ms_deform_attn_fused
+    tensors = [x.to(dtype if i != 1 or form == "plain" else torch.float32) for i, x in enumerate((value, *rest))]
+    results = []
+    for _ in range(5):
+        results.append(forward_and_gradients(lambda v, *x: function(v, shapes, *x, "cuda"), there(*tensors)))
+        torch.randn(4096, 4096, device="cuda").sin_()  # other work beside it, other memory
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_deterministic_gradients_of_locations_that_are_not_finite(deterministic):
+    value, shapes, loc, weights = make_inputs(1, 3, 2, 32, 2, SHAPES, torch.float32)
+    loc[0, 1, 0, 1, 1, 0] = float("nan")
+    here, on_cuda = (
+        forward_and_gradients(lambda v, x, w, b=b: ms_deform_attn(v, shapes, x, w, b), tensors)
+        for b, tensors in (
+            ("cpu", [x.requires_grad_() for x in (value, loc, weights)]),
+            ("cuda", there(value, loc, weights)),
+        )
+    )
+    for a, b in zip(on_cuda, here, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_deterministic_training_is_the_same_bits_each_time(deterministic, toy_model, system, amp):
+    start = toy_model(system).train()
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = copy.deepcopy(start).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for step in range(3):
+            optimizer.zero_grad()
+            with EventStorage(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                losses = model(make_batch(3, 1, seed=step))
+            sum(losses.values()).backward()
+            optimizer.step()
+        ends.append([x.detach().cpu() for x in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(ends[0], start.parameters(), strict=True))
 
 
 def test_a_cuda_graph_can_record_a_call():

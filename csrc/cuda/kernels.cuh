@@ -8,8 +8,13 @@
 // backward pass the sums over channels travel the other way: after each batch, lane j holds the sums of point j.
 // Channels beyond G * V are done in further rounds.
 //
-// Blocks walk over the queries of one (image, head) before the next, so that a slice of value stays in the L2 cache.
-// Shuffles need all lanes of a warp: nothing returns early, lanes without work own points without corners.
+// The backward kernel adds to the gradient of the value as it goes, in whatever order blocks run. For one that is always the
+// same it writes down instead where each point lies; the points are sorted by that, and gather_kernel sums up each cell.
+//
+// Blocks walk over the queries of one (image, head) before the next, so that a slice of value stays in the L2 cache. Where
+// the queries are the cells themselves (Q = S, an encoder's self-attention), a block takes a tile of cells of one level in
+// place of queries in a row: the points of neighbours read the same cells, which then come from the L1 cache.
+// Shuffles need all lanes of a warp: only whole warps return early, lanes without work own points without corners.
 #pragma once
 
 #include "../ms_deform_attn.h"
@@ -29,7 +34,14 @@ struct WideOf<double> {
 template <typename T>
 using Wide = typename WideOf<T>::type;
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
+constexpr int kMostThreads = 512; // of a block of the forward kernel
+constexpr int kTileWidth = 8; // cells
+// Blocks that must fit on an SM. More do not fit in the forms that models call; told so, the compiler uses the registers
+// that are left and needs fewer instructions.
+template <typename T>
+constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
 constexpr int kInlineLevels = 32;
 constexpr int kKeptBatches = 4; // batches of points whose wide gradients the backward kernel keeps on chip
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -37,6 +49,15 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct Level {
   int height, width;
   int start; // cells of the levels before it
+  int first_tile; // tiles of the levels before it, if queries are tiled
+  int first_place; // places of the levels before it, see place_of()
+};
+
+struct Map {
+  int S, H, D, L;
+  Level levels[kInlineLevels];
+  const Level* more_levels; // all of them, on the device, if there are more than kInlineLevels
+  int places; // of an image and head, see place_of()
 };
 
 // One call; all tensors contiguous, letters as in docs/operator.md. T is the type of value and output, P that of locations
@@ -44,12 +65,11 @@ struct Level {
 // are sums over queries, of value and reference, are wide. Loads of several numbers want the addresses that launch.cuh asks
 // for.
 template <typename T, typename P>
-struct Arguments {
+struct Arguments : Map {
   using A = Wide<T>;
-  int S, H, D, Q, L, K;
+  int Q, K;
   int tiles; // blocks for the queries of one (image, head)
-  Level levels[kInlineLevels];
-  const Level* more_levels; // all of them, on the device, if there are more than kInlineLevels
+  bool tiled; // query i belongs to cell i, and a block takes kTileWidth columns and as many rows as it has slots for
   const T* value; // (N, S, H, D)
   const P* points; // (N, Q, H, L, K, 2) locations, or offsets in the fused form
   const P* weights; // (N, Q, H, L, K), or logits in the fused form
@@ -62,6 +82,22 @@ struct Arguments {
   P* grad_weights;
   A* wide_grad_weights; // as grad_weights; memory that the backward kernel of the fused form needs if needs_memory()
   A* grad_reference; // (N, Q, L, R), zeros to be added to, or null
+  // In place of grad_value if the backward kernel sorts; grad_reference is (N, Q, H, L, K, R) then, not summed.
+  int* point_places; // (N, Q, H, L, K), image and head * places + place_of() the point; N * H * places if it touches nothing
+  A* shares; // (N, Q, H, L, K, 4), weight of each corner
+};
+
+// What gather_kernel reads: the points in the order of their places, and those of a place in their own order.
+template <typename T>
+struct Gather : Map {
+  using A = Wide<T>;
+  int points; // L * K
+  int blocks; // for the cells of one (image, head)
+  const int64_t* order; // numbers of the points, (N, Q, H, L, K) counted through
+  const int* starts; // (N * H * places + 1): where the points of each place begin in `order`
+  const A* shares; // as in Arguments
+  const T* grad_output; // (N, Q, H * D)
+  T* grad_value; // (N, S, H, D)
 };
 
 // Points that the lanes of a group own at a time in the backward kernel.
@@ -198,6 +234,24 @@ __device__ __forceinline__ A group_max(A x) {
   return x;
 }
 
+// The level among `count` whose cells, tiles or places, from `first` on, include this one.
+__device__ __forceinline__ Level level_of(const Level* levels, int count, int Level::*first, int number) {
+  int l = 0;
+  while (l + 1 < count && number >= levels[l + 1].*first) {
+    ++l;
+  }
+  return levels[l];
+}
+
+// Query of slot `slot` of `slots` in this tile of cells, -1 where the tile reaches over the edge of its level.
+__device__ __forceinline__ int query_in_tile(const Level* levels, int count, int tile, int slot, int slots) {
+  const Level level = level_of(levels, count, &Level::first_tile, tile);
+  const int number = tile - level.first_tile, across = (level.width + kTileWidth - 1) / kTileWidth;
+  const int x = number % across * kTileWidth + slot % kTileWidth;
+  const int y = number / across * (slots / kTileWidth) + slot / kTileWidth;
+  return x < level.width && y < level.height ? level.start + y * level.width + x : -1;
+}
+
 // Where this thread works.
 template <int G>
 struct Slot {
@@ -208,12 +262,13 @@ struct Slot {
   int64_t first; // element of value of the image's first cell, this head
 
   template <typename T, typename P>
-  __device__ __forceinline__ explicit Slot(const Arguments<T, P>& a) {
+  __device__ __forceinline__ Slot(const Arguments<T, P>& a, const Level* levels) {
     const int slice = blockIdx.x / a.tiles, tile = blockIdx.x % a.tiles;
     const int image = slice / a.H, head = slice % a.H;
-    const int query = tile * (kThreads / G) + threadIdx.x / G;
+    const int slot = threadIdx.x / G, slots = blockDim.x / G;
+    const int query = a.tiled ? query_in_tile(levels, a.L, tile, slot, slots) : tile * slots + slot;
     lane = threadIdx.x % G;
-    active = query < a.Q;
+    active = 0 <= query && query < a.Q;
     row = int64_t(image) * a.Q + query;
     index = row * a.H + head;
     first = (int64_t(image) * a.S * a.H + head) * a.D;
@@ -295,25 +350,37 @@ own(const Arguments<T, P>& a, const Slot<G>& slot, const Level* levels, const So
   return owned;
 }
 
-template <typename T, typename P>
-__device__ __forceinline__ const Level* shared_levels(const Arguments<T, P>& a) {
+__device__ __forceinline__ const Level* shared_levels(const Map& a) {
   __shared__ Level levels[kInlineLevels];
   if (a.L > kInlineLevels) {
     return a.more_levels;
   }
-  for (int l = threadIdx.x; l < a.L; l += kThreads) {
+  for (int l = threadIdx.x; l < a.L; l += blockDim.x) {
     levels[l] = a.levels[l];
   }
   __syncthreads();
   return levels;
 }
 
+// Number of the place where a point has corner 0. Points that touch a level of h x w cells have it in one of (h + 1) x (w +
+// 1) places, the first row and column of which lie outside.
+template <typename A>
+__device__ __forceinline__ int place_of(const Owned<A>& owned) {
+  const int width = owned.level.width;
+  const int behind = owned.point.cell - owned.level.start + width + 1; // (row + 1) * width + column + 1
+  const bool has_left = owned.point.has(0) || owned.point.has(2);
+  return owned.level.first_place + behind + (behind - has_left) / width;
+}
+
 // One slot a group: a weighted sum of corners, written once.
 template <bool kFused, int G, int V, typename T, typename P>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Arguments<T, P> a) {
+__global__ void __launch_bounds__(kMostThreads, kResident<T>) forward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
   const Level* levels = shared_levels(a);
-  const Slot<G> slot(a);
+  const Slot<G> slot(a, levels);
+  if (!__any_sync(kAllLanes, slot.active)) {
+    return;
+  }
   Softmax<A> soft;
   if constexpr (kFused) {
     soft = softmax(a, slot);
@@ -415,13 +482,17 @@ struct KeptGradients {
   }
 };
 
-// One slot a group: adds to grad_value at the corners, writes the gradients of locations (offsets) and weights (logits).
-template <bool kFused, int G, int V, typename T, typename P>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
+// One slot a group: adds to grad_value at the corners, or if it sorts writes down what gather_kernel needs to do so; writes
+// the gradients of locations (offsets) and weights (logits).
+template <bool kFused, bool kSorts, int G, int V, typename T, typename P>
+__global__ void __launch_bounds__(kThreads, kResident<T>) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
   constexpr int B = kBatch<G>;
   const Level* levels = shared_levels(a);
-  const Slot<G> slot(a);
+  const Slot<G> slot(a, levels);
+  if (!__any_sync(kAllLanes, slot.active)) {
+    return;
+  }
   Softmax<A> soft;
   if constexpr (kFused) {
     soft = softmax(a, slot);
@@ -436,13 +507,22 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
     const int i = batch + slot.lane;
     const Owned<A> mine = own<kFused>(a, slot, levels, soft, slot.lane < B ? i : points);
     const int mine_packed = mine.level.width << 4 | int(mine.point.corners);
+    if constexpr (kSorts) {
+      if (slot.active && slot.lane < B && i < points) {
+        const int64_t element = slot.index * points + i;
+        const int slice = blockIdx.x / a.tiles, slices = gridDim.x / a.tiles;
+        a.point_places[element] = mine.point.corners ? slice * a.places + place_of(mine) : slices * a.places;
+        A share[4];
+        corner_weights(mine.point, mine.weight, share);
+        store<A, 4>(a.shares + 4 * element, share);
+      }
+    }
     A sums_x[B] = {}, sums_y[B] = {}, sums_weight[B] = {};
 
     for (int round = 0; round < a.D; round += G * V) {
       const int channel = round + slot.lane * V;
       const bool busy = slot.active && channel < a.D;
       const T* value = a.value + slot.first + channel;
-      A* grad_value = a.grad_value + slot.first + channel;
       A upstream[V] = {};
       if (busy) {
         load<T, V>(a.grad_output + slot.index * a.D + channel, upstream);
@@ -458,18 +538,20 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
         const int width = packed >> 4, corners = busy ? packed : 0;
         Pack<T, V> loaded[4];
         load_corners<V>(value, cell, width, corners, bytes, loaded);
-        A share[4];
-        corner_weights(point, weight, share);
-        const int steps[4] = {0, 1, width, width + 1};
+        if constexpr (!kSorts) {
+          A share[4];
+          corner_weights(point, weight, share);
+          const int steps[4] = {0, 1, width, width + 1};
 #pragma unroll
-        for (int c = 0; c < 4; ++c) { // needs none of the loads, so it runs while they are under way
-          if (corners >> c & 1) {
-            A grad[V];
+          for (int c = 0; c < 4; ++c) { // needs none of the loads, so it runs while they are under way
+            if (corners >> c & 1) {
+              A grad[V];
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              grad[v] = upstream[v] * share[c];
+              for (int v = 0; v < V; ++v) {
+                grad[v] = upstream[v] * share[c];
+              }
+              add<V>(advance(a.grad_value + slot.first + channel, cell + steps[c], grad_bytes), grad);
             }
-            add<V>(advance(grad_value, cell + steps[c], grad_bytes), grad);
           }
         }
         A dots[4] = {};
@@ -501,7 +583,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
       if constexpr (kFused) {
         mean += mine.weight * weight;
         if (a.grad_reference != nullptr) {
-          const int64_t r = (slot.row * a.L + i / a.K) * a.reference_dims;
+          const int64_t r = (kSorts ? element : slot.row * a.L + i / a.K) * a.reference_dims;
           atomicAdd(a.grad_reference + r, x);
           atomicAdd(a.grad_reference + r + 1, y);
           if (a.reference_dims == 4) {
@@ -531,6 +613,79 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
         const A weight = soft.weight(widen(a.weights[element]));
         narrow(weight * (kept.get(element, i) - mean), a.grad_weights[element]);
       }
+    }
+  }
+}
+
+// One cell of an (image, head) a warp: the gradient of the value there, from the points that have a corner in it. Groups of
+// G lanes take turns; what each point adds, and when, depends on nothing but `order`.
+template <int G, int V, typename T>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ Gather<T> a) {
+  using A = Wide<T>;
+  constexpr int kGroups = kWarp / G, kTogether = G < 8 ? G : 8;
+  const Level* levels = shared_levels(a);
+  const int slice = blockIdx.x / a.blocks, lane = threadIdx.x % kWarp;
+  const int cell = blockIdx.x % a.blocks * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (cell >= a.S) {
+    return;
+  }
+  const Level level = level_of(levels, a.L, &Level::start, cell);
+  const int y = (cell - level.start) / level.width, x = (cell - level.start) % level.width;
+  // The cell is corner 3 of the points in the place above to the left, 2 of those above, 1 of those to the left, 0 of its own.
+  const int* above = a.starts + slice * a.places + level.first_place + y * (level.width + 1) + x;
+  const int* below = above + level.width + 1;
+  const int bytes = a.D * static_cast<int>(sizeof(T));
+  const int first_above = above[0], second_above = above[1], count_above = above[2] - first_above;
+  const int first_below = below[0], second_below = below[1], count = count_above + below[2] - first_below;
+
+  for (int round = 0; round < a.D; round += G * V) {
+    const int channel = round + lane % G * V;
+    A sums[V] = {};
+    for (int batch = 0; batch < count; batch += kWarp) {
+      A mine_share = 0;
+      int mine_slot = -1;
+      if (const int i = batch + lane; i < count) {
+        const bool is_above = i < count_above;
+        const int place = is_above ? first_above + i : first_below + (i - count_above);
+        const int corner = is_above ? (place < second_above ? 3 : 2) : (place < second_below ? 1 : 0);
+        const int64_t point = a.order[place];
+        mine_share = a.shares[4 * point + corner];
+        mine_slot = static_cast<int>(static_cast<unsigned>(point) / static_cast<unsigned>(a.points));
+      }
+#pragma unroll 1
+      for (int first = 0; first < G; first += kTogether) { // once, unless G is 32
+        Pack<T, V> upstream[kTogether]; // all on their way before the first is waited for
+        bool adds[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const int slot = __shfl_sync(kAllLanes, mine_slot, (first + j) * kGroups + lane / G, kWarp);
+          adds[j] = slot >= 0 && channel < a.D;
+          if (adds[j]) {
+            upstream[j] = *reinterpret_cast<const Pack<T, V>*>(advance(a.grad_output + channel, slot, bytes));
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          const A share = __shfl_sync(kAllLanes, mine_share, (first + j) * kGroups + lane / G, kWarp);
+          if (adds[j]) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              sums[v] += share * widen(upstream[j].lane[v]);
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int distance = kWarp / 2; distance >= G; distance /= 2) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sums[v] += __shfl_xor_sync(kAllLanes, sums[v], distance, kWarp);
+      }
+    }
+    if (lane < G && channel < a.D) {
+      const int64_t row = (int64_t(slice / a.H) * a.S + cell) * a.H + slice % a.H;
+      store<T, V>(a.grad_value + row * a.D + channel, sums);
     }
   }
 }

@@ -115,13 +115,14 @@ Arguments<T, P> make_arguments(const Inputs& in, at::Tensor& more_levels) {
   std::vector<Level> levels(in.sizes.L);
   int start = 0;
   for (int l = 0; l < a.L; ++l) {
-    levels[l] = {static_cast<int>(in.spatial_shapes[2 * l]), static_cast<int>(in.spatial_shapes[2 * l + 1]), start};
+    levels[l] = {static_cast<int>(in.spatial_shapes[2 * l]), static_cast<int>(in.spatial_shapes[2 * l + 1]), start, 0, 0};
     start += levels[l].height * levels[l].width;
   }
+  a.places = static_cast<int>(count_places(levels.data(), a.L));
   if (a.L <= kInlineLevels) {
     std::copy(levels.begin(), levels.end(), a.levels);
   } else {
-    more_levels = at::empty({a.L, 3}, at::kInt);
+    more_levels = at::empty({a.L, static_cast<int64_t>(sizeof(Level) / sizeof(int))}, at::kInt);
     std::copy(levels.begin(), levels.end(), static_cast<Level*>(more_levels.mutable_data_ptr()));
     more_levels = more_levels.to(in.value.device());
     a.more_levels = static_cast<const Level*>(more_levels.const_data_ptr());
@@ -129,16 +130,20 @@ Arguments<T, P> make_arguments(const Inputs& in, at::Tensor& more_levels) {
   return a;
 }
 
-// Sets the number of blocks: the queries of one (image, head) in tiles, one slot for each group of lanes.
+struct Grid {
+  unsigned blocks;
+  int threads;
+};
+
+// One slot for each group of lanes.
 template <typename T, typename P>
-unsigned count_blocks(Arguments<T, P>& a, const Sizes& sizes, int lanes) {
-  const int64_t slots = kThreads / lanes;
-  a.tiles = static_cast<int>((sizes.Q + slots - 1) / slots);
+Grid make_grid(Arguments<T, P>& a, const Sizes& sizes, int lanes, bool backward) {
+  const int threads = plan_blocks(a, lanes, backward);
   const int64_t blocks = sizes.N * sizes.H * a.tiles;
   TORCH_CHECK(
       blocks <= std::numeric_limits<int>::max(), "value or sampling_locations is too large for the CUDA kernel: ", blocks,
       " blocks of queries");
-  return static_cast<unsigned>(blocks);
+  return {static_cast<unsigned>(blocks), threads};
 }
 
 template <bool kFused>
@@ -155,9 +160,9 @@ at::Tensor run_forward(const Inputs& in) {
     auto a = make_arguments<T, P>(in, more_levels);
     a.output = static_cast<T*>(output.mutable_data_ptr());
     with_geometry<T>(in.sizes.D, aligned(in.value), [&](auto lanes, auto channels) {
-      const unsigned blocks = count_blocks(a, in.sizes, lanes);
+      const auto grid = make_grid(a, in.sizes, lanes, false);
       forward_kernel<kFused, lanes(), channels(), T, P>
-          <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+          <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
@@ -168,20 +173,60 @@ struct Gradients {
   at::Tensor value, points, weights, reference;
 };
 
-template <bool kFused>
-Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool reference_requires_grad) {
-  // Sums over queries are made by atomic additions, whose order changes from run to run.
-  at::globalContext().alertNotDeterministic("ms_deform_attn_backward_cuda");
+// Numbers of the points and places of a call that sorts them must fit into an int.
+void check_sortable(const Inputs& in) {
+  std::vector<Level> levels;
+  for (size_t i = 0; i < in.spatial_shapes.size(); i += 2) {
+    levels.push_back({static_cast<int>(in.spatial_shapes[i]), static_cast<int>(in.spatial_shapes[i + 1]), 0, 0, 0});
+  }
+  const int64_t slices = in.sizes.N * in.sizes.H, places = count_places(levels.data(), static_cast<int>(levels.size()));
+  constexpr int64_t kMax = std::numeric_limits<int>::max();
+  TORCH_CHECK(
+      in.weights.numel() < kMax && places < kMax / slices,
+      "value or sampling_locations is too large for the deterministic backward pass on CUDA: N * Q * H * L * K and N * H * "
+      "(sum over levels of (h + 1) * (w + 1)) must be below 2^31; smaller batches, or "
+      "torch.use_deterministic_algorithms(False)");
+}
+
+// The gradient of the value, each cell summed up in the order of the points.
+template <typename T, typename P>
+void sum_in_order(const Arguments<T, P>& a, const Inputs& in, const at::Tensor& point_places, at::Tensor& grad_value) {
+  const int64_t slices = in.sizes.N * in.sizes.H;
+  const auto [sorted, order] = at::sort(point_places, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const auto starts = at::searchsorted(sorted, at::arange(slices * a.places + 1, sorted.options()), /*out_int32=*/true);
+  auto gather = make_gather(a);
+  gather.order = static_cast<const int64_t*>(order.const_data_ptr());
+  gather.starts = static_cast<const int*>(starts.const_data_ptr());
+  gather.grad_value = static_cast<T*>(grad_value.mutable_data_ptr());
+  const int64_t blocks = slices * gather.blocks;
+  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "value is too large for the CUDA kernel: ", blocks, " blocks of cells");
+  with_geometry<T>(in.sizes.D, is_aligned(a.grad_output) && aligned(grad_value), [&](auto lanes, auto channels) {
+    gather_kernel<lanes(), channels(), T>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(gather);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+template <bool kFused, bool kSorts>
+Gradients run_backward_as(const Inputs& in, const at::Tensor& grad_output, bool reference_requires_grad) {
   check_grad_output(grad_output, in.value, in.sizes);
   const c10::cuda::CUDAGuard guard(in.value.device());
   const auto upstream = grad_output.contiguous();
   const auto options = in.value.options().dtype(wide_of(in.value));
   Gradients grads;
-  grads.value = at::zeros(in.value.sizes(), options);
+  grads.value = kSorts ? at::empty(in.value.sizes(), in.value.options()) : at::zeros(in.value.sizes(), options);
   grads.points = at::empty(in.points.sizes(), in.points.options());
   grads.weights = at::empty(in.weights.sizes(), in.weights.options());
+  at::Tensor point_places, shares;
+  if (kSorts) {
+    check_sortable(in);
+    point_places = at::empty({in.weights.numel()}, options.dtype(at::kInt));
+    shares = at::empty({in.weights.numel(), 4}, options);
+  }
   if (kFused && reference_requires_grad) {
-    grads.reference = at::zeros(in.reference.sizes(), options);
+    auto sizes = kSorts ? in.points.sizes().vec() : in.reference.sizes().vec();
+    sizes.back() = in.reference.size(3);
+    grads.reference = at::zeros(sizes, options);
   }
   if (in.sizes.N * in.sizes.Q * in.sizes.H > 0) {
     with_types(in, [&](auto stored, auto by_point) {
@@ -191,24 +236,44 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
       at::Tensor more_levels;
       auto a = make_arguments<T, P>(in, more_levels);
       a.grad_output = static_cast<const T*>(upstream.const_data_ptr());
-      a.grad_value = static_cast<A*>(grads.value.mutable_data_ptr());
+      if constexpr (kSorts) {
+        a.point_places = static_cast<int*>(point_places.mutable_data_ptr());
+        a.shares = static_cast<A*>(shares.mutable_data_ptr());
+      } else {
+        a.grad_value = static_cast<A*>(grads.value.mutable_data_ptr());
+      }
       a.grad_points = static_cast<P*>(grads.points.mutable_data_ptr());
       a.grad_weights = static_cast<P*>(grads.weights.mutable_data_ptr());
       a.grad_reference = grads.reference.defined() ? static_cast<A*>(grads.reference.mutable_data_ptr()) : nullptr;
       with_geometry<A>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
-        const unsigned blocks = count_blocks(a, in.sizes, lanes);
+        const auto grid = make_grid(a, in.sizes, lanes, true);
         at::Tensor wide_grad_weights;
         if (needs_memory<kFused, lanes(), T, P>(in.sizes.L * in.sizes.K)) {
           wide_grad_weights = at::empty(in.weights.sizes(), options);
           a.wide_grad_weights = static_cast<A*>(wide_grad_weights.mutable_data_ptr());
         }
-        backward_kernel<kFused, lanes(), channels(), T, P>
-            <<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+        backward_kernel<kFused, kSorts, lanes(), channels(), T, P>
+            <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
+      if constexpr (kSorts) {
+        sum_in_order(a, in, point_places, grads.value);
+      }
     });
   }
+  if (kSorts && grads.reference.defined()) {
+    grads.reference = grads.reference.sum({2, 4});
+  }
   return grads;
+}
+
+// Sums over queries are made by atomic additions, whose order changes from run to run, or else by sorting.
+template <bool kFused>
+Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool reference_requires_grad) {
+  const bool any = in.weights.numel() > 0 && in.value.numel() > 0;
+  return any && at::globalContext().deterministicAlgorithms()
+      ? run_backward_as<kFused, true>(in, grad_output, reference_requires_grad)
+      : run_backward_as<kFused, false>(in, grad_output, reference_requires_grad);
 }
 
 at::Tensor forward(

@@ -1,11 +1,14 @@
 // Runs CUDA kernels on a CPU, to test them where no GPU is: csrc/cuda/kernels.cuh compiles against this header instead of
 // CUDA's. A block's threads are fibers on one CPU thread. A shuffle writes the lane's value, gives way once to all other
 // fibers, and then reads the value of the source lane; it stops with a message if the lanes of a warp have not come to the
-// same shuffle, which on a GPU would be undefined. Blocks run one after the other, so atomic additions are additions.
+// same shuffle, which on a GPU would be undefined. Blocks run one after the other, so atomic additions are additions; in
+// which order blocks and threads run can be shuffled, to show what depends on it.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,6 +16,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -20,27 +25,48 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Dim3 {
   unsigned x = 0;
 };
-inline Dim3 threadIdx, blockIdx;
+inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 * 1024;
 
+// Where a fiber goes on. Sanitizers must see it change stacks, by swapcontext(); without them _longjmp() does, which saves
+// two system calls.
+struct Place {
+  ucontext_t context; // of a start, and under sanitizers of every place
+#ifndef DN_DETR_SANITIZED
+  jmp_buf jump;
+  bool started = false;
+#endif
+
+  void change_to(Place& other) {
+#ifdef DN_DETR_SANITIZED
+    swapcontext(&context, &other.context);
+#else
+    started = true;
+    if (_setjmp(jump) == 0) {
+      other.started ? _longjmp(other.jump, 1) : (void)setcontext(&other.context);
+    }
+#endif
+  }
+};
+
 struct Fiber {
-  ucontext_t context;
+  Place place;
   bool finished = false;
   int meetings = 0; // shuffles and barriers it has come to
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  Place scheduler;
   unsigned running = 0;
   std::function<void()> kernel;
   // What lanes hand over, by parity of the meeting, so that a fast lane does not overwrite what a slow one must read.
@@ -48,6 +74,16 @@ struct Block {
 };
 inline Block* block = nullptr;
 inline std::vector<std::unique_ptr<char[]>> stacks; // one a thread, used again by the next block
+inline std::mt19937_64* shuffler = nullptr; // of blocks and threads; null: in the order of their numbers
+
+inline std::vector<unsigned> order_of(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (shuffler != nullptr) {
+    std::shuffle(order.begin(), order.end(), *shuffler);
+  }
+  return order;
+}
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
@@ -57,14 +93,14 @@ inline std::vector<std::unique_ptr<char[]>> stacks; // one a thread, used again 
 inline void enter() {
   block->kernel();
   block->fibers[block->running].finished = true;
-  swapcontext(&block->fibers[block->running].context, &block->scheduler);
+  block->fibers[block->running].place.change_to(block->scheduler);
 }
 
 // Lets all other fibers run to their next meeting. Afterwards those of `first` to `last` must have come to this one.
 inline void meet(unsigned first, unsigned last) {
   Fiber& me = block->fibers[block->running];
   const int meeting = ++me.meetings;
-  swapcontext(&me.context, &block->scheduler);
+  me.place.change_to(block->scheduler);
   for (unsigned i = first; i < last; ++i) {
     const Fiber& other = block->fibers[i];
     if (other.meetings != meeting && other.meetings != meeting + 1) {
@@ -75,7 +111,9 @@ inline void meet(unsigned first, unsigned last) {
 
 // Runs `kernel` as `blocks` blocks of `threads` threads.
 inline void launch(unsigned blocks, unsigned threads, std::function<void()> kernel) {
-  for (unsigned b = 0; b < blocks; ++b) {
+  blockDim.x = threads;
+  gridDim.x = blocks;
+  for (const unsigned b : order_of(blocks)) {
     Block state;
     block = &state;
     state.kernel = kernel;
@@ -86,22 +124,23 @@ inline void launch(unsigned blocks, unsigned threads, std::function<void()> kern
       stacks.emplace_back(new char[kStack]);
     }
     for (unsigned t = 0; t < threads; ++t) {
-      ucontext_t& context = state.fibers[t].context;
+      ucontext_t& context = state.fibers[t].place.context;
       getcontext(&context);
       context.uc_stack.ss_sp = stacks[t].get();
       context.uc_stack.ss_size = kStack;
       context.uc_link = nullptr;
       makecontext(&context, enter, 0);
     }
+    const auto order = order_of(threads);
     for (bool left = true; left;) {
       left = false;
-      for (unsigned t = 0; t < threads; ++t) {
+      for (const unsigned t : order) {
         if (!state.fibers[t].finished) {
           left = true;
           state.running = t;
           blockIdx.x = b;
           threadIdx.x = t;
-          swapcontext(&state.scheduler, &state.fibers[t].context);
+          state.scheduler.change_to(state.fibers[t].place);
         }
       }
     }
@@ -109,15 +148,22 @@ inline void launch(unsigned blocks, unsigned threads, std::function<void()> kern
   }
 }
 
+// What the lanes of this warp hand over here, the first lane's first.
+template <typename T>
+const uint64_t* exchange(T value) {
+  static_assert(sizeof(T) <= 8, "lanes hand over up to eight bytes");
+  const unsigned me = block->running, first = me / kWarp * kWarp;
+  auto& values = block->exchange[block->fibers[me].meetings % 2];
+  values[me] = 0;
+  std::memcpy(&values[me], &value, sizeof(T));
+  meet(first, first + kWarp);
+  return &values[first];
+}
+
 template <typename T>
 T shuffle(T value, unsigned source_lane) {
-  static_assert(sizeof(T) <= 8, "shuffles carry up to eight bytes");
-  const unsigned me = block->running, first = me / kWarp * kWarp;
-  auto& exchange = block->exchange[block->fibers[me].meetings % 2];
-  std::memcpy(&exchange[me], &value, sizeof(T));
-  meet(first, first + kWarp);
   T result;
-  std::memcpy(&result, &exchange[first + source_lane], sizeof(T));
+  std::memcpy(&result, exchange(value) + source_lane, sizeof(T));
   return result;
 }
 
@@ -138,6 +184,11 @@ T __shfl_xor_sync(unsigned, T value, int mask, int width) {
   const int lane = emulator::block->running % emulator::kWarp;
   const int source = lane ^ mask;
   return emulator::shuffle(value, source / width == lane / width ? source : lane);
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  const uint64_t* values = emulator::exchange(value);
+  return std::any_of(values, values + emulator::kWarp, [](uint64_t x) { return x != 0; });
 }
 
 template <typename T>

@@ -17,6 +17,30 @@ std::unique_ptr<T, decltype(&std::free)> allocate(size_t count) {
   return {static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)), std::free};
 }
 
+// What the operator does with sort() and searchsorted().
+template <typename T, typename P>
+void sum_in_order(const CudaCall& call, const Arguments<T, P>& a, const Level* more_levels, size_t points) {
+  const size_t places = size_t(call.N) * a.H * a.places;
+  std::vector<int64_t> order(points);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(
+      order.begin(), order.end(), [&](int64_t i, int64_t j) { return a.point_places[i] < a.point_places[j]; });
+  std::vector<int> starts(places + 1), sorted(points);
+  std::transform(order.begin(), order.end(), sorted.begin(), [&](int64_t i) { return a.point_places[i]; });
+  for (size_t place = 0; place <= places; ++place) {
+    starts[place] = std::lower_bound(sorted.begin(), sorted.end(), int(place)) - sorted.begin();
+  }
+  auto gather = make_gather(a);
+  gather.more_levels = more_levels;
+  gather.order = order.data();
+  gather.starts = starts.data();
+  gather.grad_value = static_cast<T*>(call.grad_value);
+  const bool all_aligned = is_aligned(call.grad_output) && is_aligned(call.grad_value);
+  with_geometry<T>(call.D, all_aligned, [&](auto lanes, auto channels) {
+    emulator::launch(call.N * a.H * gather.blocks, kThreads, [&] { gather_kernel<lanes(), channels(), T>(gather); });
+  });
+}
+
 template <typename T, typename P, bool kFused, int G, int V>
 void run_geometry(const CudaCall& call, bool backward) {
   using A = Wide<T>;
@@ -25,9 +49,10 @@ void run_geometry(const CudaCall& call, bool backward) {
   std::vector<Level> levels;
   int start = 0;
   for (int l = 0; l < a.L; ++l) {
-    levels.push_back({int(call.shapes[2 * l]), int(call.shapes[2 * l + 1]), start});
+    levels.push_back({int(call.shapes[2 * l]), int(call.shapes[2 * l + 1]), start, 0, 0});
     start += levels[l].height * levels[l].width;
   }
+  a.places = static_cast<int>(count_places(levels.data(), a.L));
   std::copy_n(levels.begin(), std::min(a.L, kInlineLevels), a.levels);
   a.more_levels = levels.data();
   a.value = static_cast<const T*>(call.value);
@@ -49,17 +74,36 @@ void run_geometry(const CudaCall& call, bool backward) {
     a.points = points.get();
   }
   a.grad_points = grad_points.get();
+  const bool sorts = call.sorts && elements > 0 && call.S > 0 && call.D > 0;
+  const auto point_places = allocate<int>(elements);
+  const auto shares = allocate<A>(4 * elements);
+  const size_t by_point = elements * call.reference_dims;
+  const auto not_summed = allocate<A>(by_point);
+  if (sorts) {
+    a.point_places = point_places.get();
+    a.shares = shares.get();
+    std::fill_n(not_summed.get(), by_point, A(0));
+    a.grad_reference = call.reference != nullptr ? not_summed.get() : nullptr;
+  }
   a.wide_grad_weights = needs_memory<kFused, G, T, P>(a.L * a.K) ? wide.get() : nullptr;
 
-  const int slots = kThreads / G;
-  a.tiles = (a.Q + slots - 1) / slots;
-  const int lanes = std::min(slots, a.Q) * G;
-  const unsigned threads = (lanes + emulator::kWarp - 1) / emulator::kWarp * emulator::kWarp; // the rest has no work
-  const unsigned blocks = call.N * a.H * a.tiles;
+  const unsigned threads = plan_blocks(a, G, backward), blocks = call.N * a.H * a.tiles;
   if (backward) {
-    emulator::launch(blocks, threads, [&] { backward_kernel<kFused, G, V, T, P>(a); });
+    emulator::launch(blocks, threads, [&] {
+      sorts ? backward_kernel<kFused, true, G, V, T, P>(a) : backward_kernel<kFused, false, G, V, T, P>(a);
+    });
     if (elements > 0) {
       std::memcpy(call.grad_points, grad_points.get(), 2 * elements * sizeof(P));
+    }
+    if (sorts) {
+      sum_in_order(call, a, levels.data(), elements);
+    }
+    if (sorts && call.reference != nullptr) { // over heads and points, as the operator does
+      for (size_t i = 0; i < by_point; ++i) {
+        const size_t dim = i % call.reference_dims, level = i / call.reference_dims / a.K % a.L;
+        const size_t row = i / call.reference_dims / a.K / a.L / a.H;
+        static_cast<A*>(call.grad_reference)[(row * a.L + level) * call.reference_dims + dim] += not_summed.get()[i];
+      }
     }
   } else {
     emulator::launch(blocks, threads, [&] { forward_kernel<kFused, G, V, T, P>(a); });
@@ -84,6 +128,8 @@ void run_type(const CudaCall& call, bool backward) {
 } // namespace
 
 void cuda_on_cpu(const CudaCall& call, int dtype, bool backward) {
+  std::mt19937_64 shuffler(call.shuffle);
+  emulator::shuffler = call.shuffle ? &shuffler : nullptr;
   switch (dtype) {
     case 0:
       return run_type<double>(call, backward);

@@ -13,9 +13,12 @@ struct CudaCall {
   int reference_dims;
   void* output;
   const void* grad_output;
-  void *grad_value, *grad_points, *grad_weights, *grad_reference; // value and reference: zeros to be added to
+  // Of value and reference zeros to be added to, wide; if `sorts`, that of value is of its type.
+  void *grad_value, *grad_points, *grad_weights, *grad_reference;
   bool narrow_points; // points and weights of the type of value
   bool copies_points; // where they are not aligned for pairs, as the operators do
+  bool sorts; // the backward pass with an order of additions that is always the same
+  uint64_t shuffle; // seed of the order in which blocks and threads run; 0: that of their numbers
 };
 
 // dtype: as the CPU kernels' Dtype.

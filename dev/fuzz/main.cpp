@@ -5,7 +5,7 @@
 // Case i of a seed is always the same call: FIRST = i, COUNT = 1 repeats it. Every CUDA_EVERY-th case (0: none) also runs
 // the CUDA kernels on the emulator. PLANT makes a known mistake, to show that this program finds it: "shapes" tells the
 // kernels of one more row than there is, "formula" breaks the reference, "alignment" loads points in pairs from wherever
-// they lie.
+// they lie, "order" expects equal bits of atomic additions.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -173,6 +173,10 @@ Case make_case(uint64_t seed, uint64_t number) {
       c.shapes.push_back(random() % 32 == 0 ? 0 : 1 + int64_t(random() % (small ? 2 : 9)));
     }
     c.S += c.shapes[2 * l] * c.shapes[2 * l + 1];
+  }
+  if (random() % 8 == 0 && c.S <= 200) {
+    c.Q = c.S; // as in an encoder; the CUDA kernels take tiles of queries then
+    c.N = std::min<int64_t>(c.N, 2), c.H = std::min<int64_t>(c.H, 2), c.D = std::min<int64_t>(c.D, 33);
   }
   c.dtype = static_cast<Dtype>(random() % 4);
   c.wide = c.dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat;
@@ -405,9 +409,10 @@ Result run_cpu(const Case& c, const Kernels& kernels, const std::vector<int64_t>
   return r;
 }
 
-// c: of by_point().
-Result run_cuda(const Case& c, bool copies_points) {
+// c: of by_point(); shuffle: as in CudaCall.
+Result run_cuda(const Case& c, bool copies_points, bool sorts = false, uint64_t shuffle = 0) {
   Buffers b(c, true);
+  const bool sums_in_order = sorts && !c.value.empty() && !c.weights.empty(); // else nothing is to be summed
   b.grad_value_wide.zero();
   b.grad_reference_sum.zero();
   CudaCall call{};
@@ -421,12 +426,14 @@ Result run_cuda(const Case& c, bool copies_points) {
   call.reference_dims = c.dims;
   call.output = b.output.data();
   call.grad_output = b.upstream.data();
-  call.grad_value = b.grad_value_wide.data();
+  call.grad_value = sums_in_order ? b.grad_value.data() : b.grad_value_wide.data();
   call.grad_points = b.grad_points.data();
   call.grad_weights = b.grad_weights.data();
   call.grad_reference = b.grad_reference_sum.data();
   call.narrow_points = c.by_point != c.wide;
   call.copies_points = copies_points;
+  call.sorts = sorts;
+  call.shuffle = shuffle;
   if (c.N * c.Q * c.H * c.D > 0) {
     cuda_on_cpu(call, static_cast<int>(c.dtype), false);
   }
@@ -434,7 +441,7 @@ Result run_cuda(const Case& c, bool copies_points) {
     cuda_on_cpu(call, static_cast<int>(c.dtype), true);
   }
   return {
-      b.output.numbers(), b.grad_value_wide.numbers(), b.grad_points.numbers(), b.grad_weights.numbers(),
+      b.output.numbers(), (sums_in_order ? b.grad_value : b.grad_value_wide).numbers(), b.grad_points.numbers(), b.grad_weights.numbers(),
       c.fused ? b.grad_reference_sum.numbers() : Numbers(c.reference.size(), 0.0)};
 }
 
@@ -442,7 +449,7 @@ Result run_cuda(const Case& c, bool copies_points) {
 bool agree(const Numbers& ours, const Numbers& theirs, double relative, double absolute, const char* what) {
   for (size_t i = 0; i < theirs.size(); ++i) {
     const bool both_nan = std::isnan(ours[i]) && std::isnan(theirs[i]);
-    if (!both_nan && !(std::fabs(ours[i] - theirs[i]) <= absolute + relative * std::fabs(theirs[i]))) {
+    if (!both_nan && ours[i] != theirs[i] && !(std::fabs(ours[i] - theirs[i]) <= absolute + relative * std::fabs(theirs[i]))) {
       std::printf("  %s[%zu] is %.9g, should be %.9g\n", what, i, ours[i], theirs[i]);
       return false;
     }
@@ -450,18 +457,25 @@ bool agree(const Numbers& ours, const Numbers& theirs, double relative, double a
   return true;
 }
 
-bool check(const Case& c, const Result& ours, const Result& theirs, bool cuda) {
+bool check(const Case& c, const Result& ours, const Result& theirs, bool cuda, bool sorted) {
   const double wide = c.wide == Dtype::kDouble ? 1e-9 : 2e-4;
   const double stored = c.dtype == Dtype::kBFloat16 ? 0x1p-8 : c.dtype == Dtype::kHalf ? 0x1p-11 : 0;
   bool good = agree(ours.output, theirs.output, wide + stored, wide, "output");
   if (c.compares_gradients) {
-    const double value = cuda ? wide : wide + stored, points = 10 * wide + (cuda && c.by_point != c.wide ? stored : 0);
+    const double value = cuda && !sorted ? wide : wide + stored, points = 10 * wide + (cuda && c.by_point != c.wide ? stored : 0);
     good = agree(ours.grad_value, theirs.grad_value, value, wide, "grad_value") && good;
     good = agree(ours.grad_points, theirs.grad_points, points, 10 * wide, "grad_points") && good;
     good = agree(ours.grad_weights, theirs.grad_weights, points, 10 * wide, "grad_weights") && good;
     good = agree(ours.grad_reference, theirs.grad_reference, 100 * wide, 100 * wide, "grad_reference") && good;
   }
   return good;
+}
+
+bool same_bits(const Result& a, const Result& b) {
+  bool same = agree(a.grad_value, b.grad_value, 0, 0, "grad_value");
+  same = agree(a.grad_points, b.grad_points, 0, 0, "grad_points") && same;
+  same = agree(a.grad_weights, b.grad_weights, 0, 0, "grad_weights") && same;
+  return agree(a.grad_reference, b.grad_reference, 0, 0, "grad_reference") && same;
 }
 
 } // namespace
@@ -493,8 +507,8 @@ int main(int count_arguments, char** arguments) {
       return expected(given, value, upstream, plant == "formula");
     };
     const Result reference = define(c);
-    const auto judge = [&](const char* name, const Result& ours, const Result& theirs, bool on_cuda) {
-      if (!check(c, ours, theirs, on_cuda)) {
+    const auto judge = [&](const char* name, bool good, bool on_cuda) {
+      if (!good) {
         ++mismatches;
         std::printf(
             "MISMATCH seed %llu case %llu, %s: N %lld S %lld H %lld D %lld Q %lld L %lld K %lld dtype %d/%d %s R %d\n",
@@ -508,12 +522,16 @@ int main(int count_arguments, char** arguments) {
       ++shapes[2 * c.L - 2];
     }
     for (const auto& [name, kernels] : all) {
-      judge(name, run_cpu(c, *kernels, shapes), reference, false);
+      judge(name, check(c, run_cpu(c, *kernels, shapes), reference, false, false), false);
     }
     if (every > 0 && number % every == 0) {
       ++cuda;
       const Case given = by_point(c);
-      judge("cuda", run_cuda(given, plant != "alignment"), define(given), true);
+      const Result exact = define(given);
+      judge("cuda", check(c, run_cuda(given, plant != "alignment"), exact, true, false), true);
+      const Result once = run_cuda(given, true, plant != "order", 2 * number + 1);
+      judge("cuda, sorted", check(c, once, exact, true, plant != "order"), true);
+      judge("cuda, sorted again", same_bits(run_cuda(given, true, plant != "order", 2 * number + 2), once), true);
     }
   }
   std::printf(

@@ -56,8 +56,8 @@ class SinePositionEncoding(nn.Module):
 
     def forward(self, padding: Tensor) -> Tensor:
         """(N, h, w) bool, True outside the image -> (N, dim, h, w) float32."""
-        inside = (~padding).to(torch.get_default_dtype())
-        y, x = inside.cumsum(1), inside.cumsum(2)
+        # Integers: cumulative sums of floats have no deterministic CUDA kernel.
+        y, x = ((~padding).cumsum(axis, dtype=torch.int32) for axis in (1, 2))
         y = (y + self.offset) / (y[:, -1:] + self.EPS) * (2 * math.pi)
         x = (x + self.offset) / (x[:, :, -1:] + self.EPS) * (2 * math.pi)
         encoded = [sine_encoding(axis, self.dim // 2, self.temperature) for axis in (y, x)]

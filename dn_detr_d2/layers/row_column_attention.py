@@ -78,8 +78,7 @@ class RowColumnAttention(nn.Module):
 
 def axis_coordinates(padding: Tensor) -> tuple[Tensor, Tensor]:
     """(N, h, w) bool -> x (N, w) and y (N, h), the cells' centres in [0, 1] of the unpadded image; constant on padding."""
-    inside = (~padding).to(torch.get_default_dtype())
-    along_y, along_x = inside[:, :, 0].cumsum(1), inside[:, 0].cumsum(1)
+    along_y, along_x = (axis.cumsum(1, dtype=torch.int32) for axis in (~padding[:, :, 0], ~padding[:, 0]))
     return tuple((axis - 0.5) / axis[:, -1:] for axis in (along_x, along_y))
 
 

@@ -51,6 +51,14 @@ def test_points_that_are_loaded_in_pairs_from_an_odd_element_are_found():
     assert "kernels.cuh" in output
 
 
+def test_sums_whose_order_changes_are_found(program):
+    """The emulator runs blocks and threads in another order each time; only sorted sums do not depend on it."""
+    code, output = run(program, seed=0, first=0, cases=40, cuda_every=1, plant="order")
+    assert code != 0
+    assert ", cuda, sorted again: N" in output
+    assert ", cuda, sorted: N" not in output
+
+
 def test_a_case_can_be_repeated_by_its_number(program):
     once, again = (run(program, seed=3, first=17, cases=1, cuda_every=0, plant="formula") for _ in range(2))
     assert once == again

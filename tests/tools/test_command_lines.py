@@ -37,6 +37,7 @@ BAD = {
     "dev.benchmark_self_attention": ["--rounds", "0"],
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
+    "dev.count_l2_reads": ["--height", "0"],
     "dev.denoising_pictures": ["--output", "/proc/no/such"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
