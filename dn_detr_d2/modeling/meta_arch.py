@@ -13,7 +13,7 @@ from ..checkpoint.model_hooks import add_loading_hooks
 from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
 from ..structures import Memory, map_by_size, to_device
-from .batch import count_objects, make_targets, matching_objects, require_masks
+from .batch import count_objects, make_targets, matching_objects, normalised_batch, padded_shape, require_masks
 from .build import build_parts
 from .neck import padding_mask
 from .outputs import ForwardOutputs
@@ -220,11 +220,11 @@ class DenoisingDETR(nn.Module):
         return (predictions.logits[-1], *boxes, *masks)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalises each image, then pads with zeros at the bottom and right."""
-        images = [(to_device(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        return ImageList.from_tensors(
-            images, self.size_divisibility, padding_constraints=self.backbone.padding_constraints
-        )
+        """Normalised images, padded with zeros at the bottom and right; they travel to the device as they are (uint8)."""
+        images = [to_device(x["image"], self.device) for x in batched_inputs]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        shape = padded_shape(sizes, self.size_divisibility, self.backbone.padding_constraints)
+        return ImageList(normalised_batch(images, self.pixel_mean, self.pixel_std, shape), sizes)
 
     def losses(self, outputs: ForwardOutputs, normalizers: StepNormalizers | None = None) -> dict[str, LossValue]:
         """:func:`~dn_detr_d2.modeling.training_losses.training_losses` of a pass, as :meth:`forward` names them."""
