@@ -369,6 +369,7 @@ def test_a_training_step(toy_model, tmp_path, system, counts, dtype):
     step.iter = 0
     with EventStorage() as storage:
         step.run_step()
+        step.settle()
         assert storage.latest()["total_loss"][0] > 0
 
 

@@ -5,6 +5,7 @@ Their random numbers come from Python's and NumPy's global generators, which :mo
 
 import numpy as np
 from detectron2.data import transforms as T
+from PIL import Image
 
 from ..errors import ConfigError
 from .segment_map import NOTHING
@@ -14,14 +15,36 @@ MAX_STRETCH = 16
 PADDING = 128.0  # grey, of images that are padded before they are normalised (Mask2Former)
 
 
+class PlanarResize(T.ResizeTransform):
+    """Detectron2's resize, the same pixels for less time: colour images of uint8 come out plane by plane.
+
+    The result is an (H, W, 3) view of (3, H, W) memory, the order that a model takes. An image that a flip has turned into a
+    view of itself backwards goes in as it was, and is turned by Pillow.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """The resized image; arrays of other types or channels as in Detectron2."""
+        if img.dtype != np.uint8 or img.shape != (self.h, self.w, 3):
+            return super().apply_image(img, interp)
+        backwards = img.strides[1] < 0
+        picture = Image.fromarray(img[:, ::-1] if backwards else img)
+        if backwards:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        planes = np.empty((3, self.new_h, self.new_w), np.uint8)
+        resized = picture.resize((self.new_w, self.new_h), self.interp if interp is None else interp)
+        for plane, band in zip(planes, resized.split(), strict=True):
+            plane[:] = np.asarray(band)
+        return planes.transpose(1, 2, 0)
+
+
 class _AtLeastOnePixel:
-    """Mixed into a resize of Detectron2: each side of the result has at least one pixel, however thin the image is."""
+    """Mixed into a resize of Detectron2: a :class:`PlanarResize`, whose result has at least one pixel a side."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """The resize of an image (H, W, C)."""
         found = super().get_transform(image)
         if isinstance(found, T.ResizeTransform):  # a shortest edge of 0 keeps the size
-            found = T.ResizeTransform(found.h, found.w, max(found.new_h, 1), max(found.new_w, 1), found.interp)
+            found = PlanarResize(found.h, found.w, max(found.new_h, 1), max(found.new_w, 1), found.interp)
         return found
 
 

@@ -197,7 +197,9 @@ def read_image(
         _compare_sums(image)  # first, because Pillow decodes a PNG to find its EXIF block
         if check_size is not None:
             check_size(_size(image))
-        return detection_utils.convert_PIL_to_numpy(detection_utils._apply_exif_orientation(image), image_format)
+        turned = detection_utils._apply_exif_orientation(image)
+        same = turned.mode == image_format == "RGB"  # Pillow would convert it into a copy of itself
+        return detection_utils.convert_PIL_to_numpy(turned, None if same else image_format)
 
 
 def read_map(file_name: str, modes: tuple[str, ...], what: str) -> np.ndarray:

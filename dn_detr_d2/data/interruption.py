@@ -84,7 +84,12 @@ class OncePassLoader(DataLoader):
 
 
 def evaluation_loader(
-    records: list[dict], mapper: Callable[[dict], dict], batch_size: int, num_workers: int
+    records: list[dict],
+    mapper: Callable[[dict], dict],
+    batch_size: int,
+    num_workers: int,
+    *,
+    pin_memory: bool = False,
 ) -> OncePassLoader:
     """A loader of lists of mapped images, each image on one rank only; the last list of a rank has what is left.
 
@@ -93,7 +98,9 @@ def evaluation_loader(
         mapper: reads one.
         batch_size: images of a list.
         num_workers: loader processes; 0 = in this process.
+        pin_memory: as for :class:`.stream.StreamLoader`.
     """
     images = MapDataset(DatasetFromList(records, copy=False), mapper)
     sampler = InferenceSampler(len(images))
-    return guard(OncePassLoader(images, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=list))
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": list}
+    return guard(OncePassLoader(images, batch_size, sampler=sampler, **options))

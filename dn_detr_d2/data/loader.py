@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from detectron2.data import build_detection_train_loader, print_instances_class_histogram
 from detectron2.utils import comm
 
@@ -74,10 +75,16 @@ def build_train_loader(cfg):
             node.SAMPLER_TRAIN,
             node.ASPECT_RATIO_GROUPING,
         )
-        return guard(build_detection_train_loader(cfg, dataset=kept, mapper=mapper))
+        return guard(build_detection_train_loader(cfg, dataset=kept, mapper=mapper, pin_memory=goes_to_gpu(cfg)))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     positions = Positions(cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size())
-    return StreamLoader(TrainingStream(kept, mapper, seed), positions, node.NUM_WORKERS)
+    stream = TrainingStream(kept, mapper, seed)
+    return StreamLoader(stream, positions, node.NUM_WORKERS, pin_memory=goes_to_gpu(cfg))
+
+
+def goes_to_gpu(cfg) -> bool:
+    """Whether the images of the config's loaders go to a GPU."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
 def build_test_loader(cfg, dataset_name: str):
@@ -91,7 +98,8 @@ def build_test_loader(cfg, dataset_name: str):
         cfg.INPUT.MIN_SIZE_TEST = 0
     records = in_model_order(_counted_records(dataset_name), dataset_name, cfg.MODEL.DN_DETR.CLASS_NAMES)
     workers = cfg.DATALOADER.NUM_WORKERS
-    return evaluation_loader(records, DetrDatasetMapper(cfg, False), cfg.TEST.IMS_PER_BATCH, workers)
+    pinned = goes_to_gpu(cfg)
+    return evaluation_loader(records, DetrDatasetMapper(cfg, False), cfg.TEST.IMS_PER_BATCH, workers, pin_memory=pinned)
 
 
 def in_model_order(records: list[dict], dataset_name: str, class_names: list[str]) -> list[dict]:

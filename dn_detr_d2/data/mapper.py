@@ -97,6 +97,21 @@ class BoxChecker:
             logger.warning("%s: box %s (x0, y0, x1, y1) was %s, it %s; %d so far", what, shown, action, reason, count)
 
 
+def raw_corners(annotation: dict) -> list[float]:
+    """The xyxy box of an annotation, in pixels: the numbers of Detectron2's BoxMode, which makes a tensor of each box.
+
+    Like BoxMode it adds in float32 where a number of the box is not an integer.
+    """
+    box, mode = annotation["bbox"], annotation["bbox_mode"]
+    if mode != BoxMode.XYWH_ABS or not isinstance(box, list | tuple) or len(box) != 4:
+        return [float(x) for x in BoxMode.convert(box, mode, BoxMode.XYXY_ABS)]
+    numbers = np.array(box)
+    if numbers.dtype.kind == "f":
+        numbers = numbers.astype(np.float32)
+    numbers[2:] += numbers[:2]
+    return numbers.tolist() if numbers.dtype.kind == "f" else [float(x) for x in numbers]
+
+
 class DetrDatasetMapper:
     """Augmentation and target checks, as a Detectron2 mapper.
 
@@ -178,7 +193,7 @@ class DetrDatasetMapper:
             DatasetError: the image cannot be read or has another size than annotated, a label is out of range, a mask is
                 asked for that is not there, or a panoptic png or semantic map does not fit.
         """
-        record = copy.deepcopy(dataset_dict)
+        record = dict(dataset_dict)  # nothing below changes what is in it
         image = read_image(record["file_name"], self.image_format, partial(self._check_size, record))
         size = image.shape[:2]
         self._check_size(record, size)  # what was decoded, after what the header said
@@ -232,8 +247,7 @@ class DetrDatasetMapper:
         """Checked boxes, absolute xyxy, their labels and annotation numbers; crowds are left out, as all DETRs do."""
         boxes, labels, numbers = [], [], []
         for i, label, annotation, what in self._labelled(record):
-            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            box = self.check_box([float(x) for x in box], image_size, what)
+            box = self.check_box(raw_corners(annotation), image_size, what)
             if box is not None:
                 boxes.append(box)
                 labels.append(label)
@@ -280,7 +294,8 @@ class DetrDatasetMapper:
                 if self.masks == "bitmask":
                     draw_mask(bits[row], annotations[i]["segmentation"], transforms, size)
                 else:
-                    polygons = detection_utils.transform_instance_annotations(annotations[i], transforms, moved)
+                    moving = copy.deepcopy(annotations[i])  # Detectron2 writes into it
+                    polygons = detection_utils.transform_instance_annotations(moving, transforms, moved)
                     masks.append(detection_utils.annotations_to_instances([polygons], moved, self.masks).gt_masks)
             except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())

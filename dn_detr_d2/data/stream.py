@@ -67,13 +67,15 @@ class StreamLoader(DataLoader):
     Args:
         stream, positions: see there.
         num_workers: loader processes; 0 = in this process.
+        pin_memory: whether a thread puts the images into pinned memory, out of which a copy to a GPU makes nobody wait.
     """
 
-    def __init__(self, stream: TrainingStream, positions: Positions, num_workers: int):
+    def __init__(self, stream: TrainingStream, positions: Positions, num_workers: int, *, pin_memory: bool = False):
         super().__init__(
             stream,
             batch_sampler=positions,
             num_workers=num_workers,
+            pin_memory=pin_memory,
             collate_fn=list,
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # else the start of an iterator would draw from the model's stream

@@ -58,7 +58,10 @@ def _weight_decay(solver, module: nn.Module, name: str) -> float:
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """``SOLVER.OPTIMIZER`` over :func:`parameter_groups`, clipped as ``SOLVER.CLIP_GRADIENTS`` says."""
+    """``SOLVER.OPTIMIZER`` over :func:`parameter_groups`, clipped as ``SOLVER.CLIP_GRADIENTS`` says.
+
+    All are PyTorch's fused ones: faster, and able to leave out a step on the device, see :func:`step_unless`.
+    """
     groups = parameter_groups(cfg, model)
     for group in groups:
         logger.info(
@@ -78,9 +81,9 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
             "SOLVER.BASE_LR = %g is large for AdamW; a recipe of SGD needs SOLVER.OPTIMIZER SGD", solver.BASE_LR
         )
     if clip.ENABLED and clip.CLIP_TYPE != "full_model":
-        return maybe_add_gradient_clipping(cfg, kind)(groups, **settings)
+        return maybe_add_gradient_clipping(cfg, kind)(groups, fused=True, **settings)
     if not clip.ENABLED:
-        return kind(groups, **settings)
+        return kind(groups, fused=True, **settings)
     return clipped(groups, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE, **settings)
 
 
@@ -99,7 +102,7 @@ class ClipsWholeModel:
 
     Stands before an optimizer of ``torch.optim`` in the order of inheritance. The fused implementations are several times
     faster on a CPU. They let a GradScaler leave gradients scaled, so with fp16 ``scaler.unscale_(optimizer)`` must come
-    before ``scaler.step(optimizer)``, as in ``engine.TrainStep``.
+    before the step, as in ``engine.TrainStep``.
 
     Args:
         parameters: as for the optimizer.
@@ -139,3 +142,35 @@ def total_norm(optimizer: torch.optim.Optimizer, norm_type: float = 2.0) -> Tens
     """The joint norm of the gradients of all parameters of an optimizer, () on their device."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients, norm_type)
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether :func:`step_unless` works with an optimizer: a fused one of PyTorch.
+
+    Not with dampening: the first step of SGD takes the gradient for its momentum, whatever the dampening is, and only the
+    device knows which step is the first that is taken. Not with groups that a checkpoint of an unfused optimizer has set.
+    """
+    groups = optimizer.param_groups
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False) and all(group.get("fused") for group in groups)
+    return fused and not any(group.get("momentum") and group.get("dampening") for group in groups)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, **known) -> None:
+    """A step that the device leaves out, with all of the optimizer's state, where ``skip`` is 1; nothing waits.
+
+    Args:
+        optimizer: see :func:`skips_on_device`.
+        skip: () float32 on the device of the parameters, 0 or 1.
+        known: for its ``step``.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):  # SGD would leave the buffers of a first step that is left out uninitialised
+            for parameter in group["params"]:
+                state = optimizer.state[parameter] if parameter.grad is not None else None
+                if state is not None and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)  # then momentum * 0 + gradient
+    optimizer.found_inf = skip  # as torch.amp.GradScaler tells a fused optimizer
+    try:
+        optimizer.step(**known)
+    finally:
+        del optimizer.found_inf

@@ -38,12 +38,14 @@ from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_trainin
 from .hooks.noise_schedule import NoiseSchedule
 from .hooks.progress import ProgressBar
 from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
+from .hooks.settle import SettleHook
 from .loggers import build_loggers
 from .train_step import TrainStep
 from .training_state import capture_training_state, restore_training_state
 
 logger = logging.getLogger(__name__)
 
+WRITER_PERIOD = 20  # iterations between two lines of metrics, as in Detectron2
 MEASURING = (hooks.EvalHook, MeasuringHook)  # hooks that only read the model, so they may be interrupted
 
 
@@ -113,10 +115,11 @@ class Trainer(DefaultTrainer):
         record = EvaluationRecord(cfg.OUTPUT_DIR, period)
         evaluating = [found[evaluation], *added, record]
         found[evaluation + 1 : evaluation + 1] = evaluating[1:]
+        writing = math.gcd(WRITER_PERIOD, cfg.TEST.INSTABILITY.PERIOD)  # or a probe would replace the one before
         for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
-            # Or a probe would replace the one before.
-            writer._period = math.gcd(writer._period, cfg.TEST.INSTABILITY.PERIOD)
+            writer._period = writing
         stop = StopHook(self.stop_request)
+        settle = SettleHook((cfg.SOLVER.CHECKPOINT_PERIOD, period, cfg.TEST.INSTABILITY.PERIOD, writing), stop)
         checkpoints = self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop)
         found[evaluation:evaluation] = [checkpoints, LeaveHook(stop)]
         node = cfg.SOLVER.EARLY_STOPPING
@@ -131,6 +134,7 @@ class Trainer(DefaultTrainer):
             schedule,
             ShortHistory(),
             *averages,
+            settle,
             *found,
             *ends,
             RepeatEvaluation(record, [*evaluating, *ends]),
@@ -188,6 +192,8 @@ class Trainer(DefaultTrainer):
         """
         self.storage.iter = self.iter
         cut_off = sys.exc_info()[0]
+        if cut_off is not None:
+            self._trainer.close()
         for hook in self._hooks:
             try:
                 with self._until_asked(hook):

@@ -10,6 +10,44 @@ from ..errors import DatasetError
 from ..structures import Targets
 
 
+def padded_shape(
+    sizes: list[tuple[int, int]], size_divisibility: int, constraints: dict[str, int] | None = None
+) -> tuple[int, int]:
+    """(height, width) that images of these sizes are padded to, as :class:`detectron2.structures.ImageList` pads.
+
+    Args:
+        sizes: (height, width) of each image.
+        size_divisibility: both become multiples of it; 0 = any.
+        constraints: ``padding_constraints`` of a Detectron2 backbone: ``square_size`` instead of the largest image where it
+            is positive, ``size_divisibility`` in place of the other.
+    """
+    constraints = constraints or {}
+    square = constraints.get("square_size", 0)
+    shape = (square, square) if square > 0 else (max(h for h, _ in sizes), max(w for _, w in sizes))
+    step = max(constraints.get("size_divisibility", size_divisibility), 1)
+    height, width = (-(-side // step) * step for side in shape)
+    return height, width
+
+
+def normalised_batch(images: list[Tensor], mean: Tensor, std: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(N, C, height, width) images, (x - mean) / std each, with zeros right of and below them.
+
+    The batch is made once: images of whatever number type are copied into their places, and what is around them is the mean,
+    whose normalised value is 0. Nothing is normalised or padded image by image.
+
+    Args:
+        images: (C, H, W) each, on the device of ``mean``.
+        mean, std: (C, 1, 1).
+        shape: (height, width) of the batch, at least that of each image.
+    """
+    batch = mean.new_empty((len(images), len(mean), *shape), dtype=torch.result_type(images[0], mean))
+    if any(image.shape[-2:] != shape for image in images):
+        batch.copy_(mean)
+    for i, image in enumerate(images):
+        batch[i, :, : image.shape[-2], : image.shape[-1]].copy_(image)
+    return batch.sub_(mean).div_(std)
+
+
 def matching_objects(record: dict) -> Instances:
     """What the matching queries of a training image shall find: ``instances``, with ``labels`` those of its one label."""
     objects = record["instances"]

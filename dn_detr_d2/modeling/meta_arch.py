@@ -17,7 +17,7 @@ from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
 from ..structures import Memory, map_by_size, to_device
 from ..utils.precision import inference
-from .batch import count_objects, make_targets, matching_objects, require_masks
+from .batch import count_objects, make_targets, matching_objects, normalised_batch, padded_shape, require_masks
 from .build import build_parts
 from .hidden_padding import resnet_maps
 from .neck import padding_mask
@@ -153,7 +153,7 @@ class DenoisingDETR(nn.Module):
 
     def _predict_by_tensors(self, batched_inputs: list[dict]) -> LastPredictions:
         """Predictions by ``tensor_pass``, from pixels that are not normalised."""
-        images = self._padded([to_device(x["image"], self.device).float() for x in batched_inputs])
+        images = self._as_batch(batched_inputs, torch.zeros_like(self.pixel_mean), torch.ones_like(self.pixel_std))
         outputs = self.tensor_pass(images.tensor, to_device(torch.tensor(images.image_sizes), self.device))
         return LastPredictions.of(dict(zip(self.tensor_names, outputs, strict=True)))
 
@@ -266,15 +266,15 @@ class DenoisingDETR(nn.Module):
         return (predictions.logits[-1], *boxes, *masks)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalises each image, then pads with zeros at the bottom and right."""
-        images = [(to_device(x["image"], self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        return self._padded(images)
+        """Normalised images, padded with zeros at the bottom and right; they travel to the device as they are (uint8)."""
+        return self._as_batch(batched_inputs, self.pixel_mean, self.pixel_std)
 
-    def _padded(self, images: list[Tensor]) -> ImageList:
-        """Images (3, h, w) of the sizes of a batch as one, padded with zeros."""
-        return ImageList.from_tensors(
-            images, self.size_divisibility, padding_constraints=self.backbone.padding_constraints
-        )
+    def _as_batch(self, batched_inputs: list[dict], mean: Tensor, std: Tensor) -> ImageList:
+        """Images on the device, (x - mean) / std, padded with zeros."""
+        images = [to_device(x["image"], self.device) for x in batched_inputs]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        shape = padded_shape(sizes, self.size_divisibility, self.backbone.padding_constraints)
+        return ImageList(normalised_batch(images, mean, std, shape), sizes)
 
     def losses(self, outputs: ForwardOutputs, normalizers: StepNormalizers | None = None) -> dict[str, LossValue]:
         """:func:`~dn_detr_d2.modeling.training_losses.training_losses` of a pass, as :meth:`forward` names them."""

@@ -5,13 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.data import DetrDatasetMapper, build_train_loader
-from dn_detr_d2.data.augmentations import training_augmentations
+from dn_detr_d2.data.augmentations import PlanarResize, training_augmentations
 
 MASKS = ["MODEL.DN_DETR.MASK.ENABLED", True, "INPUT.MASK_FORMAT", "bitmask"]
 LSJ = ["INPUT.AUGMENTATION", "lsj", "INPUT.IMAGE_SIZE", 64]
@@ -159,3 +162,27 @@ def test_changes_of_colours_without_opencv_are_refused(toy_cfg, monkeypatch):
     cfg = toy_cfg("dn_detr", "INPUT.AUGMENTATION", "semantic", "INPUT.COLOR_AUG_SSD", True)
     with pytest.raises(ConfigError, match=naming("INPUT.COLOR_AUG_SSD")):
         training_augmentations(cfg)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    new=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    view=st.sampled_from(["plain", "horizontal", "vertical", "both", "bgr", "crop"]),
+    channels=st.sampled_from([(3,), (1,), ()]),
+    dtype=st.sampled_from([np.uint8, np.float32]),
+)
+def test_a_planar_resize_gives_the_pixels_of_detectron2s(size, new, view, channels, dtype):
+    image = np.random.default_rng(sum(size)).integers(0, 256, (*size, *channels)).astype(dtype)
+    views = {"horizontal": np.s_[:, ::-1], "vertical": np.s_[::-1], "both": np.s_[::-1, ::-1], "bgr": np.s_[..., ::-1]}
+    image = image[views[view]] if view in views else image[: size[0] // 2 + 1] if view == "crop" else image
+    arguments = (*image.shape[:2], *new, Image.BILINEAR)
+    expected = T.ResizeTransform(*arguments).apply_image(image)
+    found = PlanarResize(*arguments).apply_image(image)
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
+
+
+def test_a_resized_image_is_in_the_order_that_a_model_takes():
+    image = np.zeros((4, 5, 3), np.uint8)
+    assert PlanarResize(4, 5, 7, 8, Image.BILINEAR).apply_image(image).transpose(2, 0, 1).flags.c_contiguous

@@ -170,3 +170,16 @@ def test_crowds_alone_are_refused_as_that(tmp_path):
     cfg = config_of(tmp_path, f"crowds_{tmp_path.name}", content)
     with pytest.raises(DatasetError, match=naming("3 annotations")):
         build_train_loader(cfg)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_images_for_a_gpu_are_read_into_pinned_memory(toy_cfg, device, sampler):
+    cfg = toy_cfg("dn_detr", *SHAPES, "DATALOADER.SAMPLER_TRAIN", sampler).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device  # without the check that there is one
+    loaders = [build_train_loader(cfg), build_test_loader(cfg, "shapes_val")]
+    for loader in loaders:
+        while not hasattr(loader, "pin_memory"):
+            loader = loader.dataset
+        assert loader.pin_memory == (device == "cuda")

@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 from collections import Counter
 from unittest import mock
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import DetrDatasetMapper
-from dn_detr_d2.data.mapper import BoxChecker
+from dn_detr_d2.data.mapper import BoxChecker, raw_corners
 
 
 @pytest.fixture
@@ -158,10 +159,15 @@ def test_a_wrong_size_is_named(toy_cfg, record):
         mapper(toy_cfg)(record)
 
 
-def test_the_record_stays_as_it_was(toy_cfg, record):
+@pytest.mark.parametrize("form", [None, "polygon", "bitmask"])
+def test_the_record_stays_as_it_was(toy_cfg, record, form):
+    record["annotations"][0]["segmentation"] = [[30, 0, 60, 0, 60, 40, 30, 40]]
     before = copy.deepcopy(record)
-    mapper(toy_cfg)(record)
+    changed = mapper(toy_cfg, "INPUT.MIN_SIZE_TRAIN", (80,))
+    changed.masks = form
+    found = changed(record)
     assert record == before
+    assert found["instances"].has("gt_masks") == (form is not None)
 
 
 @pytest.mark.parametrize(
@@ -198,3 +204,13 @@ def test_repeated_faults_are_counted_not_repeated(caplog):
             check([5.0, 5, 5, 9], (40, 60), "annotation 7")
     assert sum(check.counts.values()) == 25
     assert len(caplog.records) == 2  # the first and the tenth
+
+
+NUMBERS = st.one_of(st.integers(-5000, 5000), st.floats(-5000, 5000), st.just(math.nan))
+
+
+@settings(max_examples=100, deadline=None)
+@given(box=st.lists(NUMBERS, min_size=4, max_size=4), mode=st.sampled_from([BoxMode.XYWH_ABS, BoxMode.XYXY_ABS]))
+def test_corners_of_a_box_are_detectron2s(box, mode):
+    expected = [float(x) for x in BoxMode.convert(box, mode, BoxMode.XYXY_ABS)]
+    assert np.array_equal(raw_corners({"bbox": box, "bbox_mode": mode}), expected, equal_nan=True)

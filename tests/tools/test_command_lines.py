@@ -32,6 +32,7 @@ BAD = {
     "dev.benchmark_detector": [*OF_CONFIG, "--rounds", "0"],
     "dev.benchmark_evaluation": ["--rounds", "0"],
     "dev.benchmark_export": ["dino_R50_4scale_12ep", "--rounds", "0"],
+    "dev.benchmark_loader": ["--rounds", "0"],
     "dev.benchmark_masks": ["--rounds", "0"],
     "dev.benchmark_ms_deform_attn": ["--rounds", "1"],
     "dev.benchmark_self_attention": ["--rounds", "0"],
@@ -56,6 +57,7 @@ OVERRIDDEN = {
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out"],
     "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.benchmark_detector": [*OF_CONFIG, "--size", "32", "32", "--rounds", "1"],
+    "dev.benchmark_loader": ["--dataset", "shapes_train"],
     "dev.compare_runs": ["--quick", "--jobs", "1", "--pairs", "dense", "--report"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
 }

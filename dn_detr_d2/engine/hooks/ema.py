@@ -45,6 +45,9 @@ class AverageHook(HookBase):
             )
 
     def after_step(self) -> None:
-        """Updates the average."""
-        if self.trainer._trainer.stepped:
+        """Updates the average as soon as it is known that the step has changed the weights, and before they change again."""
+        self.trainer._trainer.when_settled(self._update)
+
+    def _update(self, stepped: bool) -> None:
+        if stepped:
             self.averaged.update_parameters(self.model)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -84,9 +85,13 @@ class StopHook(HookBase):
         self.request, self.agreed = request, None
 
     def after_step(self) -> None:
-        """Gathers the signals of all ranks."""
-        received = comm.all_gather(self.request.received)
-        self.agreed = next((name for name in received if name), None)
+        """Exchanges the signals of all ranks, on the host: one number each."""
+        name = self.request.received
+        if comm.get_world_size() > 1:
+            number = torch.tensor(int(signal.Signals[name]) if name else 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+            name = signal.Signals(int(number)).name if number else None
+        self.agreed = name
 
 
 class LeaveHook(HookBase):
