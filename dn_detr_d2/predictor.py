@@ -33,24 +33,25 @@ class Predictor(DefaultPredictor):
             ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average. With ``TEST.TILE.SIZE`` images are looked at in
             tiles.
         device: where the model runs; None = ``MODEL.DEVICE``.
+        half: the 16-bit precision of that device, instead of ``TEST.AMP``: "fp16" on a GPU, "bf16" on a CPU.
 
     Raises:
         CheckpointError: the weights are not named, missing, damaged, hostile, or do not fit the model.
-        ConfigError: the device is not there, or ``TEST.AMP`` would be slower on it.
+        ConfigError: the device is not there, or 16 bits would be slower on it.
     """
 
-    def __init__(self, cfg, *, device: str | torch.device | None = None):
-        without_weights = cfg.clone()
-        without_weights.defrost()
-        without_weights.MODEL.WEIGHTS = ""
+    def __init__(self, cfg, *, device: str | torch.device | None = None, half: bool = False):
+        cfg = cfg.clone()
+        cfg.defrost()
         if device is not None:
-            without_weights.MODEL.DEVICE = str(device)
-        check_device(without_weights)
-        device = without_weights.MODEL.DEVICE
+            cfg.MODEL.DEVICE = str(device)
+        if half:
+            cfg.TEST.AMP = "bf16" if cfg.MODEL.DEVICE == "cpu" else "fp16"
+        check_device(cfg)
+        without_weights = cfg.clone()
+        without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)
-        self.cfg = cfg.clone()
-        self.cfg.defrost()
-        self.cfg.MODEL.DEVICE = device
+        self.cfg = cfg
         self.aug = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         load_weights(self.model, cfg)
         settle(self.model, cfg)

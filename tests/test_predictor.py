@@ -316,6 +316,18 @@ def test_bfloat16_is_near_and_comes_out_in_float32(made, monkeypatch, system):
     assert not torch.equal(found.scores, expected.scores)
 
 
+def test_half_is_the_16_bit_precision_of_the_device(made, monkeypatch):
+    monkeypatch.setattr(SLOW_BFLOAT16, lambda: "")
+    half, full = made("dn_detr", half=True), made("dn_detr", "TEST.AMP", "bf16")
+    half.model.load_state_dict(full.model.state_dict())
+    image = pictures(1)[0]
+    assert torch.equal(half(image)["instances"].scores, full(image)["instances"].scores)
+    assert half.cfg.TEST.AMP == "bf16"
+    monkeypatch.setattr(SLOW_BFLOAT16, lambda: "this CPU has none")
+    with pytest.raises(ConfigError, match=naming("TEST.AMP", "'bf16'", "this CPU has none")):
+        made("dn_detr", half=True)
+
+
 @pytest.mark.parametrize("system", ["dn_detr", "mask_dino"])
 def test_what_a_predictor_gives_may_be_changed_in_place(made, system):
     """Tensors made in inference mode may not, and autograd would refuse them."""
