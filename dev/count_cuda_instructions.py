@@ -5,10 +5,10 @@
 Prints, for each kernel, the instructions that a warp executes for each (query, head) with D = 32 channels and L K =
 16 points, the registers of a thread and the bytes that a thread spills. "sorted" and "gather" are the backward pass
 under torch.use_deterministic_algorithms(True); gather works on (cell, head), to which 64 corners of points belong if
-there are as many queries as cells. "fused" is the form that models call:
-reference + offset and the softmax are made in the kernel. Straight code counts once, the loop over batches of points
-as often as it runs; both sides of a branch count, so the figure is an upper bound, except for the slow paths out of
-line behind the end of the kernel.
+there are as many queries as cells. "fused" is the form that models call, with reference + offset and the softmax made in
+the kernel; but when it sorts, it is the kernel for four levels and four points. Straight code counts once, the loop over
+batches of points as often as it runs; both sides of a branch count, so the figure is an upper bound, except for the slow
+paths out of line behind the end of the kernel.
 """
 
 import argparse
@@ -34,9 +34,9 @@ SOURCE = f"""
 #include "{ROOT}/csrc/cuda/kernels.cuh"
 using namespace dn_detr_d2;
 template <bool F, int G, int V, class T> void both(Arguments<T, T> a) {{  // lanes and channels as in launch.cuh, D = 32
-  forward_kernel<F, G, V, T, T><<<1, kThreads>>>(a);
-  backward_kernel<F, false, 8, 4, T, T><<<1, kThreads>>>(a);
-  backward_kernel<F, true, 8, 4, T, T><<<1, kThreads>>>(a);
+  forward_kernel<F, F, G, V, T, T><<<1, kThreads>>>(a);
+  backward_kernel<F, F, false, 8, 4, T, T><<<1, kThreads>>>(a);
+  backward_kernel<F, false, true, 8, 4, T, T><<<1, kThreads>>>(a);
 }}
 void all(
     Arguments<float, float> f, Arguments<__nv_bfloat16, __nv_bfloat16> b, Gather<float> gf, Gather<__nv_bfloat16> gb) {{
@@ -97,12 +97,17 @@ def find_loops(instructions: list[tuple[int, str]]) -> list[range]:
     return [range(start, end + 1) for start, end in ends.items()]
 
 
-def count_executed(instructions: list[tuple[int, str]], kernel: str, lanes: int) -> float:
+def count_executed(instructions: list[tuple[int, str]], kernel: str, lanes: int, unrolled: bool = False) -> float:
     """Instructions of a warp for each of its 32 / lanes (query, head) pairs; of the gather kernel, for a (cell, head).
 
     The loop over batches of points is the outermost loop with a shuffle in the backward kernel and the innermost in the
-    others, whose loop over channels is around it. The loop over channels runs once.
+    others, whose loop over channels is around it. The loop over channels runs once. ``unrolled``: there is no loop over
+    batches.
     """
+    if unrolled:
+        if sum("LDG" in text for _, text in instructions) < POINTS * CORNERS:
+            raise UserError("the loop over points was not unrolled: the compiler has changed its form")
+        return len(instructions) * lanes / WARP
     with_shuffles = [x for x in find_loops(instructions) if any("SHFL" in instructions[i][1] for i in x)]
     if not with_shuffles:
         raise UserError("no loop over points was found in the machine code: the compiler has changed its form")
@@ -126,9 +131,10 @@ def count(architecture: str) -> list[dict]:
     for listing in text.split("Function : ")[1:]:
         name = listing.split()[0]
         kernel, flags, lanes = re.search(r"(forward|backward|gather)_kernelI((?:Lb[01]E)*)Li(\d+)E", name).groups()
-        executed = count_executed(read_instructions(listing), kernel, int(lanes))
+        usual = flags[6:7] == "1"  # the second flag: the kernels for four levels and four points, which are unrolled
+        executed = count_executed(read_instructions(listing), kernel, int(lanes), usual)
         dtype = "bfloat16" if "bfloat16" in name else "float32"
-        form = {"": "", "0": "plain", "1": "fused"}[flags[2:3]] + ", sorted" * (flags[6:7] == "1")
+        form = {"": "", "0": "plain", "1": "fused"}[flags[2:3]] + ", sorted" * (flags[10:11] == "1")
         rows.append({"kernel": kernel, "form": form, "dtype": dtype, "instructions": executed, **usage[name]})
     return sorted(rows, key=lambda row: (row["kernel"], row["form"], row["dtype"]))
 

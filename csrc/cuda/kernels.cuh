@@ -8,6 +8,9 @@
 // backward pass the sums over channels travel the other way: after each batch, lane j holds the sums of point j.
 // Channels beyond G * V are done in further rounds.
 //
+// The fused form with the usual numbers of levels and points has kernels of its own (kUsual): they divide by constants, have
+// the loop over batches unrolled, and each lane keeps the exponentials of its points in registers.
+//
 // The backward kernel adds to the gradient of the value as it goes, in whatever order blocks run. For one that is always the
 // same it writes down instead where each point lies; the points are sorted by that, and gather_kernel sums up each cell.
 //
@@ -38,6 +41,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kMostThreads = 512; // of a block of the forward kernel
 constexpr int kTileWidth = 8; // cells
+constexpr int kUsualLevels = 4, kUsualPoints = 4; // of the deformable family, of whose fused forms there are kernels
 // Blocks that must fit on an SM. More do not fit in the forms that models call; told so, the compiler uses the registers
 // that are left and needs fewer instructions.
 template <typename T>
@@ -252,6 +256,15 @@ __device__ __forceinline__ int query_in_tile(const Level* levels, int count, int
   return x < level.width && y < level.height ? level.start + y * level.width + x : -1;
 }
 
+// Levels, and points of a level; constants in the kernels for the usual numbers.
+template <bool kUsual>
+struct Counts {
+  int L, K;
+
+  __device__ __forceinline__ Counts(int levels, int points)
+      : L(kUsual ? kUsualLevels : levels), K(kUsual ? kUsualPoints : points) {}
+};
+
 // Where this thread works.
 template <int G>
 struct Slot {
@@ -286,22 +299,50 @@ struct Owned {
   Reference<A> reference{};
 };
 
-// Largest logit of the slot, and one over the sum of the exponentials.
-template <typename A>
+// Largest logit of the slot, and one over the sum of the exponentials. In kernels for the usual sizes each lane keeps the
+// exponentials of its own points.
+template <typename A, int kCount>
 struct Softmax {
   A largest = 0, scale = 1;
+  A kept[kCount] = {};
 
   __device__ __forceinline__ A weight(A logit) const {
     return exp(logit - largest) * scale;
   }
 };
 
-template <int G, typename T, typename P>
-__device__ __forceinline__ Softmax<Wide<T>> softmax(const Arguments<T, P>& a, const Slot<G>& slot) {
+// Points that a lane of a group owns, if these are kept.
+template <bool kUsual, int G>
+constexpr int kKept = kUsual ? kUsualLevels * kUsualPoints / G : 1;
+
+template <bool kUsual, int G, typename T, typename P>
+__device__ __forceinline__ Softmax<Wide<T>, kKept<kUsual, G>> softmax(const Arguments<T, P>& a, const Slot<G>& slot) {
   using A = Wide<T>;
-  Softmax<A> result;
-  const int count = slot.active ? a.L * a.K : 0;
-  const int64_t base = slot.index * a.L * a.K;
+  const Counts<kUsual> counts(a.L, a.K);
+  Softmax<A, kKept<kUsual, G>> result;
+  if constexpr (kUsual) {
+    const int64_t base = slot.active ? slot.index * kUsualLevels * kUsualPoints + slot.lane : 0;
+#pragma unroll
+    for (int i = 0; i < kKept<kUsual, G>; ++i) {
+      result.kept[i] = widen(a.weights[base + i * G]);
+    }
+    A largest = result.kept[0];
+#pragma unroll
+    for (int i = 1; i < kKept<kUsual, G>; ++i) {
+      largest = result.kept[i] > largest ? result.kept[i] : largest;
+    }
+    largest = group_max<G>(largest);
+    A sum = 0;
+#pragma unroll
+    for (int i = 0; i < kKept<kUsual, G>; ++i) {
+      result.kept[i] = exp(result.kept[i] - largest);
+      sum += result.kept[i];
+    }
+    result.scale = A(1) / group_sum<G>(sum);
+    return result;
+  }
+  const int count = slot.active ? counts.L * counts.K : 0;
+  const int64_t base = slot.index * counts.L * counts.K;
   result.largest = -INFINITY;
   for (int i = slot.lane; i < count; i += G) {
     const A logit = A(widen(a.weights[base + i]));
@@ -316,26 +357,34 @@ __device__ __forceinline__ Softmax<Wide<T>> softmax(const Arguments<T, P>& a, co
   return result;
 }
 
-template <bool kFused, int G, typename T, typename P>
+template <bool kFused, bool kUsual, int G, typename T, typename P>
 __device__ __forceinline__ Owned<Wide<T>>
-own(const Arguments<T, P>& a, const Slot<G>& slot, const Level* levels, const Softmax<Wide<T>>& soft, int i) {
+own(const Arguments<T, P>& a, const Slot<G>& slot, const Level* levels, const Softmax<Wide<T>, kKept<kUsual, G>>& soft,
+    int i) {
   using A = Wide<T>;
+  const Counts<kUsual> counts(a.L, a.K);
   Owned<A> owned;
-  if (!slot.active || i >= a.L * a.K) {
+  if (!slot.active || i >= counts.L * counts.K) {
     return owned;
   }
-  const int l = i / a.K;
-  const int64_t element = slot.index * a.L * a.K + i;
+  const int l = i / counts.K;
+  const int64_t element = slot.index * counts.L * counts.K + i;
   owned.level = levels[l];
   A xy[2];
   load<P, 2>(a.points + 2 * element, xy);
   A x = xy[0], y = xy[1];
-  owned.weight = widen(a.weights[element]);
-  if constexpr (kFused) {
+  if constexpr (kUsual) {
+    owned.weight = soft.kept[i / G] * soft.scale;
+  } else {
+    owned.weight = widen(a.weights[element]);
+  }
+  if constexpr (kFused && !kUsual) {
     owned.weight = soft.weight(owned.weight);
-    const A* r = a.reference + (slot.row * a.L + l) * a.reference_dims;
+  }
+  if constexpr (kFused) {
+    const A* r = a.reference + (slot.row * counts.L + l) * a.reference_dims;
     owned.reference = a.reference_dims == 2 ? around_point(r[0], r[1], owned.level.height, owned.level.width)
-                                            : inside_box(r[0], r[1], r[2], r[3], a.K);
+                                            : inside_box(r[0], r[1], r[2], r[3], counts.K);
     owned.offset_x = x;
     owned.offset_y = y;
     x = owned.reference.x + x * owned.reference.step_x;
@@ -350,9 +399,10 @@ own(const Arguments<T, P>& a, const Slot<G>& slot, const Level* levels, const So
   return owned;
 }
 
+template <bool kUsual = false>
 __device__ __forceinline__ const Level* shared_levels(const Map& a) {
   __shared__ Level levels[kInlineLevels];
-  if (a.L > kInlineLevels) {
+  if (!kUsual && a.L > kInlineLevels) {
     return a.more_levels;
   }
   for (int l = threadIdx.x; l < a.L; l += blockDim.x) {
@@ -373,17 +423,18 @@ __device__ __forceinline__ int place_of(const Owned<A>& owned) {
 }
 
 // One slot a group: a weighted sum of corners, written once.
-template <bool kFused, int G, int V, typename T, typename P>
+template <bool kFused, bool kUsual, int G, int V, typename T, typename P>
 __global__ void __launch_bounds__(kMostThreads, kResident<T>) forward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
-  const Level* levels = shared_levels(a);
+  const Counts<kUsual> counts(a.L, a.K);
+  const Level* levels = shared_levels<kUsual>(a);
   const Slot<G> slot(a, levels);
   if (!__any_sync(kAllLanes, slot.active)) {
     return;
   }
-  Softmax<A> soft;
+  Softmax<A, kKept<kUsual, G>> soft;
   if constexpr (kFused) {
-    soft = softmax(a, slot);
+    soft = softmax<kUsual>(a, slot);
   }
   const int bytes = a.H * a.D * static_cast<int>(sizeof(T));
 
@@ -392,8 +443,9 @@ __global__ void __launch_bounds__(kMostThreads, kResident<T>) forward_kernel(con
     const T* value = a.value + slot.first + channel;
     A sums[V] = {};
     A everywhere = 0;
-    for (int batch = 0; batch < a.L * a.K; batch += G) {
-      const Owned<A> mine = own<kFused>(a, slot, levels, soft, batch + slot.lane);
+#pragma unroll (kUsual ? 4 : 1)
+    for (int batch = 0; batch < counts.L * counts.K; batch += G) {
+      const Owned<A> mine = own<kFused, kUsual>(a, slot, levels, soft, batch + slot.lane);
       everywhere += mine.weight * mine.everywhere;
       A mine_share[4];
       corner_weights(mine.point, mine.weight, mine_share);
@@ -484,28 +536,30 @@ struct KeptGradients {
 
 // One slot a group: adds to grad_value at the corners, or if it sorts writes down what gather_kernel needs to do so; writes
 // the gradients of locations (offsets) and weights (logits).
-template <bool kFused, bool kSorts, int G, int V, typename T, typename P>
+template <bool kFused, bool kUsual, bool kSorts, int G, int V, typename T, typename P>
 __global__ void __launch_bounds__(kThreads, kResident<T>) backward_kernel(const __grid_constant__ Arguments<T, P> a) {
   using A = Wide<T>;
   constexpr int B = kBatch<G>;
-  const Level* levels = shared_levels(a);
+  const Counts<kUsual> counts(a.L, a.K);
+  const Level* levels = shared_levels<kUsual>(a);
   const Slot<G> slot(a, levels);
   if (!__any_sync(kAllLanes, slot.active)) {
     return;
   }
-  Softmax<A> soft;
+  Softmax<A, kKept<kUsual, G>> soft;
   if constexpr (kFused) {
-    soft = softmax(a, slot);
+    soft = softmax<kUsual>(a, slot);
   }
   const int bytes = a.H * a.D * static_cast<int>(sizeof(T)), grad_bytes = a.H * a.D * static_cast<int>(sizeof(A));
-  const int points = a.L * a.K;
+  const int points = counts.L * counts.K;
   __shared__ A memory[kFused && sizeof(P) < sizeof(A) ? kKeptBatches * kThreads : 1];
   const KeptGradients<B, T, P> kept{a, memory};
   A mean = 0; // of the weights' gradients, under the softmax
 
+#pragma unroll (kUsual ? 4 : 1)
   for (int batch = 0; batch < points; batch += B) {
     const int i = batch + slot.lane;
-    const Owned<A> mine = own<kFused>(a, slot, levels, soft, slot.lane < B ? i : points);
+    const Owned<A> mine = own<kFused, kUsual>(a, slot, levels, soft, slot.lane < B ? i : points);
     const int mine_packed = mine.level.width << 4 | int(mine.point.corners);
     if constexpr (kSorts) {
       if (slot.active && slot.lane < B && i < points) {
@@ -583,11 +637,11 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) backward_kernel(const 
       if constexpr (kFused) {
         mean += mine.weight * weight;
         if (a.grad_reference != nullptr) {
-          const int64_t r = (kSorts ? element : slot.row * a.L + i / a.K) * a.reference_dims;
+          const int64_t r = (kSorts ? element : slot.row * counts.L + i / counts.K) * a.reference_dims;
           atomicAdd(a.grad_reference + r, x);
           atomicAdd(a.grad_reference + r + 1, y);
           if (a.reference_dims == 4) {
-            const A half = box_step<A>(a.K);
+            const A half = box_step<A>(counts.K);
             atomicAdd(a.grad_reference + r + 2, x * mine.offset_x * half);
             atomicAdd(a.grad_reference + r + 3, y * mine.offset_y * half);
           }
@@ -610,7 +664,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) backward_kernel(const 
     if (slot.active && slot.lane < B) {
       for (int i = slot.lane; i < points; i += B) {
         const int64_t element = slot.index * points + i;
-        const A weight = soft.weight(widen(a.weights[element]));
+        const A weight = kUsual ? soft.kept[i / G] * soft.scale : soft.weight(widen(a.weights[element]));
         narrow(weight * (kept.get(element, i) - mean), a.grad_weights[element]);
       }
     }
@@ -631,7 +685,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   }
   const Level level = level_of(levels, a.L, &Level::start, cell);
   const int y = (cell - level.start) / level.width, x = (cell - level.start) % level.width;
-  // The cell is corner 3 of the points in the place above to the left, 2 of those above, 1 of those to the left, 0 of its own.
+  // The cell is corner 3 of the points in the place above to the left, 2 of those above, 1 of those to the left, 0 of those
+  // in its own.
   const int* above = a.starts + slice * a.places + level.first_place + y * (level.width + 1) + x;
   const int* below = above + level.width + 1;
   const int bytes = a.D * static_cast<int>(sizeof(T));

@@ -38,6 +38,17 @@ void with_geometry(int64_t channels, bool all_aligned, Launch launch) {
   }
 }
 
+// Calls launch(kUsual), true where there is a kernel for the usual numbers of levels and points and the call has these.
+template <typename T, bool kFused, int G, typename Launch>
+void with_counts(int levels, int points, Launch launch) {
+  if constexpr (kFused && G <= 8 && sizeof(T) < 8) {
+    if (levels == kUsualLevels && points == kUsualPoints) {
+      return launch(std::true_type());
+    }
+  }
+  launch(std::false_type());
+}
+
 // Tiles of kTileWidth columns and `rows` rows that cover the levels; fills in the levels' first tiles.
 template <typename T, typename P>
 int64_t count_tiles(Arguments<T, P>& a, int rows) {

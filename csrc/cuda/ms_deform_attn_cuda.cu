@@ -160,10 +160,13 @@ at::Tensor run_forward(const Inputs& in) {
     auto a = make_arguments<T, P>(in, more_levels);
     a.output = static_cast<T*>(output.mutable_data_ptr());
     with_geometry<T>(in.sizes.D, aligned(in.value), [&](auto lanes, auto channels) {
-      const auto grid = make_grid(a, in.sizes, lanes, false);
-      forward_kernel<kFused, lanes(), channels(), T, P>
-          <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      constexpr int G = lanes(), V = channels();
+      const auto grid = make_grid(a, in.sizes, G, false);
+      with_counts<T, kFused, G>(a.L, a.K, [&](auto usual) {
+        forward_kernel<kFused, usual(), G, V, T, P>
+            <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
     });
   });
   return output;
@@ -199,7 +202,8 @@ void sum_in_order(const Arguments<T, P>& a, const Inputs& in, const at::Tensor& 
   gather.starts = static_cast<const int*>(starts.const_data_ptr());
   gather.grad_value = static_cast<T*>(grad_value.mutable_data_ptr());
   const int64_t blocks = slices * gather.blocks;
-  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "value is too large for the CUDA kernel: ", blocks, " blocks of cells");
+  TORCH_CHECK(
+      blocks <= std::numeric_limits<int>::max(), "value is too large for the CUDA kernel: ", blocks, " blocks of cells");
   with_geometry<T>(in.sizes.D, is_aligned(a.grad_output) && aligned(grad_value), [&](auto lanes, auto channels) {
     gather_kernel<lanes(), channels(), T>
         <<<static_cast<unsigned>(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(gather);
@@ -246,15 +250,18 @@ Gradients run_backward_as(const Inputs& in, const at::Tensor& grad_output, bool 
       a.grad_weights = static_cast<P*>(grads.weights.mutable_data_ptr());
       a.grad_reference = grads.reference.defined() ? static_cast<A*>(grads.reference.mutable_data_ptr()) : nullptr;
       with_geometry<A>(in.sizes.D, aligned(in.value) && aligned(upstream), [&](auto lanes, auto channels) {
-        const auto grid = make_grid(a, in.sizes, lanes, true);
+        constexpr int G = lanes(), V = channels();
+        const auto grid = make_grid(a, in.sizes, G, true);
         at::Tensor wide_grad_weights;
-        if (needs_memory<kFused, lanes(), T, P>(in.sizes.L * in.sizes.K)) {
+        if (needs_memory<kFused, G, T, P>(in.sizes.L * in.sizes.K)) {
           wide_grad_weights = at::empty(in.weights.sizes(), options);
           a.wide_grad_weights = static_cast<A*>(wide_grad_weights.mutable_data_ptr());
         }
-        backward_kernel<kFused, kSorts, lanes(), channels(), T, P>
-            <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        with_counts<T, kFused && !kSorts, G>(a.L, a.K, [&](auto usual) {
+          backward_kernel<kFused, usual(), kSorts, G, V, T, P>
+              <<<grid.blocks, grid.threads, 0, c10::cuda::getCurrentCUDAStream()>>>(a);
+          C10_CUDA_KERNEL_LAUNCH_CHECK();
+        });
       });
       if constexpr (kSorts) {
         sum_in_order(a, in, point_places, grads.value);

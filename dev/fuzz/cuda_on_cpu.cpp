@@ -89,9 +89,13 @@ void run_geometry(const CudaCall& call, bool backward) {
 
   const unsigned threads = plan_blocks(a, G, backward), blocks = call.N * a.H * a.tiles;
   if (backward) {
-    emulator::launch(blocks, threads, [&] {
-      sorts ? backward_kernel<kFused, true, G, V, T, P>(a) : backward_kernel<kFused, false, G, V, T, P>(a);
-    });
+    if (sorts) {
+      emulator::launch(blocks, threads, [&] { backward_kernel<kFused, false, true, G, V, T, P>(a); });
+    } else {
+      with_counts<T, kFused, G>(a.L, a.K, [&](auto usual) {
+        emulator::launch(blocks, threads, [&] { backward_kernel<kFused, usual(), false, G, V, T, P>(a); });
+      });
+    }
     if (elements > 0) {
       std::memcpy(call.grad_points, grad_points.get(), 2 * elements * sizeof(P));
     }
@@ -106,7 +110,9 @@ void run_geometry(const CudaCall& call, bool backward) {
       }
     }
   } else {
-    emulator::launch(blocks, threads, [&] { forward_kernel<kFused, G, V, T, P>(a); });
+    with_counts<T, kFused, G>(a.L, a.K, [&](auto usual) {
+      emulator::launch(blocks, threads, [&] { forward_kernel<kFused, usual(), G, V, T, P>(a); });
+    });
   }
 }
 

@@ -13,6 +13,7 @@ from dev import count_cuda_instructions as counting
 from dev.benchmark import curves
 from dev.benchmark.cases import gather_corners, grid_sample_composite, make_case
 from dev.benchmark.on_cuda import count_sets, seconds_by_graph
+from dn_detr_d2 import UserError
 from dn_detr_d2.layers import missing_kernel, ms_deform_attn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -112,6 +113,10 @@ def test_instructions_are_counted_by_loops():
     assert counting.find_loops(instructions) == [range(2, 5)]
     assert counting.count_executed(instructions, "forward", lanes=8) == (10 + 3) / 4
     assert counting.count_executed(instructions, "gather", lanes=8) == 10 + 3
+    unrolled = [(16 * i, "LDG.E.128 R4, desc[UR4][R2.64]") for i in range(64)]
+    assert counting.count_executed(unrolled, "forward", lanes=8, unrolled=True) == 64 / 4
+    with pytest.raises(UserError, match="was not unrolled"):
+        counting.count_executed(instructions, "forward", lanes=8, unrolled=True)
 
 
 @pytest.mark.long
