@@ -3,6 +3,7 @@
 
     python dev/benchmark_detector.py --config-file configs/dino_R50_4scale_12ep.yaml --device cuda --precision bf16
     python dev/benchmark_detector.py --config-file configs/deformable_detr_R50_50ep.yaml --against torch transformers
+    python dev/benchmark_detector.py --config-file configs/quickstart.yaml --setting settled --setting "settled TEST.AMP bf16"
     python dev/benchmark_detector.py --config-file configs/dn_dab_deformable.yaml --size 256 256 --curves
 
 Images are random pixels of one size, weights are random. Without --threads above 1 the CPU times are CPU time of one thread,
@@ -11,12 +12,15 @@ implementation has to compute; "kept" is what autograd keeps for the backward pa
 "reads" are calls that bring numbers to Python, for which the host waits on a GPU.
 Rivals take turns with ours in this process; a ratio is the median over the rounds, with its range: "torch" is ours with
 deformable attention out of PyTorch's operators, "transformers" Deformable DETR of Hugging Face with the same sizes.
---curves measures how a training step grows instead, and writes a CSV and a plot. Exit code 2: bad input.
+--setting compares inference under other keys with that of the config, "settled" as the predictor and --eval-only prepare
+a model. --curves measures how a training step grows instead, and writes a CSV and a plot. Exit code 2: bad input.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -48,6 +52,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default 1)")
     parser.add_argument("--against", nargs="+", choices=RIVALS, default=[], help="what else is timed")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar='"[settled] KEY VALUE ..."',
+        help="of inference; several times",
+    )
     parser.add_argument("--curves", nargs="*", choices=list(CURVES), help="measure these curves (default: all) instead")
     parser.add_argument("--output", metavar="DIR", default="output/benchmark", help="where curves go")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and boxes (default 0)")
@@ -122,23 +133,43 @@ def rival_table(ours: Detector, case: Case, args: argparse.Namespace) -> str:
     """Time of each rival over ours."""
     rivals = {"ours": ours} | {name: build_rival(name, case) for name in args.against}
     rows = []
-    for what in ("step", "detect"):
-        times = {name: [] for name in rivals}
-        for counted in (False, *[True] * args.rounds):
-            for name, rival in rivals.items():
-                took = seconds(getattr(rival, what), args.device, wall=args.threads > 1)
-                if counted:
-                    times[name].append(took)
+    for what, title in (("step", "training step"), ("detect", "inference")):
+        times = interleaved({name: getattr(rival, what) for name, rival in rivals.items()}, args)
         for name in args.against:
-            ratios = [a / b for a, b in zip(times[name], times["ours"], strict=True)]
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
             bare = [f"{1e3 * median(times[x]):.0f}" for x in ("ours", name)]
-            rows.append(
-                ["training step" if what == "step" else "inference", name, *bare, f"{median(ratios):.2f}x", spread]
-            )
+            rows.append([title, name, *bare, *ratio_cells(times[name], times["ours"])])
     return tabulate(
         rows, ("", "against", "ours ms", "its ms", "ratio", "range"), tablefmt="github", disable_numparse=True
     )
+
+
+def setting_table(ours: Detector, case: Case, args: argparse.Namespace) -> str:
+    """Time of inference under each ``--setting`` over that of the config."""
+    passes = {"as built": ours.detect}
+    for setting in args.setting:
+        words = shlex.split(setting)
+        settled = words[:1] == ["settled"]
+        passes[setting] = build_ours(replace(case, opts=(*case.opts, *words[settled:])), settled=settled).detect
+    times = interleaved(passes, args)
+    rows = [[name, f"{1e3 * median(took):.0f}", *ratio_cells(took, times["as built"])] for name, took in times.items()]
+    return tabulate(rows, ("setting", "ms", "ratio", "range"), tablefmt="github", disable_numparse=True)
+
+
+def interleaved(passes: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each pass in each round, after one round that is not counted."""
+    times = {name: [] for name in passes}
+    for counted in (False, *[True] * args.rounds):
+        for name, run in passes.items():
+            took = seconds(run, args.device, wall=args.threads > 1)
+            if counted:
+                times[name].append(took)
+    return times
+
+
+def ratio_cells(times: list[float], base: list[float]) -> tuple[str, str]:
+    """Median of the rounds' ratios, and their range."""
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    return f"{median(ratios):.2f}x", f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -154,6 +185,9 @@ def benchmark(args: argparse.Namespace) -> None:
         write_curves(measure_curves(args.curves or list(CURVES), case, args.rounds), Path(args.output))
         return
     ours = build_ours(case)
+    if args.setting:
+        print(setting_table(ours, case, args))
+        return
     print("Training step\n\n" + part_table(ours, ours.step, args, training=True))
     if args.device == "cuda":
         print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")

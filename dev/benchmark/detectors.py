@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.engine.optimizer import build_optimizer
 from dn_detr_d2.engine.train_step import TrainStep
+from dn_detr_d2.inference import settle
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,11 +90,15 @@ def config_of(case: Case):
     return setup_cfg(case.config, ["MODEL.DN_DETR.NUM_CLASSES", 80, *case.opts, *forced], splits=())
 
 
-def build_ours(case: Case) -> Detector:
+def build_ours(case: Case, *, settled: bool = False) -> Detector:
     """The detector of a config with the project's own training step.
 
     Random weights of residual branches with frozen norms would add up until nothing is finite, so their last norms have the
     weight 1/4.
+
+    Args:
+        case: what is timed.
+        settled: as the predictor prepares a model, see :func:`dn_detr_d2.inference.settle`; then it cannot be trained.
     """
     cfg = config_of(case)
     torch.manual_seed(case.seed)
@@ -101,6 +106,8 @@ def build_ours(case: Case) -> Detector:
     for name, buffer in model.named_buffers():
         if name.endswith("conv3.norm.weight"):
             buffer.fill_(0.25)
+    if settled:
+        settle(model.eval(), cfg)
     optimizer, folder = build_optimizer(cfg, model), TemporaryDirectory()
     own = replace(case, seed=case.seed + comm.get_rank())  # each process has a batch of its own
     batch = make_batch(own, cfg.MODEL.DN_DETR.NUM_CLASSES)

@@ -179,6 +179,34 @@ def test_the_rival_of_torch_computes_the_same_losses(detector):
     )
 
 
+def test_settings_are_those_of_inference(capsys):
+    given = [
+        "--size",
+        "64",
+        "64",
+        "--rounds",
+        "1",
+        "--batch",
+        "1",
+        "--setting",
+        "settled",
+        "--setting",
+        "TEST.FOLD_NORMS False",
+    ]
+    assert benchmark_detector.main(["--config-file", DEFORMABLE, *given, *map(str, TOY)]) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows == ["setting", "as built", "settled", "TEST.FOLD_NORMS False"]
+
+
+def test_a_settled_detector_detects_the_same_with_folded_norms(detector):
+    settled = build_ours(CASE, settled=True)
+    fresh = build_ours(CASE)
+    assert "backbone.stem.conv1.norm.weight" in fresh.model.state_dict()
+    assert "backbone.stem.conv1.norm.weight" not in settled.model.state_dict()
+    first, second = (x.detect()[0]["instances"].scores for x in (fresh, settled))
+    assert torch.allclose(first, second, atol=1e-5)
+
+
 def arguments(given):
     return benchmark_detector.parse_arguments(["--config-file", DEFORMABLE, *given])
 
