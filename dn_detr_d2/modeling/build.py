@@ -17,6 +17,7 @@ from ..losses import (
     SoftmaxMatcher,
     without_masks,
 )
+from .compiling import check_compile
 from .decoder import Decoder
 from .mask_postprocess import build_postprocess
 from .mask_queries import MaskDinoQueries
@@ -59,6 +60,7 @@ def build_parts(cfg) -> dict:
     denoising = build_denoising(cfg, query_source, criterion)
     check_prompt_keys(cfg, query_source, denoising)
     check_boxes(cfg, decoder, matcher, criterion)
+    check_compile(cfg)
     return {
         "backbone": backbone,
         "neck": neck,
@@ -74,6 +76,7 @@ def build_parts(cfg) -> dict:
         "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
+        "compiled": root.COMPILE,
     }
 
 

@@ -15,10 +15,12 @@ from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers,
 from ..structures import Memory, map_by_size, to_device
 from .batch import count_objects, make_targets, matching_objects, require_masks
 from .build import build_parts
+from .compiling import compile_parts
 from .neck import padding_mask
 from .outputs import ForwardOutputs
 from .pixel_decoder import padded_size
 from .postprocess import Postprocess
+from .prepared_weights import PreparedWeights
 from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
 from .training_losses import training_losses
 
@@ -39,6 +41,7 @@ class DenoisingDETR(nn.Module):
             passing those of one size together. Then the detections of an image depend a little on its neighbours.
         size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
+        compiled: which parts ``torch.compile`` compiles, a key of :data:`~dn_detr_d2.modeling.compiling.COMPILED`.
     """
 
     @configurable
@@ -59,16 +62,19 @@ class DenoisingDETR(nn.Module):
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
+        compiled: str = "",
     ):
         super().__init__()
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
+        self._prepared = {name: PreparedWeights(getattr(self, name)) for name in ("backbone", "encoder", "decoder")}
         self.postprocess, self.pad_to_largest = postprocess, pad_to_largest
         self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
+        compile_parts(self, compiled)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -173,7 +179,9 @@ class DenoisingDETR(nn.Module):
             queries = prompt_labels(self.query_source, queries, batched_inputs)
             dn = denoising_part(self, denoising, batched_inputs, memory, targets, normalizers)
         queries = queries if dn is None else dn.join(queries)
-        return ForwardOutputs(memory, targets, queries, dn, self.decoder(queries, memory))
+        with self._prepared["decoder"].in_use():
+            predictions = self.decoder(queries, memory)
+        return ForwardOutputs(memory, targets, queries, dn, predictions)
 
     def encode(self, batched_inputs: list[dict]) -> Memory:
         """What the decoder looks at: preprocessing, backbone, neck, encoder and pixel decoder."""
@@ -186,9 +194,12 @@ class DenoisingDETR(nn.Module):
 
     def encode_tensors(self, images: Tensor, padding: Tensor) -> Memory:
         """:meth:`encode` of normalised images (N, 3, H, W) with their (N, H, W) bool padding mask."""
-        features = self.backbone(images)
+        with self._prepared["backbone"].in_use():
+            features = self.backbone(images)
         if self.pixel_decoder is None:
-            return self.encoder(self.neck(features, padding))
+            pyramid = self.neck(features, padding)
+            with self._prepared["encoder"].in_use():
+                return self.encoder(pyramid)
         with torch.autocast(self.device.type, enabled=False):  # as in the authors' code
             features = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items()}
             return self.pixel_decoder(features, self.encoder(self.neck(features, torch.zeros_like(padding))))

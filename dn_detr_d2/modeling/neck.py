@@ -106,7 +106,7 @@ class Neck(nn.Module):
             coarser.append(projection(coarser[-1] if coarser else raw[0 if self.coarse_first else -1]))
         maps = coarser[::-1] + maps if self.coarse_first else maps + coarser
         masks = [shrink_mask(padding, x.shape[-2:]) for x in maps]
-        return Pyramid(maps, [self.position_encoding(mask).to(maps[0].dtype) for mask in masks], masks)
+        return Pyramid(maps, self.position_encoding.of_levels(masks, maps[0].dtype), masks)
 
 
 def build_position_encoding(cfg) -> SinePositionEncoding:

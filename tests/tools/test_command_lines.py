@@ -36,6 +36,7 @@ BAD = {
     "dev.benchmark_self_attention": ["--rounds", "0"],
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
+    "dev.count_operators": ["--config-file", "/nowhere.yaml"],
     "dev.denoising_pictures": ["--output", "/proc/no/such"],
     "dev.flip_labels": ["/nowhere.json", "/nowhere/out.json"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
@@ -53,6 +54,7 @@ OVERRIDDEN = {
     "tools.visualize_attention": OF_IMAGE,
     "tools.visualize_denoising": [*OF_CONFIG, "--output", "/nowhere/out"],
     "dev.ablate_bccd": ["--bccd", "/nowhere"],
+    "dev.count_operators": OF_CONFIG,
     "dev.compare_runs": ["--quick", "--jobs", "1", "--pairs", "dense", "--report"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
 }
