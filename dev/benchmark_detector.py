@@ -3,7 +3,7 @@
 
     python dev/benchmark_detector.py --config-file configs/dino_R50_4scale_12ep.yaml --device cuda --precision bf16
     python dev/benchmark_detector.py --config-file configs/deformable_detr_R50_50ep.yaml --against torch transformers
-    python dev/benchmark_detector.py --config-file configs/quickstart.yaml --setting settled --setting "settled TEST.AMP bf16"
+    python dev/benchmark_detector.py --config-file configs/quickstart.yaml --batch 1 --setting "settled TEST.AMP bf16"
     python dev/benchmark_detector.py --config-file configs/dn_dab_deformable.yaml --size 256 256 --curves
 
 Images are random pixels of one size, weights are random. Without --threads above 1 the CPU times are CPU time of one thread,

@@ -52,8 +52,7 @@ def logit(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
     Numerator and denominator are clamped one by one, as in the official code, so the ends differ by about ``eps``.
     Values outside [0, 1] are taken as 0 or 1; NaN stays NaN.
     """
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
 
 
 def giou(a: Tensor, b: Tensor, eps: float = GIOU_EPS) -> Tensor:
@@ -67,14 +66,15 @@ def giou(a: Tensor, b: Tensor, eps: float = GIOU_EPS) -> Tensor:
     Returns:
         Tensor: broadcast shape without the last dimension, in (-1, 1] up to rounding. Degenerate boxes give a finite value.
     """
-    # Coordinate by coordinate: reductions over a dimension of 2 cost more than all the rest for many pairs.
-    ax0, ay0, ax1, ay1 = a.unbind(-1)
-    bx0, by0, bx1, by1 = b.unbind(-1)
-    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
-    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
-    intersection = width * height
+    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
+    intersection = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
     # The part of b outside a is never negative, also when rounded; so the IoU is never above 1.
-    union = (ax1 - ax0) * (ay1 - ay0) + ((bx1 - bx0) * (by1 - by0) - intersection)
-    enclosing_width = torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)
-    enclosing = enclosing_width * (torch.maximum(ay1, by1) - torch.minimum(ay0, by0))
+    union = _area(a_high - a_low) + (_area(b_high - b_low) - intersection)
+    enclosing = _area(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
     return intersection / (union + eps) - (enclosing - union) / (enclosing + eps)
+
+
+def _area(size: Tensor) -> Tensor:
+    """(..., 2) width and height -> (...); a reduction over a dimension of 2 costs more than all the rest for many pairs."""
+    width, height = size.unbind(-1)
+    return width * height

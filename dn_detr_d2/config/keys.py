@@ -46,6 +46,10 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # What computes deformable attention: "auto" = the compiled kernel of the device where there is one, else PyTorch's
     # operators, and says which; "cuda", "cpu" = that kernel or an error; "torch" = PyTorch's operators (the reference).
     node.OP_BACKEND = "auto"
+    # What torch.compile compiles for training, with sizes as symbols: "" nothing (default), "encoder" the layers of the
+    # encoder, "all" these, those of the decoder, and the backbone. The first step takes minutes. Not with
+    # ACTIVATION_CHECKPOINTING of the same layers; evaluation and exports are not compiled (docs/performance.md).
+    node.COMPILE = ""
 
     node.NECK = CfgNode()
     # Norm after each projection: "" (DETR, DAB, DN) or "GN" with 32 groups (DD).

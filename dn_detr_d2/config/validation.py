@@ -34,6 +34,7 @@ def check_config(cfg: CfgNode) -> None:
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
+        "MODEL.DN_DETR.COMPILE": ("", "encoder", "all"),
         "MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE.NAME": ("constant", "linear", "cosine"),
         "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
         "REPORT": ("auto", "always", "never"),

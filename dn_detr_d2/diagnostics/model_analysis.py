@@ -39,7 +39,13 @@ def linear_flops(inputs, outputs) -> Counter:
     return Counter({"linear": math.prod(get_shape(inputs[0])) * get_shape(inputs[1])[0]})
 
 
+def together_flops(inputs, outputs) -> Counter:
+    """Multiply-adds of linear layers that are one batched product."""
+    return Counter({"linear": math.prod(get_shape(inputs[1])) * get_shape(inputs[2])[-1]})
+
+
 HANDLES = {
+    "aten::baddbmm": together_flops,
     "aten::scaled_dot_product_attention": attention_flops,
     "aten::linear": linear_flops,
     "dn_detr_d2::ms_deform_attn": deformable_flops,

@@ -4,12 +4,15 @@ Shapes: N images, Q queries, S cells, C channels, H heads, L levels, K points. M
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..structures import IsolatedGroups
+from .autocast import lowered
+from .mlp import map_together
 from .ms_deform_attn import ms_deform_attn_fused
 
 FOLD_PAIRS, FOLD_PAIRS_A_KEY = 100_000, 32  # measured on a CPU, see docs/performance.md
@@ -39,7 +42,19 @@ def attend(
     Returns:
         Tensor: (N, Q, H * D), heads side by side.
     """
-    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    heads = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return attend_heads(*heads, blocked, dropout, isolated)
+
+
+def attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocked: Tensor | None = None,
+    dropout: float = 0.0,
+    isolated: IsolatedGroups | None = None,
+) -> Tensor:
+    """:meth:`attend` of heads (N, H, Q, E), (N, H, S, E) and (N, H, S, D); gives (N, Q, H * D) too."""
     if isolated is not None and pays_to_fold(isolated, query.shape[2]):
         attended = attend_folded(query, key, value, isolated, dropout)
     else:
@@ -115,10 +130,17 @@ class SelfAttention(nn.Module):
         self, x: Tensor, position: Tensor, blocked: Tensor | None = None, isolated: IsolatedGroups | None = None
     ) -> Tensor:
         """x (N, Q, C) attends to itself; ``position`` (N, Q, C) is added to query and key, not to the value."""
-        dim = x.shape[-1]
+        placed, dim = x + position, x.shape[-1]
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        query, key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, -1)
-        return self._add(x, query, key, F.linear(x, weight[2 * dim :], bias[2 * dim :]), blocked, isolated)
+        if torch.is_grad_enabled():  # one product of three inputs: fewer operators in both passes
+            inputs = torch.stack([y := lowered(placed), y, lowered(x)]).flatten(1, 2)
+            rows = torch.baddbmm(bias.view(3, 1, dim), inputs, weight.view(3, dim, dim).transpose(1, 2))
+            query, key, value = rows.view(3, *x.shape[:2], self.num_heads, -1).transpose(2, 3).unbind()
+        else:  # the copies would cost more
+            both = F.linear(placed, weight[: 2 * dim], bias[: 2 * dim])
+            parts = (*both.chunk(2, -1), F.linear(x, weight[2 * dim :], bias[2 * dim :]))
+            query, key, value = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in parts)
+        return self._add(x, query, key, value, blocked, isolated)
 
     def _add(
         self,
@@ -129,9 +151,9 @@ class SelfAttention(nn.Module):
         blocked: Tensor | None,
         isolated: IsolatedGroups | None = None,
     ) -> Tensor:
-        """Residual and norm around what the projected queries find."""
+        """Residual and norm around what the heads of the projected queries find."""
         dropout = self.dropout.p if self.training else 0.0
-        attended = attend(query, key, value, self.num_heads, blocked, dropout, isolated)
+        attended = attend_heads(query, key, value, blocked, dropout, isolated)
         return self.norm(x + self.dropout(self.out_proj(attended)))
 
 
@@ -142,16 +164,10 @@ class CrossAttention(SelfAttention):
         self, x: Tensor, position: Tensor, tokens: Tensor, token_positions: Tensor, blocked: Tensor
     ) -> Tensor:
         """x, position (N, Q, C); tokens, token_positions (N, S, C); blocked (N, 1, S) or (N, Q, S) bool -> (N, Q, C)."""
-        query, key, value = (
-            F.linear(y, weight, bias)
-            for y, weight, bias in zip(
-                (x + position, tokens + token_positions, tokens),
-                self.in_proj.weight.chunk(3),
-                self.in_proj.bias.chunk(3),
-                strict=True,
-            )
-        )
-        return self._add(x, query, key, value, blocked)
+        inputs = (x + position, tokens + token_positions, tokens)
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        projected = (F.linear(*y) for y in zip(inputs, weights, biases, strict=True))
+        return self._add(x, *(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected), blocked)
 
 
 class ConditionalSelfAttention(nn.Module):
@@ -329,25 +345,59 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, query: Tensor, reference: Tensor, tokens: Tensor, padding: Tensor, shapes: list[tuple[int, int]]
+        self,
+        query: Tensor,
+        reference: Tensor,
+        tokens: Tensor,
+        padding: Tensor,
+        shapes: list[tuple[int, int]],
+        value: Tensor | None = None,
     ) -> Tensor:
         """Samples the tokens around the reference of each query.
 
         Args:
-            query: (N, Q, C), content plus position.
+            query: (N, Q, C), content plus position, or its rows, (N * Q, C).
             reference: (N, Q, L, 2) points or (N, Q, L, 4) cxcywh boxes, in [0, 1] of each padded level.
-            tokens: (N, S, C).
+            tokens: (N, S, C), or their rows.
             padding: (N, S) bool, True outside the image; those tokens count as zero.
             shapes: (h, w) of each level.
+            value: what :func:`project_values` made of the tokens for this module; None = it is made here.
 
         Returns:
-            Tensor: (N, Q, C).
+            Tensor: like ``query``.
         """
-        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
-        sizes = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))
-        logits = self.attention_weights(query).unflatten(-1, sizes)
-        return self.output_proj(ms_deform_attn_fused(value, shapes, reference, offsets, logits, self.backend))
+        if value is None:
+            rows = self.value_proj(tokens.flatten(0, -2)).masked_fill(padding.flatten()[:, None], 0.0)
+            value = rows.view(*padding.shape, self.num_heads, -1)
+        sizes = (*reference.shape[:2], self.num_heads, self.num_levels, self.num_points)
+        rows = lowered(query.flatten(0, -2))
+        offsets, logits = self.sampling_offsets(rows).view(*sizes, 2), self.attention_weights(rows).view(sizes)
+        attended = ms_deform_attn_fused(value, shapes, reference, offsets, logits, self.backend)
+        return self.output_proj(attended.flatten(0, 1) if query.dim() == 2 else attended)
+
+
+# With more numbers than this a device is busy with the values themselves; then each layer projects its own, which holds one
+# gradient at a time instead of all.
+TOGETHER = 2**27
+
+
+def project_values(layers: Sequence[MultiScaleDeformableAttention], tokens: Tensor, padding: Tensor) -> list:
+    """What several layers sample from the same tokens, made by one batched product.
+
+    Args:
+        layers: K modules of one size.
+        tokens: (N, S, C).
+        padding: (N, S) bool, True outside the image; those tokens count as zero.
+
+    Returns:
+        list: K values (N, S, H, channels of a head), the same as of each layer alone but for rounding; K times None above
+        :data:`TOGETHER` numbers.
+    """
+    if len(layers) * tokens.numel() > TOGETHER:
+        return [None] * len(layers)
+    rows = lowered(tokens.flatten(0, 1)).expand(len(layers), -1, -1)
+    values = map_together([x.value_proj for x in layers], rows).masked_fill(padding.flatten()[:, None], 0.0)
+    return list(values.view(len(layers), *tokens.shape[:2], layers[0].num_heads, -1).unbind())
 
 
 def check_divisible(dim: int, num_heads: int) -> None:

@@ -1,7 +1,9 @@
 """Small stacks of linear layers."""
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,9 +22,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., widths[0]) -> (..., widths[-1])."""
+        return in_rows(self._map_rows, x)
+
+    def _map_rows(self, rows: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
+            rows = layer(rows).relu()
+        return self.layers[-1](rows)
 
 
 class FeedForward(nn.Module):
@@ -49,5 +54,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        hidden = self.dropout(self.activation(self.linear1(x)))
-        return self.norm(x + self.dropout(self.linear2(hidden)))
+        return self.norm(x + self.dropout(in_rows(self._map_rows, x)))
+
+    def _map_rows(self, rows: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(rows))))
+
+
+def map_together(layers: Sequence[nn.Linear], rows: Tensor) -> Tensor:
+    """What K linear layers of one size make of K sets of rows, by one batched product: (K, rows, C) -> (K, rows, D)."""
+    weights, biases = (torch.stack([getattr(x, name) for x in layers]) for name in ("weight", "bias"))
+    return torch.baddbmm(biases[:, None], rows, weights.transpose(1, 2))
+
+
+def in_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function`` of the rows of a (..., C) tensor, a function of (rows, C): between several linear layers nothing is
+    reshaped then, in the forward and in the backward pass."""
+    if x.dim() == 2:
+        return function(x)
+    return function(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

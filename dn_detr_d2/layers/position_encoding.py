@@ -5,6 +5,7 @@ first, x second; the reason is only that DETR began so, and every checkpoint of 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,25 @@ def sine_encoding(x: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"dim must be even and positive, got {dim}")
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    exponent = torch.arange(0, dim, 2, dtype=x.dtype, device=x.device) / dim
-    wavelength = torch.full_like(exponent[0], temperature) ** exponent  # a Python number would be uploaded, with a wait
-    angles = x[..., None] / wavelength
+    x = x if x.dtype == torch.float64 else x.float()
+    angles = x[..., None] / wavelengths(dim, temperature, x)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+def wavelengths(dim: int, temperature: float, like: Tensor) -> Tensor:
+    """(dim / 2,) numbers T^(2i/dim) in the dtype and on the device of ``like``; made once and kept, but for tracers."""
+    key = (dim, temperature, like.dtype, like.device)
+    if not torch.compiler.is_compiling() and key in _WAVELENGTHS:
+        return _WAVELENGTHS[key]
+    with torch.inference_mode(False):  # what is kept must go with training too
+        exponent = torch.arange(0, dim, 2, dtype=like.dtype, device=like.device) / dim
+        made = torch.full_like(exponent[0], temperature) ** exponent  # a Python number would be uploaded, with a wait
+    if not torch.compiler.is_compiling() and type(made) is Tensor:  # not one of those that stand for a tensor
+        _WAVELENGTHS[key] = made
+    return made
+
+
+_WAVELENGTHS: dict[tuple, Tensor] = {}
 
 
 def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
@@ -56,9 +71,19 @@ class SinePositionEncoding(nn.Module):
 
     def forward(self, padding: Tensor) -> Tensor:
         """(N, h, w) bool, True outside the image -> (N, dim, h, w) float32."""
+        return self.of_levels([padding])[0]
+
+    def of_levels(self, padding: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The encodings of several maps, made together; ``dtype`` None = float32."""
+        angles = [self._angles(x) for x in padding]
+        encoded = sine_encoding(torch.cat(angles, 1), self.dim // 2, self.temperature).flatten(-2)
+        levels = encoded.to(dtype or encoded.dtype).split([x.shape[1] for x in angles], 1)
+        return [x.unflatten(1, mask.shape[1:]).permute(0, 3, 1, 2) for x, mask in zip(levels, padding, strict=True)]
+
+    def _angles(self, padding: Tensor) -> Tensor:
+        """(N, h, w) bool -> (N, h * w, 2) as (y, x), in [0, 2 pi] inside the image."""
         # Integers: cumulative sums of floats have no deterministic CUDA kernel.
         y, x = ((~padding).cumsum(axis, dtype=torch.int32) for axis in (1, 2))
         y = (y + self.offset) / (y[:, -1:] + self.EPS) * (2 * math.pi)
         x = (x + self.offset) / (x[:, :, -1:] + self.EPS) * (2 * math.pi)
-        encoded = [sine_encoding(axis, self.dim // 2, self.temperature) for axis in (y, x)]
-        return torch.cat(encoded, -1).permute(0, 3, 1, 2)
+        return torch.stack([y, x], -1).flatten(1, 2)

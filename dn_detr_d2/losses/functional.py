@@ -48,7 +48,7 @@ def focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
 
 def float32(*tensors: Tensor) -> list[Tensor]:
     """The tensors in float32 (float64 stays): costs and losses are not computed in half precision."""
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 def in_float32(predictions: Predictions) -> Predictions:

@@ -18,6 +18,7 @@ from ..losses import (
     without_masks,
 )
 from ..utils.precision import dtype_of
+from .compiling import check_compile
 from .decoder import Decoder
 from .encoder import DeformableEncoder, PlainEncoder
 from .hidden_padding import can_hide_padding
@@ -62,6 +63,7 @@ def build_parts(cfg) -> dict:
     denoising = build_denoising(cfg, query_source, criterion)
     check_prompt_keys(cfg, query_source, denoising)
     check_boxes(cfg, decoder, matcher, criterion)
+    check_compile(cfg)
     return {
         "backbone": backbone,
         "neck": neck,
@@ -79,6 +81,7 @@ def build_parts(cfg) -> dict:
         "size_divisibility": root.SIZE_DIVISIBILITY,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
+        "compiled": root.COMPILE,
     }
 
 

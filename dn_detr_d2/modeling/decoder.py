@@ -12,7 +12,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..layers import LayerStack, SinePositionEncoding
+from ..layers import LayerStack, MultiScaleDeformableAttention, SinePositionEncoding, project_values
 from ..structures import Memory, ObjectQueries, Predictions
 from .decoder_layer import LayerInputs, MaskedDecoderLayer, QueryPosition
 from .encoder import transformer_arguments
@@ -98,16 +98,18 @@ class Decoder(LayerStack):
         """
         content, references = queries.content, References(queries.boxes, queries.boxes)
         views = self.views(memory)
+        values = self.values(views)
         sets = [self.predict_first(queries)] if self.PREDICTS_FIRST else []
         for i, layer in enumerate(self.layers):
             view = views[i % len(views)]
             blocked = self.blocked_cells(sets, view, queries, i)
-            content = self.checkpointed(self.step, layer, content, references.entering, queries, view, i == 0, blocked)
+            given = (queries, view, i == 0, blocked, values[i])
+            content = self.checkpointed(self.step, layer, content, references.entering, *given)
             hidden = content if self.norm is None else self.norm(content)
             sets.append(self.predict(hidden, references.refined, i))
             if i + 1 < len(self.layers):
                 references = self.update(references, self._correction(content, references, sets[-1].boxes, i))
-        return stack_sets(sets, memory.mask_features, len(sets) - len(self.layers))
+        return self.join_sets(sets, memory.mask_features)
 
     def step(
         self,
@@ -118,17 +120,30 @@ class Decoder(LayerStack):
         memory: Memory,
         first: bool,
         blocked_cells: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> Tensor:
         """(N, Q, C) -> (N, Q, C): one layer with the positions that it needs."""
         if queries.position is None:
             position = self.position(content, boxes, memory, first=first)
         else:
             position = QueryPosition(queries.position)
-        return layer(content, LayerInputs(position, boxes, memory, queries.blocked, blocked_cells, queries.isolated))
+        masks = (queries.blocked, blocked_cells, queries.isolated)
+        return layer(content, LayerInputs(position, boxes, memory, *masks, value))
 
     def views(self, memory: Memory) -> list[Memory]:
         """What the layers look at, in turns; here all of the memory."""
         return [memory]
+
+    def values(self, views: list[Memory]) -> list[Tensor | None]:
+        """What the deformable attention of each layer samples, in training made for all layers at once; else None.
+
+        Evaluation and activation checkpointing need not hold the values of all layers, so they do not.
+        """
+        attention = [getattr(layer, "cross_attn", None) for layer in self.layers]
+        wanted = self.training and torch.is_grad_enabled() and not self.activation_checkpointing and len(views) == 1
+        if not wanted or not all(isinstance(x, MultiScaleDeformableAttention) for x in attention):
+            return [None] * len(self.layers)
+        return project_values(attention, views[0].tokens, views[0].padding)
 
     def blocked_cells(
         self, sets: list["LayerOutputs"], view: Memory, queries: ObjectQueries, layer: int
@@ -144,22 +159,25 @@ class Decoder(LayerStack):
             boxes: (N, Q, 4) references that are corrected.
             layer: index of the layer.
         """
-        return LayerOutputs(
-            self.heads.classify(hidden, layer),
-            self.heads.refine(hidden, boxes, layer) if self.BOXES else None,
-            self.heads.embed_masks(hidden, layer),
-        )
+        boxes = self.heads.refine(hidden, boxes, layer) if self.BOXES else None
+        return LayerOutputs(hidden, boxes, self.heads.embed_masks(hidden, layer))
 
     def predict_first(self, queries: ObjectQueries) -> "LayerOutputs":
         """Predictions of the queries before the first layer; their boxes are the references."""
-        return LayerOutputs(*self.classify_and_embed(queries.content, queries.boxes))
+        return self.embed(queries.content, queries.boxes)
 
-    def classify_and_embed(
-        self, content: Tensor, boxes: Tensor | None, layer: int = 0
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(logits, boxes, mask embeddings) of contents before the final norm, by the heads of a layer; boxes as given."""
+    def embed(self, content: Tensor, boxes: Tensor | None, layer: int = 0) -> "LayerOutputs":
+        """Predictions from contents before the final norm, by the heads of a layer; boxes as given."""
         hidden = self.norm(content)
-        return self.heads.classify(hidden, layer), boxes if self.BOXES else None, self.heads.embed_masks(hidden, layer)
+        return LayerOutputs(hidden, boxes if self.BOXES else None, self.heads.embed_masks(hidden, layer))
+
+    def join_sets(self, sets: list["LayerOutputs"], mask_features: Tensor | None) -> Predictions:
+        """The predictions of K sets as one; classes are predicted here, for all layers at once."""
+        before = len(sets) - len(self.layers)
+        columns = ([getattr(x, name) for x in sets] for name in ("hidden", "boxes", "mask_embeddings"))
+        hidden, boxes, embeddings = (None if column[0] is None else torch.stack(column) for column in columns)
+        logits = self.heads.classify_layers(hidden, [max(i - before, 0) for i in range(len(sets))])
+        return Predictions(logits, boxes, embeddings, None if embeddings is None else mask_features, before)
 
     def _correction(
         self, content: Tensor, references: References, predicted: Tensor, layer: int
@@ -172,18 +190,11 @@ class Decoder(LayerStack):
 
 @dataclass
 class LayerOutputs:
-    """Predictions of one layer: (N, Q, P) logits, (N, Q, 4) boxes and (N, Q, C) mask embeddings, or None."""
+    """Of one layer: (N, Q, C) what classes are predicted from, (N, Q, 4) boxes and (N, Q, C) mask embeddings, or None."""
 
-    logits: Tensor
+    hidden: Tensor
     boxes: Tensor | None
     mask_embeddings: Tensor | None
-
-
-def stack_sets(sets: list[LayerOutputs], mask_features: Tensor | None, before_layers: int) -> Predictions:
-    """The predictions of K sets as one, of which so many stand before that of the first layer."""
-    columns = ([getattr(x, name) for x in sets] for name in ("logits", "boxes", "mask_embeddings"))
-    logits, boxes, embeddings = (None if column[0] is None else torch.stack(column) for column in columns)
-    return Predictions(logits, boxes, embeddings, None if embeddings is None else mask_features, before_layers)
 
 
 class MaskedDecoder(Decoder):
@@ -286,7 +297,7 @@ class MaskDinoDecoder(Decoder):
 
     def predict(self, hidden: Tensor, boxes: Tensor, layer: int) -> LayerOutputs:
         """As of :class:`Decoder`, classes and masks from the content normed once more."""
-        return LayerOutputs(*self.classify_and_embed(hidden, self.heads.refine(hidden, boxes, layer), layer))
+        return self.embed(hidden, self.heads.refine(hidden, boxes, layer), layer)
 
 
 # Registered name -> (class, final norm, rule). The names are those of MODEL.DN_DETR.DECODER.NAME.

@@ -49,6 +49,8 @@ class LayerInputs:
         blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
         blocked_cells: (N, Q, S) bool cross-attention mask [query, cell] of masked attention, or None.
         isolated: the groups that ``blocked`` is the mask of, if it is no other; self-attention may use them instead.
+        value: what the deformable attention of this layer samples from the memory, where that is made for all layers at
+            once (:func:`~dn_detr_d2.layers.project_values`).
     """
 
     position: QueryPosition
@@ -57,6 +59,7 @@ class LayerInputs:
     blocked: Tensor | None
     blocked_cells: Tensor | None = None
     isolated: IsolatedGroups | None = None
+    value: Tensor | None = None
 
 
 def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
@@ -64,7 +67,7 @@ def part_of_padded(boxes: Tensor, memory: Memory) -> Tensor:
 
     They stay as they are, as those of an image alone, where padding is hidden.
     """
-    return boxes if memory.hides_padding else boxes * memory.valid_ratios[:, None, 0].tile(2)
+    return boxes if memory.hides_padding else boxes * memory.box_ratios[:, :1]
 
 
 class AnchorPosition(nn.Module):
@@ -231,10 +234,10 @@ class DeformableDecoderLayer(nn.Module):
         """(N, Q, C) -> (N, Q, C)."""
         position, memory = inputs.position, inputs.memory
         content = self.self_attn(content, position.embedding, inputs.blocked, inputs.isolated)
-        reference = self.reference(inputs.boxes[:, :, None] * memory.valid_ratios.tile(2)[:, None])
-        attended = self.cross_attn(
-            content + position.embedding, reference, memory.tokens, memory.padding, memory.shapes
-        )
+        reference = self.reference(inputs.boxes[:, :, None] * memory.box_ratios[:, None])
+        image = (memory.tokens, memory.padding, memory.shapes)
+        made = {} if inputs.value is None else {"value": inputs.value}
+        attended = self.cross_attn(content + position.embedding, reference, *image, **made)
         return self.ffn(self.norm(content + self.dropout(attended)))
 
     def reference(self, boxes: Tensor) -> Tensor:

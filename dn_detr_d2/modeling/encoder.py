@@ -176,9 +176,9 @@ class DeformableEncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
-    def forward(self, tokens: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """tokens (N, S, C), reference (N, S, L, 2) -> (N, S, C)."""
-        attended = self.self_attn(tokens + memory.positions, reference, tokens, memory.padding, memory.shapes)
+    def forward(self, tokens: Tensor, positions: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """Rows of tokens and positions (N * S, C), reference (N, S, L, 2) -> (N * S, C)."""
+        attended = self.self_attn(tokens + positions, reference, tokens, memory.padding, memory.shapes)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
@@ -225,10 +225,10 @@ class DeformableEncoder(LayerStack):
         """Pyramid of L levels -> Memory."""
         memory = flatten_pyramid(pyramid, self.level_embed.weight)
         reference = cell_centres(memory)
-        tokens = memory.tokens
+        tokens, positions = memory.tokens.flatten(0, 1), memory.positions.flatten(0, 1)
         for layer in self.layers:
-            tokens = self.checkpointed(layer, tokens, reference, memory)
-        memory.tokens = tokens
+            tokens = self.checkpointed(layer, tokens, positions, reference, memory)
+        memory.tokens = tokens.view(memory.tokens.shape)
         return memory
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..boxes import LOGIT_EPS, logit
-from ..layers import MLP
+from ..layers import MLP, map_together
 from ..losses.functional import float32
 
 # Start with a foreground probability of 0.01 (focal loss, RetinaNet Sec. 3.3).
@@ -30,6 +31,8 @@ class DetectionHeads(nn.Module):
         boxes: whether there are box heads; Mask2Former has none.
         masks: whether there are mask heads (Mask2Former, Mask DINO); box heads beside them start from zero.
     """
+
+    FLOAT32 = ("box_heads",)  # children that run without autocast
 
     def __init__(
         self,
@@ -65,6 +68,15 @@ class DetectionHeads(nn.Module):
         if not self.no_object_heads:
             return logits
         return torch.cat([logits, self.no_object_heads[layer % len(self.no_object_heads)](content)], -1)
+
+    def classify_layers(self, contents: Tensor, layers: Sequence[int]) -> Tensor:
+        """:meth:`classify` of several decoder layers: (K, ..., C) contents, one set a layer -> (K, ..., P)."""
+        if len(self.class_heads) == 1:
+            return self.classify(contents, 0)
+        if self.no_object_heads or not torch.is_grad_enabled():  # fewer operators count in training
+            return torch.stack([self.classify(x, i) for x, i in zip(contents, layers, strict=True)])
+        heads = [self.class_heads[i % len(self.class_heads)] for i in layers]
+        return map_together(heads, contents.flatten(1, -2)).unflatten(1, contents.shape[1:-1])
 
     def embed_masks(self, content: Tensor, layer: int) -> Tensor | None:
         """(..., C) -> (..., C) mask embeddings of decoder layer ``layer``; None without mask heads."""

@@ -135,9 +135,10 @@ class MaskDinoQueries(TopKAnchors):
         logits = self.heads.classify(hidden, 0)
         best = self.choose(logits, memory)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
-        first, refined, embeddings = self._decoder[0].classify_and_embed(chosen[0], self.refine(*chosen))
-        proposals = Predictions(first[None], refined[None], embeddings[None], memory.mask_features)
-        start = refined.detach() if not self.boxes_from_masks else self.first_boxes(proposals)
+        first = self._decoder[0].embed(chosen[0], self.refine(*chosen))
+        logits = self.heads.classify(first.hidden, 0)
+        proposals = Predictions(logits[None], first.boxes[None], first.mask_embeddings[None], memory.mask_features)
+        start = first.boxes.detach() if not self.boxes_from_masks else self.first_boxes(proposals)
         return ObjectQueries(chosen[0].detach(), start, proposals=proposals)
 
     @torch.no_grad()

@@ -19,11 +19,13 @@ from ..structures import Memory, map_by_size, to_device
 from ..utils.precision import inference
 from .batch import count_objects, make_targets, matching_objects, normalised_batch, padded_shape, require_masks
 from .build import build_parts
+from .compiling import compile_parts
 from .hidden_padding import resnet_maps
 from .neck import padding_mask
 from .outputs import ForwardOutputs, LastPredictions
 from .pixel_decoder import padded_size
 from .postprocess import Postprocess
+from .prepared_weights import PreparedWeights
 from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
 from .training_losses import training_losses
 
@@ -47,6 +49,7 @@ class DenoisingDETR(nn.Module):
         amp: what autocast computes in at inference; None = float32. Detections are float32 in any case.
         size_divisibility: images are padded to multiples of this many pixels; 0 = what the backbone asks for.
         pixel_mean, pixel_std: of each channel, in the order of the input.
+        compiled: which parts ``torch.compile`` compiles, a key of :data:`~dn_detr_d2.modeling.compiling.COMPILED`.
 
     Attributes:
         tensor_pass: takes images and sizes as :meth:`forward_tensors` does, such as a compiled form of it, and detects where
@@ -73,11 +76,13 @@ class DenoisingDETR(nn.Module):
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
+        compiled: str = "",
     ):
         super().__init__()
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
+        self._prepared = {name: PreparedWeights(getattr(self, name)) for name in ("backbone", "encoder", "decoder")}
         self.postprocess, self.amp = postprocess, amp
         self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
         self.tensor_pass: Callable[..., tuple[Tensor, ...]] | None = None
@@ -85,6 +90,7 @@ class DenoisingDETR(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
+        compile_parts(self, compiled)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -216,7 +222,9 @@ class DenoisingDETR(nn.Module):
             queries = prompt_labels(self.query_source, queries, batched_inputs)
             dn = denoising_part(self, denoising, batched_inputs, memory, targets, normalizers)
         queries = queries if dn is None else dn.join(queries)
-        return ForwardOutputs(memory, targets, queries, dn, self.decoder(queries, memory))
+        with self._prepared["decoder"].in_use():
+            predictions = self.decoder(queries, memory)
+        return ForwardOutputs(memory, targets, queries, dn, predictions)
 
     def encode(self, batched_inputs: list[dict]) -> Memory:
         """What the decoder looks at: preprocessing, backbone, neck, encoder and pixel decoder."""
@@ -232,9 +240,12 @@ class DenoisingDETR(nn.Module):
         if self.hide_padding and not self.training:
             memory = self.encoder(self.neck(resnet_maps(self.backbone, images, padding), padding, hidden=True))
             return replace(memory, hides_padding=True)
-        features = self.backbone(images)
+        with self._prepared["backbone"].in_use():
+            features = self.backbone(images)
         if self.pixel_decoder is None:
-            return self.encoder(self.neck(features, padding))
+            pyramid = self.neck(features, padding)
+            with self._prepared["encoder"].in_use():
+                return self.encoder(pyramid)
         with torch.autocast(self.device.type, enabled=False):  # as in the authors' code
             features = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items()}
             return self.pixel_decoder(features, self.encoder(self.neck(features, torch.zeros_like(padding))))

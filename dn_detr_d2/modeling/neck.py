@@ -121,7 +121,7 @@ class Neck(nn.Module):
         maps = coarser[::-1] + maps if self.coarse_first else maps + coarser
         masks = [outside(padding, stride) if hidden else shrink_mask(padding, x.shape[-2:]) for x, stride in maps]
         maps = [x for x, _ in maps]
-        return Pyramid(maps, [self.position_encoding(mask).to(maps[0].dtype) for mask in masks], masks)
+        return Pyramid(maps, self.position_encoding.of_levels(masks, maps[0].dtype), masks)
 
     def count_cells(self, size: tuple[int, int]) -> int:
         """Cells of all levels of an image of (height, width) without padding."""

@@ -15,6 +15,7 @@ from dn_detr_d2.layers import (
     SelfAttention,
     attend,
     ms_deform_attn,
+    project_values,
 )
 from dn_detr_d2.layers.attention import attend_folded, pays_to_fold
 from dn_detr_d2.layers.ms_deform_attn import locations_from_boxes, locations_from_points
@@ -245,3 +246,46 @@ def test_dropped_attention_of_conditional_attention_keeps_its_mean():
         found = layer(x[:, :500], keys[:, :500])
     assert found.std() > 0.01
     assert found.mean() == pytest.approx(1.0, abs=0.02)
+
+
+def deformable_inputs(layers, n=2, shapes=((3, 4), (2, 2)), queries=5):
+    """(query, reference, tokens, padding, shapes) of random numbers, the second image with padding, for layers off their
+    symmetric start."""
+    cells = sum(h * w for h, w in shapes)
+    padding = torch.zeros(n, cells, dtype=torch.bool)
+    padding[1, ::3] = True
+    inputs = (torch.randn(n, queries, 16), torch.rand(n, queries, 2, 2), torch.randn(n, cells, 16), padding)
+    for parameter in nn.ModuleList(layers).parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return (*inputs, list(shapes))
+
+
+def test_values_of_several_layers_are_those_of_each():
+    layers = [MultiScaleDeformableAttention(16, 4, 2, 3) for _ in range(3)]
+    inputs = deformable_inputs(layers)
+    values = project_values(layers, inputs[2], inputs[3])
+    for layer, value in zip(layers, values, strict=True):
+        assert value.is_contiguous()  # or the operator would copy it
+        torch.testing.assert_close(layer(*inputs, value), layer(*inputs))
+
+
+def test_large_values_are_projected_layer_by_layer(monkeypatch):
+    monkeypatch.setattr("dn_detr_d2.layers.attention.TOGETHER", 100)
+    layers = [MultiScaleDeformableAttention(16, 4, 2, 3) for _ in range(3)]
+    assert project_values(layers, torch.randn(1, 3, 16), torch.zeros(1, 3, dtype=torch.bool)) == [None] * 3
+
+
+def test_rows_of_queries_and_tokens_give_the_rows_of_the_result():
+    layer = MultiScaleDeformableAttention(16, 4, 2, 3)
+    query, reference, tokens, padding, shapes = deformable_inputs([layer])
+    found = layer(query.flatten(0, 1), reference, tokens.flatten(0, 1), padding, shapes)
+    torch.testing.assert_close(found, layer(query, reference, tokens, padding, shapes).flatten(0, 1))
+
+
+def test_self_attention_projects_with_and_without_gradients_alike():
+    layer, x, position = SelfAttention(16, 4), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    nn.init.normal_(layer.in_proj.bias)
+    blocked = torch.eye(5, dtype=torch.bool)
+    with torch.no_grad():
+        expected = layer(x, position, blocked)
+    torch.testing.assert_close(layer(x, position, blocked), expected)

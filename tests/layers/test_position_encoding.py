@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from naming import naming
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dn_detr_d2.layers import SinePositionEncoding, encode_boxes, sine_encoding
 
@@ -52,3 +53,24 @@ def test_odd_widths_are_refused(dim):
         sine_encoding(torch.zeros(1), dim)
     with pytest.raises(ValueError, match=naming(dim)):
         SinePositionEncoding(dim)
+
+
+def test_levels_together_are_encoded_as_each_by_itself():
+    encoding = SinePositionEncoding(16, temperature=20.0, offset=-0.5)
+    levels = [torch.zeros(2, 4, 6, dtype=torch.bool), torch.zeros(2, 2, 3, dtype=torch.bool)]
+    levels[0][1, :, 4:] = levels[1][1, :, 2:] = True
+    for found, level in zip(encoding.of_levels(levels), levels, strict=True):
+        assert torch.equal(found, encoding(level))
+    assert encoding.of_levels(levels, torch.bfloat16)[1].dtype == torch.bfloat16
+
+
+def test_wavelengths_that_inference_made_go_with_training():
+    """A tensor of inference mode cannot be kept for a backward pass, and one of a tracer is no number."""
+    with torch.inference_mode():
+        sine_encoding(torch.rand(3), 22, 123.0)
+    x = torch.rand(3, requires_grad=True)
+    sine_encoding(x, 22, 123.0).sum().backward()
+    assert x.grad is not None
+    with FakeTensorMode() as mode:
+        sine_encoding(mode.from_tensor(torch.rand(3)), 26, 123.0)
+    assert type(sine_encoding(torch.rand(3), 26, 123.0)) is torch.Tensor

@@ -8,9 +8,17 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from ranks import on_ranks
 
+from dn_detr_d2.layers import attention
+
 NODES = [f"MODEL.DN_DETR.{part}" for part in ("ENCODER", "DECODER")]
 ON = [x for node in NODES for x in (f"{node}.ACTIVATION_CHECKPOINTING", True)]
 DROPOUT = [x for node in NODES for x in (f"{node}.DROPOUT", 0.1)]
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch):
+    """Each decoder layer projects its own values, as with checkpointing: one product for all would round otherwise."""
+    monkeypatch.setattr(attention, "TOGETHER", 0)
 
 
 def gradients(model, batch, autocast=None):
@@ -42,6 +50,16 @@ def test_gradients_are_equal_to_the_bit_with_dropout(toy_model, system, autocast
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     assert torch.equal(stream, expected_stream)  # the repetition leaves the random numbers of the next step alone
+
+
+@pytest.mark.parametrize("system", ["dn_deformable_detr", "dino"])
+def test_values_projected_together_change_the_rounding_alone(toy_model, system, monkeypatch):
+    model, batch = toy_model(system).train(), make_batch(2, 0)
+    expected, *_ = gradients(model, batch)
+    monkeypatch.setattr(attention, "TOGETHER", 2**27)
+    found, *_ = gradients(model, batch)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
 def layer_calls(model, batch, backward):
@@ -80,6 +98,7 @@ def test_autograd_keeps_less(toy_cfg, system):
 def gradients_of_two(cfg, folder, name):
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    attention.TOGETHER = 0  # in a process of its own
     model = create_ddp_model(build_model(cfg), device_ids=None, broadcast_buffers=False).train()
     found, *_ = gradients(model, make_batch(*((3, 1), (0, 2))[comm.get_rank()]))
     if comm.is_main_process():

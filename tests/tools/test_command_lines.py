@@ -39,6 +39,7 @@ BAD = {
     "dev.compare_runs": ["--jobs", "0"],
     "dev.count_cuda_instructions": UNKNOWN_OPTION,
     "dev.count_l2_reads": ["--height", "0"],
+    "dev.count_operators": ["--config-file", "/nowhere.yaml"],
     "dev.denoising_pictures": ["--output", "/proc/no/such"],
     "dev.fuzz_ms_deform_attn": ["--cases", "0"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
@@ -58,6 +59,7 @@ OVERRIDDEN = {
     "dev.ablate_bccd": ["--bccd", "/nowhere"],
     "dev.benchmark_detector": [*OF_CONFIG, "--size", "32", "32", "--rounds", "1"],
     "dev.benchmark_loader": ["--dataset", "shapes_train"],
+    "dev.count_operators": OF_CONFIG,
     "dev.compare_runs": ["--quick", "--jobs", "1", "--pairs", "dense", "--report"],
     "dev.measure_prompting": ["--seeds", "1", "--runs", "/nowhere", "--report"],
 }
