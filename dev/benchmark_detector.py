@@ -19,6 +19,7 @@ a model. --curves measures how a training step grows instead, and writes a CSV a
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +32,15 @@ from tabulate import tabulate
 
 from dev.benchmark import timeline
 from dev.benchmark.detector_curves import CURVES, measure_curves, write_curves
-from dev.benchmark.detectors import PRECISIONS, RIVALS, Case, Detector, build_ours, build_rival, seconds
+from dev.benchmark.detectors import PRECISIONS, RIVALS, Case, Detector, build_ours, build_rival, config_of, seconds
 from dev.benchmark.timeline import BACKWARD, FORWARD, Timeline
+from dev.benchmark_loader import HEIGHT, OBJECTS, WIDTH, make_images
 from dev.compare_runs import machine
 from dn_detr_d2 import ConfigError, UserError
 from dn_detr_d2.command_line import add_overrides, parse, run_command
+from dn_detr_d2.data import register_coco_json
+from dn_detr_d2.data.mapper import DetrDatasetMapper
+from dn_detr_d2.data.registered import records_of
 
 HEADERS = ("part", "forward ms", "backward ms", "of the step", "floor", "kept MiB", "operators", "reads")
 
@@ -79,6 +84,8 @@ def checked_case(args: argparse.Namespace) -> Case:
         raise UserError(f"--size must be at least 32 32, got {args.size[0]} {args.size[1]}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but PyTorch finds no CUDA device; leave it out")
+    if "transformers" in args.against and args.precision == "fp16":
+        raise UserError("--against transformers has no step with a loss scaler; choose --precision fp32 or bf16")
     size, opts = tuple(args.size), tuple(args.opts)
     return Case(args.config_file, opts, size, args.batch, args.objects, args.precision, args.device, args.seed)
 
@@ -127,6 +134,21 @@ def part_table(detector: Detector, run: Callable[[], object], args: argparse.Nam
             ]
         )
     return tabulate(rows, HEADERS, tablefmt="github", colalign=("left", *["right"] * 7), disable_numparse=True)
+
+
+def data_line(case: Case, args: argparse.Namespace) -> str:
+    """What a loader process does for such a step, beside it: CPU time of the mapper, from files of JPEG to tensors."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-detector-") as folder:
+        make_images(Path(folder), case.batch, case.seed)
+        name = Path(folder).name
+        register_coco_json(name, str(Path(folder, "annotations.json")), folder)
+        size = ["INPUT.MIN_SIZE_TRAIN", (min(case.size),), "INPUT.MAX_SIZE_TRAIN", max(case.size)]
+        mapper, records = DetrDatasetMapper(config_of(case, *size, "INPUT.CROP.ENABLED", False), True), records_of(name)
+        times = [seconds(lambda: [mapper(record) for record in records], "cpu") for _ in range(args.rounds + 1)][1:]
+    return (
+        f"data: {1e3 * median(times):.1f} ms of CPU time in a loader process, beside the step, for {case.batch} JPEG files "
+        f"of {WIDTH} x {HEIGHT} pixels with {OBJECTS} objects, resized to {min(case.size)}"
+    )
 
 
 def rival_table(ours: Detector, case: Case, args: argparse.Namespace) -> str:
@@ -191,6 +213,7 @@ def benchmark(args: argparse.Namespace) -> None:
     print("Training step\n\n" + part_table(ours, ours.step, args, training=True))
     if args.device == "cuda":
         print(f"\npeak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+    print("\n" + data_line(case, args))
     print("\nInference\n\n" + part_table(ours, ours.detect, args, training=False))
     if args.against:
         print("\nAgainst others\n\n" + rival_table(ours, case, args))

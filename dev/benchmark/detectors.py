@@ -84,10 +84,10 @@ class Detector:
     _folder: TemporaryDirectory | None = None  # as long as the training step may write there
 
 
-def config_of(case: Case):
-    """The config of a case, with random weights and no data set."""
+def config_of(case: Case, *opts):
+    """The config of a case, with random weights and no data set, and with more overrides."""
     forced = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", case.device, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
-    return setup_cfg(case.config, ["MODEL.DN_DETR.NUM_CLASSES", 80, *case.opts, *forced], splits=())
+    return setup_cfg(case.config, ["MODEL.DN_DETR.NUM_CLASSES", 80, *case.opts, *opts, *forced], splits=())
 
 
 def build_ours(case: Case, *, settled: bool = False) -> Detector:
@@ -152,10 +152,8 @@ def build_transformers(case: Case) -> Detector:
     Its loss needs the matcher of SciPy as ours does; AdamW and the clipping of gradients are PyTorch's. fp32 and bf16 only.
 
     Raises:
-        UserError: transformers or timm is missing, or the precision is fp16.
+        UserError: transformers or timm is missing.
     """
-    if case.precision == "fp16":
-        raise UserError("--against transformers has no step with a loss scaler; choose --precision fp32 or bf16")
     try:
         from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, DeformableDetrImageProcessor
     except ImportError as error:

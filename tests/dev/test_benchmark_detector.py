@@ -147,6 +147,7 @@ def test_tables_name_all_parts(capsys, name):
     ]
     assert benchmark_detector.main(given) == 0
     training, inference = capsys.readouterr().out.split("Inference")
+    assert "\ndata: " in training
     for part in ("backbone", "neck", "encoder", "decoder", "matcher", "losses", "guard", "optimizer", "all"):
         assert f"| {part} " in training
     assert "| postprocess " in inference
