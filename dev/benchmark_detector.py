@@ -143,7 +143,8 @@ def data_line(case: Case, args: argparse.Namespace) -> str:
         name = Path(folder).name
         register_coco_json(name, str(Path(folder, "annotations.json")), folder)
         size = ["INPUT.MIN_SIZE_TRAIN", (min(case.size),), "INPUT.MAX_SIZE_TRAIN", max(case.size)]
-        mapper, records = DetrDatasetMapper(config_of(case, *size, "INPUT.CROP.ENABLED", False), True), records_of(name)
+        cfg = config_of(case, *size, "INPUT.CROP.ENABLED", False)
+        mapper, records = DetrDatasetMapper(cfg, True), records_of(name, cfg.MODEL.DN_DETR.MASK.ENABLED)
         times = [seconds(lambda: [mapper(record) for record in records], "cpu") for _ in range(args.rounds + 1)][1:]
     return (
         f"data: {1e3 * median(times):.1f} ms of CPU time in a loader process, beside the step, for {case.batch} JPEG files "
