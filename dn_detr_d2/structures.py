@@ -160,9 +160,10 @@ class Memory:
     mask_features: Tensor | None = None
     hides_padding: bool = False
 
-    def __post_init__(self) -> None:
-        """Makes what every decoder layer would make for itself: (N, L, 4) factors of (cx, cy, w, h), no field."""
-        self.box_ratios = None if self.valid_ratios is None else self.valid_ratios.tile(2)
+    @property
+    def box_ratios(self) -> Tensor:
+        """(N, L, 4) factors of (cx, cy, w, h)."""
+        return self.valid_ratios.tile(2)
 
     def of_levels(self, cells: Tensor) -> tuple[Tensor, ...]:
         """(N, S, ...) -> (N, h * w, ...) of each level."""

@@ -69,6 +69,6 @@ def map_together(layers: Sequence[nn.Linear], rows: Tensor) -> Tensor:
 def in_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function`` of the rows of a (..., C) tensor, a function of (rows, C): between several linear layers nothing is
     reshaped then, in the forward and in the backward pass."""
-    if x.dim() == 2:
+    if x.dim() <= 2:
         return function(x)
     return function(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
