@@ -52,7 +52,7 @@ def logit(x: Tensor, eps: float = LOGIT_EPS) -> Tensor:
     Numerator and denominator are clamped one by one, as in the official code, so the ends differ by about ``eps``.
     Values outside [0, 1] are taken as 0 or 1; NaN stays NaN.
     """
-    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def giou(a: Tensor, b: Tensor, eps: float = GIOU_EPS) -> Tensor:

@@ -91,8 +91,11 @@ def test_eval_only_finds_what_the_training_found_with_the_average(trained, tmp_p
     detections, of_training, of_weights = (
         json.loads((base / found).read_text()) for base in (tmp_path / "out", folder / "ema", folder)
     )
-    assert detections == of_training
-    assert detections != of_weights
+    assert len(detections) == len(of_training)
+    for found, expected in zip(detections, of_training, strict=True):  # with folded norms: the same but for rounding
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-6)
+        assert found["bbox"] == pytest.approx(expected["bbox"], abs=1e-3)
+    assert max(abs(x["score"] - y["score"]) for x, y in zip(detections, of_weights, strict=True)) > 1e-5
     assert {"metric", "value"} < json.loads((folder / "best_metric_ema.json").read_text()).keys()
 
 
