@@ -3,8 +3,8 @@
 import pytest
 from toy_training import LEARNING, learn
 
-# With seeds 0, 1, 2 the last ten losses of DN-DETR are 0.68, 0.77, 0.61 of the first ten; after 110 iterations they are 0.82,
-# 0.81, 0.71, or with another rounding 0.76, 0.81, 0.69.
+# With seeds 0, 1, 2 the last ten losses of DN-DETR are 0.68, 0.77, 0.61 of the first ten. After 110 iterations they are
+# 0.82, 0.81, 0.71, or with another rounding 0.76, 0.81, 0.69.
 ITERATIONS = 200
 
 

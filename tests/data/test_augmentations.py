@@ -177,7 +177,7 @@ def test_a_planar_resize_gives_the_pixels_of_detectron2s(size, new, view, channe
     views = {"horizontal": np.s_[:, ::-1], "vertical": np.s_[::-1], "both": np.s_[::-1, ::-1], "bgr": np.s_[..., ::-1]}
     image = image[views[view]] if view in views else image[: size[0] // 2 + 1] if view == "crop" else image
     arguments = (*image.shape[:2], *new, Image.BILINEAR)
-    if dtype != np.uint8 and 1 in image.shape[:2]:  # Detectron2 fails with such a row that is turned backwards
+    if dtype != np.uint8 and 1 in image.shape:  # Detectron2 fails with such an axis that is turned backwards
         image = image.copy()
     expected = T.ResizeTransform(*arguments).apply_image(image)
     found = PlanarResize(*arguments).apply_image(image)
