@@ -159,7 +159,10 @@ def write_curves(curves: dict[str, list[dict]], folder: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
         rows = sorted(rows, key=lambda row: int(row["point"]))
-        at, ratio = [int(row["point"]) for row in rows], [row["ratio"] for row in rows]
+        at, ratio = (
+            [row["point"] for row in rows],
+            [row["ratio"] for row in rows],
+        )  # side by side, whatever their distance
         spread = [[r["ratio"] - r["ratio_min"] for r in rows], [r["ratio_max"] - r["ratio"] for r in rows]]
         figure, panel = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
         panel.errorbar(
@@ -171,7 +174,6 @@ def write_curves(curves: dict[str, list[dict]], folder: Path) -> None:
         panel.axhline(1, color="black", linewidth=0.6)
         panel.set(xlabel=CURVES[name][0], ylabel=f"relative to {next(iter(curves[name]))['point']}")
         panel.set_ylim(bottom=0)
-        panel.set_xticks(at, [str(x) for x in at])
         panel.legend(frameon=False)
         figure.savefig(target.with_suffix(".png"), dpi=100)
         plt.close(figure)
