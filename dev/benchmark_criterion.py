@@ -25,6 +25,7 @@ from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DenoisingGenerator, HungarianMatcher, SetCriterion, cxcywh_to_xyxy
+from dn_detr_d2.diagnostics.model_analysis import KeptBytes
 from dn_detr_d2.structures import Predictions, Targets
 
 LAYERS, QUERIES, CLASSES, GROUPS = 6, 300, 91, 5
@@ -140,16 +141,10 @@ class OperatorCount(TorchDispatchMode):
 
 def saved_bytes(function, case: Case) -> int:
     """Bytes of distinct storages that autograd keeps for the backward of ``function``."""
-    kept = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with KeptBytes() as kept:
         result = function(case)
     del result
-    return sum(kept.values())
+    return kept.total
 
 
 def seconds(function, case) -> tuple[float, float]:

@@ -108,9 +108,9 @@ def part_table(detector: Detector, run: Callable[[], object], args: argparse.Nam
     rounds = [cost(time_meter(args)) for _ in range(args.rounds)]
     times = {key: median(x.get(key, 0.0) for x in rounds) for key in rounds[0]}
     floor, operators, reads = (
-        cost(x) for x in (timeline.Floor(time_meter(args)), timeline.Operators(), timeline.Reads())
+        cost(x) for x in (timeline.Floor(time_meter(args)), timeline.operators(), timeline.reads())
     )
-    kept = cost(timeline.KeptBytes(detector.model)) if training else {}
+    kept = cost(timeline.kept_bytes(detector.model)) if training else {}
     total = sum(times.values())
     rows = []
     for part in [*dict.fromkeys(part for part, _ in times), None]:

@@ -13,7 +13,6 @@ Exit code 2: bad input.
 
 import argparse
 import sys
-import tempfile
 from bisect import bisect_right
 from collections import Counter
 from functools import partial
@@ -22,20 +21,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dn_detr_d2 import UserError, setup_cfg
+from dev.benchmark.detectors import PRECISIONS, Case, build_ours
+from dn_detr_d2 import UserError
 from dn_detr_d2.command_line import add_overrides, parse, run_command
-from dn_detr_d2.engine.optimizer import build_optimizer
-from dn_detr_d2.engine.train_step import TrainStep
 from dn_detr_d2.modeling.tensor_model import PARTS
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 FORWARD, BACKWARD, GRADIENTS = "forward", "backward", "gradients"
 LOSSES, OPTIMIZER, REST = "queries and losses", "optimizer", "rest of the step"
 
@@ -104,21 +98,6 @@ def is_view(operator: torch._ops.OpOverload) -> bool:
     return operator.is_view or operator._schema.name == "aten::_unsafe_view"
 
 
-def random_batch(size: tuple[int, int], images: int, objects: int, classes: int) -> list[dict]:
-    """Images of noise with objects in a row, as Detectron2's mappers hand them over; masks are their boxes."""
-    (height, width), batch = size, []
-    for _ in range(images):
-        left = torch.linspace(0, width // 2, objects).round()
-        boxes = torch.stack([left, left / 4, left + width // 3, left / 4 + height // 2], 1)
-        masks = torch.zeros(objects, height, width, dtype=torch.bool)
-        masks[..., height // 4 :, : width // 2] = True
-        image = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8), "height": height, "width": width}
-        labels = torch.randint(classes, (objects,))
-        fields = {"gt_boxes": Boxes(boxes), "gt_classes": labels, "gt_masks": BitMasks(masks)}
-        batch.append(image | {"instances": Instances(size, **fields)})
-    return batch
-
-
 def count_step(
     config: str,
     opts: tuple = (),
@@ -135,7 +114,7 @@ def count_step(
     Args:
         config: a config file.
         opts: its overrides.
-        precision: a key of :data:`PRECISIONS`.
+        precision: a key of :data:`~dev.benchmark.detectors.PRECISIONS`.
         size: (height, width) of the images in pixels.
         images: in the batch.
         objects: in each image.
@@ -145,32 +124,18 @@ def count_step(
     Raises:
         UserError: ``inside`` is no part of the model.
     """
-    torch.manual_seed(seed)
-    cfg = setup_cfg(
-        config, [*opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.DN_DETR.NUM_CLASSES", 80], splits=()
-    )
-    model = build_model(cfg).train()
-    for (
-        name,
-        buffer,
-    ) in model.named_buffers():  # random residual branches under frozen norms would grow beyond all bounds
-        if name.endswith("conv3.norm.weight"):
-            buffer.fill_(0.25)
+    detector = build_ours(Case(config, opts, size, images, objects, precision, seed=seed))
+    model = detector.model
     try:
         whole = model.get_submodule(inside)
     except AttributeError as error:
         raise UserError(f"--inside {inside} is no part of the model: {error}") from error
     parts = dict(whole.named_children()) if inside else {x: getattr(model, x) for x in PARTS if getattr(model, x)}
     parts = {f"{inside}.{name}" if inside else name: part for name, part in _with_items(parts).items()}
-    optimizer = build_optimizer(cfg, model)
-    batch = random_batch(size, images, objects, cfg.MODEL.DN_DETR.NUM_CLASSES)
-    with tempfile.TemporaryDirectory() as folder, EventStorage():
-        step = TrainStep(model, [batch] * 2, optimizer, PRECISIONS[precision], folder)
-        step.iter = 0
-        step.run_step()
-        counter = OperatorsByPart({LOSSES: model, **parts}, optimizer)
-        with counter:
-            step.run_step()
+    detector.step()
+    counter = OperatorsByPart({LOSSES: model, **parts}, detector.optimizer)
+    with counter:
+        detector.step()
     return counter.counts
 
 

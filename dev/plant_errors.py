@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from pycocotools import mask as mask_util
 from scipy.stats import mannwhitneyu
 from tabulate import tabulate
 
@@ -119,17 +120,14 @@ def free_box(wanted: list[float], sizes: dict, boxes: dict, generator: random.Ra
         width, height = sizes[image_id]
         if w < width and h < height:
             box = [generator.uniform(0, width - w), generator.uniform(0, height - h), w, h]
-            if all(overlap(box, other) <= FREE_IOU for other in boxes[image_id]):
+            if max(overlaps(box, boxes[image_id]), default=0) <= FREE_IOU:
                 return image_id, box
     raise DatasetError(f"no image has room for a box of {w:g} x {h:g} around nothing; leave --kinds spurious out")
 
 
-def overlap(a: list[float], b: list[float]) -> float:
-    """IoU of two boxes (x, y, width, height)."""
-    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    both = max(w, 0) * max(h, 0)
-    return both / (a[2] * a[3] + b[2] * b[3] - both) if both else 0.0
+def overlaps(box: list[float], others: list[list[float]]) -> list[float]:
+    """IoU of a box with each of the others, all (x, y, width, height)."""
+    return mask_util.iou([box], others, [0] * len(others))[0].tolist() if others else []
 
 
 def hits_of(kind: str, ranking: list[dict], planted: list[dict]) -> list[bool]:
@@ -149,7 +147,9 @@ def hits_of(kind: str, ranking: list[dict], planted: list[dict]) -> list[bool]:
     for row in ranking:
         x0, y0, x1, y1 = (float(row[f"suggested_{key}"]) for key in ("x0", "y0", "x1", "y1"))
         box = [x0, y0, x1 - x0, y1 - y0]
-        near = [error for error in wanted[str(row["image_id"])] if overlap(box, error[1]) >= FOUND_IOU]
+        here = wanted[str(row["image_id"])]
+        found = overlaps(box, [error[1] for error in here])
+        near = [error for error, iou in zip(here, found, strict=True) if iou >= FOUND_IOU]
         missed = [error for error in near if error[0] == MISSING]
         if missed and not missed[0][2]:
             missed[0][2] = True

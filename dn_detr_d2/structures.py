@@ -376,8 +376,9 @@ def map_by_size(
         together: which images pass at once, whatever their sizes: all, none, or those for which a function says so; the
             others pass with those of their size, see :func:`group_by_size`.
     """
-    mixed = [i for i, image in enumerate(batched_inputs) if (together(image) if callable(together) else together)]
-    others = [i for i in range(len(batched_inputs)) if i not in set(mixed)]
+    mixed, others = [], []
+    for i, image in enumerate(batched_inputs):
+        (mixed if (together(image) if callable(together) else together) else others).append(i)
     groups = [[others[i] for i in same] for same in group_by_size([batched_inputs[i] for i in others])]
     found = {}
     for same in [mixed, *groups] if mixed else groups:

@@ -89,6 +89,24 @@ def off_the_jumps(shapes, reference, offsets):
     raise AssertionError("a point stays where the gradient jumps")
 
 
+def assert_equals_the_definition(tensors, shapes, dtype):
+    """Output and gradients of the fused kernel for (value, reference, offsets, logits), against float64 by PyTorch."""
+    exact = forward_and_gradients(
+        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"),
+        [x.double().requires_grad_() for x in tensors],
+        dtype,
+    )
+    ours = forward_and_gradients(
+        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors), dtype
+    )
+    for a, b, like in zip(ours, exact, (tensors[0], *tensors), strict=True):
+        assert a.dtype == like.dtype
+        # Sums in float32 or wider, and one rounding to the type of the result.
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5 + torch.finfo(a.dtype).eps
+        scale = max(1, b.abs().max().item() if b.numel() else 1)
+        torch.testing.assert_close(a.double(), b, atol=tolerance * scale, rtol=0)
+
+
 @pytest.mark.parametrize("dims", [2, 4])
 @pytest.mark.parametrize(
     "sizes",
@@ -101,21 +119,7 @@ def test_fused_form_equals_the_definition(dims, sizes, dtype, point_dtype):
     wide = torch.promote_types(dtype, torch.float32)
     value, reference, logits = value.to(dtype), reference.to(wide), logits.to(point_dtype)
     offsets = off_the_jumps(shapes, reference, offsets.to(point_dtype)) if shapes else offsets.to(point_dtype)
-    tensors = (value, reference, offsets, logits)
-    exact = forward_and_gradients(
-        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"),
-        [x.double().requires_grad_() for x in tensors],
-        dtype,
-    )
-    ours = forward_and_gradients(
-        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors), dtype
-    )
-    for a, b, like in zip(ours, exact, (value, *tensors), strict=True):
-        assert a.dtype == like.dtype
-        # Sums in float32 or wider, and one rounding to the type of the result.
-        tolerance = 1e-10 if dtype == torch.float64 else 2e-5 + torch.finfo(a.dtype).eps
-        scale = max(1, b.abs().max().item() if b.numel() else 1)
-        torch.testing.assert_close(a.double(), b, atol=tolerance * scale, rtol=0)
+    assert_equals_the_definition((value, reference, offsets, logits), shapes, dtype)
 
 
 SHIFTED = """
@@ -224,20 +228,8 @@ def test_deterministic_gradients_equal_the_definition(deterministic, sizes, dtyp
     value, shapes, reference, offsets, logits = make_fused_inputs(4, **sizes)
     wide = torch.promote_types(dtype, torch.float32)
     value, reference, logits = value.to(dtype), reference.to(wide), logits.to(point_dtype)
-    tensors = (value, reference, off_the_jumps(shapes, reference, offsets.to(point_dtype)), logits)
-    exact = forward_and_gradients(
-        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "torch"),
-        [x.double().requires_grad_() for x in tensors],
-        dtype,
-    )
-    ours = forward_and_gradients(
-        lambda v, r, o, x: ms_deform_attn_fused(v, shapes, r, o, x, "cuda"), there(*tensors), dtype
-    )
-    for a, b, like in zip(ours, exact, (value, *tensors), strict=True):
-        assert a.dtype == like.dtype
-        tolerance = 1e-10 if dtype == torch.float64 else 2e-5 + torch.finfo(a.dtype).eps
-        scale = max(1, b.abs().max().item() if b.numel() else 1)
-        torch.testing.assert_close(a.double(), b, atol=tolerance * scale, rtol=0)
+    offsets = off_the_jumps(shapes, reference, offsets.to(point_dtype))
+    assert_equals_the_definition((value, reference, offsets, logits), shapes, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -89,11 +89,24 @@ def measure_curves(rounds: int, most_threads: int) -> list[dict]:
     rows = []
     for curve, points in CURVES.items():
         rows += measure_curve(curve, points, rounds, {})
-    counts = [1 << i for i in range(most_threads.bit_length()) if 1 << i <= most_threads]
+    counts = powers_of_two(most_threads)
     for name, sizes in (("threads (encoder)", BASE), ("threads (decoder)", DECODER)):
         labels = {f"{count} threads": count for count in counts}
         rows += measure_curve(name, dict.fromkeys(labels, sizes), rounds, labels)
     return rows
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 ... up to ``most``."""
+    return [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+
+
+def write_rows(rows: list[dict], target: Path) -> None:
+    """Rows with the same keys as CSV."""
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def size_of(row: dict) -> int:
@@ -110,10 +123,7 @@ def write_curves(rows: list[dict], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "ms_deform_attn_curves_cpu.csv"
-    with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, target)
     names = list(dict.fromkeys(row["curve"] for row in rows))
     figure, panels = plt.subplots(
         2, -(-len(names) // 2), figsize=(3.1 * -(-len(names) // 2), 6.2), layout="constrained"

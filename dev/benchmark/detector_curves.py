@@ -1,6 +1,5 @@
 """How a training step grows with objects, image size, queries, batch, threads and processes."""
 
-import csv
 import json
 import os
 from collections.abc import Callable
@@ -12,10 +11,11 @@ from tempfile import TemporaryDirectory
 import torch
 from detectron2.utils import comm
 
+from dn_detr_d2.diagnostics.model_analysis import KeptBytes
 from dn_detr_d2.engine.launch import launch
 
+from .curves import powers_of_two, write_rows
 from .detectors import Case, build_ours, seconds
-from .timeline import KeptBytes
 
 TIMEOUT = 600.0  # seconds that a process waits for the others
 COLOURS = {"time": "#4477aa", "kept": "#cc6677"}
@@ -42,11 +42,6 @@ class Point:
     def case(self, base: Case) -> Case:
         """The case of this point."""
         return replace(base, **self.changes, opts=(*base.opts, *self.opts))
-
-
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4 ... up to ``most``."""
-    return [1 << i for i in range(most.bit_length()) if 1 << i <= most]
 
 
 def cores() -> int:
@@ -122,10 +117,9 @@ def measure_curve(name: str, points: list[Point], base: Case, rounds: int) -> li
 
 def kept_by_step(detector) -> int:
     """Bytes that a step keeps for its backward pass; the first step, which is not timed."""
-    meter = KeptBytes(detector.model)
-    with meter:
+    with KeptBytes(detector.model.parameters()) as kept:
         detector.step()
-    return meter.total
+    return kept.total
 
 
 def seconds_together(point: Point, base: Case, rounds: int) -> list[float]:
@@ -154,10 +148,7 @@ def write_curves(curves: dict[str, list[dict]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in curves.items():
         target = folder / f"detector_{name}.csv"
-        with target.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, target)
         rows = sorted(rows, key=lambda row: int(row["point"]))
         at, ratio = (
             [row["point"] for row in rows],

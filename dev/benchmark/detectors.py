@@ -18,8 +18,9 @@ from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.engine.optimizer import build_optimizer
 from dn_detr_d2.engine.train_step import TrainStep
 from dn_detr_d2.inference import settle
+from dn_detr_d2.utils.precision import DTYPES
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, **DTYPES}
 
 
 @dataclass(frozen=True)

@@ -18,24 +18,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dev.benchmark_criterion import OperatorCount
+from dn_detr_d2.diagnostics.model_analysis import KeptBytes
 from dn_detr_d2.modeling.tensor_model import PARTS
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 REST, LOSSES, MATCHER, GUARD, OPTIMIZER, OUTPUT = "rest", "losses", "matcher", "guard", "optimizer", "postprocess"
 # Matrix products and convolutions, those of attention and of gradients among them: what any implementation has to compute.
-FLOOR = (
-    *(
-        "aten.mm",
-        "aten.addmm",
-        "aten.bmm",
-        "aten.baddbmm",
-        "aten.matmul",
-        "aten.linear",
-        "aten.conv",
-        "aten._convolution",
-    ),
-    *("aten.mkldnn_", "aten.cudnn_conv", "aten._thnn", "aten.scaled_dot", "aten._scaled_dot"),
-)
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "scaled_dot", "_scaled_dot")
+CONVOLUTIONS = ("conv", "_convolution", "mkldnn_", "cudnn_conv", "_thnn")
+FLOOR = tuple(f"aten.{name}" for name in PRODUCTS + CONVOLUTIONS)
 
 
 class Meter(AbstractContextManager):
@@ -76,54 +67,45 @@ class DeviceTime(Meter):
         return first.elapsed_time(last)
 
 
-class Operators(Meter):
-    """Dispatched operators, below autograd and autocast.
+class Counted(Meter):
+    """A number that a context counts while it is open.
 
-    Attributes:
-        count: the mode that counts, with the number of operators that make the host wait.
+    Args:
+        context: with the number as its ``total``.
     """
 
-    def __init__(self):
-        self.count = OperatorCount()
+    def __init__(self, context):
+        self.context = context
 
-    def __enter__(self) -> "Operators":
-        self.count.__enter__()
+    def __enter__(self) -> "Counted":
+        self.context.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self.count.__exit__(*error)
+        self.context.__exit__(*error)
 
     def now(self) -> int:
         """So many until now."""
-        return self.count.total
+        return self.context.total
 
     def between(self, first: int, last: int) -> float:
         """A difference."""
         return last - first
 
 
-class Reads(Meter):
+def operators() -> Counted:
+    """Dispatched operators, below autograd and autocast."""
+    return Counted(OperatorCount())
+
+
+def reads() -> Counted:
     """Calls that bring numbers of a tensor to Python: on a GPU the host waits there, if the tensor is not on the host."""
+    return Counted(_CallsOf(("cpu", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")))
 
-    NAMES = ("cpu", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
-    def __init__(self):
-        self._mode = _CallsOf(self.NAMES)
-
-    def __enter__(self) -> "Reads":
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._mode.__exit__(*error)
-
-    def now(self) -> int:
-        """So many until now."""
-        return self._mode.total
-
-    def between(self, first: int, last: int) -> float:
-        """A difference."""
-        return last - first
+def kept_bytes(model: nn.Module) -> Counted:
+    """Bytes that autograd keeps for the backward pass, parameters left out."""
+    return Counted(KeptBytes(model.parameters()))
 
 
 class _CallsOf(TorchFunctionMode):
@@ -155,8 +137,13 @@ class _TimeOf(TorchDispatchMode):
         self.marks.append((first, self.meter.now()))
         return result
 
+    @property
+    def total(self) -> int:
+        """How many there were until now."""
+        return len(self.marks)
 
-class Floor(Meter):
+
+class Floor(Counted):
     """Milliseconds in the operators of :data:`FLOOR`.
 
     Args:
@@ -164,53 +151,11 @@ class Floor(Meter):
     """
 
     def __init__(self, meter: Meter):
-        self.mode = _TimeOf(meter)
-
-    def __enter__(self) -> "Floor":
-        self.mode.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.mode.__exit__(*error)
-
-    def now(self) -> int:
-        """How many there were until now."""
-        return len(self.mode.marks)
+        super().__init__(_TimeOf(meter))
 
     def between(self, first: int, last: int) -> float:
-        """The sum of their times."""
-        return sum(self.mode.meter.between(*pair) for pair in self.mode.marks[first:last])
-
-
-class KeptBytes(Meter):
-    """Bytes of distinct storages that autograd keeps for the backward pass, parameters left out."""
-
-    def __init__(self, model: nn.Module):
-        self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.total = 0
-
-    def __enter__(self) -> "KeptBytes":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._hooks.__exit__(*error)
-
-    def now(self) -> int:
-        """So many until now."""
-        return self.total
-
-    def between(self, first: int, last: int) -> float:
-        """A difference."""
-        return last - first
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
+        """The sum of the times of the operators between two marks."""
+        return sum(self.context.meter.between(*pair) for pair in self.context.marks[first:last])
 
 
 def tensors_of(content) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from pycocotools import mask as mask_util
 
 from ..data import read_image, records_of
 from ..data.images import drawing_scale
@@ -45,13 +46,9 @@ def as_rows(judged: Iterable[Suspicion], names: list[str], dataset: str) -> list
 
 def _lies_in_a_crowd(box: list[float], record: dict) -> bool:
     """Whether much of a box (xyxy) lies in an annotation of many objects."""
-    for annotation in record.get("annotations", ()):
-        if annotation.get("iscrowd", 0):
-            x, y, w, h = annotation["bbox"]
-            width, height = min(box[2], x + w) - max(box[0], x), min(box[3], y + h) - max(box[1], y)
-            if max(width, 0) * max(height, 0) >= IN_CROWD * (box[2] - box[0]) * (box[3] - box[1]):
-                return True
-    return False
+    crowds = [x["bbox"] for x in record.get("annotations", ()) if x.get("iscrowd", 0)]
+    found = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    return bool(crowds) and mask_util.iou([found], crowds, [1] * len(crowds)).max() >= IN_CROWD  # over the found box
 
 
 def describe(row: dict) -> str:

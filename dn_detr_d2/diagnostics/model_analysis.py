@@ -9,12 +9,14 @@ import logging
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
+from torch import Tensor
 
 from ..modeling.tensor_model import PARTS, TensorModel
 from .model_state import require_queries
@@ -89,14 +91,33 @@ def measure_memory(cfg, height: int, width: int) -> int:
     instances = Instances((height, width), gt_boxes=boxes, gt_classes=torch.zeros(7, dtype=torch.int64))
     if model.pixel_decoder is not None:
         instances.gt_masks = BitMasks(torch.ones(7, height, width, dtype=torch.bool))
-    kept = {}
-
-    def _keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(_keep, lambda x: x):
+    with KeptBytes(model.parameters()) as kept:
         losses = model([{"image": torch.zeros(3, height, width, dtype=torch.uint8), "instances": instances}])
     del losses
-    return sum(size for address, size in kept.items() if address not in weights)
+    return kept.total
+
+
+class KeptBytes(torch.autograd.graph.saved_tensors_hooks):
+    """A context that counts bytes of distinct storages that autograd keeps for the backward pass.
+
+    Args:
+        known: tensors that are there anyway, such as parameters; their storages do not count.
+
+    Attributes:
+        total: bytes until now.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._seen, self.total = {x.untyped_storage().data_ptr() for x in known}, 0
+
+    def __enter__(self) -> "KeptBytes":
+        super().__enter__()
+        return self
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor

@@ -23,8 +23,9 @@ def freeze_parts(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ConfigError: a part that does not exist or has no parameters, or nothing is left to train.
     """
+    modules = dict(model.named_modules())
     for name in names:
-        part = dict(model.named_modules()).get(name)
+        part = modules.get(name)
         parameters = [] if part is None or not name else list(part.parameters())
         if not parameters:
             parts = ", ".join(

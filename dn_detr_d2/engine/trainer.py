@@ -119,7 +119,7 @@ class Trainer(DefaultTrainer):
         for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
             writer._period = writing
         stop = StopHook(self.stop_request)
-        settle = SettleHook((cfg.SOLVER.CHECKPOINT_PERIOD, period, cfg.TEST.INSTABILITY.PERIOD, writing), stop)
+        settling = SettleHook((cfg.SOLVER.CHECKPOINT_PERIOD, period, cfg.TEST.INSTABILITY.PERIOD, writing), stop)
         checkpoints = self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop)
         found[evaluation:evaluation] = [checkpoints, LeaveHook(stop)]
         node = cfg.SOLVER.EARLY_STOPPING
@@ -134,7 +134,7 @@ class Trainer(DefaultTrainer):
             schedule,
             ShortHistory(),
             *averages,
-            settle,
+            settling,
             *found,
             *ends,
             RepeatEvaluation(record, [*evaluating, *ends]),

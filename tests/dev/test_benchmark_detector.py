@@ -79,7 +79,7 @@ def test_costs_are_counted_where_they_arise(detector, part, which):
 def test_parts_add_up_to_all_operators_of_a_step(detector):
     with OperatorCount() as count:
         detector.step()
-    costs = Timeline(detector.model, timeline.Operators(), detector.optimizer).costs(detector.step)
+    costs = Timeline(detector.model, timeline.operators(), detector.optimizer).costs(detector.step)
     assert sum(costs.values()) == count.total
     for part in ("backbone", "neck", "encoder", "decoder", timeline.LOSSES):
         assert costs[part, FORWARD] > 0, part
@@ -95,16 +95,16 @@ def test_hooks_are_gone_afterwards(detector):
 
 
 def test_a_step_reads_for_the_matcher_and_inference_for_the_detections(detector):
-    costs = Timeline(detector.model, timeline.Reads(), detector.optimizer).costs(detector.step)
+    costs = Timeline(detector.model, timeline.reads(), detector.optimizer).costs(detector.step)
     assert costs[timeline.MATCHER, FORWARD] == 1
-    found = Timeline(detector.model, timeline.Reads()).costs(detector.detect)
+    found = Timeline(detector.model, timeline.reads()).costs(detector.detect)
     assert {key: value for key, value in found.items() if value} == {(timeline.OUTPUT, FORWARD): 1}
 
 
 def test_the_floor_is_a_part_of_the_time(detector):
     meter = timeline.Floor(timeline.Meter())
     floor = Timeline(detector.model, meter, detector.optimizer).costs(detector.step)
-    spent = sum(meter.mode.meter.between(*pair) for pair in meter.mode.marks)
+    spent = sum(meter.context.meter.between(*pair) for pair in meter.context.marks)
     assert sum(floor.values()) == pytest.approx(spent)
     assert floor["encoder", FORWARD] > 0
     assert floor["encoder", BACKWARD] > 0
@@ -121,7 +121,7 @@ def test_inference_has_a_floor_too(detector):
 def test_kept_bytes_are_those_of_model_analysis():
     case = replace(CASE, batch=1, objects=7)
     detector = build_ours(case)
-    costs = Timeline(detector.model, timeline.KeptBytes(detector.model), detector.optimizer).costs(detector.step)
+    costs = Timeline(detector.model, timeline.kept_bytes(detector.model), detector.optimizer).costs(detector.step)
     torch.manual_seed(0)
     expected = measure_memory(config_of(case), *case.size)
     assert sum(costs.values()) == pytest.approx(expected, rel=0.03)  # boxes that coincide are kept once there
@@ -131,21 +131,8 @@ def test_kept_bytes_are_those_of_model_analysis():
 def test_tables_name_all_parts(capsys, name):
     pytest.importorskip("tabulate")
     config = str(ROOT / "configs" / f"{name}.yaml")
-    given = [
-        "--config-file",
-        config,
-        "--size",
-        "64",
-        "64",
-        "--rounds",
-        "1",
-        "--batch",
-        "1",
-        "--objects",
-        "2",
-        *map(str, TOY),
-    ]
-    assert benchmark_detector.main(given) == 0
+    given = [*["--size", "64", "64", "--rounds", "1", "--batch", "1", "--objects", "2"], *map(str, TOY)]
+    assert benchmark_detector.main(["--config-file", config, *given]) == 0
     training, inference = capsys.readouterr().out.split("Inference")
     assert "\ndata: " in training
     for part in ("backbone", "neck", "encoder", "decoder", "matcher", "losses", "guard", "optimizer", "all"):
@@ -172,29 +159,14 @@ def test_the_rival_of_transformers_has_our_parameters_and_learns():
 def test_the_rival_of_torch_computes_the_same_losses(detector):
     rival = build_rival("torch", CASE)
     assert {m.backend for m in rival.model.modules() if hasattr(m, "backend")} == {"torch"}
-    assert (
-        benchmark_detector.rival_table(detector, CASE, arguments(["--rounds", "2", "--against", "torch"])).count(
-            "torch"
-        )
-        == 2
-    )
+    table = benchmark_detector.rival_table(detector, CASE, arguments(["--rounds", "2", "--against", "torch"]))
+    assert table.count("torch") == 2
 
 
 def test_settings_are_those_of_inference(capsys):
-    given = [
-        "--size",
-        "64",
-        "64",
-        "--rounds",
-        "1",
-        "--batch",
-        "1",
-        "--setting",
-        "settled",
-        "--setting",
-        "TEST.FOLD_NORMS False",
-    ]
-    assert benchmark_detector.main(["--config-file", DEFORMABLE, *given, *map(str, TOY)]) == 0
+    size = ["--size", "64", "64", "--rounds", "1", "--batch", "1"]
+    settings = ["--setting", "settled", "--setting", "TEST.FOLD_NORMS False"]
+    assert benchmark_detector.main(["--config-file", DEFORMABLE, *size, *settings, *map(str, TOY)]) == 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert rows == ["setting", "as built", "settled", "TEST.FOLD_NORMS False"]
 
