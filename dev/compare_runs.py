@@ -6,12 +6,12 @@
     python dev/compare_runs.py --pairs deformable --ablations --seeds 1
     python dev/compare_runs.py --pairs deformable --noise --seeds 1 2
     python dev/compare_runs.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
-    python dev/compare_runs.py --pairs deformable --bccd datasets/bccd SOLVER.MAX_ITER 1800
+    DETECTRON2_DATASETS=datasets python dev/compare_runs.py --pairs bccd_deformable --resume
 
 Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (dev/compare/*.yaml), DN also with half the
-iterations, on the embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images
-in the same order, and comparable times. Writes OUTPUT/<pair>.md and <pair>.png; the runs themselves, and what
-pycocotools prints, stay in --runs. Exit code 2: bad input.
+iterations, on embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images in
+the same order, and comparable times. They write checkpoints, from which --resume goes on. Writes OUTPUT/<pair>.md and
+<pair>.png; the runs themselves, and what pycocotools prints, stay in --runs. Exit code 2: bad input.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +31,7 @@ from tabulate import tabulate
 
 from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
 from dev.compare.train import folders_of, train_interleaved
-from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, NOISES, PAIRS, variants_of
+from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, LONG_PAIRS, NOISES, PAIRS, variants_of
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import add_overrides, parse, run_command
@@ -48,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"one seed, {QUICK_ITERATIONS} iterations")
-    parser.add_argument("--pairs", nargs="+", choices=[*PAIRS, *HOSTS], default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", choices=[*PAIRS, *LONG_PAIRS, *HOSTS], default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     what = {"ablations": "without one part of denoising at a time", "noise": "with other kinds of noise"}
     names = {"ablations": [variant.name for variant in ABLATIONS], "noise": [variant.name for variant in NOISES]}
@@ -57,9 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             f"--{kind}", nargs="*", choices=names[kind], help=f"also {text}: all, or those that are named"
         )
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
-    parser.add_argument(
-        "--bccd", metavar="FOLDER", help="train on BCCD, with train.json, test.json and images/ in FOLDER"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on with the trainings in --runs that were cut off")
     parser.add_argument(
         "--backbone", metavar="FILE", help="checkpoint of this project whose backbone all trainings start from"
     )
@@ -82,18 +79,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def default_name(args: argparse.Namespace) -> str:
     """Name of the folder, so that comparisons of different kinds do not overwrite each other."""
     what = "ablations" if args.ablations else "noise" if args.noise else "convergence"
-    if args.quick:
-        what += "_quick"
-    return f"{what}_bccd" if args.bccd else what
+    return f"{what}_quick" if args.quick else what
 
 
 def options(args: argparse.Namespace) -> list:
-    """[key, value, ...] for all trainings; raises UserError for a BCCD folder without annotations."""
+    """[key, value, ...] for all trainings."""
     found = list(DIAGNOSTICS)
     if args.quick:
         found += ["SOLVER.MAX_ITER", QUICK_ITERATIONS]
-    if args.bccd:
-        found += bccd(Path(args.bccd))
     if args.backbone:
         found += ["MODEL.WEIGHTS", str(take_backbone(args.backbone, Path(args.runs)))]
     return [*found, *args.opts]
@@ -110,28 +103,6 @@ def take_backbone(checkpoint: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": backbone}, folder / "backbone.pth")
     return folder / "backbone.pth"
-
-
-def bccd(folder: Path) -> list:
-    """The data set of configs/bccd_scratch.yaml from ``folder``."""
-    if missing := [name for name in ("train.json", "test.json", "images") if not (folder / name).exists()]:
-        raise UserError(f"--bccd {folder} holds no {missing[0]}; name the folder of BCCD in COCO format")
-    images = str((folder / "images").resolve())
-    overrides = {
-        "DATASETS.COCO_JSON": [
-            [f"bccd_{name}", str((folder / f"{name}.json").resolve()), images] for name in ("train", "test")
-        ],
-        "DATASETS.TRAIN": ("bccd_train",),
-        "DATASETS.TEST": ("bccd_test",),
-        "INPUT.MIN_SIZE_TRAIN": (192, 208, 224, 240, 256),
-        "INPUT.MAX_SIZE_TRAIN": 400,
-        "INPUT.MIN_SIZE_TEST": 224,
-        "INPUT.MAX_SIZE_TEST": 400,
-        "TEST.DETECTIONS_PER_IMAGE": 100,
-        "MODEL.DN_DETR.NUM_QUERIES": 60,
-        "MODEL.DN_DETR.DENOISING.MAX_QUERIES": 200,
-    }
-    return list(chain(*overrides.items()))
 
 
 def train(args: argparse.Namespace) -> dict[str, list[Group]]:
@@ -154,7 +125,7 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=end_with_parent) as pool:
-            jobs = {key: pool.submit(train_interleaved, *task, threads) for key, task in tasks.items()}
+            jobs = {key: pool.submit(train_interleaved, *task, threads, args.resume) for key, task in tasks.items()}
             folders = {key: job.result() for key, job in jobs.items()}
     found = {}
     for pair in args.pairs:

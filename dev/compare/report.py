@@ -10,6 +10,7 @@ from .variants import DENOISED, HALF, MATCHING, NOISES
 
 INSTABILITY = r"instability/layer_\d+"
 MIN_BASELINE_AP = 1.0  # AP below which a baseline has not begun to detect
+FLAT = 1.0  # AP that a curve which has flattened gains less than in its last quarter
 HEADERS = (
     "training",
     "seeds",
@@ -78,7 +79,9 @@ def check_ap(alone: Group, denoised: Group, half: Group | None) -> list[str]:
         return [f"- the baseline does not detect yet (AP {goal:.1f}; with denoising {whole:.1f}): AP says nothing here"]
     share = iterations_until(denoised, goal) / num_iterations(alone.runs[0])
     where = f"the mean curve crosses it at {share:.0%}" if np.isfinite(share) else "never"
+    late = last_quarter(alone)
     claims = [
+        claim(f"the baseline gains less than {FLAT:g} AP in its last quarter", late < FLAT, f"AP {late:+.1f}"),
         claim("ends higher", whole > goal, f"AP {whole:.1f} against {goal:.1f}"),
         claim("half the iterations reach the baseline's final AP", share <= 0.5, where),
     ]
@@ -86,6 +89,12 @@ def check_ap(alone: Group, denoised: Group, half: Group | None) -> list[str]:
         ap = float(np.mean(final_values(half.runs, AP)))
         claims.append(claim("a schedule of half the length is enough", ap >= goal, f"AP {ap:.1f} against {goal:.1f}"))
     return claims
+
+
+def last_quarter(group: Group) -> float:
+    """What the mean AP over the runs gains in the last quarter of the iterations, read on straight lines."""
+    x, y = group.band(AP)[:, :2].T
+    return float(y[-1] - np.interp(0.75 * num_iterations(group.runs[0]), x, y))
 
 
 def check_stability(alone: Group, denoised: Group) -> str:
@@ -142,8 +151,9 @@ def require_complete(groups: list[Group]) -> None:
     """Raises UserError unless every training has come to its end, over equally many iterations for all seeds."""
     for group in groups:
         for run in group.runs:
-            if not (run.folder / "step_seconds.txt").is_file() or run.curve(AP) is None:
-                raise UserError(f"{run.folder} has not been trained to its end; train it without --report")
+            ap = run.curve(AP)
+            if not (run.folder / "step_seconds.txt").is_file() or ap is None or ap[-1, 0] < num_iterations(run):
+                raise UserError(f"{run.folder} has not been trained to its end; train it with --resume")
             if num_iterations(run) != num_iterations(group.runs[0]) or (
                 group.name != HALF and num_iterations(run) != num_iterations(groups[0].runs[0])
             ):

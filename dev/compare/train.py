@@ -17,6 +17,8 @@ from detectron2.utils.events import EventStorage
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.utils.rng import random_state, set_random_state
+from dn_detr_d2.visualization.curves import AP
+from dn_detr_d2.visualization.runs import read_run
 
 from .variants import Variant
 
@@ -29,20 +31,27 @@ class InterleavedRun:
 
     Args:
         cfg: complete; ``SEED`` starts its random streams.
+        resume: go on from the last checkpoint in its folder, if there is one; the weights at the end are those of a training
+            that was not cut off.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, resume: bool = False):
         folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in STALE_FILES:
+        for name in () if resume else STALE_FILES:
             (folder / name).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
         seed_all_rng(cfg.SEED)
-        self.trainer, self.seconds = Trainer(cfg), []
-        with EventStorage(0) as self.trainer.storage:
-            self.trainer.iter = 0
-            self.trainer.resume_or_load(resume=False)
-            self.trainer.before_train()
+        self.trainer, self.times = Trainer(cfg), folder / "step_seconds.txt"
+        self.trainer.resume_or_load(resume)
+        self.trainer.iter = start = self.trainer.start_iter
+        seconds = self.times.read_text().split()[:start] if self.times.is_file() else []
+        self.times.write_text("".join(f"{x}\n" for x in seconds))
+        with EventStorage(start) as self.trainer.storage:
+            if not (self.done and is_evaluated(folder, start)):
+                self.trainer.before_train()
+                if self.done:  # it was cut off in its last evaluation
+                    self.trainer.after_train()
         self.streams = random_state(self.trainer.device)
 
     @property
@@ -57,17 +66,25 @@ class InterleavedRun:
             self.trainer.before_step()
             start = time.perf_counter()
             self.trainer.run_step()
-            self.seconds.append(time.perf_counter() - start)
+            with self.times.open("a") as file:
+                file.write(f"{time.perf_counter() - start:.6f}\n")
             self.trainer.after_step()
             self.trainer.iter += 1
             if self.done:
                 self.trainer.after_train()
-                Path(self.trainer.cfg.OUTPUT_DIR, "step_seconds.txt").write_text("\n".join(map(str, self.seconds)))
         self.streams = random_state(self.trainer.device)
 
 
+def is_evaluated(folder: Path, iterations: int) -> bool:
+    """Whether the training in a folder has logged an AP after so many iterations."""
+    if not (folder / "metrics.json").is_file():
+        return False
+    ap = read_run(folder).curve(AP)
+    return ap is not None and ap[-1, 0] >= iterations
+
+
 def train_interleaved(
-    config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int
+    config: Path, variants: list[Variant], seed: int, output: Path, opts: list, threads: int, resume: bool = False
 ) -> list[Path]:
     """Trains all variants of one pair under one seed.
 
@@ -78,6 +95,7 @@ def train_interleaved(
         output: a folder for each variant is made in it.
         opts: [key, value, ...] for all; ``SOLVER.MAX_ITER`` is that of a whole training.
         threads: of PyTorch.
+        resume: each goes on from its last checkpoint.
 
     Returns:
         list: the folders.
@@ -85,20 +103,24 @@ def train_interleaved(
     torch.set_num_threads(threads)
     configs = [configure(config, variant, seed, output, opts) for variant in variants]
     output.mkdir(parents=True, exist_ok=True)
-    with (output / f"{config.stem}_seed{seed}.log").open("w") as log, redirect_stdout(log):
-        advance_in_turn([InterleavedRun(cfg) for cfg in configs], f"{config.stem}, seed {seed}")
+    with (output / f"{config.stem}_seed{seed}.log").open("a" if resume else "w") as log, redirect_stdout(log):
+        advance_in_turn([InterleavedRun(cfg, resume) for cfg in configs], f"{config.stem}, seed {seed}")
     return [Path(cfg.OUTPUT_DIR) for cfg in configs]
 
 
 def advance_in_turn(runs: list[InterleavedRun], name: str) -> None:
-    """Advances all by a step in turn until all are done; reports the progress on stderr at every tenth."""
+    """Advances all by a step in turn until all are done; reports the progress on stderr at every tenth.
+
+    Of trainings that were resumed at different iterations, those that are behind come first.
+    """
     total, whole = len(runs), max(run.trainer.max_iter for run in runs)
-    for i in range(whole):
+    while left := [run for run in runs if not run.done]:
+        i = min(run.trainer.iter for run in left)
         if i % max(whole // 10, 1) == 0:
             print(f"{name}: {i} of {whole} iterations, {total} trainings in turn", file=sys.stderr, flush=True)
-        for run in runs:
-            run.advance()
-        runs = [run for run in runs if not run.done]
+        for run in left:
+            if run.trainer.iter == i:
+                run.advance()
 
 
 def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, opts: list) -> list[Path]:
@@ -107,7 +129,7 @@ def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, o
 
 
 def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):
-    """The config of one variant: probes and evaluations at every tenth of the whole training."""
+    """The config of one variant: probes, evaluations and checkpoints at every tenth of the whole training."""
     folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"
     whole = setup_cfg(str(config), opts).SOLVER.MAX_ITER
     period = max(whole // 10, 1)
@@ -116,6 +138,6 @@ def configure(config: Path, variant: Variant, seed: int, output: Path, opts: lis
         "OUTPUT_DIR": str(folder),
         "SOLVER.MAX_ITER": int(whole * variant.share),
         "TEST.EVAL_PERIOD": period,
-        "SOLVER.CHECKPOINT_PERIOD": whole,
+        "SOLVER.CHECKPOINT_PERIOD": period,
     }
     return setup_cfg(str(config), [*opts, *variant.overrides, *chain(*made.items())])

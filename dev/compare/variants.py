@@ -31,9 +31,10 @@ def _ablation(name: str, **keys) -> Variant:
 
 
 # DAB-DETR and DAB-Deformable-DETR are their DN forms without denoising; the dense one has no content either.
+UNDENOISED = Variant(MATCHING, [DENOISING + "NAME", ""])
 ALONE = {
     "dense": Variant(MATCHING, [DENOISING + "NAME", "", "MODEL.DN_DETR.QUERY_SOURCE.CONTENT", "zero"]),
-    "deformable": Variant(MATCHING, [DENOISING + "NAME", ""]),
+    "deformable": UNDENOISED,
 }
 STANDARD = (Variant(DENOISED), Variant(HALF, share=0.5))
 # DN-DETR Tables 5 and 6: groups, label noise, box noise, attention mask; then the sizes of the noise.
@@ -64,6 +65,8 @@ NOISES = (
     ),
 )
 PAIRS = tuple(ALONE)
+# Longer ones, until the curves are flat: BCCD (DETECTRON2_DATASETS names the folder that holds bccd/) and shapes_hard.
+LONG_PAIRS = ("bccd_deformable", "bccd_dino", "shapes_hard_deformable")
 # Detectors that were published without denoising; each has a file of its own, in which it has it.
 HOSTS = (
     "plain_deformable",
@@ -81,10 +84,10 @@ def variants_of(pair: str, ablations: tuple[str, ...] = ()) -> list[Variant]:
     """Everything that is trained for one pair and seed: the baseline, the whole denoising, the rest.
 
     Args:
-        pair: of PAIRS or HOSTS; of hosts the baseline and the whole denoising.
+        pair: of PAIRS, LONG_PAIRS or HOSTS; of hosts the baseline and the whole denoising.
         ablations: names of those that take the place of the half schedule.
     """
     if pair in HOSTS:
-        return [Variant(MATCHING, [DENOISING + "NAME", ""]), STANDARD[0]]
+        return [UNDENOISED, STANDARD[0]]
     chosen = tuple(variant for variant in (*ABLATIONS, *NOISES) if variant.name in ablations)
-    return [ALONE[pair], *STANDARD[:1], *(chosen or STANDARD[1:])]
+    return [ALONE.get(pair, UNDENOISED), *STANDARD[:1], *(chosen or STANDARD[1:])]

@@ -7,30 +7,32 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, valid_coco
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from naming import naming
 from PIL import Image
 
 from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
-from dev.compare.train import InterleavedRun, configure, train_interleaved
+from dev.compare.train import InterleavedRun, advance_in_turn, configure, train_interleaved
 from dev.compare.variants import (
     ABLATIONS,
-    ALONE,
     DENOISED,
     FOLDER,
     HALF,
     HOSTS,
+    LONG_PAIRS,
     MATCHING,
     NOISES,
     PAIRS,
     Variant,
     variants_of,
 )
-from dev.compare_runs import main, options, parse_arguments, take_backbone
+from dev.compare_runs import main, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization.runs import Group, read_run
 from dn_detr_d2.visualization.style import colour, line_style
@@ -230,9 +232,11 @@ def test_detectors_without_queries_have_no_matching_to_be_measured(tmp_path):
     assert not any("stable" in line or "anchor" in line for line in check_claims(groups))
 
 
-def test_a_training_that_was_cut_off_is_not_reported(groups):
-    (groups[1].runs[0].folder / "step_seconds.txt").unlink()
-    with pytest.raises(UserError, match=naming("b1")):
+def test_a_training_that_was_cut_off_is_not_reported(groups, tmp_path):
+    """One evaluation is missing."""
+    groups[1].runs[0] = make_run(tmp_path / "cut", [10, 30, 31, 40], [2, 2, 2, 1], 0.4, [2.1], 100)
+    groups[1].runs[0].config["SOLVER"]["MAX_ITER"] = 125
+    with pytest.raises(UserError, match=naming("cut", "--resume")):
         require_complete(groups)
 
 
@@ -246,6 +250,7 @@ def test_trainings_of_other_lengths_are_not_mixed(groups, tmp_path):
 def test_the_claims_say_yes_and_no(groups):
     """The mean of denoising is 10, 25, 30.5, 40, 42 after 20, 40, ... iterations: it crosses 30 at 40 + 20 x 5 / 5.5."""
     assert check_claims(groups) == [
+        "- the baseline gains less than 1 AP in its last quarter: **no** (AP +12.5)",
         "- ends higher: yes (AP 42.0 against 30.0)",
         "- half the iterations reach the baseline's final AP: **no** (the mean curve crosses it at 58%)",
         "- a schedule of half the length is enough: **no** (AP 29.0 against 30.0)",
@@ -257,7 +262,7 @@ def test_the_claims_say_yes_and_no(groups):
 
 def test_one_probe_at_which_matching_is_less_stable_is_told(groups, tmp_path):
     groups[1].runs[1] = make_run(tmp_path / "b4", [10, 20, 30, 40, 43], [9, 2, 2, 2, 2], 0.4, [2.0])
-    claim = check_claims(groups)[3]
+    claim = check_claims(groups)[4]
     assert claim.startswith(
         "- matching is more stable all along: **no** (mean IS 2.50 against 3.20; lower at 4 of 5 probes)"
     )
@@ -317,21 +322,79 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
     assert (pixels < 250).mean() > 0.02
 
 
-def test_blood_cells_are_read_from_a_folder(tmp_path):
-    """The options as a config that resolves its classes from the files."""
-    (tmp_path / "images").mkdir()
-    for name in ("train", "test"):
-        Image.new("RGB", (30, 20)).save(tmp_path / "images" / "a.png")
-        Image.new("RGB", (30, 20)).save(tmp_path / "images" / "b.png")
-        (tmp_path / f"{name}.json").write_text(json.dumps(valid_coco()))
-    opts = options(parse_arguments(["--bccd", str(tmp_path)]))
-    cfg = configure(FOLDER / "deformable.yaml", ALONE["deformable"], 1, tmp_path / "runs", opts)
-    assert cfg.MODEL.DN_DETR.CLASS_NAMES == ["cat", "dog"]
-    assert cfg.DATASETS.TEST == ("bccd_test",)
+def final_weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def test_what_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
+    """Two trainings that were killed at different iterations; resumed once more at the end, nothing is trained."""
+    variants, config = variants_of("deformable")[:2], FOLDER / "deformable.yaml"
+    whole = train_interleaved(config, variants, 3, tmp_path / "whole", SMALL, 1)
+    for variant, steps in zip(variants, (3, 1), strict=True):
+        run = InterleavedRun(configure(config, variant, 3, tmp_path / "cut", SMALL))
+        for _ in range(steps):
+            run.advance()
+    for _ in range(2):
+        cut = train_interleaved(config, variants, 3, tmp_path / "cut", SMALL, 1, resume=True)
+        for first, second in zip(whole, cut, strict=True):
+            expected, found = final_weights(first), final_weights(second)
+            assert all(torch.equal(expected[name], x) for name, x in found.items())
+            assert len((second / "step_seconds.txt").read_text().split()) == 4
+    written = [(folder / "model_0000001.pth").stat().st_mtime_ns for folder in cut]
+    assert written[0] < written[1]
+
+
+def test_those_that_are_behind_come_first():
+    """Iterations in the order in which they are made, of two trainings at 2 and at 0 of 4."""
+    order = []
+
+    class Counter:
+        def __init__(self, name, iteration):
+            self.name, self.trainer = name, SimpleNamespace(iter=iteration, max_iter=4)
+
+        @property
+        def done(self):
+            return self.trainer.iter == 4
+
+        def advance(self):
+            order.append((self.name, self.trainer.iter))
+            self.trainer.iter += 1
+
+    advance_in_turn([Counter("a", 2), Counter("b", 0)], "")
+    assert order == [("b", 0), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 3)]
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """A folder of data sets with a bccd of two images."""
+    images = tmp_path / "bccd" / "images"
+    images.mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 20)).save(images / f"{name}.png")
+    for split in ("train", "val", "test"):
+        (tmp_path / "bccd" / f"{split}.json").write_text(json.dumps(valid_coco()))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    yield
+    for split in {"bccd_train", "bccd_val", "bccd_test"} & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(split)
+        MetadataCatalog.remove(split)
+
+
+@pytest.mark.parametrize("pair", LONG_PAIRS)
+def test_long_pairs_differ_in_denoising_and_have_a_half_schedule(pair, cells, tmp_path):
+    variants = variants_of(pair)
+    assert [variant.name for variant in variants] == [MATCHING, DENOISED, HALF]
+    alone, denoised, half = (
+        dict(leaves(configure(FOLDER / f"{pair}.yaml", variant, 1, tmp_path, []))) for variant in variants
+    )
+    differing = {key for key in alone if alone[key] != denoised[key]} - {"OUTPUT_DIR"}
+    assert differing == {"MODEL.DN_DETR.DENOISING.NAME"}
+    assert {key for key in half if half[key] != denoised[key]} - {"OUTPUT_DIR"} == {"SOLVER.MAX_ITER"}
+    assert int(half["SOLVER.MAX_ITER"]) * 2 == int(denoised["SOLVER.MAX_ITER"])
 
 
 def test_comparisons_of_different_kinds_lie_in_folders_of_their_own():
-    lines = ([], ["--quick"], ["--ablations"], ["--bccd", "x"], ["--quick", "--ablations", "1 group"])
+    lines = ([], ["--quick"], ["--ablations"], ["--quick", "--ablations", "1 group"])
     found = [parse_arguments(line) for line in lines]
     assert len({args.runs for args in found}) == len(lines)
     assert all(args.runs == args.output for args in found)
@@ -342,13 +405,14 @@ def test_comparisons_of_different_kinds_lie_in_folders_of_their_own():
     [
         (["--jobs", "0"], ["error: ", "--jobs", 0]),
         (["--threads", "-1"], ["error: ", "--threads", -1]),
-        (["--bccd", "nowhere"], ["error: ", "--bccd", "nowhere", "train.json"]),
+        (["--jobs", "1", "--pairs", "bccd_dino"], ["nowhere", "train.json"]),
         (["--report", "--pairs", "dense", "--seeds", "1"], ["metrics.json", "OUTPUT_DIR"]),
         (["--backbone", "nowhere.pth"], ["'nowhere.pth'"]),
         (["--jobs", "1", "--pairs", "dense", "--opts", "SOLVER.MAX_ITR", "3"], ["SOLVER.MAX_ITR", "SOLVER.MAX_ITER"]),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, named, tmp_path, capsys):
+def test_bad_input_is_one_sentence(arguments, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "nowhere")
     assert main(["--runs", str(tmp_path), *arguments]) == 2
     assert naming(*named).search(capsys.readouterr().err.splitlines()[-1])
 
