@@ -24,6 +24,8 @@ class Targets:
         counts: objects of each image, on the host.
         masks: (N, M, h, w) bool in pixels of the padded image, False where padded; None where no part of the model asks
             for them.
+        weights: (N, M) what the losses of each object are multiplied with; None = 1.
+        noise_factors: (N, M) what the box noise of each object is multiplied with; None = 1.
     """
 
     labels: Tensor
@@ -31,6 +33,8 @@ class Targets:
     valid: Tensor
     counts: list[int]
     masks: Tensor | None = None
+    weights: Tensor | None = None
+    noise_factors: Tensor | None = None
 
     @classmethod
     def pad(
@@ -40,6 +44,8 @@ class Targets:
         device: torch.device | str = "cpu",
         *,
         masks: list[Tensor] | None = None,
+        weights: list[Tensor] | None = None,
+        noise_factors: list[Tensor] | None = None,
         min_slots: int = 1,
     ) -> "Targets":
         """Joins one (n_i,) label and one (n_i, 4) box tensor per image; pads on their device, uploads once.
@@ -48,13 +54,15 @@ class Targets:
             labels, boxes: of each image.
             device: of the result.
             masks: (n_i, h, w) bool of each image, all of one size.
+            weights, noise_factors: (n_i,) of each image.
             min_slots: M is at least this, so that a part of a batch can have the layout of all of it.
 
         Raises:
-            ValueError: labels, boxes and masks do not pair up.
+            ValueError: labels and boxes, or anything else, do not pair up.
         """
         counts = [len(image) for image in labels]
-        for name, others in (("boxes", boxes), ("masks", masks)):
+        optional = {"masks": masks, "weights": weights, "noise_factors": noise_factors}
+        for name, others in ({"boxes": boxes} | optional).items():
             if others is not None and counts != [len(image) for image in others]:
                 raise ValueError(
                     f"labels and {name} must pair up, got {counts} labels and {[len(x) for x in others]} {name}"
@@ -67,6 +75,10 @@ class Targets:
             to_device(valid, device),
             counts,
             None if masks is None else to_device(_pad(masks, slots, masks[0].shape[1:], False, torch.bool), device),
+            *(
+                None if x is None else to_device(_pad(x, slots, (), 1.0, torch.get_default_dtype()), device)
+                for x in (weights, noise_factors)
+            ),
         )
 
 

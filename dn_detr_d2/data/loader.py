@@ -16,8 +16,9 @@ from .mapper import AnnotatedDatasetMapper, DetrDatasetMapper, has_queries, mask
 from .mask_check import refuse_unusable_masks
 from .registered import records_of
 from .semantic import is_semantic
-from .stream import Positions, StreamLoader, TrainingStream
+from .stream import MixedPositions, MixedStream, Positions, StreamLoader, TrainingStream
 from .summary import log_summary
+from .unlabeled import UnlabeledMapper, unlabeled_records
 from .worker_process import guard
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,13 @@ def build_train_loader(cfg):
         )
         return guard(build_detection_train_loader(cfg, dataset=kept, mapper=mapper, pin_memory=goes_to_gpu(cfg)))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    positions = Positions(cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size())
+    processes = comm.get_rank(), comm.get_world_size()
+    positions = Positions(cfg.SOLVER.IMS_PER_BATCH, *processes)
     stream = TrainingStream(kept, mapper, seed)
+    if cfg.SEMI_SUPERVISED.ENABLED:
+        stream = MixedStream(stream, TrainingStream(unlabeled_records(cfg), UnlabeledMapper(cfg), 0))
+        others = Positions(cfg.SOLVER.IMS_PER_BATCH * cfg.SEMI_SUPERVISED.UNLABELED_RATIO, *processes)
+        positions = MixedPositions(positions, others, cfg.SEMI_SUPERVISED.BURN_IN)
     return StreamLoader(stream, positions, node.NUM_WORKERS, pin_memory=goes_to_gpu(cfg))
 
 

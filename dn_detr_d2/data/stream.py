@@ -5,6 +5,7 @@ Iteration t of batch size B takes the positions from t * B on, whatever the numb
 needs no other state.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,6 +28,10 @@ class TrainingStream(Dataset):
     def __init__(self, records: list[dict], mapper: Callable[[dict], dict], seed: int):
         self.records, self.mapper, self.seed = DatasetFromList(records, copy=False), mapper, seed
         self._shuffled = (-1, None)  # (epoch, its order)
+
+    def reseed(self, seed: int) -> None:
+        """Puts another stream in place of this one."""
+        self.seed, self._shuffled = seed, (-1, None)
 
     def index(self, position: int) -> int:
         """The index of the record at a position."""
@@ -61,16 +66,72 @@ class Positions(Sampler):
             first += self.batch_size
 
 
+class MixedStream(Dataset):
+    """A stream of annotated images and one of images without annotations, under positions (which of the two, position).
+
+    Args:
+        annotated, unlabeled: the two; the second gets its seed from that of the first.
+    """
+
+    def __init__(self, annotated: TrainingStream, unlabeled: TrainingStream):
+        self.streams = annotated, unlabeled
+        self.reseed(annotated.seed)
+
+    @property
+    def seed(self) -> int:
+        """That of the annotated images."""
+        return self.streams[0].seed
+
+    def reseed(self, seed: int) -> None:
+        """Puts other streams in place of these."""
+        annotated, unlabeled = self.streams
+        annotated.reseed(seed)
+        unlabeled.reseed(derive_seed(seed, 0, 3))
+
+    def __getitem__(self, position: tuple[int, int]) -> dict:
+        which, place = position
+        return self.streams[which][place]
+
+
+class MixedPositions(Sampler):
+    """Positions of a :class:`MixedStream`: batches of annotated images, and after some iterations of others behind them.
+
+    Args:
+        annotated, unlabeled: positions of the two; the second begins with its first batch.
+        burn_in: iterations without the second.
+    """
+
+    def __init__(self, annotated: Positions, unlabeled: Positions, burn_in: int):
+        self.annotated, self.unlabeled, self.burn_in = annotated, unlabeled, burn_in
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.annotated.start, self.unlabeled.start = self.start, max(self.start - self.burn_in, 0)
+        annotated, unlabeled = iter(self.annotated), iter(self.unlabeled)
+        for iteration in itertools.count(self.start):
+            batch = [(0, position) for position in next(annotated)]
+            if iteration >= self.burn_in:
+                batch += [(1, position) for position in next(unlabeled)]
+            yield batch
+
+
 class StreamLoader(DataLoader):
     """Batches of the stream; :meth:`seek` chooses where it begins.
 
     Args:
-        stream, positions: see there.
+        stream, positions: see there, or mixed ones.
         num_workers: loader processes; 0 = in this process.
         pin_memory: whether a thread puts the images into pinned memory, out of which a copy to a GPU makes nobody wait.
     """
 
-    def __init__(self, stream: TrainingStream, positions: Positions, num_workers: int, *, pin_memory: bool = False):
+    def __init__(
+        self,
+        stream: TrainingStream | MixedStream,
+        positions: Positions | MixedPositions,
+        num_workers: int,
+        *,
+        pin_memory: bool = False,
+    ):
         super().__init__(
             stream,
             batch_sampler=positions,
@@ -92,4 +153,4 @@ class StreamLoader(DataLoader):
         """Lets the next iterator begin with an iteration; ``seed`` puts another stream in place of the present one."""
         self.batch_sampler.start = iteration
         if seed is not None:
-            self.dataset.seed, self.dataset._shuffled = seed, (-1, None)
+            self.dataset.reseed(seed)

@@ -111,7 +111,10 @@ class DenoisingGenerator:
 
         labels = self.noise_labels(labels)
         labels = torch.where(valid, labels, self.num_classes)
-        boxes = torch.where(valid[..., None], self.noise_boxes(boxes), 0.5)
+        noised = self.noise_boxes(boxes)
+        if targets.noise_factors is not None:  # each number goes so many times as far
+            noised = (boxes + targets.noise_factors[image, chosen][..., None] * (noised - boxes)).clamp(0, 1)
+        boxes = torch.where(valid[..., None], noised, 0.5)
         has_class_loss = self.has_class_loss(valid, targets.counts if step_counts is None else step_counts)
         return NoisedTargets(
             labels.flatten(1),

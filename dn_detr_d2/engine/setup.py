@@ -10,6 +10,7 @@ from ..data import count_classes, evaluated_classes
 from ..data.registered import known_classes, known_things, listed_sets, register_data_sets, used_classes
 from ..errors import ConfigError
 from .foreign_detectors import check_detector
+from .pseudo_labels import check_semi_supervised
 
 
 def setup_cfg(
@@ -31,7 +32,8 @@ def setup_cfg(
     """
     cfg = load_config(config_file, opts)
     used = [name for split in splits for name in cfg.DATASETS[split]]
-    register_data_sets(cfg, used)
+    unlabeled = cfg.DATASETS.UNLABELED if "TRAIN" in splits and cfg.SEMI_SUPERVISED.ENABLED else ()
+    register_data_sets(cfg, [*used, *unlabeled])
     if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
         raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     if used:
@@ -41,6 +43,8 @@ def setup_cfg(
     evaluated_classes(cfg)  # or a wrong name would end the training at its first evaluation
     if "TRAIN" in splits and cfg.MODEL.DN_DETR.DENOISING.NAME:
         resolve_label_noise(cfg)
+    if "TRAIN" in splits and cfg.SEMI_SUPERVISED.ENABLED:
+        check_semi_supervised(cfg)
     return cfg
 
 

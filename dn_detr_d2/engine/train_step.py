@@ -1,6 +1,7 @@
 """One training step: forward, backward, and a check on all ranks before any weight changes."""
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -239,17 +240,19 @@ class TrainStep(SimpleTrainer):
         data_time: float,
     ) -> None:
         """The rest of a step whose first forward pass is launched; changes weights only where the device allows it."""
-        terms = []
+        terms = {}  # by the names of a part's losses: parts with the same ones add up
         for i, part in enumerate(parts):
             with self._no_sync(i + 1 < len(parts)):
                 if i > 0:
                     losses, again = self._pass(part)
                     fault = fault or again
-                terms.append(self._backward(losses))
+                names, found = tuple(losses), self._backward(losses)
+                terms[names] = terms[names] + found if names in terms else found
         self.scaler.unscale_(self.optimizer)  # before the optimizer clips; a no-op unless fp16
         norm = total_norm(self.optimizer)
         scale = self.scaler.on_device(norm.device)
-        values = StepValues(list(losses), None if fault else sum(terms[1:], terms[0]), norm, data_time, scale)
+        known_terms = None if fault else torch.cat([*terms.values()])
+        values = StepValues([*itertools.chain(*terms)], known_terms, norm, data_time, scale)
         known = {"norm": norm} if isinstance(self.optimizer, ClipsWholeModel) else {}
         rates = sorted({group["lr"] for group in self.optimizer.param_groups})
         if skips_on_device(self.optimizer):

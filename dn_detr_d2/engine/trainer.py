@@ -40,6 +40,7 @@ from .hooks.progress import ProgressBar
 from .hooks.repeat_evaluation import EvaluationRecord, RepeatEvaluation
 from .hooks.settle import SettleHook
 from .loggers import build_loggers
+from .semi_supervised import SemiSupervisedStep, semi_supervised_options
 from .train_step import TrainStep
 from .training_state import capture_training_state, restore_training_state
 
@@ -78,7 +79,10 @@ class Trainer(DefaultTrainer):
         reports = str(Path(cfg.OUTPUT_DIR) / "nan_report")
         may_skip = cfg.SOLVER.NONFINITE_LIMIT if cfg.SOLVER.NONFINITE == "skip" else 0
         options = {"may_skip": may_skip, "accumulation": cfg.SOLVER.ACCUMULATION_STEPS}
-        self._trainer = TrainStep(model, loader, optimizer, amp_dtype, reports, **options)
+        if cfg.SEMI_SUPERVISED.ENABLED:
+            options |= semi_supervised_options(cfg, self.averaged.module)
+        step = SemiSupervisedStep if cfg.SEMI_SUPERVISED.ENABLED else TrainStep
+        self._trainer = step(model, loader, optimizer, amp_dtype, reports, **options)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.device = next(model.parameters()).device
         self.loggers, self._runs = build_loggers(cfg), {}

@@ -92,6 +92,7 @@ class ClassFocal(LossTerm):
             everywhere = everywhere * assignment.class_loss_mask
         paired = logits[(*assignment.index(len(logits)), labels)]
         negative, positive = focal_terms(paired, self.alpha, self.gamma)
+        positive = weighted_pairs(positive, targets, assignment)
         return (everywhere.flatten(1).sum(1) + (positive - negative).sum(1)) / normalizers.num_pairs
 
 
@@ -131,6 +132,9 @@ class ClassSoftmax(LossTerm):
         labels = targets.labels[assignment.image, assignment.target]
         target[assignment.index(len(logits))] = labels.expand(len(logits), -1)
         weight = torch.where(target == no_object, self.no_object_weight, 1.0)
+        if targets.weights is not None:
+            of_pairs = targets.weights[assignment.image, assignment.target]
+            weight[assignment.index(len(logits))] = of_pairs.expand(len(logits), -1)
         if mask is not None:
             weight = weight * mask
         entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(weight)
@@ -152,7 +156,7 @@ class BoxL1(LossTerm):
     ) -> Tensor:
         """(K,) sums over the pairs, divided by their number."""
         predicted, wanted = matched_boxes(predictions, targets, assignment)
-        return (predicted - wanted).abs().sum(-1).sum(1) / normalizers.num_pairs
+        return weighted_pairs((predicted - wanted).abs().sum(-1), targets, assignment).sum(1) / normalizers.num_pairs
 
 
 class BoxGIoU(LossTerm):
@@ -174,7 +178,13 @@ class BoxGIoU(LossTerm):
     ) -> Tensor:
         """(K,) sums over the pairs, divided by their number."""
         predicted, wanted = (cxcywh_to_xyxy(x) for x in matched_boxes(predictions, targets, assignment))
-        return (1 - giou(predicted, wanted, self.eps)).sum(1) / normalizers.num_pairs
+        lost = weighted_pairs(1 - giou(predicted, wanted, self.eps), targets, assignment)
+        return lost.sum(1) / normalizers.num_pairs
+
+
+def weighted_pairs(losses: Tensor, targets: Targets, assignment: Assignment) -> Tensor:
+    """(K, T) losses of pairs times the weights of their objects, which are 1 where the targets have none."""
+    return losses if targets.weights is None else losses * targets.weights[assignment.image, assignment.target]
 
 
 def matched_boxes(predictions: Predictions, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:

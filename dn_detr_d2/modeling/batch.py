@@ -83,7 +83,8 @@ def make_targets(
     """Absolute xyxy boxes of each augmented image -> padded cxcywh in [0, 1].
 
     Args:
-        instances: with ``gt_boxes`` and ``gt_classes``, and perhaps all with ``gt_masks``.
+        instances: with ``gt_boxes`` and ``gt_classes``, and perhaps all with ``gt_masks``, or all with ``gt_weights`` and
+            ``gt_noise_factors``, see :class:`~dn_detr_d2.structures.Targets`.
         device: of the result.
         min_slots: of :meth:`~dn_detr_d2.structures.Targets.pad`.
         padded_size: (height, width) of the padded images in models with masks, where padding is a part of the image: boxes
@@ -96,9 +97,11 @@ def make_targets(
         if padded_size is not None and image.has("gt_masks"):
             masks.append(padded_masks(image, padded_size))
     labels = [image.gt_classes for image in instances]
-    return Targets.pad(
-        labels, boxes, device, masks=masks if masks and len(masks) == len(boxes) else None, min_slots=min_slots
-    )
+    optional = {"masks": masks if masks and len(masks) == len(boxes) else None}
+    for name in ("weights", "noise_factors"):
+        if all(image.has(f"gt_{name}") for image in instances):
+            optional[name] = [image.get(f"gt_{name}") for image in instances]
+    return Targets.pad(labels, boxes, device, min_slots=min_slots, **optional)
 
 
 def padded_masks(image: Instances, size: tuple[int, int]) -> Tensor:

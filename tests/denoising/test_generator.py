@@ -224,3 +224,39 @@ def test_a_budget_of_0_is_the_number_of_groups_and_a_negative_one_is_refused():
     assert BudgetDenoisingGenerator(**QUIET, num_queries=0)(make_targets(3)).num_groups == QUIET["num_groups"]
     with pytest.raises(ValueError, match=naming("num_queries", -1)):
         BudgetDenoisingGenerator(**QUIET, num_queries=-1)
+
+
+def with_factors(targets, factor):
+    factors = [torch.full((count,), factor) for count in targets.counts]
+    boxes = [x[:count] for x, count in zip(targets.boxes, targets.counts, strict=True)]
+    labels = [x[:count] for x, count in zip(targets.labels, targets.counts, strict=True)]
+    return Targets.pad(labels, boxes, noise_factors=factors)
+
+
+@pytest.mark.parametrize("kind", [DenoisingGenerator, BudgetDenoisingGenerator, ContrastiveDenoisingGenerator])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
+def test_noise_of_an_object_goes_as_far_as_its_factor_says(kind, factor):
+    """From the same random numbers; the boxes are in the middle, so that nothing is clamped."""
+    targets, generator = make_targets(2, 3), kind(num_classes=5, num_groups=3)
+    torch.manual_seed(1)
+    plain = generator(targets)
+    torch.manual_seed(1)
+    noised = generator(with_factors(targets, factor))
+    clean = targets.boxes.gather(
+        1, torch.arange(3).repeat(plain.num_queries // 3).expand(2, -1)[..., None].expand(-1, -1, 4)
+    )
+    real = plain.valid & (plain.boxes > 0).all(-1) & (plain.boxes < 1).all(-1)
+    assert real.sum() > 10
+    torch.testing.assert_close(noised.boxes[real], (clean + factor * (plain.boxes - clean))[real])
+    assert torch.equal(noised.labels, plain.labels)
+
+
+def test_each_object_has_its_own_factor_and_numbers_stay_in_the_image():
+    targets = make_targets(2)
+    wide = Targets.pad(list(targets.labels), list(targets.boxes), noise_factors=[torch.tensor([0.0, 9.0])])
+    noised = DenoisingGenerator(**SETTINGS | {"num_groups": 200})(wide)
+    boxes = noised.boxes.unflatten(1, (200, 2))[0]
+    assert torch.equal(boxes[:, 0], targets.boxes[0, 0].expand(200, 4))
+    assert boxes[:, 1].min() >= 0
+    assert boxes[:, 1].max() <= 1
+    assert (boxes[:, 1] - targets.boxes[0, 1]).abs().max() > 0.4

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""What do images without annotations give to a set with few? Trains on 5, 10 and 20 % of BCCD's labels.
+
+    python dev/measure_few_labels.py --bccd datasets --output docs/evidence
+    python dev/measure_few_labels.py --bccd datasets --output docs/evidence --report
+
+--bccd is the folder that holds bccd/. Which images are annotated is fixed: dev/few_labels/*.txt. All trainings have the
+model of configs/bccd.yaml and equally many iterations; they differ in what becomes of the images that are not annotated.
+Trainings that have ended are taken from --runs; an interrupted one is resumed. Writes few_labels.md. Exit code 2: bad input.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tabulate import tabulate
+
+from dev.ablate_bccd import CONFIG, last, train
+from dev.compare_runs import machine
+from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2.command_line import add_overrides, parse, run_command
+from dn_detr_d2.visualization.curves import spread
+from dn_detr_d2.visualization.runs import Run
+
+LISTS = Path(__file__).resolve().parent / "few_labels"
+SHORT = {"SOLVER.MAX_ITER": 1000, "TEST.EVAL_PERIOD": 250, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
+SEMI = {"SEMI_SUPERVISED.ENABLED": True, "SEMI_SUPERVISED.BURN_IN": 300}
+ALONE, OURS, ALL = "annotated images alone", "pseudo labels in matching and denoising", "all labels"
+PLAIN = {"SEMI_SUPERVISED.WEIGHTED": False, "SEMI_SUPERVISED.NOISE_GROWTH": 0.0}
+MATCHING, DENOISING = ({"SEMI_SUPERVISED.LOSSES": (name,)} for name in ("matching", "denoising"))
+# What becomes of the images without annotations -> the overrides.
+KINDS = {
+    ALONE: {},
+    OURS: SEMI,
+    "in matching alone": SEMI | MATCHING,
+    "in denoising alone": SEMI | DENOISING,
+    "in both, without weights": SEMI | PLAIN,
+    "in matching alone, without weights": SEMI | MATCHING | PLAIN,
+    "in denoising alone, without weights": SEMI | DENOISING | PLAIN,
+}
+# Percent of the labels -> seeds and kinds.
+PLAN = {10: ((1, 2), tuple(KINDS)), 5: ((1,), (ALONE, OURS)), 20: ((1,), (ALONE, OURS))}
+METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bccd", metavar="FOLDER", required=True, help="folder that holds bccd/")
+    parser.add_argument("--percent", nargs="+", type=int, choices=list(PLAN), default=list(PLAN), help="default: all")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
+    parser.add_argument("--runs", metavar="DIR", default="output/few_labels", help="where the trainings go")
+    parser.add_argument("--output", metavar="DIR", help="where the page goes (default: beside the trainings)")
+    add_overrides(parser)
+    return parse(parser, argv)
+
+
+def write_split(source: Path, names: Iterable[str], folder: Path) -> tuple[Path, Path]:
+    """Splits a COCO-format file: the annotated images, and the others without annotations; returns both files.
+
+    Args:
+        source: the file.
+        names: ``file_name`` of the images that stay annotated.
+        folder: where annotated.json and unlabeled.json are written.
+
+    Raises:
+        UserError: a name is not in the file.
+    """
+    content, names = json.loads(source.read_text()), set(names)
+    if missing := names - {image["file_name"] for image in content["images"]}:
+        raise UserError(f"{source} has no image {min(missing)!r} (of {len(missing)}); is it the BCCD of the lists?")
+    kept = [image for image in content["images"] if image["file_name"] in names]
+    ids = {image["id"] for image in kept}
+    annotated = content | {"images": kept, "annotations": [x for x in content["annotations"] if x["image_id"] in ids]}
+    others = {key: x for key, x in content.items() if key != "annotations"}
+    others["images"] = [image for image in content["images"] if image["id"] not in ids]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "annotated.json", folder / "unlabeled.json"
+    for path, part in zip(files, (annotated, others), strict=True):
+        path.write_text(json.dumps(part))
+    return files
+
+
+def data_overrides(args: argparse.Namespace, percent: int) -> dict:
+    """Overrides that put the annotated share, and the rest without annotations, in place of the training set."""
+    bccd = Path(args.bccd).resolve() / "bccd"
+    names = (LISTS / f"bccd_{percent}_percent.txt").read_text().split()
+    annotated, unlabeled = write_split(bccd / "train.json", names, Path(args.runs).resolve() / f"{percent}_percent")
+    images = str(bccd / "images")
+    sets = {f"bccd_{percent}": annotated, f"bccd_{percent}_unlabeled": unlabeled, "bccd_test": bccd / "test.json"}
+    return {
+        "DATASETS.COCO_JSON": [[name, str(path), images] for name, path in sets.items()],
+        "DATASETS.TRAIN": (f"bccd_{percent}",),
+        "DATASETS.UNLABELED": (f"bccd_{percent}_unlabeled",),
+    }
+
+
+def report(args: argparse.Namespace) -> str:
+    """Trains, writes the page, and returns it."""
+    setup_cfg(str(CONFIG), args.opts, splits=())  # a misspelt key is named before hours of training
+    if not (Path(args.bccd) / "bccd" / "train.json").is_file():
+        raise UserError(f"--bccd {args.bccd} holds no bccd/train.json; name the folder above BCCD in COCO format")
+    rows, wanting = [], []
+    for percent in args.percent:
+        data, (seeds, kinds) = data_overrides(args, percent), PLAN[percent]
+        for kind in kinds:
+            runs = [train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind], seed) for seed in seeds]
+            add_row(rows, wanting, f"{percent} %", kind, runs)
+    add_row(rows, wanting, "100 %", ALL, [train(args, ALL, SHORT, 1)])
+    if not rows:
+        raise UserError(f"--report finds no training in {args.runs}; run it first")
+    headers = ["labels", "images without", "seeds", *METRICS, "seconds an iteration"]
+    lines = [
+        "# Few labels, many pictures: BCCD",
+        "",
+        f"`{command_line(args)}`, {machine()}.",
+        "",
+        f"The moving average of the weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
+        f"images, and after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them 2 others besides; means over the seeds, with the "
+        "lowest and the highest.",
+        "",
+        tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+        "",
+        *([f"Not trained: {'; '.join(wanting)}.", ""] if wanting else []),
+    ]
+    output = Path(args.output or args.runs)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "few_labels.md").write_text("\n".join(lines))
+    return "\n".join(lines)
+
+
+def add_row(rows: list, wanting: list, share: str, kind: str, runs: list[Run | None]) -> None:
+    """Adds a line of the table for the runs that there are, and the name of what has not been trained."""
+    found = [run for run in runs if run is not None]
+    if len(found) < len(runs):
+        wanting.append(f"{share} {kind} ({len(runs) - len(found)} of {len(runs)} seeds)")
+    if found:
+        values = [spread([last(run, metric, "ema/") for run in found], ".1f") for metric in METRICS.values()]
+        seconds = spread([run.seconds_an_iteration for run in found], ".2f")
+        rows.append([share, kind, str(len(found)), *values, seconds])
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """The call that gives the page, without paths of this machine."""
+    return " ".join(["python dev/measure_few_labels.py --bccd datasets", *args.opts])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse_arguments(argv)
+    return run_command(lambda: print(report(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

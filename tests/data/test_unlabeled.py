@@ -1,0 +1,142 @@
+"""Images without annotations: which they are, their two views, and their place in the stream."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import valid_coco
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naming import naming
+from PIL import Image
+from toy_training import make_cfg
+
+from dn_detr_d2 import ConfigError, DatasetError
+from dn_detr_d2.data import build_train_loader
+from dn_detr_d2.data.mapper import DetrDatasetMapper
+from dn_detr_d2.data.registered import records_of
+from dn_detr_d2.data.stream import MixedPositions, MixedStream, Positions, TrainingStream
+from dn_detr_d2.data.unlabeled import WEAK, StrongAugmentation, UnlabeledMapper, unlabeled_records
+from dn_detr_d2.utils.rng import isolated_rng
+
+SEMI = ["SEMI_SUPERVISED.ENABLED", True, "MODEL_EMA.ENABLED", True, "SEMI_SUPERVISED.BURN_IN", 1]
+SEMI += ["DATASETS.UNLABELED", ("shapes_val",)]
+
+
+def picture(path, size=(40, 30), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_a_folder_is_all_its_images_and_a_data_set_loses_its_annotations(tmp_path):
+    for name in ("b.png", "a.JPG", "deeper/c.webp"):
+        picture(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "notes.txt").write_text("no image")
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "pictures"), "shapes_val"))
+    found = unlabeled_records(cfg)
+    assert [x["image_id"] for x in found[:3]] == ["a.JPG", "b.png", "deeper/c.webp"]
+    assert len(found) == 3 + len(records_of("shapes_val"))
+    assert not any("annotations" in x for x in found)
+
+
+def test_folders_are_relative_to_the_data_sets(tmp_path, monkeypatch):
+    picture(tmp_path / "sets" / "mine" / "a.png")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", ("mine",))
+    assert [x["image_id"] for x in unlabeled_records(cfg)] == ["a.png"]
+
+
+def test_a_coco_file_needs_no_annotations(tmp_path):
+    import json
+
+    content = valid_coco()
+    del content["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    for image in content["images"]:
+        picture(tmp_path / "images" / image["file_name"], (image["width"], image["height"]))
+    entry = ["test_unlabeled", str(tmp_path / "test.json"), str(tmp_path / "images")]
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.COCO_JSON", [entry], "DATASETS.UNLABELED", ("test_unlabeled",))
+    assert len(unlabeled_records(cfg)) == len(content["images"])
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3  # those of the training
+
+
+def test_what_is_neither_a_data_set_nor_a_folder_is_named(tmp_path):
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", ("shapes_vall",))
+    with pytest.raises(ConfigError, match=naming("shapes_vall", "shapes_val", "folder")):
+        unlabeled_records(cfg)
+    (tmp_path / "empty").mkdir()
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "empty"),))
+    with pytest.raises(DatasetError, match=naming("empty")):
+        unlabeled_records(cfg)
+
+
+def test_the_weak_view_is_what_an_annotated_image_becomes_and_the_strong_one_has_its_geometry(tmp_path):
+    cfg, record = make_cfg(tmp_path / "out", *SEMI), records_of("shapes_val")[0]
+    changed = 0
+    for seed in range(20):
+        with isolated_rng(seed):
+            expected = DetrDatasetMapper(cfg, True)(record)["image"]
+        with isolated_rng(seed):
+            found = UnlabeledMapper(cfg)(record)
+        assert torch.equal(found[WEAK], expected)
+        assert found["image"].shape == expected.shape
+        assert found["image"].dtype == torch.uint8
+        assert "instances" not in found
+        changed += not torch.equal(found["image"], expected)
+    assert changed >= 15
+
+
+def test_the_strong_view_of_bgr_is_that_of_rgb_turned_around():
+    image = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
+    for seed in range(10):
+        with isolated_rng(seed):
+            rgb = StrongAugmentation("RGB")(image)
+        with isolated_rng(seed):
+            bgr = StrongAugmentation("BGR")(image.flip(0))
+        assert torch.equal(bgr.flip(0), rgb)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 10**6))
+def test_images_of_any_size_have_a_strong_view(height, width, seed):
+    with isolated_rng(seed):
+        assert StrongAugmentation("RGB")(torch.zeros(3, height, width, dtype=torch.uint8)).shape == (3, height, width)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 4), st.integers(0, 9), st.sampled_from([1, 2]))
+def test_batches_begin_with_annotated_images_and_others_follow_after_the_burn_in(few, many, burn_in, start, world):
+    """As a list that is cut: iteration t has positions B t ... of the first, U (t - burn_in) ... of the second."""
+    few, many = few * world, many * world
+    for rank in range(world):
+        positions = MixedPositions(Positions(few, rank, world), Positions(many, rank, world), burn_in)
+        positions.start = start
+        for t, batch in zip(range(start, start + 5), positions, strict=False):
+            first = [(0, few * t + i) for i in range(rank, few, world)]
+            second = [(1, many * (t - burn_in) + i) for i in range(rank, many, world)] if t >= burn_in else []
+            assert batch == first + second
+
+
+def test_the_two_streams_have_orders_of_their_own_from_one_seed():
+    records = [{"image_id": i} for i in range(50)]
+    made = MixedStream(TrainingStream(records, dict, 3), TrainingStream(records, dict, 99))
+    first, second = ([made[which, i]["image_id"] for i in range(50)] for which in (0, 1))
+    assert first != second
+    assert first == [TrainingStream(records, dict, 3)[i]["image_id"] for i in range(50)]
+    other = MixedStream(TrainingStream(records, dict, 8), TrainingStream(records, dict, 99))
+    other.reseed(3)
+    assert [other[1, i]["image_id"] for i in range(50)] == second
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_begins_where_it_is_told(tmp_path, workers):
+    cfg = make_cfg(tmp_path / "out", *SEMI, "SEMI_SUPERVISED.UNLABELED_RATIO", 2, "DATALOADER.NUM_WORKERS", workers)
+    whole = list(islice(build_train_loader(cfg), 4))
+    assert [len(batch) for batch in whole] == [2, 6, 6, 6]
+    assert [[WEAK in record for record in batch] for batch in whole[1:]] == [[False] * 2 + [True] * 4] * 3
+    later = build_train_loader(cfg)
+    later.seek(2)
+    for expected, found in zip(whole[2:], islice(later, 2), strict=True):
+        assert [x["file_name"] for x in expected] == [x["file_name"] for x in found]
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(expected, found, strict=True))

@@ -1,0 +1,176 @@
+"""Semi-supervised training: pseudo labels, what they enter, and everything that holds for other trainings."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from naming import naming
+from ranks import on_ranks
+from toy_training import differing, load, make_cfg, stop_at, train
+
+from dn_detr_d2 import ConfigError
+from dn_detr_d2.data.registered import records_of
+from dn_detr_d2.engine.pseudo_labels import PseudoLabels, class_thresholds
+from dn_detr_d2.engine.semi_supervised import SemiSupervisedStep
+
+# An untrained detector gives every class a score near 0.01, so this makes every query a pseudo label.
+SEMI = [
+    *("SEMI_SUPERVISED.ENABLED", True, "SEMI_SUPERVISED.BURN_IN", 2, "SEMI_SUPERVISED.THRESHOLD", 0.002),
+    *("SEMI_SUPERVISED.NMS", 1.0, "MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5),
+    *("DATASETS.UNLABELED", ("shapes_val",)),
+]
+
+
+def detections(boxes, scores, classes):
+    return Instances(
+        (100, 100),
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)),
+        scores=torch.tensor(scores),
+        pred_classes=torch.tensor(classes),
+    )
+
+
+def test_pseudo_labels_of_a_worked_example():
+    """The second box is below its class's threshold, the third overlaps the first by 0.81, the fourth has no width."""
+    found = detections(
+        [[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 9, 9], [5, 5, 5, 9], [20, 20, 40, 40]],
+        [0.9, 0.6, 0.5, 0.95, 0.5],
+        [0, 1, 1, 0, 0],
+    )
+    labels = PseudoLabels([0.4, 0.7], nms_iou=0.8, noise_growth=2.0)(found)
+    assert labels.gt_boxes.tensor.tolist() == [[0, 0, 10, 10], [20, 20, 40, 40]]
+    assert labels.gt_classes.tolist() == [0, 0]
+    torch.testing.assert_close(labels.gt_weights, torch.tensor([0.9, 0.5]))
+    torch.testing.assert_close(labels.gt_noise_factors, torch.tensor([1.2, 2.0]))
+    assert labels.image_size == (100, 100)
+    unweighted = PseudoLabels([0.4, 0.4], nms_iou=1.0, weighted=False, noise_growth=0.0)(found)
+    assert len(unweighted) == 4
+    assert unweighted.gt_weights.tolist() == [1.0] * 4
+    assert unweighted.gt_noise_factors.tolist() == [1.0] * 4
+
+
+def test_no_detection_is_no_pseudo_label():
+    labels = PseudoLabels([0.5])(detections([[0, 0, 1, 1]], [0.1], [0]))
+    assert len(labels) == 0
+    assert labels.gt_boxes.tensor.shape == (0, 4)
+
+
+def test_thresholds_of_single_classes(tmp_path):
+    cfg = make_cfg(tmp_path, *SEMI, "SEMI_SUPERVISED.CLASS_THRESHOLDS", [["triangle", 0.9]])
+    names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
+    assert class_thresholds(cfg) == [0.9 if name == "triangle" else 0.002 for name in names]
+
+
+@pytest.mark.parametrize(("overrides", "named"), [
+    (["MODEL_EMA.ENABLED", False], ["MODEL_EMA.ENABLED"]),
+    (["DATASETS.UNLABELED", ()], ["DATASETS.UNLABELED"]),
+    (["MODEL.DN_DETR.DENOISING.NAME", ""], ["SEMI_SUPERVISED.LOSSES", "denoising", "matching"]),
+    (["SEMI_SUPERVISED.LOSSES", ["boxes"]], ["boxes", "matching"]),
+    (["SEMI_SUPERVISED.LOSSES", []], ["SEMI_SUPERVISED.LOSSES", "matching"]),
+    (["SEMI_SUPERVISED.UNLABELED_RATIO", 0], ["UNLABELED_RATIO", 0]),
+    (["SEMI_SUPERVISED.THRESHOLD", 1.5], ["THRESHOLD", 1.5]),
+    (["SEMI_SUPERVISED.NOISE_GROWTH", -1.0], ["NOISE_GROWTH", -1.0]),
+    (["SEMI_SUPERVISED.CLASS_THRESHOLDS", [["hexagon", 0.5]]], ["hexagon", "triangle"]),
+    (["SEMI_SUPERVISED.CLASS_THRESHOLDS", [["triangle", 2]]], ["triangle", 2]),
+    (["SEMI_SUPERVISED.CLASS_THRESHOLDS", ["triangle"]], ["CLASS_THRESHOLDS", "triangle"]),
+    (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], ["RepeatFactorTrainingSampler", "TrainingSampler"]),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_it_starts(overrides, named, tmp_path):
+    with pytest.raises(ConfigError, match=naming(*named)):
+        make_cfg(tmp_path, *SEMI, *overrides)
+
+
+def test_matching_alone_may_learn_in_a_model_without_denoising(tmp_path):
+    options = ["MODEL.DN_DETR.DENOISING.NAME", "", "SEMI_SUPERVISED.LOSSES", ["matching"]]
+    make_cfg(tmp_path, *SEMI, *options)
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {name: value for line in lines for name, value in line.items()}
+
+
+@pytest.mark.parametrize("used", [["matching", "denoising"], ["matching"], ["denoising"]])
+def test_pseudo_labels_enter_what_they_shall(tmp_path, used):
+    train(make_cfg(tmp_path / "out", *SEMI, "SEMI_SUPERVISED.LOSSES", used))
+    found = {name: x for name, x in losses_of(tmp_path / "out").items() if name.startswith("unlabeled/")}
+    denoised = {name: x for name, x in found.items() if name.startswith("unlabeled/dn/")}
+    matched = {name: x for name, x in found.items() if name not in denoised}
+    assert len(denoised) == len(matched) == 6
+    assert all((x > 0) == ("denoising" in used) for x in denoised.values())
+    assert all((x > 0) == ("matching" in used) for x in matched.values())
+
+
+def test_until_the_burn_in_is_over_nothing_differs(tmp_path):
+    """Six iterations, all of them burning in."""
+    train(make_cfg(tmp_path / "semi", *SEMI, "SEMI_SUPERVISED.BURN_IN", 6))
+    train(make_cfg(tmp_path / "plain", "MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5))
+    first, second = load(tmp_path / "semi"), load(tmp_path / "plain")
+    assert differing({"model": first["model"]}, {"model": second["model"]}) == []
+
+
+def test_without_pseudo_labels_an_image_only_teaches_what_is_no_object(tmp_path):
+    train(make_cfg(tmp_path / "out", *SEMI, "SEMI_SUPERVISED.THRESHOLD", 1.0))
+    found = losses_of(tmp_path / "out")
+    assert found["pseudo_labels/an_image"] == 0
+    assert found["unlabeled/main/class"] > 0
+    assert found["unlabeled/main/l1"] == found["unlabeled/dn/l1"] == found["unlabeled/dn/class"] == 0
+
+
+def test_annotations_of_unlabeled_images_teach_nothing(tmp_path):
+    """The same images as a folder, where there are none: equal to the bit."""
+    (tmp_path / "pictures").mkdir()
+    for record in records_of("shapes_val"):
+        shutil.copy(record["file_name"], tmp_path / "pictures")
+    train(make_cfg(tmp_path / "set", *SEMI))
+    train(make_cfg(tmp_path / "folder", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "pictures"),)))
+    first, second = load(tmp_path / "set"), load(tmp_path / "folder")
+    assert differing({"model": first["model"]}, {"model": second["model"]}) == []
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param([], id="burn-in before the checkpoint"),
+    pytest.param(["SEMI_SUPERVISED.BURN_IN", 4], id="burn-in after the checkpoint"),
+    pytest.param(["DATALOADER.NUM_WORKERS", 2, "SEMI_SUPERVISED.UNLABELED_RATIO", 2], id="two loader workers"),
+    pytest.param(["SOLVER.ACCUMULATION_STEPS", 2], id="accumulation"),
+])  # fmt: skip
+def test_a_resumed_training_equals_one_that_was_not_stopped(tmp_path, options):
+    train(make_cfg(tmp_path / "whole", *SEMI, *options))
+    stop_at(tmp_path / "whole", "model_0000002", tmp_path / "stopped")
+    resumed = train(make_cfg(tmp_path / "stopped", *SEMI, *options), resume=True, seed=99)
+    assert resumed.start_iter == 3
+    assert differing(load(tmp_path / "whole"), load(tmp_path / "stopped")) == []
+
+
+def test_two_processes_resume_and_share_the_pseudo_labelled_images(tmp_path):
+    on_ranks(train, make_cfg(tmp_path / "whole", *SEMI))
+    stop_at(tmp_path / "whole", "model_0000002", tmp_path / "stopped")
+    on_ranks(train, make_cfg(tmp_path / "stopped", *SEMI), True, 99)
+    whole = load(tmp_path / "whole")
+    assert len(whole["random_states"]) == 2
+    assert differing(whole, load(tmp_path / "stopped")) == []
+    assert losses_of(tmp_path / "whole")["unlabeled/dn/l1"] > 0
+
+
+def test_pseudo_labels_change_what_is_learned(tmp_path):
+    """Or the tests above would compare trainings that leave them out."""
+    train(make_cfg(tmp_path / "semi", *SEMI))
+    train(make_cfg(tmp_path / "plain", *SEMI, "SEMI_SUPERVISED.LOSS_WEIGHT", 0.0))
+    assert differing({"model": load(tmp_path / "semi")["model"]}, {"model": load(tmp_path / "plain")["model"]})
+
+
+def test_a_loss_that_is_not_finite_is_discarded_and_named(tmp_path, monkeypatch):
+    made = SemiSupervisedStep.__init__
+
+    def poisoned(self, *arguments, **options):
+        made(self, *arguments, **options)
+        self.weights = {"matching": float("nan"), "denoising": 1.0}
+
+    monkeypatch.setattr(SemiSupervisedStep, "__init__", poisoned)
+    cfg = make_cfg(tmp_path / "out", *SEMI, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with pytest.raises(FloatingPointError, match=naming("unlabeled/main")):
+        train(cfg)
+    assert json.loads((tmp_path / "out" / "nan_report" / "iteration_2_rank_0.json").read_text())["iteration"] == 2
+    assert load(tmp_path / "out", "model_0000001")["iteration"] == 1
