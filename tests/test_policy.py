@@ -81,7 +81,7 @@ DETECTRON2 = {
     "visualization": {"data", "structures", "utils"},
     "config": {"config"},
     "checkpoint": {"checkpoint", "utils"},
-    "engine": {"config", "engine", "evaluation", "modeling", "solver", "utils"},
+    "engine": {"config", "engine", "evaluation", "modeling", "solver", "structures", "utils"},
     "model_zoo": {"config"},
     "predictor": {"engine", "structures"},
     "sources": {"data"},
