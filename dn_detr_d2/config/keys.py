@@ -276,27 +276,27 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Semi-supervised training (docs/few_labels.md): the moving average of the weights (MODEL_EMA) labels weakly augmented
     # images of DATASETS.UNLABELED; the model learns these pseudo labels from strongly augmented ones, beside its annotated
     # images. The cited numbers are those of Unbiased Teacher (Liu et al., ICLR 2021) on COCO.
-    node = cfg.SEMI_SUPERVISED = CfgNode()
-    node.ENABLED = False
-    # Iterations with annotated images alone, before the average is worth asking. 2000 there.
-    node.BURN_IN = 2000
+    cfg.SEMI_SUPERVISED = CfgNode()
+    cfg.SEMI_SUPERVISED.ENABLED = False
+    # Iterations with annotated images alone; then the average begins anew from the weights, and is asked. 2000 there.
+    cfg.SEMI_SUPERVISED.BURN_IN = 2000
     # Unlabelled images for each annotated one of IMS_PER_BATCH, a whole number. 1 there.
-    node.UNLABELED_RATIO = 1
+    cfg.SEMI_SUPERVISED.UNLABELED_RATIO = 1
     # Detections below this score are no pseudo labels. 0.4 in Semi-DETR (Zhang et al., CVPR 2023), 0.7 there, of softmax.
-    node.THRESHOLD = 0.4
+    cfg.SEMI_SUPERVISED.THRESHOLD = 0.4
     # Thresholds of single classes that differ from it: [[class name, threshold], ...].
-    node.CLASS_THRESHOLDS = []
+    cfg.SEMI_SUPERVISED.CLASS_THRESHOLDS = []
     # Of detections that overlap by more, of whatever class, the best one is a pseudo label; 1 = all.
-    node.NMS = 0.7
+    cfg.SEMI_SUPERVISED.NMS = 0.7
     # Factor of all losses of unlabelled images, whose sums are divided by the number of their own pseudo labels. 4 there.
-    node.LOSS_WEIGHT = 4.0
+    cfg.SEMI_SUPERVISED.LOSS_WEIGHT = 4.0
     # What learns from pseudo labels: any of "matching", "denoising". Denoising bypasses the matching, which wrong boxes
     # would upset.
-    node.LOSSES = ["matching", "denoising"]
+    cfg.SEMI_SUPERVISED.LOSSES = ["matching", "denoising"]
     # Whether the losses of a pseudo label are weighted by its score.
-    node.WEIGHTED = True
+    cfg.SEMI_SUPERVISED.WEIGHTED = True
     # Box noise of a pseudo label of score s is 1 + NOISE_GROWTH * (1 - s) times as large; 0 = as that of annotations.
-    node.NOISE_GROWTH = 1.0
+    cfg.SEMI_SUPERVISED.NOISE_GROWTH = 1.0
 
     # What SEMI_SUPERVISED takes: names of data sets (of DATASETS.COCO_JSON or of Detectron2; whatever they annotate is left
     # out, and files without annotations are fine), or folders of images, relative as in COCO_JSON.

@@ -112,7 +112,8 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         found = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
         period, metrics = cfg.TEST.EVAL_PERIOD, best_metrics(cfg)
-        averages = [AverageHook(self.averaged, unwrap(self.model))] if self.averaged else []
+        restart = cfg.SEMI_SUPERVISED.BURN_IN if cfg.SEMI_SUPERVISED.ENABLED else 0
+        averages = [AverageHook(self.averaged, unwrap(self.model), restart)] if self.averaged else []
         added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
         added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_diagnostics(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))

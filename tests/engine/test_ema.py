@@ -33,7 +33,7 @@ def test_three_steps_by_hand_and_a_skipped_one():
     model, inner = Part(), SimpleNamespace(stepped=True)
     inner.when_settled = lambda callback: callback(inner.stepped)
     hook = AverageHook(average_weights(model, 0.9), model)
-    hook.trainer = SimpleNamespace(_trainer=inner, start_iter=0)
+    hook.trainer = SimpleNamespace(_trainer=inner, start_iter=0, iter=0)
     hook.before_train()
     seen = []
     for weight, skipped in ((1.0, False), (2.0, False), (100.0, True), (4.0, False)):
@@ -47,6 +47,25 @@ def test_three_steps_by_hand_and_a_skipped_one():
     assert hook.averaged.module.index.equal(torch.arange(50))  # 0.9 i + 0.1 i may be rounded below i
     assert not hook.averaged.module.training
     assert not hook.averaged.module.weight.requires_grad
+
+
+@pytest.mark.parametrize(("restart", "skipped", "expected"), [
+    (0, None, [1, 1.1, 1.39, 2.051]),
+    (3, None, [1, 1.1, 4, 4.4]),
+    (3, 2, [1, 1.1, 1.1, 8]),
+])  # fmt: skip
+def test_an_average_begins_anew_from_the_weights(restart, skipped, expected):
+    """After the third of four steps; where that one is skipped, from the weights after the next."""
+    model, inner = Part(), SimpleNamespace(stepped=True)
+    inner.when_settled = lambda callback: callback(inner.stepped)
+    hook, seen = AverageHook(average_weights(model, 0.9), model, restart), []
+    for i, weight in enumerate((1.0, 2.0, 4.0, 8.0)):
+        hook.trainer = SimpleNamespace(_trainer=inner, start_iter=0, iter=i)
+        inner.stepped = i != skipped
+        model.weight.data.fill_(weight)
+        hook.after_step()
+        seen.append(hook.averaged.module.weight.item())
+    assert seen == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """An exponential moving average of the weights (EMA), kept beside them: smoother, and in late training often better."""
 
 import logging
+from functools import partial
 
 from detectron2.engine import HookBase
 from torch import nn
@@ -31,10 +32,11 @@ class AverageHook(HookBase):
     Args:
         averaged: of :func:`average_weights`.
         model: the one that is trained, without DistributedDataParallel.
+        restart: iterations after which the average begins anew, from the weights that the model then has; 0 = never.
     """
 
-    def __init__(self, averaged: AveragedModel, model: nn.Module):
-        self.averaged, self.model = averaged, model
+    def __init__(self, averaged: AveragedModel, model: nn.Module, restart: int = 0):
+        self.averaged, self.model, self.restart = averaged, model, restart
 
     def before_train(self) -> None:
         """Warns if the checkpoint that is resumed has no average."""
@@ -46,8 +48,10 @@ class AverageHook(HookBase):
 
     def after_step(self) -> None:
         """Updates the average as soon as it is known that the step has changed the weights, and before they change again."""
-        self.trainer._trainer.when_settled(self._update)
+        self.trainer._trainer.when_settled(partial(self._update, self.trainer.iter + 1 == self.restart))
 
-    def _update(self, stepped: bool) -> None:
+    def _update(self, restart: bool, stepped: bool) -> None:
+        if restart:
+            self.averaged.n_averaged.zero_()  # so the next weights are taken as they are
         if stepped:
             self.averaged.update_parameters(self.model)
