@@ -20,6 +20,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -192,12 +193,16 @@ def rankings_of(path: str) -> dict[str, list[dict]]:
     return result
 
 
-def cleanlab_rankings(content: dict, detections: list[dict]) -> dict[str, list[dict]]:
+def cleanlab_rankings(
+    content: dict, detections: list[dict], low: float = 0.5, high: float = 0.95
+) -> dict[str, list[dict]]:
     """Rankings out of the scores of ObjectLab (Tkachenko et al., 2023): swapped, badly located and overlooked boxes.
 
     Args:
         content: COCO-format dict with planted errors.
         detections: of a model, as Detectron2's evaluation writes them.
+        low, high: cleanlab's thresholds of scores: boxes are compared with detections above the first, and where they are
+            missing or of another class with those above the second. The defaults are its own.
 
     Raises:
         UserError: cleanlab is not installed.
@@ -225,7 +230,12 @@ def cleanlab_rankings(content: dict, detections: list[dict]) -> dict[str, list[d
         for i in images
     ]
     result = {}
-    for kind, function in ((CLASS, rank.compute_swap_box_scores), (BOX, rank.compute_badloc_box_scores)):
+    confident = {"high_probability_threshold": high}
+    scored = {
+        CLASS: partial(rank.compute_swap_box_scores, **confident),
+        BOX: partial(rank.compute_badloc_box_scores, low_probability_threshold=low),
+    }
+    for kind, function in scored.items():
         scores = function(labels=labels, predictions=predictions)
         rows = [
             (quality, {"annotation": str(x["id"])})
@@ -233,7 +243,7 @@ def cleanlab_rankings(content: dict, detections: list[dict]) -> dict[str, list[d
             for x, quality in zip(own[i], of_image, strict=True)
         ]
         result[kind] = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-    overlooked, rows = rank.compute_overlooked_box_scores(labels=labels, predictions=predictions), []
+    overlooked, rows = rank.compute_overlooked_box_scores(labels=labels, predictions=predictions, **confident), []
     for i, of_image in zip(images, overlooked, strict=True):
         boxes = [box for of_class in found[i] for box in of_class]
         for box, quality in zip(boxes, of_image, strict=True):
@@ -263,6 +273,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which annotations, and to what (default 0)")
     parser.add_argument("--found", metavar="CSV", help="label_errors.csv of find_label_errors.py on the planted file")
     parser.add_argument("--predictions", metavar="JSON", help="detections on the planted file, for cleanlab's scores")
+    parser.add_argument(
+        "--thresholds",
+        nargs=2,
+        type=float,
+        default=[0.5, 0.95],
+        metavar=("LOW", "HIGH"),
+        help="of cleanlab, for a model whose scores are low (default: its own, 0.5 0.95)",
+    )
     return parser.parse_args(argv)
 
 
@@ -279,7 +297,8 @@ def plant_or_measure(args: argparse.Namespace) -> None:
     if args.found:
         print(table(rankings_of(args.found), content[PLANTED]))
     if args.predictions:
-        print(table(cleanlab_rankings(content, json.loads(Path(args.predictions).read_text())), content[PLANTED]))
+        detections = json.loads(Path(args.predictions).read_text())
+        print(table(cleanlab_rankings(content, detections, *args.thresholds), content[PLANTED]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -162,15 +162,21 @@ def test_one_category_has_no_wrong_class(tmp_path, capsys):
     )
 
 
-def test_cleanlab_ranks_what_a_perfect_detector_contradicts():
+@pytest.mark.parametrize(("score", "thresholds", "found"), [
+    (0.99, [], True),
+    (0.6, [], False),
+    (0.6, [0.4, 0.5], True),
+])  # fmt: skip
+def test_cleanlab_ranks_what_a_perfect_detector_contradicts(score, thresholds, found):
+    """A detector whose scores are low is not listened to, unless the thresholds are its own."""
     pytest.importorskip("cleanlab")
     original = content_of()
     for i, annotation in enumerate(original["annotations"]):
         annotation["category_id"] = (3, 7, 9)[i % 3]
     content = plant(original, 0.1, 1, ["class", "box", "missing"])
     keys = ("image_id", "category_id", "bbox")
-    detections = [{key: x[key] for key in keys} | {"score": 0.99} for x in original["annotations"]]
-    rankings = cleanlab_rankings(content, detections)
-    for kind in ("class", "box", "missing"):
+    detections = [{key: x[key] for key in keys} | {"score": score} for x in original["annotations"]]
+    rankings = cleanlab_rankings(content, detections, *thresholds)
+    for kind in ("class", "missing") if not found else ("class", "box", "missing"):
         hits = hits_of(kind, rankings[kind], content[PLANTED])
-        assert sum(hits[:4]) == 4, kind
+        assert (sum(hits[:4]) == 4) == found, kind
