@@ -23,6 +23,7 @@ BAD = {
     "tools.install_detectron2": UNKNOWN_OPTION,
     "tools.make_report": [*OF_CONFIG, "OUTPUT_DIR", "/nowhere"],
     "tools.plot_runs": ["/nowhere"],
+    "tools.propose_regions": ["/nowhere", "/nowhere/out.json"],
     "tools.push_to_hub": [*OF_CONFIG, "--repo", "user/name"],
     "tools.quickstart": UNKNOWN_OPTION,
     "tools.visualize_attention": OF_IMAGE,
