@@ -15,7 +15,7 @@ from ..errors import UserError
 SCALES = (50, 100, 200, 400)  # of the segmentation: the larger, the larger its regions
 LONGER_SIDE = 320  # pixels that an image is reduced to
 SIDES = (0.02, 0.8)  # of a box, as shares of the sides of the image
-CONTRAST = 5.0  # least distance of a region's colour from that around it, in CIE Lab; about twice what an eye can tell apart
+LEAST_SCORE = 5.0  # distance in CIE Lab from the colour around, times the filled share of the box
 RING = 0.25  # of a box's sides: how far around it its colour is compared
 
 
@@ -71,8 +71,7 @@ def _judged(labels: np.ndarray, lab: np.ndarray) -> list[tuple[list[float], floa
             continue
         colours, count = lab[wider], inside.sum()
         contrast = np.linalg.norm(colours[inside].mean(0) - colours[~inside].mean(0))
-        if contrast < CONTRAST:
-            continue
-        (y, x), fill = window, count / sides.prod()
-        found.append(([float(v) for v in (x.start, y.start, x.stop, y.stop)], float(contrast * fill)))
+        (y, x), score = window, float(contrast * count / sides.prod())
+        if score >= LEAST_SCORE:
+            found.append(([float(v) for v in (x.start, y.start, x.stop, y.stop)], score))
     return found
