@@ -1,0 +1,72 @@
+"""dev/measure_few_labels.py: fixed lists, a split that hides annotations, and the table of what has been trained."""
+
+import json
+
+import pytest
+from conftest import valid_coco
+from naming import naming
+from PIL import Image
+
+from dev import measure_few_labels
+from dev.ablate_bccd import folder_name
+from dev.measure_few_labels import ALONE, LISTS, OURS, PLAN, main, write_split
+from dn_detr_d2 import UserError
+from dn_detr_d2.data import load_coco_json
+
+
+def test_the_lists_are_parts_of_each_other_of_the_size_that_they_are_called():
+    lists = {percent: (LISTS / f"bccd_{percent}_percent.txt").read_text().split() for percent in PLAN}
+    assert {percent: len(names) for percent, names in lists.items()} == {5: 10, 10: 20, 20: 41}  # of 205
+    assert set(lists[5]) < set(lists[10]) < set(lists[20])
+    assert all(len(set(names)) == len(names) for names in lists.values())
+
+
+def test_a_split_keeps_every_image_once_and_no_annotation_of_the_others(tmp_path):
+    content = valid_coco()
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    for image in content["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
+    first = content["images"][0]
+    files = write_split(path, [first["file_name"]], tmp_path / "out")
+    annotated, unlabeled = (load_coco_json(file, tmp_path) for file in files)
+    of_first = [x for x in content["annotations"] if x["image_id"] == first["id"]]
+    assert [len(record["annotations"]) for record in annotated] == [len(of_first)]
+    assert len(unlabeled) == len(content["images"]) - 1
+    assert "annotations" not in json.loads(files[1].read_text())
+    with pytest.raises(UserError, match=naming("nobody.png")):
+        write_split(path, ["nobody.png"], tmp_path / "out")
+
+
+def finished(folder, ap):
+    """A training as it lies there when it has ended."""
+    folder.mkdir(parents=True)
+    names = ("AP", "AP50", "AP-Platelets", "AP-RBC", "AP-WBC")
+    line = {"iteration": 799, "time": 0.5} | {f"ema/bbox/{name}": ap + i for i, name in enumerate(names)}
+    (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+    (folder / "model_final.pth").touch()
+
+
+def test_the_table_has_what_was_trained_and_names_what_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_few_labels, "data_overrides", lambda args, percent: {})
+    (tmp_path / "data" / "bccd").mkdir(parents=True)
+    (tmp_path / "data" / "bccd" / "train.json").write_text("{}")
+    for seed, ap in ((1, 40.0), (2, 44.0)):
+        finished(tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed{seed}", ap)
+    finished(tmp_path / "runs" / f"{folder_name(f'10 percent {OURS}')}_seed2", 50.0)
+    line = ["--bccd", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path), "--report"]
+    assert main([*line, "--percent", "10"]) == 0
+    page = (tmp_path / "few_labels.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("| 1")]
+    assert rows[0][:5] == ["10 %", ALONE, "2", "42.0 (40.0 to 44.0)", "43.0 (41.0 to 45.0)"]
+    assert rows[1][:5] == ["10 %", OURS, "1", "50.0", "51.0"]
+    assert len(rows) == 2
+    assert f"10 % {OURS} (1 of 2 seeds)" in page
+    assert "all labels" in page.rpartition("Not trained")[2]
+
+
+def test_a_report_of_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "bccd").mkdir()
+    (tmp_path / "bccd" / "train.json").write_text(json.dumps(valid_coco()))
+    assert main(["--bccd", str(tmp_path), "--runs", str(tmp_path / "runs"), "--report"]) == 2
+    assert "error: " in capsys.readouterr().err
