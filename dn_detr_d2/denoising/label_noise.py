@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .noise import flip_labels, redraw_labels
+from .noise import distribution, flip_labels, redraw_labels
 from .noise_registry import NoiseRegistry
 
 LabelNoise = Callable[[Tensor, float, int], Tensor]
@@ -40,7 +40,7 @@ class ClassFrequency:
                 "label noise by class frequency needs the number of objects of each class, not negative and not all 0, got "
                 f"{counts!r:.100}"
             )
-        self._weights = torch.tensor(counts, dtype=torch.float64)
+        self._below = distribution(torch.tensor(counts, dtype=torch.float64))
 
     @classmethod
     def from_config(cls, cfg) -> LabelNoise:
@@ -53,8 +53,8 @@ class ClassFrequency:
 
     def __call__(self, labels: Tensor, prob: float, num_classes: int) -> Tensor:
         """Noised labels."""
-        _check_number(len(self._weights), num_classes, "the list of class counts")
-        return redraw_labels(labels, prob, self._weights.to(labels.device))
+        _check_number(len(self._below), num_classes, "the list of class counts")
+        return redraw_labels(labels, prob, self._below.to(labels.device))
 
 
 @LABEL_NOISES.register("confusion")
@@ -80,7 +80,7 @@ class Confusion:
             )
         counts = torch.tensor(matrix, dtype=torch.float64).fill_diagonal_(0)
         others = 1 - torch.eye(len(matrix), dtype=torch.float64)
-        self._weights = torch.where(counts.sum(1, keepdim=True) > 0, counts, others)
+        self._below = distribution(torch.where(counts.sum(1, keepdim=True) > 0, counts, others))
 
     @classmethod
     def from_file(cls, path: str, class_names: Sequence[str], num_classes: int) -> "Confusion":
@@ -124,8 +124,8 @@ class Confusion:
 
     def __call__(self, labels: Tensor, prob: float, num_classes: int) -> Tensor:
         """Noised labels."""
-        _check_number(len(self._weights), num_classes, "the confusion matrix")
-        return redraw_labels(labels, prob, self._weights.to(labels.device)[labels])
+        _check_number(len(self._below), num_classes, "the confusion matrix")
+        return redraw_labels(labels, prob, self._below.to(labels.device)[labels])
 
 
 def _node(cfg):

@@ -23,18 +23,27 @@ def flip_labels(labels: Tensor, prob: float, num_classes: int) -> Tensor:
     return torch.where(redraw, torch.randint_like(labels, num_classes), labels)
 
 
-def redraw_labels(labels: Tensor, prob: float, weights: Tensor) -> Tensor:
+def distribution(weights: Tensor) -> Tensor:
+    """(..., P) cumulative shares of (..., P) weights: float64, not negative, not all 0.
+
+    On the CPU: cumulative sums of floats have no deterministic CUDA kernel.
+    """
+    below = weights.cpu().cumsum(-1)
+    return below / below[..., -1:]
+
+
+def redraw_labels(labels: Tensor, prob: float, below: Tensor) -> Tensor:
     """Redraws a label with probability ``prob``, the new one in proportion to weights.
 
     Args:
         labels: (...) int64 in [0, P).
         prob: gamma in [0, 1].
-        weights: (P,) for all, or (..., P) for each label; float64, not negative, not all 0. Weight 0 is never drawn.
+        below: :func:`distribution` of the weights, (P,) for all, or (..., P) for each label, on the device of the labels.
+            Weight 0 is never drawn.
     """
     redraw = torch.rand(labels.shape, device=labels.device) < prob
-    below = weights.cumsum(-1)
-    below = (below / below[..., -1:]).expand(*labels.shape, -1).contiguous()
-    u = torch.rand(*labels.shape, 1, device=labels.device, dtype=weights.dtype)
+    below = below.expand(*labels.shape, -1).contiguous()
+    u = torch.rand(*labels.shape, 1, device=labels.device, dtype=below.dtype)
     return torch.where(redraw, torch.searchsorted(below, u, right=True)[..., 0], labels)
 
 

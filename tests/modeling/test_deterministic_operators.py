@@ -8,6 +8,8 @@ from conftest import SYSTEMS, make_batch
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dn_detr_d2.denoising.label_noise import ClassFrequency, Confusion
+
 # Without a deterministic CUDA kernel (torch.use_deterministic_algorithms), as far as a detector might use them.
 LACKING = (
     "adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "grid_sampler_2d_backward",
@@ -40,3 +42,15 @@ def test_every_operator_of_a_training_step_has_a_deterministic_cuda_kernel(toy_m
         sum(model(make_batch(3, 1)).values()).backward()
     assert operators.lacking == set()
     assert {"cumsum", "convolution_backward"} <= operators.seen
+
+
+@pytest.mark.parametrize(
+    "kind", [ClassFrequency([3, 1, 0, 2, 5]), Confusion([[1] * 5] * 5)], ids=["frequency", "confusion"]
+)
+def test_label_noise_by_weights_has_too(toy_model, kind):
+    model = toy_model("dn_detr").train()
+    model.denoising.generator.label_noise = kind
+    with EventStorage(), Operators() as operators:
+        sum(model(make_batch(3, 1)).values()).backward()
+    assert operators.lacking == set()
+    assert "searchsorted" in operators.seen
