@@ -50,6 +50,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--size", type=int, nargs=2, default=(400, 667), metavar=("H", "W"), help="in pixels")
+    parser.add_argument(
+        "--other-size",
+        type=int,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("H", "W"),
+        help="several times: images have all these sizes in turn",
+    )
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="images of a step (default 2)")
     parser.add_argument("--objects", type=int, default=7, metavar="N", help="in each image (default 7)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="default fp32")
@@ -80,14 +89,17 @@ def checked_case(args: argparse.Namespace) -> Case:
     for name, least in (("batch", 1), ("objects", 0), ("rounds", 1), ("threads", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if min(args.size) < 32:
-        raise UserError(f"--size must be at least 32 32, got {args.size[0]} {args.size[1]}")
+    for height, width in (args.size, *args.other_size):
+        if min(height, width) < 32:
+            raise UserError(f"--size and --other-size must be at least 32 32, got {height} {width}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but PyTorch finds no CUDA device; leave it out")
     if "transformers" in args.against and args.precision == "fp16":
         raise UserError("--against transformers has no step with a loss scaler; choose --precision fp32 or bf16")
-    size, opts = tuple(args.size), tuple(args.opts)
-    return Case(args.config_file, opts, size, args.batch, args.objects, args.precision, args.device, args.seed)
+    if args.other_size and "transformers" in args.against:
+        raise UserError("--against transformers takes images of one size; leave --other-size out")
+    size, opts, what = tuple(args.size), tuple(args.opts), (args.batch, args.objects, args.precision, args.device)
+    return Case(args.config_file, opts, size, *what, args.seed, tuple(map(tuple, args.other_size)))
 
 
 def time_meter(args: argparse.Namespace) -> timeline.Meter:
@@ -200,7 +212,8 @@ def benchmark(args: argparse.Namespace) -> None:
     case = checked_case(args)
     torch.set_num_threads(args.threads)
     print(
-        f"{Path(case.config).name}, {case.batch} images of {case.size[0]} x {case.size[1]} with {case.objects} objects, ",
+        f"{Path(case.config).name}, {case.batch} images of "
+        f"{' and '.join(f'{h} x {w}' for h, w in (case.size, *case.others))} with {case.objects} objects, ",
         end="",
     )
     print(f"{case.precision}, {case.device}, {args.threads} threads, seed {case.seed}, {machine()}\n")

@@ -36,6 +36,7 @@ class Case:
         precision: a key of :data:`PRECISIONS`.
         device: "cpu" or "cuda".
         seed: of weights, images and boxes.
+        others: further sizes; the images of a batch have all of them in turn.
     """
 
     config: str
@@ -46,12 +47,14 @@ class Case:
     precision: str = "fp32"
     device: str = "cpu"
     seed: int = 0
+    others: tuple[tuple[int, int], ...] = ()
 
 
 def make_batch(case: Case, classes: int) -> list[dict]:
     """Images of random pixels with boxes and masks at random places, as Detectron2 hands them to a model."""
-    random, (height, width), batch = torch.Generator().manual_seed(case.seed), case.size, []
-    for _ in range(case.batch):
+    random, batch = torch.Generator().manual_seed(case.seed), []
+    for i in range(case.batch):
+        height, width = (case.size, *case.others)[i % (1 + len(case.others))]
         centre = 0.2 + 0.6 * torch.rand(case.objects, 2, generator=random)
         half = 0.03 + 0.15 * torch.rand(case.objects, 2, generator=random)
         boxes = torch.cat([centre - half, centre + half], 1) * torch.tensor([width, height] * 2)

@@ -12,7 +12,7 @@ from ranks import on_ranks
 
 from dev import benchmark_detector
 from dev.benchmark import detector_curves, timeline
-from dev.benchmark.detectors import Case, build_ours, build_rival, build_transformers, config_of
+from dev.benchmark.detectors import Case, build_ours, build_rival, build_transformers, config_of, make_batch
 from dev.benchmark.timeline import BACKWARD, FORWARD, STEP, Timeline
 from dev.benchmark_criterion import OperatorCount
 from dn_detr_d2.diagnostics.model_analysis import measure_memory
@@ -239,3 +239,12 @@ def test_bad_input_is_refused(given, value, capsys):
 def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert benchmark_detector.main(["--config-file", DEFORMABLE, "--device", "cuda"]) == 2
     assert "cuda" in capsys.readouterr().err
+
+
+def test_images_have_all_sizes_in_turn():
+    batch = make_batch(replace(CASE, size=(64, 96), batch=3, others=((96, 64),)), 5)
+    assert [tuple(x["image"].shape[-2:]) for x in batch] == [(64, 96), (96, 64), (64, 96)]
+    for record in batch:
+        boxes = record["instances"].gt_boxes.tensor
+        assert (boxes[:, 2] <= record["width"]).all()
+        assert (boxes[:, 3] <= record["height"]).all()
