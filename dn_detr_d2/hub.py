@@ -87,6 +87,7 @@ def portable(cfg) -> str:
     cfg = cfg.clone()
     cfg.defrost()
     changes = [x for key in LOCAL_KEYS for x in (key, "")] + [x for key in LOCAL_LISTS for x in (key, [])]
+    changes += ["DATASETS.UNLABELED", ()]
     cfg.merge_from_list(changes)
     cfg.OUTPUT_DIR = "output"
     return cfg.dump()

@@ -25,7 +25,8 @@ class Targets:
         masks: (N, M, h, w) bool in pixels of the padded image, False where padded; None where no part of the model asks
             for them.
         weights: (N, M) what the losses of each object are multiplied with; None = 1.
-        noise_factors: (N, M) what the box noise of each object is multiplied with; None = 1.
+        noise_factors: (N, M) positive, how much more box noise each object gets than others, see
+            :meth:`~dn_detr_d2.DenoisingGenerator.noise_boxes`; None = 1.
     """
 
     labels: Tensor

@@ -36,6 +36,7 @@ def trained(tmp_path, toy_cfg):
         "dn_detr", "MODEL.DN_DETR.CLASS_NAMES", NAMES, "OUTPUT_DIR", str(folder), "DATASETS.COCO_JSON", listed
     )
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("test_hub",), ("test_hub_val",)
+    cfg.DATASETS.UNLABELED = (str(tmp_path / "secret" / "pictures"),)
     state = off_the_start(build_model(cfg)).state_dict()
     write_checkpoint(folder / "model_final.pth", CheckpointFile(state, NAMES, cfg.dump()))
     (folder / "config.yaml").write_text(cfg.dump())

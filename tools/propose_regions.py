@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dn_detr_d2 import UserError
+from dn_detr_d2 import DatasetError, UserError
 from dn_detr_d2.command_line import run_command
 from dn_detr_d2.data import load_coco_json, read_image
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.regions import propose_regions
-from dn_detr_d2.sources import find_images
+from dn_detr_d2.data.unlabeled import images_below
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,14 +39,18 @@ def chosen_images(args: argparse.Namespace) -> list[Path]:
     """The images that regions are wanted of."""
     if args.only:
         return [Path(record["file_name"]) for record in load_coco_json(args.only, args.images)]
-    return find_images(args.images)
+    return images_below(Path(args.images))
 
 
 def content_of(files: list[Path], folder: Path, top: int) -> dict:
     """COCO-format dict of the regions of images, whose names are relative to ``folder``."""
     images, annotations = [], []
     for number, file in enumerate(files, 1):
-        image = read_image(str(file), "RGB")
+        try:
+            image = read_image(str(file), "RGB")
+        except DatasetError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         boxes, scores = propose_regions(image, top)
         height, width = image.shape[:2]
         name = str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
@@ -65,6 +69,8 @@ def write(args: argparse.Namespace) -> None:
     if not Path(args.images).is_dir():
         raise UserError(f"{args.images} is no folder; name a folder of images")
     content = content_of(chosen_images(args), Path(args.images), args.top)
+    if not content["images"]:
+        raise UserError(f"{args.images} holds no image that can be read")
     write_json(content, args.output)
     print(f"{args.output}: {len(content['annotations'])} regions of {len(content['images'])} images")
 

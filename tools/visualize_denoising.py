@@ -50,7 +50,8 @@ def read_config(args: argparse.Namespace):
     if args.groups < 1:
         raise ConfigError(f"--groups must be at least 1, got {args.groups}")
     chosen = ["DATASETS.TRAIN", (args.dataset,)] if args.dataset else []
-    cfg = setup_cfg(args.config_file, [*args.opts, *chosen], splits=("TRAIN",))
+    alone = ["SEMI_SUPERVISED.ENABLED", False]  # images without annotations are not looked at
+    cfg = setup_cfg(args.config_file, [*args.opts, *chosen, *alone], splits=("TRAIN",))
     if not cfg.MODEL.DN_DETR.DENOISING.NAME:
         raise ConfigError(
             f"{args.config_file} trains without denoising; choose another config, or set MODEL.DN_DETR.DENOISING.NAME to "

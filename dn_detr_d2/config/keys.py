@@ -275,27 +275,30 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Semi-supervised training (docs/few_labels.md): the moving average of the weights (MODEL_EMA) labels weakly augmented
     # images of DATASETS.UNLABELED; the model learns these pseudo labels from strongly augmented ones, beside its annotated
-    # images. The cited numbers are those of Unbiased Teacher (Liu et al., ICLR 2021) on COCO.
+    # images. UT: Unbiased Teacher (Liu et al., ICLR 2021), SD: Semi-DETR (Zhang et al., CVPR 2023), both on COCO.
     cfg.SEMI_SUPERVISED = CfgNode()
     cfg.SEMI_SUPERVISED.ENABLED = False
-    # Iterations with annotated images alone; then the average begins anew from the weights, and is asked. 2000 there.
+    # Iterations with annotated images alone; then the average begins anew from the weights, and is asked. Below
+    # SOLVER.MAX_ITER. 2000 in UT.
     cfg.SEMI_SUPERVISED.BURN_IN = 2000
-    # Unlabelled images for each annotated one of IMS_PER_BATCH, a whole number. 1 there.
+    # Unlabelled images for each annotated one of IMS_PER_BATCH, a whole number. 1 in UT, 2 in SD.
     cfg.SEMI_SUPERVISED.UNLABELED_RATIO = 1
-    # Detections below this score are no pseudo labels. 0.4 in Semi-DETR (Zhang et al., CVPR 2023), 0.7 there, of softmax.
+    # Detections below this score are no pseudo labels. 0.4 in SD, 0.7 in UT, of softmax.
     cfg.SEMI_SUPERVISED.THRESHOLD = 0.4
     # Thresholds of single classes that differ from it: [[class name, threshold], ...].
     cfg.SEMI_SUPERVISED.CLASS_THRESHOLDS = []
     # Of detections that overlap by more, of whatever class, the best one is a pseudo label; 1 = all.
     cfg.SEMI_SUPERVISED.NMS = 0.7
-    # Factor of all losses of unlabelled images, whose sums are divided by the number of their own pseudo labels. 4 there.
+    # Factor of all losses of unlabelled images. Their sums are divided by the number of their own pseudo labels, or of the
+    # annotated objects of the step if that is larger. 4 in SD, and for class losses alone in UT.
     cfg.SEMI_SUPERVISED.LOSS_WEIGHT = 4.0
     # What learns from pseudo labels: any of "matching", "denoising". Denoising bypasses the matching, which wrong boxes
     # would upset.
     cfg.SEMI_SUPERVISED.LOSSES = ["matching", "denoising"]
     # Whether the losses of a pseudo label are weighted by its score.
     cfg.SEMI_SUPERVISED.WEIGHTED = True
-    # Box noise of a pseudo label of score s is 1 + NOISE_GROWTH * (1 - s) times as large; 0 = as that of annotations.
+    # Box noise of a pseudo label of score s is f = 1 + NOISE_GROWTH * (1 - s) times as large; 0 = as that of annotations.
+    # Of contrastive denoising, whose near copies have a limit, a corner moves by u^(1/f) of it instead of u in [0, 1).
     cfg.SEMI_SUPERVISED.NOISE_GROWTH = 1.0
 
     # What SEMI_SUPERVISED takes: names of data sets (of DATASETS.COCO_JSON or of Detectron2; whatever they annotate is left

@@ -6,6 +6,9 @@ boxes hold in both (Liu et al., ICLR 2021).
 """
 
 import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from detectron2.data import DatasetCatalog
@@ -14,6 +17,7 @@ from torchvision.transforms import v2
 
 from ..errors import ConfigError, DatasetError
 from .coco_custom import class_names, dataset_path
+from .images import image_size
 from .mapper import DetrDatasetMapper
 from .registered import records_of
 from .semantic import IMAGE_ENDINGS
@@ -24,38 +28,92 @@ WEAK = "weak_image"  # key of the weak view in a record; annotated images have n
 GREY = 127.0  # of the parts that the strong view lacks
 
 
+def check_unlabeled(cfg) -> None:
+    """Refuses an entry of ``DATASETS.UNLABELED`` that is neither a data set nor a folder of images; no file is read.
+
+    Raises:
+        ConfigError: there is no entry, or such a one.
+        DatasetError: a folder without an image.
+    """
+    if not cfg.DATASETS.UNLABELED:
+        raise ConfigError("DATASETS.UNLABELED is empty; name data sets, or folders of images")
+    for entry in cfg.DATASETS.UNLABELED:
+        folder = dataset_path(entry)
+        if entry not in DatasetCatalog and folder.is_dir():
+            if next(_images_below(folder), None) is None:
+                raise DatasetError(f"DATASETS.UNLABELED: the folder {folder} has no image ({', '.join(IMAGE_ENDINGS)})")
+            continue
+        try:
+            class_names(entry)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; an entry of DATASETS.UNLABELED may also be a folder of images, but there is none at {folder}"
+            ) from None
+
+
 def unlabeled_records(cfg) -> list[dict]:
     """Dataset dicts of the images of ``DATASETS.UNLABELED``, without what may be annotated in them.
 
+    Images of folders whose header cannot be read are left out, those of ``DATASETS.TEST`` are not; both with a warning.
+
     Raises:
-        ConfigError: an entry is neither a data set nor a folder.
-        DatasetError: there is no image.
+        ConfigError, DatasetError: see :func:`check_unlabeled`; or no image can be read.
     """
+    check_unlabeled(cfg)
     records = []
     for entry in cfg.DATASETS.UNLABELED:
-        found = _records_of_entry(entry)
+        found = _of_data_set(entry) if entry in DatasetCatalog else _of_folder(dataset_path(entry))
         logger.info("DATASETS.UNLABELED: %s has %d images", entry, len(found))
         records += found
     if not records:
-        raise DatasetError(
-            f"DATASETS.UNLABELED {tuple(cfg.DATASETS.UNLABELED)!r} has no image; name data sets, or folders of images"
-        )
+        raise DatasetError(f"no image of DATASETS.UNLABELED {tuple(cfg.DATASETS.UNLABELED)!r} can be read")
+    _warn_of_tested(cfg, records)
     return records
 
 
-def _records_of_entry(entry: str) -> list[dict]:
-    folder = dataset_path(entry)
-    if entry not in DatasetCatalog and folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-        return [{"file_name": str(path), "image_id": str(path.relative_to(folder))} for path in files]
-    try:
-        class_names(entry)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}; an entry of DATASETS.UNLABELED may also be a folder of images, but there is none at {folder}"
-        ) from None
+def images_below(folder: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, sorted; without hidden ones, such as macOS' ``._name.jpg``."""
+    return sorted(_images_below(folder))
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in IMAGE_ENDINGS and not hidden and path.is_file():
+            yield path
+
+
+def _of_folder(folder: Path) -> list[dict]:
+    records, faults = [], []
+    for path in images_below(folder):
+        try:
+            image_size(str(path))
+        except DatasetError as error:
+            faults.append(str(error))
+            continue
+        records.append({"file_name": str(path), "image_id": str(path.relative_to(folder))})
+    if faults:
+        logger.warning("%s: %d images cannot be read and are left out, first: %s", folder, len(faults), faults[0])
+    return records
+
+
+def _of_data_set(name: str) -> list[dict]:
     kept = ("file_name", "image_id", "height", "width")
-    return [{key: record[key] for key in kept if key in record} for record in records_of(entry)]
+    return [{key: record[key] for key in kept if key in record} for record in records_of(name)]
+
+
+def _warn_of_tested(cfg, records: list[dict]) -> None:
+    """Says how many of the images are also evaluated on: what a detector has learned from says little about it."""
+    files = {os.path.realpath(record["file_name"]) for record in records}
+    for name in cfg.DATASETS.TEST:
+        shared = sum(os.path.realpath(record["file_name"]) in files for record in records_of(name))
+        if shared:
+            logger.warning(
+                "%d images of DATASETS.UNLABELED are also in DATASETS.TEST %s, whose results will look better than they "
+                "are; keep the images of a test in a folder of their own",
+                shared,
+                name,
+            )
 
 
 class StrongAugmentation:

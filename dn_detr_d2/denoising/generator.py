@@ -111,10 +111,8 @@ class DenoisingGenerator:
 
         labels = self.noise_labels(labels)
         labels = torch.where(valid, labels, self.num_classes)
-        noised = self.noise_boxes(boxes)
-        if targets.noise_factors is not None:  # each number goes so many times as far
-            noised = (boxes + targets.noise_factors[image, chosen][..., None] * (noised - boxes)).clamp(0, 1)
-        boxes = torch.where(valid[..., None], noised, 0.5)
+        factors = None if targets.noise_factors is None else targets.noise_factors[image, chosen][..., None]
+        boxes = torch.where(valid[..., None], self.noise_boxes(boxes, factors), 0.5)
         has_class_loss = self.has_class_loss(valid, targets.counts if step_counts is None else step_counts)
         return NoisedTargets(
             labels.flatten(1),
@@ -178,14 +176,18 @@ class DenoisingGenerator:
         """(...) clean labels -> noised ones."""
         return self.label_noise(labels, self.label_noise_prob, self.num_classes)
 
-    def noise_boxes(self, boxes: Tensor) -> Tensor:
-        """(..., 4) clean boxes -> noised ones. Raises ValueError if the noise gives another shape."""
+    def noise_boxes(self, boxes: Tensor, factors: Tensor | None = None) -> Tensor:
+        """(..., 4) clean boxes -> noised ones, each number (..., 1) ``factors`` times as far from the clean one; None = 1.
+
+        Raises:
+            ValueError: the noise gives another shape.
+        """
         factor = self.noise_factor
         scale = NoiseScale(factor * self.center_noise_scale, factor * self.size_noise_scale)
         noised = self.box_noise(boxes, scale)
         if noised.shape != boxes.shape:
             raise ValueError(f"box noise must keep the shape {tuple(boxes.shape)}, got {tuple(noised.shape)}")
-        return noised
+        return noised if factors is None else (boxes + factors * (noised - boxes)).clamp(0, 1)
 
     def noise_masks(self, targets: Targets, chosen: Tensor, valid: Tensor) -> NoisedMasks | None:
         """The masks of ``targets``, moved as a centre by ``center_noise_scale``, on their own, whatever the box does.
@@ -302,13 +304,18 @@ class ContrastiveDenoisingGenerator(BudgetDenoisingGenerator):
     def _scale_boxes(self, scale: float) -> None:
         self.corner_noise_scale = scale
 
-    def noise_boxes(self, boxes: Tensor) -> Tensor:
-        """(N, G, 2, m, 4): the first copy of each group stays near, the second goes far."""
+    def noise_boxes(self, boxes: Tensor, factors: Tensor | None = None) -> Tensor:
+        """(N, G, 2, m, 4): the first copy of each group stays near, the second goes far.
+
+        What is further than near copies go says "no object", so ``factors`` do not change how far that is: near copies of
+        a factor above 1 are more often near that limit, see :func:`~dn_detr_d2.denoising.noise.jitter_corners`.
+        """
         near, far = boxes.unbind(2)
         scale = self.noise_factor * self.corner_noise_scale
+        spread = None if factors is None else factors[:, :, 0]
         return torch.stack(
             [
-                jitter_corners(near, scale, False, self.keep_order),
+                jitter_corners(near, scale, False, self.keep_order, spread),
                 jitter_corners(far, scale, True, self.keep_order),
             ],
             2,

@@ -65,7 +65,9 @@ def reach(size: Tensor, center_scale: float, size_scale: float) -> Tensor:
     return torch.cat([size / 2 * center_scale, size * size_scale], -1)
 
 
-def jitter_corners(boxes: Tensor, scale: float, negative: bool, keep_order: bool = False) -> Tensor:
+def jitter_corners(
+    boxes: Tensor, scale: float, negative: bool, keep_order: bool = False, spread: Tensor | None = None
+) -> Tensor:
     """Contrastive box noise (DINO Sec. 3.3): each corner coordinate moves in a random direction.
 
     Positive copies move by up to ``scale`` half sizes, negative ones by one to two times as much. Coordinates are clamped
@@ -77,12 +79,17 @@ def jitter_corners(boxes: Tensor, scale: float, negative: bool, keep_order: bool
         scale: in half widths and heights, not negative.
         negative: which of the two.
         keep_order: swap crossed corners, so that width and height are never negative.
+        spread: (..., 1) positive: the share of ``scale`` that a corner of a positive copy moves is u to the power of
+            1 / spread, u uniform in [0, 1), with the mean spread / (1 + spread). None = 1.
 
     Returns:
         Tensor: (..., 4) cxcywh.
     """
     half = boxes[..., 2:].tile(2) / 2
-    distance = torch.rand_like(boxes) + float(negative)
+    distance = torch.rand_like(boxes)
+    if spread is not None:
+        distance = distance ** (1 / spread)
+    distance = distance + float(negative)
     direction = 2.0 * torch.randint_like(boxes, 2) - 1
     corners = (cxcywh_to_xyxy(boxes) + direction * distance * half * scale).clamp(0, 1)
     if keep_order:

@@ -1,13 +1,17 @@
 """From a teacher's detections to pseudo labels, and what a semi-supervised training must say in its config."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torchvision.ops import nms
 
+from ..data.unlabeled import check_unlabeled
 from ..errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 MATCHING, DENOISING = LOSSES = ("matching", "denoising")
 
@@ -20,7 +24,7 @@ class PseudoLabels:
         thresholds: of each class, in [0, 1]; detections below are left out.
         nms_iou: in [0, 1]; of detections that overlap by more, of whatever class, the best one is kept.
         weighted: losses of an object are multiplied with its score.
-        noise_growth: the box noise of an object of score s is multiplied with 1 + noise_growth * (1 - s).
+        noise_growth: an object of score s has the noise factor 1 + noise_growth * (1 - s).
     """
 
     thresholds: Sequence[float]
@@ -35,7 +39,8 @@ class PseudoLabels:
         return cls(class_thresholds(cfg), node.NMS, node.WEIGHTED, node.NOISE_GROWTH)
 
     def __call__(self, detections: Instances) -> Instances:
-        """``gt_boxes``, ``gt_classes``, ``gt_weights``, ``gt_noise_factors`` and ``scores`` of an image, on the CPU.
+        """``gt_boxes``, ``gt_classes`` and ``scores`` of an image, and the ``gt_weights`` and ``gt_noise_factors`` that are
+        asked for, on the CPU.
 
         Args:
             detections: with ``pred_boxes``, ``scores`` and ``pred_classes``, in pixels of the image that is trained on.
@@ -44,14 +49,19 @@ class PseudoLabels:
         floors = torch.tensor(self.thresholds, dtype=found.scores.dtype)
         found = found[(found.scores >= floors[found.pred_classes]) & found.pred_boxes.nonempty()]
         found = found[nms(found.pred_boxes.tensor, found.scores, self.nms_iou)]
-        return Instances(
-            found.image_size,
-            gt_boxes=found.pred_boxes,
-            gt_classes=found.pred_classes,
-            gt_weights=found.scores if self.weighted else torch.ones_like(found.scores),
-            gt_noise_factors=1 + self.noise_growth * (1 - found.scores),
-            scores=found.scores,
+        labels = Instances(
+            found.image_size, gt_boxes=found.pred_boxes, gt_classes=found.pred_classes, scores=found.scores
         )
+        if self.weighted:
+            labels.gt_weights = found.scores
+        if self.noise_growth:
+            labels.gt_noise_factors = 1 + self.noise_growth * (1 - found.scores)
+        return labels
+
+    def none(self, size: tuple[int, int]) -> Instances:
+        """What there is of an image of (height, width) in which nothing was detected."""
+        empty = torch.zeros(0)
+        return self(Instances(size, pred_boxes=Boxes(empty.reshape(0, 4)), scores=empty, pred_classes=empty.long()))
 
 
 def class_thresholds(cfg) -> list[float]:
@@ -82,8 +92,12 @@ def check_semi_supervised(cfg) -> None:
     without = "with SEMI_SUPERVISED.ENABLED True"
     if not cfg.MODEL_EMA.ENABLED:
         raise ConfigError(f"the teacher is the average of the weights: set MODEL_EMA.ENABLED to True {without}")
-    if not cfg.DATASETS.UNLABELED:
-        raise ConfigError(f"DATASETS.UNLABELED is empty {without}; name data sets, or folders of images")
+    check_unlabeled(cfg)
+    if node.BURN_IN >= cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"SEMI_SUPERVISED.BURN_IN = {node.BURN_IN} is not below SOLVER.MAX_ITER = {cfg.SOLVER.MAX_ITER}, so no pseudo "
+            "label would be used; make it a part of the training, such as a fifth"
+        )
     if cfg.MODEL.META_ARCHITECTURE != "DenoisingDETR":
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE must be DenoisingDETR {without}, got {cfg.MODEL.META_ARCHITECTURE!r}"
@@ -100,4 +114,19 @@ def check_semi_supervised(cfg) -> None:
             f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler and ASPECT_RATIO_GROUPING False {without}, got "
             f"{cfg.DATALOADER.SAMPLER_TRAIN!r} and {cfg.DATALOADER.ASPECT_RATIO_GROUPING}"
         )
+    if cfg.MODEL.DN_DETR.DENOISING.KNOWN_FRACTION or cfg.MODEL.DN_DETR.DENOISING.LABEL_PROMPTS:
+        raise ConfigError(
+            f"pseudo labels are of all classes, so a model must not be told of some: set DENOISING.KNOWN_FRACTION to 0 and "
+            f"LABEL_PROMPTS to False {without}"
+        )
     class_thresholds(cfg)
+    memory, rest = 1 / (1 - cfg.MODEL_EMA.DECAY), cfg.SOLVER.MAX_ITER - node.BURN_IN
+    if memory > rest / 2:
+        logger.warning(
+            "MODEL_EMA.DECAY = %g makes the teacher an average of the last %d steps, but only %d come after "
+            "SEMI_SUPERVISED.BURN_IN: it would hardly change; a value near %.4g follows the model",
+            cfg.MODEL_EMA.DECAY,
+            round(memory),
+            rest,
+            1 - 5 / rest if rest > 5 else 0.5,
+        )

@@ -269,16 +269,20 @@ class TrainStep(SimpleTrainer):
         """What the model gets for each part of the batch: images, and in accumulation the normalizers of the step."""
         if self.accumulation == 1:
             return [(batch,)]
+        parts, shared = self._split(batch), ()
+        if self._normalizers is not None:
+            shared = (self._normalizers(batch),)
+        return [(part, *shared) for part in parts]
+
+    def _split(self, batch: list[dict]) -> list[list[dict]]:
+        """The images of each pass; raises ConfigError if they are not equally many."""
         size, rest = divmod(len(batch), self.accumulation)
         if rest or not size:
             raise ConfigError(
                 f"the {len(batch)} images that a process gets of SOLVER.IMS_PER_BATCH are not divisible by "
                 f"SOLVER.ACCUMULATION_STEPS = {self.accumulation}"
             )
-        shared = ()
-        if self._normalizers is not None:
-            shared = (self._normalizers(batch),)
-        return [(batch[i : i + size], *shared) for i in range(0, len(batch), size)]
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
 
     def _no_sync(self, wanted: bool) -> contextlib.AbstractContextManager:
         """Where backward passes do not all-reduce gradients, if ``wanted``."""
@@ -372,7 +376,7 @@ class TrainStep(SimpleTrainer):
             "device": str(self.device),
             "skipped": self.skipped,
         }
-        write_report(path, step.batch, step.before.rng_state, content)
+        write_report(path, [record for part in step.parts for record in part[0]], step.before.rng_state, content)
         return f"iteration {step.iteration}, rank {rank}: {what}; images: {', '.join(names)}; see {path}.json"
 
     def _log(self, step: Launched) -> None:

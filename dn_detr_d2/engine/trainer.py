@@ -63,7 +63,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
         check_extras(cfg)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scaled_to_workers(cfg, comm.get_world_size())
         if cfg.MODEL.DN_DETR.MASK.ENABLED:
             for name in cfg.DATASETS.TEST:  # or what cannot be evaluated would end the training at its first evaluation
                 self.build_evaluator(cfg, name)
@@ -101,6 +101,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; resuming also restores the order of images and the RNG states."""
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.averaged and not self.checkpointer.resuming:
+            self.averaged.module.load_state_dict(unwrap(self.model).state_dict())
         if self.checkpointer.resuming:
             self.start_iter = self.iter + 1
             with must_fit(self.checkpointer.found):
@@ -271,6 +273,18 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
         """See :func:`dn_detr_d2.evaluation.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+
+def scaled_to_workers(cfg, num_workers: int):
+    """Detectron2's ``auto_scale_workers``, which scales iterations with SOLVER.REFERENCE_WORLD_SIZE; those of ours too."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+    if scaled.SOLVER.MAX_ITER != cfg.SOLVER.MAX_ITER:
+        scaled = scaled.clone()
+        scaled.defrost()
+        share = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
+        scaled.SEMI_SUPERVISED.BURN_IN = round(cfg.SEMI_SUPERVISED.BURN_IN * share)
+        scaled.freeze()
+    return scaled
 
 
 def best_metrics(cfg) -> list[str]:

@@ -1,6 +1,6 @@
 """What losses are divided by: numbers of objects, averaged over processes; the host knows them before the forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,14 @@ class StepNormalizers:
     def step_counts(self) -> list[int]:
         """Objects of each image of this process in this step, on the host."""
         return self.matching.step_counts
+
+    def at_least(self, others: "StepNormalizers") -> "StepNormalizers":
+        """The same with numbers of pairs that are not below those of ``others``."""
+        matching, denoising = (
+            replace(one, num_pairs=torch.maximum(one.num_pairs, other.num_pairs))
+            for one, other in ((self.matching, others.matching), (self.denoising, others.denoising))
+        )
+        return StepNormalizers(matching, denoising)
 
 
 def mean_over_ranks(counts: list[int], device: torch.device | str) -> Tensor:

@@ -24,6 +24,9 @@ LOSSES = {
     "aux: matching queries, the other layers": r"aux/.*",
     "dn: denoising queries, last layer": r"dn/[a-z0-9]*[a-z]\d?",
     "proposal: cells of the encoder": r"proposal/.*",
+    "unlabeled: matching queries, last layer": r"unlabeled/main/.*",
+    "unlabeled: denoising queries, last layer": r"unlabeled/dn/[a-z0-9]*[a-z]\d?",
+    "pseudo labels": r"pseudo_labels/.*",
 }
 DIAGNOSTICS = {
     "instability IS (changed queries an image)": r"instability/layer_\d+",

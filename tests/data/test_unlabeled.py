@@ -62,14 +62,39 @@ def test_a_coco_file_needs_no_annotations(tmp_path):
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3  # those of the training
 
 
-def test_what_is_neither_a_data_set_nor_a_folder_is_named(tmp_path):
-    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", ("shapes_vall",))
+def test_what_is_neither_a_data_set_nor_a_folder_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match=naming("shapes_vall", "shapes_val", "folder")):
-        unlabeled_records(cfg)
-    (tmp_path / "empty").mkdir()
-    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "empty"),))
+        make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", ("shapes_vall",))
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
     with pytest.raises(DatasetError, match=naming("empty")):
+        make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "empty"),))
+
+
+def test_what_is_no_image_is_left_out_and_counted(tmp_path, caplog):
+    """Hidden files and folders, a folder with the name of an image, and two files that cannot be read."""
+    folder = tmp_path / "pictures"
+    for name in ("good.png", ".hidden.png", "._good.png", ".checkpoints/copy.png"):
+        picture(folder / name)
+    (folder / "folder.png").mkdir()
+    for name in ("bad.png", "worse.jpg"):
+        (folder / name).write_text("no image")
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(folder),))
+    with caplog.at_level("WARNING", "dn_detr_d2"):
+        assert [x["image_id"] for x in unlabeled_records(cfg)] == ["good.png"]
+    assert naming(2, "bad.png").search(caplog.text)
+    (folder / "good.png").unlink()
+    with pytest.raises(DatasetError, match=naming("DATASETS.UNLABELED")):
         unlabeled_records(cfg)
+
+
+def test_images_that_are_also_tested_on_are_counted(tmp_path, caplog):
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.TEST", ("shapes_val",))
+    with caplog.at_level("WARNING", "dn_detr_d2"):
+        found = unlabeled_records(cfg)
+    assert naming(len(found), "DATASETS.UNLABELED", "shapes_val").search(caplog.text)
+    caplog.clear()
+    unlabeled_records(make_cfg(tmp_path / "out", *SEMI))
+    assert "DATASETS.TEST" not in caplog.text
 
 
 def test_the_weak_view_is_what_an_annotated_image_becomes_and_the_strong_one_has_its_geometry(tmp_path):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from naming import naming
 
 from dn_detr_d2 import DenoisingGenerator
+from dn_detr_d2.boxes import cxcywh_to_xyxy
 from dn_detr_d2.denoising import BudgetDenoisingGenerator, ContrastiveDenoisingGenerator
 from dn_detr_d2.structures import Targets
 
@@ -233,7 +234,7 @@ def with_factors(targets, factor):
     return Targets.pad(labels, boxes, noise_factors=factors)
 
 
-@pytest.mark.parametrize("kind", [DenoisingGenerator, BudgetDenoisingGenerator, ContrastiveDenoisingGenerator])
+@pytest.mark.parametrize("kind", [DenoisingGenerator, BudgetDenoisingGenerator])
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
 def test_noise_of_an_object_goes_as_far_as_its_factor_says(kind, factor):
     """From the same random numbers; the boxes are in the middle, so that nothing is clamped."""
@@ -260,3 +261,20 @@ def test_each_object_has_its_own_factor_and_numbers_stay_in_the_image():
     assert boxes[:, 1].min() >= 0
     assert boxes[:, 1].max() <= 1
     assert (boxes[:, 1] - targets.boxes[0, 1]).abs().max() > 0.4
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.6, 4.0])
+def test_near_copies_of_an_uncertain_object_stay_near_and_far_ones_go_as_far_as_ever(factor):
+    """A corner moves by u ** (1 / f) half sizes, whose mean is f / (1 + f); from the same random numbers."""
+    targets = Targets.pad([torch.zeros(1, dtype=torch.int64)], [torch.tensor([[0.5, 0.5, 0.1, 0.1]])])
+    generator = ContrastiveDenoisingGenerator(num_classes=5, num_queries=0, num_groups=4000)
+    found = []
+    for objects in (targets, with_factors(targets, factor)):
+        torch.manual_seed(1)
+        corners = cxcywh_to_xyxy(generator(objects).boxes.unflatten(1, (4000, 2))[0])
+        found.append((corners - cxcywh_to_xyxy(targets.boxes[0, 0])).abs() / 0.05)
+    (plain_near, plain_far), (near, far) = (x.unbind(1) for x in found)
+    torch.testing.assert_close(far, plain_far)
+    torch.testing.assert_close(near**factor, plain_near, atol=1e-4, rtol=1e-4)
+    assert near.max() <= 1 + 1e-5
+    assert near.mean().item() == pytest.approx(factor / (1 + factor), abs=0.01)

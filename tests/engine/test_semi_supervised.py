@@ -1,19 +1,25 @@
 """Semi-supervised training: pseudo labels, what they enter, and everything that holds for other trainings."""
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from naming import naming
 from ranks import on_ranks
 from toy_training import differing, load, make_cfg, stop_at, train
 
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.data.registered import records_of
+from dn_detr_d2.engine import Trainer
+from dn_detr_d2.engine import trainer as trainer_module
 from dn_detr_d2.engine.pseudo_labels import PseudoLabels, class_thresholds
 from dn_detr_d2.engine.semi_supervised import SemiSupervisedStep
+from dn_detr_d2.engine.trainer import scaled_to_workers
+from dn_detr_d2.losses import LossNormalizers, StepNormalizers
 
 # An untrained detector gives every class a score near 0.01, so this makes every query a pseudo label.
 SEMI = [
@@ -45,16 +51,19 @@ def test_pseudo_labels_of_a_worked_example():
     torch.testing.assert_close(labels.gt_weights, torch.tensor([0.9, 0.5]))
     torch.testing.assert_close(labels.gt_noise_factors, torch.tensor([1.2, 2.0]))
     assert labels.image_size == (100, 100)
-    unweighted = PseudoLabels([0.4, 0.4], nms_iou=1.0, weighted=False, noise_growth=0.0)(found)
-    assert len(unweighted) == 4
-    assert unweighted.gt_weights.tolist() == [1.0] * 4
-    assert unweighted.gt_noise_factors.tolist() == [1.0] * 4
+    plain = PseudoLabels([0.4, 0.4], nms_iou=1.0, weighted=False, noise_growth=0.0)(found)
+    assert len(plain) == 4
+    assert not plain.has("gt_weights")
+    assert not plain.has("gt_noise_factors")
 
 
 def test_no_detection_is_no_pseudo_label():
-    labels = PseudoLabels([0.5])(detections([[0, 0, 1, 1]], [0.1], [0]))
-    assert len(labels) == 0
-    assert labels.gt_boxes.tensor.shape == (0, 4)
+    make = PseudoLabels([0.5])
+    for labels in (make(detections([[0, 0, 1, 1]], [0.1], [0])), make.none((100, 100))):
+        assert len(labels) == 0
+        assert labels.gt_boxes.tensor.shape == (0, 4)
+        assert labels.gt_classes.dtype == torch.int64
+        assert labels.get_fields().keys() == make(detections([[0, 0, 9, 9]], [0.9], [0])).get_fields().keys()
 
 
 def test_thresholds_of_single_classes(tmp_path):
@@ -68,6 +77,9 @@ def test_thresholds_of_single_classes(tmp_path):
     (["DATASETS.UNLABELED", ()], ["DATASETS.UNLABELED"]),
     (["MODEL.DN_DETR.DENOISING.NAME", ""], ["SEMI_SUPERVISED.LOSSES", "denoising", "matching"]),
     (["SEMI_SUPERVISED.LOSSES", ["boxes"]], ["boxes", "matching"]),
+    (["SEMI_SUPERVISED.BURN_IN", 6], ["BURN_IN", 6, "MAX_ITER"]),
+    (["MODEL.DN_DETR.DENOISING.KNOWN_FRACTION", 0.5], ["KNOWN_FRACTION", "LABEL_PROMPTS"]),
+    (["MODEL.DN_DETR.DENOISING.LABEL_PROMPTS", True], ["KNOWN_FRACTION", "LABEL_PROMPTS"]),
     (["SEMI_SUPERVISED.LOSSES", []], ["SEMI_SUPERVISED.LOSSES", "matching"]),
     (["SEMI_SUPERVISED.UNLABELED_RATIO", 0], ["UNLABELED_RATIO", 0]),
     (["SEMI_SUPERVISED.THRESHOLD", 1.5], ["THRESHOLD", 1.5]),
@@ -104,11 +116,16 @@ def test_pseudo_labels_enter_what_they_shall(tmp_path, used):
 
 
 def test_until_the_burn_in_is_over_nothing_differs(tmp_path):
-    """Six iterations, all of them burning in."""
-    train(make_cfg(tmp_path / "semi", *SEMI, "SEMI_SUPERVISED.BURN_IN", 6))
-    train(make_cfg(tmp_path / "plain", "MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5))
-    first, second = load(tmp_path / "semi"), load(tmp_path / "plain")
-    assert differing({"model": first["model"]}, {"model": second["model"]}) == []
+    """Three of six iterations, and then one more."""
+    train(make_cfg(tmp_path / "semi", *SEMI, "SEMI_SUPERVISED.BURN_IN", 3, "SOLVER.CHECKPOINT_PERIOD", 1))
+    train(
+        make_cfg(tmp_path / "plain", "MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5, "SOLVER.CHECKPOINT_PERIOD", 1)
+    )
+    same = []
+    for i in (2, 3):
+        first, second = (load(tmp_path / name, f"model_{i:07d}")["model"] for name in ("semi", "plain"))
+        same.append(differing({"model": first}, {"model": second}) == [])
+    assert same == [True, False]
 
 
 def test_without_pseudo_labels_an_image_only_teaches_what_is_no_object(tmp_path):
@@ -161,6 +178,109 @@ def test_pseudo_labels_change_what_is_learned(tmp_path):
     assert differing({"model": load(tmp_path / "semi")["model"]}, {"model": load(tmp_path / "plain")["model"]})
 
 
+def late(cfg, *, delayed):
+    """A training whose steps are read late, as on a GPU, or at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "SemiSupervisedStep", functools.partial(SemiSupervisedStep, delayed=delayed))
+        train(cfg)
+
+
+def test_the_teacher_is_the_same_whenever_the_host_reads_a_step(tmp_path):
+    """Checkpoints make the host read too; neither when they are written nor when steps are read may matter."""
+    once = ["SOLVER.CHECKPOINT_PERIOD", 100]
+    late(make_cfg(tmp_path / "late", *SEMI, *once), delayed=True)
+    late(make_cfg(tmp_path / "often", *SEMI, "SOLVER.CHECKPOINT_PERIOD", 1), delayed=True)
+    late(make_cfg(tmp_path / "at_once", *SEMI, *once), delayed=False)
+    late_, often, at_once = ({"model": load(tmp_path / x)["model"]} for x in ("late", "often", "at_once"))
+    assert differing(late_, at_once) == []
+    assert differing(often, at_once) == []
+
+
+def test_without_burn_in_the_teacher_is_what_was_loaded(tmp_path):
+    train(make_cfg(tmp_path / "first", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ()))
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "first" / "model_final.pth"), "SEMI_SUPERVISED.BURN_IN", 0]
+    trainer = Trainer(make_cfg(tmp_path / "second", *SEMI, *weights))
+    trainer.resume_or_load(resume=False)
+    loaded, taught = load(tmp_path / "first")["model"], trainer._trainer.teacher.state_dict()
+    assert all(torch.equal(taught[name], x) for name, x in loaded.items())
+
+
+@pytest.mark.parametrize(("decay", "warned"), [(0.5, False), (0.9997, True)])
+def test_a_teacher_that_would_hardly_change_is_warned_of(decay, warned, tmp_path, caplog):
+    with caplog.at_level("WARNING", "dn_detr_d2"):
+        make_cfg(tmp_path, *SEMI, "SOLVER.MAX_ITER", 100, "MODEL_EMA.DECAY", decay)
+    assert bool(naming("MODEL_EMA.DECAY", "SEMI_SUPERVISED.BURN_IN").search(caplog.text)) == warned
+
+
+def test_steps_without_a_pseudo_label_are_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(SemiSupervisedStep, "EMPTY", 2)
+    with caplog.at_level("WARNING", "dn_detr_d2"):
+        train(make_cfg(tmp_path / "out", *SEMI, "SEMI_SUPERVISED.THRESHOLD", 1.0))
+    assert caplog.text.count("SEMI_SUPERVISED.THRESHOLD") == 1
+
+
+def test_few_pseudo_labels_are_divided_by_the_annotated_objects():
+    def made(matching, denoising):
+        return StepNormalizers(
+            LossNormalizers(torch.tensor(matching), [3]), LossNormalizers(torch.tensor(denoising), [4])
+        )
+
+    found = made(1.0, 90.0).at_least(made(7.0, 35.0))
+    assert found.matching.num_pairs.item() == 7
+    assert found.denoising.num_pairs.item() == 90
+    assert (found.matching.step_counts, found.denoising.step_counts) == ([3], [4])
+
+
+def test_iterations_are_scaled_with_the_number_of_workers(tmp_path):
+    cfg = make_cfg(
+        tmp_path, *SEMI, "SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 60, "SEMI_SUPERVISED.BURN_IN", 20
+    )
+    assert scaled_to_workers(cfg, 2).SOLVER.MAX_ITER == 30
+    assert scaled_to_workers(cfg, 2).SEMI_SUPERVISED.BURN_IN == 10
+    assert scaled_to_workers(cfg, 1).SEMI_SUPERVISED.BURN_IN == 20
+
+
+class FailingTeacher(torch.nn.Module):
+    """Fails at its second call on one rank."""
+
+    def __init__(self, teacher, rank):
+        super().__init__()
+        self.teacher, self.rank, self.calls = [teacher], rank, 0
+
+    def forward(self, views):
+        self.calls += 1
+        if self.calls == 2 and comm.get_rank() == self.rank:
+            raise FloatingPointError(f"not finite in {views[0]['file_name']}")
+        return self.teacher[0](views)
+
+
+def train_with_failing_teacher(cfg, rank):
+    made = trainer_module.semi_supervised_options
+
+    def options(cfg, teacher):
+        return made(cfg, teacher) | {"teacher": FailingTeacher(teacher, rank)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "semi_supervised_options", options)
+        return train(cfg)._trainer.skipped
+
+
+def test_a_teacher_that_fails_costs_a_step_and_is_named(tmp_path):
+    cfg = make_cfg(tmp_path / "out", *SEMI)
+    with pytest.raises(FloatingPointError, match=naming("SEMI_SUPERVISED", "shapes_val")):
+        train_with_failing_teacher(cfg, 0)
+    assert (tmp_path / "out" / "nan_report" / "iteration_3_rank_0.json").is_file()
+
+
+def skips(cfg):
+    assert train_with_failing_teacher(cfg, 1) == 1
+
+
+def test_a_teacher_that_fails_on_one_rank_leaves_none_waiting(tmp_path):
+    on_ranks(skips, make_cfg(tmp_path / "out", *SEMI, "SOLVER.NONFINITE", "skip", "SOLVER.NONFINITE_LIMIT", 3))
+    assert load(tmp_path / "out")["iteration"] == 5
+
+
 def test_a_loss_that_is_not_finite_is_discarded_and_named(tmp_path, monkeypatch):
     made = SemiSupervisedStep.__init__
 
@@ -174,3 +294,6 @@ def test_a_loss_that_is_not_finite_is_discarded_and_named(tmp_path, monkeypatch)
         train(cfg)
     assert json.loads((tmp_path / "out" / "nan_report" / "iteration_2_rank_0.json").read_text())["iteration"] == 2
     assert load(tmp_path / "out", "model_0000001")["iteration"] == 1
+    batch = torch.load(tmp_path / "out" / "nan_report" / "iteration_2_rank_0.pth", weights_only=True)["batch"]
+    assert len(batch) == 4
+    assert all("instances" in record for record in batch)  # pseudo labels too: the teacher moves on

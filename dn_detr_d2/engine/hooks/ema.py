@@ -48,7 +48,8 @@ class AverageHook(HookBase):
 
     def after_step(self) -> None:
         """Updates the average as soon as it is known that the step has changed the weights, and before they change again."""
-        self.trainer._trainer.when_settled(partial(self._update, self.trainer.iter + 1 == self.restart))
+        restart = self.restart > 0 and self.trainer.iter + 1 == self.restart
+        self.trainer._trainer.when_settled(partial(self._update, restart))
 
     def _update(self, restart: bool, stepped: bool) -> None:
         if restart:
