@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
+from ..boxes import GIOU_EPS, corners, giou_of_corners
 from ..structures import Assignment, Predictions, Targets
 from .functional import focal_negative, focal_terms
 from .normalizers import LossNormalizers
@@ -152,7 +152,7 @@ class BoxL1(LossTerm):
     ) -> Tensor:
         """(K,) sums over the pairs, divided by their number."""
         predicted, wanted = matched_boxes(predictions, targets, assignment)
-        return (predicted - wanted).abs().sum(-1).sum(1) / normalizers.num_pairs
+        return (predicted - wanted).abs().sum((1, 2)) / normalizers.num_pairs
 
 
 class BoxGIoU(LossTerm):
@@ -173,8 +173,8 @@ class BoxGIoU(LossTerm):
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizers: LossNormalizers
     ) -> Tensor:
         """(K,) sums over the pairs, divided by their number."""
-        predicted, wanted = (cxcywh_to_xyxy(x) for x in matched_boxes(predictions, targets, assignment))
-        return (1 - giou(predicted, wanted, self.eps)).sum(1) / normalizers.num_pairs
+        predicted, wanted = (corners(x) for x in matched_boxes(predictions, targets, assignment))
+        return (1 - giou_of_corners(predicted, wanted, self.eps)).sum(1) / normalizers.num_pairs
 
 
 def matched_boxes(predictions: Predictions, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:
