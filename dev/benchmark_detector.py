@@ -5,6 +5,7 @@
     python dev/benchmark_detector.py --config-file configs/deformable_detr_R50_50ep.yaml --against torch transformers
     python dev/benchmark_detector.py --config-file configs/quickstart.yaml --batch 1 --setting "settled TEST.AMP bf16"
     python dev/benchmark_detector.py --config-file configs/dn_dab_deformable.yaml --size 256 256 --curves
+    python dev/benchmark_detector.py --config-file configs/dn_dab_deformable.yaml --size 192 256 --rounds 10 --compile
 
 Images are random pixels of one size, weights are random. Without --threads above 1 the CPU times are CPU time of one thread,
 so other programs disturb them little. "floor" is the share of a part's time in matrix products and convolutions, which any
@@ -13,7 +14,9 @@ implementation has to compute; "kept" is what autograd keeps for the backward pa
 Rivals take turns with ours in this process; a ratio is the median over the rounds, with its range: "torch" is ours with
 deformable attention out of PyTorch's operators, "transformers" Deformable DETR of Hugging Face with the same sizes.
 --setting compares inference under other keys with that of the config, "settled" as the predictor and --eval-only prepare
-a model. --curves measures how a training step grows instead, and writes a CSV and a plot. Exit code 2: bad input.
+a model. --curves measures how a training step grows instead, and writes a CSV and a plot. --compile times what
+MODEL.DN_DETR.COMPILE makes of a training step and TEST.COMPILE of an inference instead, each value beside a model that is
+not compiled. Exit code 2: bad input.
 """
 
 import argparse
@@ -31,6 +34,7 @@ import torch
 from tabulate import tabulate
 
 from dev.benchmark import timeline
+from dev.benchmark.compiled import PASSES, compile_table
 from dev.benchmark.detector_curves import CURVES, measure_curves, write_curves
 from dev.benchmark.detectors import PRECISIONS, RIVALS, Case, Detector, build_ours, build_rival, config_of, seconds
 from dev.benchmark.timeline import BACKWARD, FORWARD, Timeline
@@ -74,6 +78,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="of inference; several times",
     )
     parser.add_argument("--curves", nargs="*", choices=list(CURVES), help="measure these curves (default: all) instead")
+    parser.add_argument(
+        "--compile", nargs="*", choices=list(PASSES), help="measure what torch.compile gives (default: both)"
+    )
     parser.add_argument("--output", metavar="DIR", default="output/benchmark", help="where curves go")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and boxes (default 0)")
     add_overrides(parser)
@@ -219,6 +226,9 @@ def benchmark(args: argparse.Namespace) -> None:
     print(f"{case.precision}, {case.device}, {args.threads} threads, seed {case.seed}, {machine()}\n")
     if args.curves is not None:
         write_curves(measure_curves(args.curves or list(CURVES), case, args.rounds), Path(args.output))
+        return
+    if args.compile is not None:
+        print(compile_table(args.compile or list(PASSES), case, args.rounds))
         return
     ours = build_ours(case)
     if args.setting:

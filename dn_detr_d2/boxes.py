@@ -4,6 +4,8 @@ Naming: *cxcywh* is (centre x, centre y, width, height), *xyxy* is (x0, y0, x1, 
 [0, 1] of the unpadded image, float32; absolute pixels exist only in the data mapper and the post-processor.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,13 @@ GIOU_EPS = 1e-18
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) cxcywh -> (..., 4) xyxy, in the same unit."""
+    return torch.cat(corners(boxes), -1)
+
+
+def corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 4) cxcywh -> the low and the high corner, (..., 2) each."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], -1)
+    return centre - half, centre + half
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -66,7 +73,12 @@ def giou(a: Tensor, b: Tensor, eps: float = GIOU_EPS) -> Tensor:
     Returns:
         Tensor: broadcast shape without the last dimension, in (-1, 1] up to rounding. Degenerate boxes give a finite value.
     """
-    (a_low, a_high), (b_low, b_high) = a.split(2, -1), b.split(2, -1)
+    return giou_of_corners(a.split(2, -1), b.split(2, -1), eps)
+
+
+def giou_of_corners(a: Sequence[Tensor], b: Sequence[Tensor], eps: float = GIOU_EPS) -> Tensor:
+    """:func:`giou` of boxes by their :func:`corners`: a pair of (..., 2) each, with broadcasting."""
+    (a_low, a_high), (b_low, b_high) = a, b
     intersection = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
     # The part of b outside a is never negative, also when rounded; so the IoU is never above 1.
     union = _area(a_high - a_low) + (_area(b_high - b_low) - intersection)

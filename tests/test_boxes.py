@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import generalized_box_iou
 
-from dn_detr_d2.boxes import cxcywh_to_xyxy, giou, image_scale, logit, xyxy_to_cxcywh
+from dn_detr_d2.boxes import corners, cxcywh_to_xyxy, giou, giou_of_corners, image_scale, logit, xyxy_to_cxcywh
 
 unit = st.floats(0, 1, width=32)
 boxes = st.lists(st.tuples(unit, unit, unit, unit), min_size=0, max_size=8)
@@ -49,6 +49,15 @@ def test_giou_of_worked_boxes():
     a = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]])
     b = torch.tensor([[0.5, 0, 1.5, 1], [4, 0, 5, 1]])
     torch.testing.assert_close(giou(a, b, eps=0.0), torch.tensor([1 / 3, -0.6]))
+
+
+def test_giou_of_the_corners_of_worked_boxes():
+    """Squares of side 0.4 that share a half: IoU 1/3, and nothing around them is lost."""
+    a, b = torch.tensor([0.4, 0.5, 0.4, 0.4]), torch.tensor([0.6, 0.5, 0.4, 0.4])
+    low, high = corners(a)
+    torch.testing.assert_close(low, torch.tensor([0.2, 0.3]))
+    torch.testing.assert_close(high, torch.tensor([0.6, 0.7]))
+    torch.testing.assert_close(giou_of_corners((low, high), corners(b)), torch.tensor(1 / 3))
 
 
 def test_giou_agrees_with_torchvision_pairwise():

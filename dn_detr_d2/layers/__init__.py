@@ -8,6 +8,7 @@ from .attention import (
     MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
     SelfAttention,
+    added_to_scores,
     attend,
     project_values,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "RowColumnAttention",
     "SelfAttention",
     "SinePositionEncoding",
+    "added_to_scores",
     "attend",
     "autocast_dtype",
     "axis_coordinates",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..structures import IsolatedGroups
-from .autocast import lowered
+from .autocast import autocast_dtype, lowered
 from .mlp import map_together
 from .ms_deform_attn import ms_deform_attn_fused
 
@@ -34,7 +34,8 @@ def attend(
         key: (N, S, H * E).
         value: (N, S, H * D).
         num_heads: H; heads are consecutive blocks of channels.
-        blocked: bool, (Q, S) or (N, Q, S) or (N, 1, S), True where a query must not look.
+        blocked: bool, (Q, S) or (N, Q, S) or (N, 1, S), True where a query must not look; or what :func:`added_to_scores`
+            made of it.
         dropout: probability of losing an attention weight; 0 outside training.
         isolated: the groups that ``blocked`` is the mask of. Where they are large they are folded, see
             :func:`attend_folded`, and ``blocked`` is not looked at; the result is the same but for rounding.
@@ -59,9 +60,29 @@ def attend_heads(
         attended = attend_folded(query, key, value, isolated, dropout)
     else:
         if blocked is not None:
-            blocked = ~blocked if blocked.dim() == 2 else ~blocked[:, None]  # SDPA's mask says what is allowed
+            blocked = blocked if blocked.dim() == 2 else blocked[:, None]
+            blocked = ~blocked if blocked.dtype == torch.bool else blocked  # a bool mask of SDPA says what is allowed
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=blocked, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
+
+
+def added_to_scores(blocked: Tensor | None, isolated: IsolatedGroups | None, content: Tensor) -> Tensor | None:
+    """The self-attention mask of several layers, made once: 0 where a query may look, else the least finite number.
+
+    Of a bool mask attention makes the same in each layer anew, but with minus infinity, which in the input of a layer would
+    be taken for a fault. The weight of what is blocked is 0 in either case, for a query that may look at any key.
+
+    Args:
+        blocked, isolated: as for :func:`attend`.
+        content: (N, Q, C) of the queries.
+
+    Returns:
+        Tensor: like ``blocked``, in the dtype of attention; ``blocked`` itself where the groups are folded.
+    """
+    if blocked is None or (isolated is not None and pays_to_fold(isolated, content.shape[1])):
+        return blocked
+    dtype = autocast_dtype(content) or content.dtype
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, torch.finfo(dtype).min)
 
 
 def pays_to_fold(groups: IsolatedGroups, num_queries: int) -> bool:

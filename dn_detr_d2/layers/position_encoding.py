@@ -75,15 +75,18 @@ class SinePositionEncoding(nn.Module):
 
     def of_levels(self, padding: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
         """The encodings of several maps, made together; ``dtype`` None = float32."""
-        angles = [self._angles(x) for x in padding]
-        encoded = sine_encoding(torch.cat(angles, 1), self.dim // 2, self.temperature).flatten(-2)
-        levels = encoded.to(dtype or encoded.dtype).split([x.shape[1] for x in angles], 1)
+        counted = [self._count(x) for x in padding]
+        place, total = (torch.cat(x, 1) for x in zip(*counted, strict=True))
+        angles = (place + self.offset) / (total + self.EPS) * (2 * math.pi)  # (N, S, 2), in [0, 2 pi] inside the image
+        encoded = sine_encoding(angles, self.dim // 2, self.temperature).flatten(-2)
+        levels = encoded.to(dtype or encoded.dtype).split([x.shape[1] for x, _ in counted], 1)
         return [x.unflatten(1, mask.shape[1:]).permute(0, 3, 1, 2) for x, mask in zip(levels, padding, strict=True)]
 
-    def _angles(self, padding: Tensor) -> Tensor:
-        """(N, h, w) bool -> (N, h * w, 2) as (y, x), in [0, 2 pi] inside the image."""
+    def _count(self, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, h, w) bool -> the places of the cells inside the image and how many there are, (N, h * w, 2) as (y, x)."""
         # Integers: cumulative sums of floats have no deterministic CUDA kernel.
-        y, x = ((~padding).cumsum(axis, dtype=torch.int32) for axis in (1, 2))
-        y = (y + self.offset) / (y[:, -1:] + self.EPS) * (2 * math.pi)
-        x = (x + self.offset) / (x[:, :, -1:] + self.EPS) * (2 * math.pi)
-        return torch.stack([y, x], -1).flatten(1, 2)
+        inside = ~padding
+        y, x = (inside.cumsum(axis, dtype=torch.int32) for axis in (1, 2))
+        totals = (y[:, -1:].expand_as(y), x[:, :, -1:].expand_as(x))
+        place, total = (torch.stack(pair, -1).flatten(1, 2) for pair in ((y, x), totals))
+        return place, total

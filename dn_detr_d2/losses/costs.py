@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
+from ..boxes import GIOU_EPS, corners, giou_of_corners
 from ..structures import Predictions, Targets
 from .functional import focal_terms
 from .point_sampling import DrawPoints, check_points, sample_maps, sample_masks
@@ -91,8 +91,8 @@ class BoxGIoUCost(Cost):
 
     def __call__(self, predictions: Predictions, targets: Targets) -> Tensor:
         """(K, N, Q, M)."""
-        predicted, wanted = cxcywh_to_xyxy(predictions.boxes), cxcywh_to_xyxy(targets.boxes)
-        return -giou(predicted[..., :, None, :], wanted[:, None], self.eps)
+        predicted, wanted = corners(predictions.boxes[..., None, :]), corners(targets.boxes[:, None])
+        return -giou_of_corners(predicted, wanted, self.eps)
 
 
 class MaskPointCost(Cost):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..boxes import GIOU_EPS, cxcywh_to_xyxy, giou
+from ..boxes import GIOU_EPS, corners, giou_of_corners
 from ..structures import Assignment, Predictions, Targets
 from .functional import focal_negative, focal_terms
 from .normalizers import LossNormalizers
@@ -156,7 +156,7 @@ class BoxL1(LossTerm):
     ) -> Tensor:
         """(K,) sums over the pairs, divided by their number."""
         predicted, wanted = matched_boxes(predictions, targets, assignment)
-        return weighted_pairs((predicted - wanted).abs().sum(-1), targets, assignment).sum(1) / normalizers.num_pairs
+        return weighted_pairs((predicted - wanted).abs(), targets, assignment).sum((1, 2)) / normalizers.num_pairs
 
 
 class BoxGIoU(LossTerm):
@@ -177,14 +177,17 @@ class BoxGIoU(LossTerm):
         self, predictions: Predictions, targets: Targets, assignment: Assignment, normalizers: LossNormalizers
     ) -> Tensor:
         """(K,) sums over the pairs, divided by their number."""
-        predicted, wanted = (cxcywh_to_xyxy(x) for x in matched_boxes(predictions, targets, assignment))
-        lost = weighted_pairs(1 - giou(predicted, wanted, self.eps), targets, assignment)
+        predicted, wanted = (corners(x) for x in matched_boxes(predictions, targets, assignment))
+        lost = weighted_pairs(1 - giou_of_corners(predicted, wanted, self.eps), targets, assignment)
         return lost.sum(1) / normalizers.num_pairs
 
 
 def weighted_pairs(losses: Tensor, targets: Targets, assignment: Assignment) -> Tensor:
-    """(K, T) losses of pairs times the weights of their objects, which are 1 where the targets have none."""
-    return losses if targets.weights is None else losses * targets.weights[assignment.image, assignment.target]
+    """(K, T, ...) losses of pairs times the weights of their objects, which are 1 where the targets have none."""
+    if targets.weights is None:
+        return losses
+    weights = targets.weights[assignment.image, assignment.target]  # (K or 1, T)
+    return losses * weights[(..., *[None] * (losses.dim() - weights.dim()))]
 
 
 def matched_boxes(predictions: Predictions, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:

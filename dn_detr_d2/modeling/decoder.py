@@ -4,7 +4,7 @@ Shapes: K layers, N images, Q queries, C channels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,13 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..layers import LayerStack, MultiScaleDeformableAttention, SinePositionEncoding, project_values
+from ..layers import (
+    LayerStack,
+    MultiScaleDeformableAttention,
+    SinePositionEncoding,
+    added_to_scores,
+    project_values,
+)
 from ..structures import Memory, ObjectQueries, Predictions
 from .decoder_layer import LayerInputs, MaskedDecoderLayer, QueryPosition
 from .encoder import transformer_arguments
@@ -97,6 +103,7 @@ class Decoder(LayerStack):
         Decoders that predict first give one set more, of the queries as they come.
         """
         content, references = queries.content, References(queries.boxes, queries.boxes)
+        queries = replace(queries, blocked=added_to_scores(queries.blocked, queries.isolated, content))
         views = self.views(memory)
         values = self.values(views)
         sets = [self.predict_first(queries)] if self.PREDICTS_FIRST else []

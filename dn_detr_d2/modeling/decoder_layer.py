@@ -46,7 +46,8 @@ class LayerInputs:
         position: where the queries look from.
         boxes: (N, Q, 4) reference boxes, cxcywh in [0, 1].
         memory: what they look at.
-        blocked: (Q, Q) or (N, Q, Q) bool self-attention mask [query, key], or None.
+        blocked: (Q, Q) or (N, Q, Q) self-attention mask [query, key], or None; a decoder gives it as attention adds it to
+            its scores, see :func:`~dn_detr_d2.layers.attention.added_to_scores`.
         blocked_cells: (N, Q, S) bool cross-attention mask [query, cell] of masked attention, or None.
         isolated: the groups that ``blocked`` is the mask of, if it is no other; self-attention may use them instead.
         value: what the deformable attention of this layer samples from the memory, where that is made for all layers at

@@ -82,7 +82,9 @@ class DenoisingDETR(nn.Module):
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.query_source, self.decoder, self.pixel_decoder = query_source, decoder, pixel_decoder
         self.denoising, self.matcher, self.criterion = denoising, matcher, criterion
-        self._prepared = {name: PreparedWeights(getattr(self, name)) for name in ("backbone", "encoder", "decoder")}
+        self._prepared = {
+            name: PreparedWeights(getattr(self, name)) for name in ("backbone", "neck", "encoder", "decoder")
+        }
         self.postprocess, self.amp = postprocess, amp
         self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
         self.tensor_pass: Callable[..., tuple[Tensor, ...]] | None = None
@@ -243,7 +245,8 @@ class DenoisingDETR(nn.Module):
         with self._prepared["backbone"].in_use():
             features = self.backbone(images)
         if self.pixel_decoder is None:
-            pyramid = self.neck(features, padding)
+            with self._prepared["neck"].in_use():
+                pyramid = self.neck(features, padding)
             with self._prepared["encoder"].in_use():
                 return self.encoder(pyramid)
         with torch.autocast(self.device.type, enabled=False):  # as in the authors' code

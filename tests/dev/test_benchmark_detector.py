@@ -1,6 +1,9 @@
 """The benchmark of detectors: costs are counted where they arise, and rivals are what they are said to be."""
 
 import csv
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 from ranks import on_ranks
 
 from dev import benchmark_detector
-from dev.benchmark import detector_curves, timeline
+from dev.benchmark import compiled, detector_curves, timeline
 from dev.benchmark.detectors import Case, build_ours, build_rival, build_transformers, config_of, make_batch
 from dev.benchmark.timeline import BACKWARD, FORWARD, STEP, Timeline
 from dev.benchmark_criterion import OperatorCount
@@ -178,6 +181,47 @@ def test_a_settled_detector_detects_the_same_with_folded_norms(detector):
     assert "backbone.stem.conv1.norm.weight" not in settled.model.state_dict()
     first, second = (x.detect()[0]["instances"].scores for x in (fresh, settled))
     assert torch.allclose(first, second, atol=1e-5)
+
+
+def compile_rows(capsys, *which):
+    """The cells of the table of --compile."""
+    size = ["--size", "64", "64", "--rounds", "2", "--batch", "1"]
+    assert benchmark_detector.main(["--config-file", DEFORMABLE, "--compile", *which, *size, *map(str, TOY)]) == 0
+    lines = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines[1:]]
+
+
+def test_each_key_is_timed_with_what_it_compiles(capsys, monkeypatch):
+    """Encoder: its one layer; all: the backbone, that layer and three of the decoder; inference: the whole pass."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: asked.append(f.__name__) or f)
+    rows = compile_rows(capsys)
+    assert [row[1] for row in rows[:3]] == [f"MODEL.DN_DETR.COMPILE {x!r}" for x in ("", "encoder", "all")]
+    assert [row[1] for row in rows[3:]] == ["TEST.COMPILE False", "TEST.COMPILE True"]
+    assert asked == ["_call_impl"] * (1 + 5) + ["forward_tensors"]
+    assert [row[0] for row in compile_rows(capsys, "inference")] == ["inference"] * 2
+
+
+@pytest.mark.long
+def test_what_is_compiled_is_told_apart_from_what_is_not(capsys, monkeypatch):
+    """By a backend that runs graphs as they are: nothing is compiled without the keys, and "all" is more than "encoder"."""
+    compile_by = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, **_: compile_by(f, dynamic=dynamic, backend="eager"))
+    rows = compile_rows(capsys)
+    assert [row[1].split()[-1] for row in rows] == ["''", "'encoder'", "'all'", "False", "True"]
+    assert [row[0] for row in rows] == ["training"] * 3 + ["inference"] * 2
+    plain, encoder, everything, as_built, whole = (int(row[3]) for row in rows)
+    assert (plain, encoder, as_built) == (0, 1, 0)
+    assert everything > 2
+    assert whole >= 1
+    assert all(float(row[5].removesuffix("x")) > 0 for row in rows)
+
+
+def test_a_first_pass_counts_the_compiler_that_it_calls():
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    before = time.process_time()
+    took = compiled.first_seconds(lambda: subprocess.run([sys.executable, "-S", "-c", burn], check=True), "cpu")
+    assert took > 0.45 + time.process_time() - before
 
 
 def arguments(given):

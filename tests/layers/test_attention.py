@@ -13,6 +13,7 @@ from dn_detr_d2.layers import (
     MultiLevelConditionalCrossAttention,
     MultiScaleDeformableAttention,
     SelfAttention,
+    added_to_scores,
     attend,
     ms_deform_attn,
     project_values,
@@ -82,6 +83,35 @@ def test_large_groups_are_folded_and_small_ones_masked():
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         everything = attend(*inputs, 2, torch.zeros_like(blocked), 0.0, groups)
         assert torch.allclose(everything, dense["masked"][0], atol=1e-5) == folds
+
+
+@given(images=st.integers(0, 2), queries=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_mask_made_once_blocks_what_the_mask_blocks(images, queries, seed):
+    """Shared by all images or (``images`` > 0) one an image; output and gradients of written loops."""
+    torch.manual_seed(seed)
+    shape = (images, queries, queries) if images else (queries, queries)
+    blocked = (torch.rand(shape) < 0.5) & ~torch.eye(queries, dtype=torch.bool)  # a query sees itself
+    inputs = [torch.randn(max(images, 1), queries, 4, requires_grad=True) for _ in range(3)]
+    made = added_to_scores(blocked, None, inputs[0])
+    assert made.isfinite().all()  # infinite inputs of a layer are reported as a fault
+    weights = torch.randn(max(images, 1), queries, 4)
+    found, expected = attend(*inputs, 2, made), loop_attention(*inputs, 2, blocked)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad((x * weights).sum(), inputs) for x in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_made_in_the_dtype_of_attention_and_only_where_it_is_looked_at():
+    content, groups = torch.randn(1, 1300, 8), IsolatedGroups(10, 100)
+    blocked = torch.zeros(1300, 1300, dtype=torch.bool)
+    assert added_to_scores(None, None, content) is None
+    assert added_to_scores(blocked, groups, content) is blocked  # folded
+    assert added_to_scores(blocked[:3, :3], None, content[:, :3]).dtype == torch.float32
+    assert added_to_scores(blocked[:3, :3], None, content[:, :3].double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        made = added_to_scores(blocked[:3, :3], IsolatedGroups(1, 2), content[:, :3])
+    assert made.dtype == torch.bfloat16
 
 
 def test_folded_attention_drops_weights():

@@ -47,6 +47,21 @@ def test_padding_does_not_change_the_encoding_inside_the_image():
     torch.testing.assert_close(encoding(padded)[:, :, :3, :4], encoding(small))
 
 
+@pytest.mark.parametrize("offset", [0.0, -0.5])
+def test_cells_are_counted_inside_the_image(offset):
+    """With dim 4 the channels are sin y, cos y, sin x, cos x, of 2 pi (place + offset) / (number of cells inside)."""
+    padding = torch.ones(2, 4, 5, dtype=torch.bool)
+    padding[0, :3, :2] = False
+    padding[1, :1, :5] = False
+    encoded = SinePositionEncoding(4, offset=offset)(padding)
+    for image, height, width in ((0, 3, 2), (1, 1, 5)):
+        for y in range(height):
+            for x in range(width):
+                angles = [2 * math.pi * (i + 1 + offset) / n for i, n in ((y, height), (x, width))]
+                expected = torch.tensor([f(angle) for angle in angles for f in (math.sin, math.cos)])
+                torch.testing.assert_close(encoded[image, :, y, x], expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dim", [0, 3, -4])
 def test_odd_widths_are_refused(dim):
     with pytest.raises(ValueError, match=naming(dim)):

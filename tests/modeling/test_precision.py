@@ -18,8 +18,8 @@ SYSTEMS = (
     *("deformable_detr_R50_50ep", "deformable_detr_refine_R50_50ep", "deformable_detr_two_stage_R50_50ep"),
 )
 SPIED = (
-    *((costs, name) for name in ("giou", "logits_of_labels", "focal_terms")),
-    *((terms, name) for name in ("giou", "focal_negative", "focal_terms")),
+    *((costs, name) for name in ("giou_of_corners", "logits_of_labels", "focal_terms")),
+    *((terms, name) for name in ("giou_of_corners", "focal_negative", "focal_terms")),
     *((heads, "logit"), (import_module("dn_detr_d2.layers.ms_deform_attn"), "ms_deform_attn_torch")),
 )
 
@@ -53,7 +53,7 @@ def test_costs_losses_boxes_and_locations_are_float32_under_autocast(dtypes, sys
         losses = model.losses(seen)
     assert {x.dtype for x in halves} == {dtype}  # autocast was at work
     assert {key: found for key, found in dtypes.items() if found != {torch.float32}} == {}
-    assert {"costs.giou", "terms.giou", "heads.logit"} <= dtypes.keys()
+    assert {"costs.giou_of_corners", "terms.giou_of_corners", "heads.logit"} <= dtypes.keys()
     assert ("ms_deform_attn.ms_deform_attn_torch" in dtypes) == any(
         "sampling" in n for n, _ in model.named_parameters()
     )
