@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What do images without annotations give to a set with few? Trains on 5, 10 and 20 % of BCCD's labels.
+"""What do images without annotations give to a set with few? Trains on 5, 10, 20 and 100 % of BCCD's labels.
 
     python dev/measure_few_labels.py --bccd datasets --output docs/evidence
     python dev/measure_few_labels.py --bccd datasets --output docs/evidence --report
 
 --bccd is the folder that holds bccd/. Which images are annotated is fixed: dev/few_labels/*.txt. All trainings have the
-model of configs/bccd.yaml and equally many iterations; they differ in what becomes of the images that are not annotated.
-Trainings that have ended are taken from --runs; an interrupted one is resumed. Writes few_labels.md. Exit code 2: bad input.
+model of configs/bccd.yaml and equally many iterations; they differ in what becomes of the images that are not annotated:
+nothing, pseudo labels, or a pretraining on regions of all images (tools/propose_regions.py). Trainings that have ended are
+taken from --runs; an interrupted one is resumed. Writes few_labels.md. Exit code 2: bad input.
 """
 
 import argparse
@@ -23,19 +24,24 @@ from dev.ablate_bccd import CONFIG, last, train
 from dev.compare_runs import machine
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.command_line import add_overrides, parse, run_command
+from dn_detr_d2.data import load_coco_json
+from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.visualization.curves import spread
 from dn_detr_d2.visualization.runs import Run
+from tools.propose_regions import content_of
 
 LISTS = Path(__file__).resolve().parent / "few_labels"
 SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 200, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
 # With this threshold an image has as many pseudo labels as objects, about 14, from the burn-in on.
 SEMI = {"SEMI_SUPERVISED.ENABLED": True, "SEMI_SUPERVISED.BURN_IN": 200, "SEMI_SUPERVISED.THRESHOLD": 0.3}
-ALONE, OURS, ALL = "annotated images alone", "pseudo labels in matching and denoising", "all labels"
+ALONE, OURS = "annotated images alone", "pseudo labels in matching and denoising"
+REGIONS = "pretrained on regions"
 PLAIN = {"SEMI_SUPERVISED.WEIGHTED": False, "SEMI_SUPERVISED.NOISE_GROWTH": 0.0}
 MATCHING, DENOISING = ({"SEMI_SUPERVISED.LOSSES": (name,)} for name in ("matching", "denoising"))
-# What becomes of the images without annotations -> the overrides.
+# What becomes of the images without annotations -> the overrides; of REGIONS the weights are added.
 KINDS = {
     ALONE: {},
+    REGIONS: {},
     OURS: SEMI,
     "in matching alone": SEMI | MATCHING,
     "in denoising alone": SEMI | DENOISING,
@@ -43,8 +49,13 @@ KINDS = {
     "in matching alone, without weights": SEMI | MATCHING | PLAIN,
     "in denoising alone, without weights": SEMI | DENOISING | PLAIN,
 }
-# Percent of the labels -> seeds and kinds.
-PLAN = {10: ((1, 2), tuple(KINDS)), 5: ((1,), (ALONE, OURS)), 20: ((1,), (ALONE, OURS))}
+# Percent of the labels -> kinds and their seeds.
+PLAN = {
+    10: {kind: (1, 2) for kind in KINDS if kind != REGIONS},
+    5: {ALONE: (1, 2), OURS: (1,), REGIONS: (1, 2)},
+    20: {ALONE: (1, 2), OURS: (1,), REGIONS: (1, 2)},
+    100: {ALONE: (1, 2), REGIONS: (1, 2)},
+}
 METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
 
 
@@ -88,6 +99,8 @@ def write_split(source: Path, names: Iterable[str], folder: Path) -> tuple[Path,
 
 def data_overrides(args: argparse.Namespace, percent: int) -> dict:
     """Overrides that put the annotated share, and the rest without annotations, in place of the training set."""
+    if percent == 100:
+        return {}
     bccd = Path(args.bccd).resolve() / "bccd"
     names = (LISTS / f"bccd_{percent}_percent.txt").read_text().split()
     annotated, unlabeled = write_split(bccd / "train.json", names, Path(args.runs).resolve() / f"{percent}_percent")
@@ -100,6 +113,20 @@ def data_overrides(args: argparse.Namespace, percent: int) -> dict:
     }
 
 
+def pretrained(args: argparse.Namespace) -> dict:
+    """Trains on regions of all training images, unless that has been done; overrides that start from the weights."""
+    bccd, runs = Path(args.bccd).resolve() / "bccd", Path(args.runs).resolve()
+    file = runs / "regions.json"
+    if not file.is_file() and not args.report:
+        runs.mkdir(parents=True, exist_ok=True)
+        images = [Path(record["file_name"]) for record in load_coco_json(bccd / "train.json", bccd / "images")]
+        write_json(content_of(images, bccd / "images", top=30), str(file))
+    data = {"DATASETS.COCO_JSON": [["bccd_regions", str(file), str(bccd / "images")]]}
+    sets = {"DATASETS.TRAIN": ("bccd_regions",), "DATASETS.TEST": ()}
+    run = train(args, REGIONS, SHORT | data | sets, 1)
+    return {"MODEL.WEIGHTS": str((run.folder if run else runs) / "model_final.pth")}
+
+
 def report(args: argparse.Namespace) -> str:
     """Trains, writes the page, and returns it."""
     setup_cfg(str(CONFIG), args.opts, splits=())  # a misspelt key is named before hours of training
@@ -107,11 +134,11 @@ def report(args: argparse.Namespace) -> str:
         raise UserError(f"--bccd {args.bccd} holds no bccd/train.json; name the folder above BCCD in COCO format")
     rows, wanting = [], []
     for percent in args.percent:
-        data, (seeds, kinds) = data_overrides(args, percent), PLAN[percent]
-        for kind in kinds:
-            runs = [train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind], seed) for seed in seeds]
+        data = data_overrides(args, percent)
+        for kind, seeds in PLAN[percent].items():
+            overrides = SHORT | data | KINDS[kind] | (pretrained(args) if kind == REGIONS else {})
+            runs = [train(args, f"{percent} percent {kind}", overrides, seed) for seed in seeds]
             add_row(rows, wanting, f"{percent} %", kind, runs)
-    add_row(rows, wanting, "100 %", ALL, [train(args, ALL, SHORT, 1)])
     if not rows:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
     headers = ["labels", "images without", "seeds", *METRICS, "seconds an iteration"]
@@ -121,8 +148,8 @@ def report(args: argparse.Namespace) -> str:
         f"`{command_line(args)}`, {machine()}.",
         "",
         f"The moving average of the weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
-        f"images, and after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them 2 others besides; means over the seeds, with the "
-        "lowest and the highest.",
+        f"images, with pseudo labels 2 others besides after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them; means over seeds,",
+        "with the lowest and the highest.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
