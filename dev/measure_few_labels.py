@@ -141,15 +141,16 @@ def report(args: argparse.Namespace) -> str:
             add_row(rows, wanting, f"{percent} %", kind, runs)
     if not rows:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
-    headers = ["labels", "images without", "seeds", *METRICS, "seconds an iteration"]
+    headers = ["labels", "images without", "seeds", *METRICS, "AP of the average", "seconds an iteration"]
     lines = [
         "# Few labels, many pictures: BCCD",
         "",
         f"`{command_line(args)}`, {machine()}.",
         "",
-        f"The moving average of the weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
+        f"The last weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
         f"images, with pseudo labels 2 others besides after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them; means over seeds,",
-        "with the lowest and the highest.",
+        "with the lowest and the highest. Beside them their moving average, the teacher, which without pseudo labels still",
+        "holds weights of the start.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
@@ -167,7 +168,8 @@ def add_row(rows: list, wanting: list, share: str, kind: str, runs: list[Run | N
     if len(found) < len(runs):
         wanting.append(f"{share} {kind} ({len(runs) - len(found)} of {len(runs)} seeds)")
     if found:
-        values = [spread([last(run, metric, "ema/") for run in found], ".1f") for metric in METRICS.values()]
+        values = [spread([last(run, metric) for run in found], ".1f") for metric in METRICS.values()]
+        values.append(spread([last(run, "AP", "ema/") for run in found], ".1f"))
         seconds = spread([run.seconds_an_iteration for run in found], ".2f")
         rows.append([share, kind, str(len(found)), *values, seconds])
 
