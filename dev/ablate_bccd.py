@@ -66,6 +66,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parse(parser, argv)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses, before hours of training, a misspelt key (ConfigError) and a folder without BCCD (UserError)."""
+    setup_cfg(str(CONFIG), args.opts, splits=())
+    if not (Path(args.bccd) / "bccd" / "train.json").is_file():
+        raise UserError(f"--bccd {args.bccd} holds no bccd/train.json; name the folder above BCCD in COCO format")
+
+
 def folder_name(name: str) -> str:
     """A name of a choice as that of a folder."""
     return "".join(c if c.isalnum() else "_" for c in name)
@@ -107,9 +114,7 @@ def row(name: str, run: Run, base: Run | None = None, prefix: str = "") -> list[
 
 def report(args: argparse.Namespace) -> str:
     """Trains, writes page and picture, and returns the page."""
-    setup_cfg(str(CONFIG), args.opts, splits=())  # a misspelt key is named before hours of training
-    if not (Path(args.bccd) / "bccd" / "train.json").is_file():
-        raise UserError(f"--bccd {args.bccd} holds no bccd/train.json; name the folder above BCCD in COCO format")
+    check_arguments(args)
     first = args.seeds[0]
     short = {name: train(args, f"short {name}", SHORT | CHOICES[name], first) for name in args.choices}
     whole = {f"seed {seed}": train(args, "recipe", {}, seed) for seed in args.seeds}

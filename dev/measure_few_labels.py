@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
-from dev.ablate_bccd import CONFIG, last, train
+from dev.ablate_bccd import METRICS, check_arguments, last, train
 from dev.compare_runs import machine
-from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2 import UserError
 from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.check_set import write_json
+from dn_detr_d2.data.split import split_by_ids
 from dn_detr_d2.visualization.curves import spread
 from dn_detr_d2.visualization.runs import Run
 from tools.propose_regions import content_of
@@ -56,7 +57,6 @@ PLAN = {
     20: {ALONE: (1, 2), OURS: (1,), REGIONS: (1, 2)},
     100: {ALONE: (1, 2), REGIONS: (1, 2)},
 }
-METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,15 +85,12 @@ def write_split(source: Path, names: Iterable[str], folder: Path) -> tuple[Path,
     content, names = json.loads(source.read_text()), set(names)
     if missing := names - {image["file_name"] for image in content["images"]}:
         raise UserError(f"{source} has no image {min(missing)!r} (of {len(missing)}); is it the BCCD of the lists?")
-    kept = [image for image in content["images"] if image["file_name"] in names]
-    ids = {image["id"] for image in kept}
-    annotated = content | {"images": kept, "annotations": [x for x in content["annotations"] if x["image_id"] in ids]}
-    others = {key: x for key, x in content.items() if key != "annotations"}
-    others["images"] = [image for image in content["images"] if image["id"] not in ids]
+    annotated, others = split_by_ids(content, {x["id"] for x in content["images"] if x["file_name"] in names})
+    del others["annotations"]
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "annotated.json", folder / "unlabeled.json"
     for path, part in zip(files, (annotated, others), strict=True):
-        path.write_text(json.dumps(part))
+        write_json(part, str(path))
     return files
 
 
@@ -129,9 +126,7 @@ def pretrained(args: argparse.Namespace) -> dict:
 
 def report(args: argparse.Namespace) -> str:
     """Trains, writes the page, and returns it."""
-    setup_cfg(str(CONFIG), args.opts, splits=())  # a misspelt key is named before hours of training
-    if not (Path(args.bccd) / "bccd" / "train.json").is_file():
-        raise UserError(f"--bccd {args.bccd} holds no bccd/train.json; name the folder above BCCD in COCO format")
+    check_arguments(args)
     rows, wanting = [], []
     for percent in args.percent:
         data = data_overrides(args, percent)

@@ -13,7 +13,7 @@ from .visualization.runs import Run, read_run
 
 # Keys with paths of the machine that trained.
 LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.WEIGHTS_SHA256")
-LOCAL_LISTS = ("DATASETS.COCO_JSON", "DATASETS.COCO_PANOPTIC", "DATASETS.SEM_SEG")
+LOCAL_LISTS = ("DATASETS.COCO_JSON", "DATASETS.COCO_PANOPTIC", "DATASETS.SEM_SEG", "DATASETS.UNLABELED")
 CARD = """# {name}
 
 {architecture} trained with [dn_detr_d2](https://pypi.org/project/dn-detr-d2/) {version}: {classes}.
@@ -87,7 +87,6 @@ def portable(cfg) -> str:
     cfg = cfg.clone()
     cfg.defrost()
     changes = [x for key in LOCAL_KEYS for x in (key, "")] + [x for key in LOCAL_LISTS for x in (key, [])]
-    changes += ["DATASETS.UNLABELED", ()]
     cfg.merge_from_list(changes)
     cfg.OUTPUT_DIR = "output"
     return cfg.dump()

@@ -68,6 +68,8 @@ def write(args: argparse.Namespace) -> None:
         raise UserError(f"--top must be positive, got {args.top}")
     if not Path(args.images).is_dir():
         raise UserError(f"{args.images} is no folder; name a folder of images")
+    if not Path(args.output).resolve().parent.is_dir():
+        raise UserError(f"{args.output} cannot be written: its folder does not exist; make it first")
     content = content_of(chosen_images(args), Path(args.images), args.top)
     if not content["images"]:
         raise UserError(f"{args.images} holds no image that can be read")

@@ -151,8 +151,7 @@ def require_complete(groups: list[Group]) -> None:
     """Raises UserError unless every training has come to its end, over equally many iterations for all seeds."""
     for group in groups:
         for run in group.runs:
-            ap = run.curve(AP)
-            if not (run.folder / "step_seconds.txt").is_file() or ap is None or ap[-1, 0] < num_iterations(run):
+            if not (run.folder / "step_seconds.txt").is_file() or not is_evaluated(run, num_iterations(run)):
                 raise UserError(f"{run.folder} has not been trained to its end; train it with --resume")
             if num_iterations(run) != num_iterations(group.runs[0]) or (
                 group.name != HALF and num_iterations(run) != num_iterations(groups[0].runs[0])
@@ -162,6 +161,12 @@ def require_complete(groups: list[Group]) -> None:
                     f"{num_iterations(groups[0].runs[0])}; they cannot be compared, so keep trainings of different "
                     "length in folders of their own (--runs)"
                 )
+
+
+def is_evaluated(run: Run, iterations: int) -> bool:
+    """Whether a training has logged an AP after so many iterations."""
+    ap = run.curve(AP)
+    return ap is not None and ap[-1, 0] >= iterations
 
 
 def relative_times(runs: list[Run], base: list[Run]) -> list[float]:

@@ -17,9 +17,9 @@ from detectron2.utils.events import EventStorage
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.utils.rng import random_state, set_random_state
-from dn_detr_d2.visualization.curves import AP
 from dn_detr_d2.visualization.runs import read_run
 
+from .report import is_evaluated
 from .variants import Variant
 
 # Files of an earlier training in the same folder, which the writers would continue.
@@ -48,7 +48,8 @@ class InterleavedRun:
         seconds = self.times.read_text().split()[:start] if self.times.is_file() else []
         self.times.write_text("".join(f"{x}\n" for x in seconds))
         with EventStorage(start) as self.trainer.storage:
-            if not (self.done and is_evaluated(folder, start)):
+            logged = (folder / "metrics.json").is_file()
+            if not (self.done and logged and is_evaluated(read_run(folder), start)):
                 self.trainer.before_train()
                 if self.done:  # it was cut off in its last evaluation
                     self.trainer.after_train()
@@ -73,14 +74,6 @@ class InterleavedRun:
             if self.done:
                 self.trainer.after_train()
         self.streams = random_state(self.trainer.device)
-
-
-def is_evaluated(folder: Path, iterations: int) -> bool:
-    """Whether the training in a folder has logged an AP after so many iterations."""
-    if not (folder / "metrics.json").is_file():
-        return False
-    ap = read_run(folder).curve(AP)
-    return ap is not None and ap[-1, 0] >= iterations
 
 
 def train_interleaved(

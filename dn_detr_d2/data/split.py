@@ -5,6 +5,8 @@ class (iterative stratification: Sechidis, Tsoumakas and Vlahavas, ECML PKDD 201
 as that brings a class to a side that has none of it.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 
 from ..errors import UserError
@@ -41,11 +43,17 @@ def split_content(content: dict, fraction: float, seed: int) -> tuple[dict, dict
     for entry in entries:
         present[rows[entry["image_id"]], columns[entry["category_id"]]] = 1
     first = choose_images(present, fraction, seed)
+    return split_by_ids(content, {image["id"] for image, taken in zip(images, first, strict=True) if taken})
+
+
+def split_by_ids(content: dict, ids: Collection) -> tuple[dict, dict]:
+    """The part of an annotation file whose images have these ids, and the rest; see :func:`split_content`."""
     parts = []
-    for chosen in (first, ~first):
-        part = {"images": [image for image, taken in zip(images, chosen, strict=True) if taken]}
+    for first in (True, False):
+        part = {"images": [image for image in objects_of(content, "images") if (image["id"] in ids) == first]}
         if "annotations" in content:
-            part["annotations"] = [entry for entry in entries if chosen[rows[entry["image_id"]]]]
+            entries = objects_of(content, "annotations")
+            part["annotations"] = [entry for entry in entries if (entry["image_id"] in ids) == first]
         parts.append(content | part)
     return parts[0], parts[1]
 

@@ -7,7 +7,6 @@ boxes hold in both (Liu et al., ICLR 2021).
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torchvision.transforms import v2
 from ..errors import ConfigError, DatasetError
 from .coco_custom import class_names, dataset_path
 from .images import image_size
+from .label_files import Tally, walk
 from .mapper import DetrDatasetMapper
 from .registered import records_of
 from .semantic import IMAGE_ENDINGS
@@ -29,7 +29,7 @@ GREY = 127.0  # of the parts that the strong view lacks
 
 
 def check_unlabeled(cfg) -> None:
-    """Refuses an entry of ``DATASETS.UNLABELED`` that is neither a data set nor a folder of images; no file is read.
+    """Refuses an entry of ``DATASETS.UNLABELED`` that is neither a data set nor a folder of images; no image is read.
 
     Raises:
         ConfigError: there is no entry, or such a one.
@@ -38,9 +38,11 @@ def check_unlabeled(cfg) -> None:
     if not cfg.DATASETS.UNLABELED:
         raise ConfigError("DATASETS.UNLABELED is empty; name data sets, or folders of images")
     for entry in cfg.DATASETS.UNLABELED:
+        if not isinstance(entry, str):
+            raise ConfigError(f"DATASETS.UNLABELED takes names of data sets and folders of images, got {entry!r}")
         folder = dataset_path(entry)
         if entry not in DatasetCatalog and folder.is_dir():
-            if next(_images_below(folder), None) is None:
+            if not images_below(folder):
                 raise DatasetError(f"DATASETS.UNLABELED: the folder {folder} has no image ({', '.join(IMAGE_ENDINGS)})")
             continue
         try:
@@ -72,15 +74,8 @@ def unlabeled_records(cfg) -> list[dict]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted; without hidden ones, such as macOS' ``._name.jpg``."""
-    return sorted(_images_below(folder))
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in IMAGE_ENDINGS and not hidden and path.is_file():
-            yield path
+    """The image files of a folder and its subfolders in order; hidden ones and links to folders are left out."""
+    return [folder / name for name in walk(folder, IMAGE_ENDINGS, Tally())]
 
 
 def _of_folder(folder: Path) -> list[dict]:

@@ -89,9 +89,9 @@ def check_semi_supervised(cfg) -> None:
     losses = list(node.LOSSES)
     if not losses or not set(losses) <= set(LOSSES):
         raise ConfigError(f"SEMI_SUPERVISED.LOSSES must be some of {list(LOSSES)}, got {losses}")
-    without = "with SEMI_SUPERVISED.ENABLED True"
+    condition = "with SEMI_SUPERVISED.ENABLED True"
     if not cfg.MODEL_EMA.ENABLED:
-        raise ConfigError(f"the teacher is the average of the weights: set MODEL_EMA.ENABLED to True {without}")
+        raise ConfigError(f"the teacher is the average of the weights: set MODEL_EMA.ENABLED to True {condition}")
     check_unlabeled(cfg)
     if node.BURN_IN >= cfg.SOLVER.MAX_ITER:
         raise ConfigError(
@@ -100,10 +100,10 @@ def check_semi_supervised(cfg) -> None:
         )
     if cfg.MODEL.META_ARCHITECTURE != "DenoisingDETR":
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE must be DenoisingDETR {without}, got {cfg.MODEL.META_ARCHITECTURE!r}"
+            f"MODEL.META_ARCHITECTURE must be DenoisingDETR {condition}, got {cfg.MODEL.META_ARCHITECTURE!r}"
         )
     if cfg.MODEL.DN_DETR.MASK.ENABLED:
-        raise ConfigError(f"pseudo labels are boxes: set MODEL.DN_DETR.MASK.ENABLED to False {without}")
+        raise ConfigError(f"pseudo labels are boxes: set MODEL.DN_DETR.MASK.ENABLED to False {condition}")
     if DENOISING in losses and not cfg.MODEL.DN_DETR.DENOISING.NAME:
         raise ConfigError(
             f"SEMI_SUPERVISED.LOSSES is {losses}, but the model has no denoising: set it to ['matching'], or set "
@@ -111,13 +111,13 @@ def check_semi_supervised(cfg) -> None:
         )
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler" or cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         raise ConfigError(
-            f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler and ASPECT_RATIO_GROUPING False {without}, got "
+            f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler and ASPECT_RATIO_GROUPING False {condition}, got "
             f"{cfg.DATALOADER.SAMPLER_TRAIN!r} and {cfg.DATALOADER.ASPECT_RATIO_GROUPING}"
         )
     if cfg.MODEL.DN_DETR.DENOISING.KNOWN_FRACTION or cfg.MODEL.DN_DETR.DENOISING.LABEL_PROMPTS:
         raise ConfigError(
             f"pseudo labels are of all classes, so a model must not be told of some: set DENOISING.KNOWN_FRACTION to 0 and "
-            f"LABEL_PROMPTS to False {without}"
+            f"LABEL_PROMPTS to False {condition}"
         )
     class_thresholds(cfg)
     memory, rest = 1 / (1 - cfg.MODEL_EMA.DECAY), cfg.SOLVER.MAX_ITER - node.BURN_IN

@@ -65,9 +65,6 @@ class SemiSupervisedStep(TrainStep):
         other = self._normalizers(labelled).at_least(own)
         return [*((part, own) for part in self._split(annotated)), *((part, other) for part in self._split(labelled))]
 
-    def _split(self, batch: list[dict]) -> list[list[dict]]:
-        return super()._split(batch) if self.accumulation > 1 else [batch]
-
     def _labelled(self, records: list[dict]) -> list[dict]:
         """The strong views with instances; waits for the device.
 

@@ -101,13 +101,13 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; resuming also restores the order of images and the RNG states."""
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if self.averaged and not self.checkpointer.resuming:
-            self.averaged.module.load_state_dict(unwrap(self.model).state_dict())
         if self.checkpointer.resuming:
             self.start_iter = self.iter + 1
             with must_fit(self.checkpointer.found):
                 restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
             self._runs = saved.get("logger_runs") or {}
+        elif self.averaged:
+            self.averaged.module.load_state_dict(unwrap(self.model).state_dict())
 
     def build_hooks(self) -> list:
         """Detectron2's hooks with our checkpoints; after an evaluation the best one and the diagnostics."""

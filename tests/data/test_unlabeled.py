@@ -65,6 +65,8 @@ def test_a_coco_file_needs_no_annotations(tmp_path):
 def test_what_is_neither_a_data_set_nor_a_folder_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match=naming("shapes_vall", "shapes_val", "folder")):
         make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", ("shapes_vall",))
+    with pytest.raises(ConfigError, match=naming("DATASETS.UNLABELED", "['a', 'b']")):
+        make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (["a", "b"],))
     (tmp_path / "empty" / "deep").mkdir(parents=True)
     with pytest.raises(DatasetError, match=naming("empty")):
         make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "empty"),))
