@@ -33,6 +33,7 @@ from tools.propose_regions import content_of
 
 LISTS = Path(__file__).resolve().parent / "few_labels"
 SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 200, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
+SHORT |= {"MODEL_EMA.WARMUP": True}
 # With this threshold an image has as many pseudo labels as objects, about 14, from the burn-in on.
 SEMI = {"SEMI_SUPERVISED.ENABLED": True, "SEMI_SUPERVISED.BURN_IN": 200, "SEMI_SUPERVISED.THRESHOLD": 0.3}
 ALONE, OURS = "annotated images alone", "pseudo labels in matching and denoising"

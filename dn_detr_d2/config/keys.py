@@ -270,6 +270,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.MODEL_EMA.ENABLED = False
     # In [0, 1). The average looks back about 1 / (1 - DECAY) steps. 0.9997 in DINO's code, where it is off by default.
     cfg.MODEL_EMA.DECAY = 0.9997
+    # After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow: the average looks back over about a ninth of
+    # the training until DECAY is reached. False = DECAY from the first step on; the weights of the start then stay long.
+    cfg.MODEL_EMA.WARMUP = True
     # Evaluation, demo.py and the predictor read the average of MODEL.WEIGHTS, a checkpoint of a training with EMA.
     cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = False
 

@@ -121,10 +121,10 @@ def check_semi_supervised(cfg) -> None:
         )
     class_thresholds(cfg)
     memory, rest = 1 / (1 - cfg.MODEL_EMA.DECAY), cfg.SOLVER.MAX_ITER - node.BURN_IN
-    if memory > rest / 2:
+    if memory > rest / 2 and not cfg.MODEL_EMA.WARMUP:
         logger.warning(
-            "MODEL_EMA.DECAY = %g makes the teacher an average of the last %d steps, but only %d come after "
-            "SEMI_SUPERVISED.BURN_IN: it would hardly change; a value near %.4g follows the model",
+            "MODEL_EMA.DECAY = %g makes the teacher an average of the last %d steps, but only %d come after SEMI_SUPERVISED."
+            "BURN_IN: it would hardly change; MODEL_EMA.WARMUP True, or a DECAY near %.4g, follows the model",
             cfg.MODEL_EMA.DECAY,
             round(memory),
             rest,

@@ -71,7 +71,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         devices = {} if next(model.parameters()).is_cuda else {"device_ids": None}
-        self.averaged = average_weights(model, cfg.MODEL_EMA.DECAY) if cfg.MODEL_EMA.ENABLED else None
+        node = cfg.MODEL_EMA
+        self.averaged = average_weights(model, node.DECAY, node.WARMUP) if node.ENABLED else None
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         amp_dtype = dtype_of(cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None
         if amp_dtype is torch.bfloat16 and next(model.parameters()).is_cpu and (reason := slow_bfloat16()):

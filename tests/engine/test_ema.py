@@ -68,6 +68,31 @@ def test_an_average_begins_anew_from_the_weights(restart, skipped, expected):
     assert seen == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("decay", "expected"), [(0.9, [1, 20 / 11, 38 / 11]), (0.2, [1, 20 / 11, 39.2 / 11])])
+def test_a_decay_that_warms_up(decay, expected):
+    """Of 1, 2, 4: 2/11 and 3/12 of what was, where DECAY is not smaller. After a restart it warms up anew."""
+    model = Part()
+    average = average_weights(model, decay, warmup=True)
+    for _ in range(2):
+        seen = []
+        for weight in (1.0, 2.0, 4.0):
+            model.weight.data.fill_(weight)
+            average.update_parameters(model)
+            seen.append(average.module.weight.item())
+        assert seen == pytest.approx(expected)
+        average.n_averaged.zero_()
+
+
+def test_a_warm_up_looks_back_over_a_ninth_of_the_steps():
+    """Weights are the number of the step. A mean of the last m has the age m / 2, one that decays by 1 - 1 / m has m."""
+    model = Part()
+    average = average_weights(model, 0.9999, warmup=True)
+    for step in range(1, 901):
+        model.weight.data.fill_(step)
+        average.update_parameters(model)
+    assert 80 < 900 - average.module.weight.item() < 100
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folder and trainer of three steps with a checkpoint each, and a real evaluation at the end."""
@@ -77,7 +102,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_average_of_a_training_is_that_of_its_checkpoints(trained):
-    """0.75 (0.75 w1 + 0.25 w2) + 0.25 w3 of every weight, in float64."""
+    """1/4 (2/11 w1 + 9/11 w2) + 3/4 w3 of every weight, in float64: DECAY = 0.75 is not reached yet."""
     folder, _ = trained
     states = [load(folder, f"model_{i:07d}")["model"] for i in range(3)]
     average = load(folder)["model_ema"]
@@ -85,7 +110,7 @@ def test_the_average_of_a_training_is_that_of_its_checkpoints(trained):
     moved = 0
     for name, x in average.items():
         first, second, third = (state[name.removeprefix("module.")].double() for state in states)
-        expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
+        expected = (2 / 11 * first + 9 / 11 * second) / 4 + 0.75 * third
         torch.testing.assert_close(x.double(), expected, atol=1e-6, rtol=1e-6, msg=name)
         moved += not x.equal(states[2][name.removeprefix("module.")])
     assert len(average) == len(states[0])

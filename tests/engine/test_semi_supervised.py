@@ -205,10 +205,13 @@ def test_without_burn_in_the_teacher_is_what_was_loaded(tmp_path):
     assert all(torch.equal(taught[name], x) for name, x in loaded.items())
 
 
-@pytest.mark.parametrize(("decay", "warned"), [(0.5, False), (0.9997, True)])
-def test_a_teacher_that_would_hardly_change_is_warned_of(decay, warned, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("decay", "warmup", "warned"), [(0.5, False, False), (0.9997, False, True), (0.9997, True, False)]
+)
+def test_a_teacher_that_would_hardly_change_is_warned_of(decay, warmup, warned, tmp_path, caplog):
     with caplog.at_level("WARNING", "dn_detr_d2"):
-        make_cfg(tmp_path, *SEMI, "SOLVER.MAX_ITER", 100, "MODEL_EMA.DECAY", decay)
+        average = ["MODEL_EMA.DECAY", decay, "MODEL_EMA.WARMUP", warmup]
+        make_cfg(tmp_path, *SEMI, "SOLVER.MAX_ITER", 100, *average)
     assert bool(naming("MODEL_EMA.DECAY", "SEMI_SUPERVISED.BURN_IN").search(caplog.text)) == warned
 
 

@@ -79,7 +79,8 @@ def trained(request, tmp_path_factory):
     return request.param, folder
 
 
-AVERAGED = ["MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.75, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,)]
+AVERAGED = ["MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.75, "MODEL_EMA.WARMUP", False]
+AVERAGED += ["SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,)]
 AVERAGED += ["SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_KEPT", 0]
 
 

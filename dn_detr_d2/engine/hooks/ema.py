@@ -4,13 +4,13 @@ import logging
 from functools import partial
 
 from detectron2.engine import HookBase
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 logger = logging.getLogger(__name__)
 
 
-def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+def average_weights(model: nn.Module, decay: float, warmup: bool = False) -> AveragedModel:
     """A copy of a model for the average of its weights, in evaluation mode, without gradients.
 
     The first step gives it the weights of the model, each further one ``decay * average + (1 - decay) * weights``. Buffers
@@ -19,8 +19,17 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     Args:
         model: without DistributedDataParallel.
         decay: in [0, 1).
+        warmup: after n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's ``ExponentialMovingAverage``: the
+            average looks back over about a ninth of its steps, so that it does not hold on to the weights of the start.
     """
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    averaged = AveragedModel(model)
+
+    def update(average: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
+        n = int(averaged.n_averaged)  # on the CPU, other than the argument, which may be on a GPU
+        now = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        get_ema_multi_avg_fn(now)(average, weights, n)
+
+    averaged.multi_avg_fn = update
     return averaged.eval().requires_grad_(False)
 
 
