@@ -3,17 +3,26 @@
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from . import __version__
 from .checkpoint import CheckpointFile, read_checkpoint, write_checkpoint
+from .checkpoint.checkpointer import classes_of_weights
+from .checkpoint.checksums import sum_file
 from .checkpoint.hub import SCHEME, WEIGHTS_NAME
 from .errors import UserError
 from .utils.files import atomic_write, sha256_of
 from .visualization.runs import Run, read_run
 
 # Keys with paths of the machine that trained.
-LOCAL_KEYS = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.WEIGHTS_SHA256")
+LOCAL_KEYS = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "MODEL.WEIGHTS_SHA256",
+    "MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX",
+)
 LOCAL_LISTS = ("DATASETS.COCO_JSON", "DATASETS.COCO_PANOPTIC", "DATASETS.SEM_SEG", "DATASETS.UNLABELED")
+CARD_NAME = "README.md"
 CARD = """# {name}
 
 {architecture} trained with [dn_detr_d2](https://pypi.org/project/dn-detr-d2/) {version}: {classes}.
@@ -57,26 +66,46 @@ Data: {data}. {iterations} iterations of {batch} images, {optimizer} with a lear
 def prepare_folder(cfg, folder: Path, repo: str) -> str:
     """Writes what a repository is to hold, and returns the SHA-256 of the weights.
 
+    A model card in the folder that names the repository and these weights is kept: somebody may have completed it.
+
     Args:
         cfg: of the training, with MODEL.WEIGHTS; its moving average with MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY.
         folder: made if need be; files of other names stay in it.
         repo: "user/name", for the card.
 
     Raises:
-        UserError: MODEL.WEIGHTS cannot be read, see :func:`~.checkpoint.read_checkpoint`, or metrics.json is damaged.
+        UserError: MODEL.WEIGHTS cannot be read, see :func:`~.checkpoint.read_checkpoint`, or metrics.json is damaged; the
+            folder holds a config.yaml without pushed weights, such as a training's, or the card of another model.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"--repo must be user/name, got {repo!r}")
+    if (folder / "config.yaml").exists() and not (folder / WEIGHTS_NAME).exists():
+        raise UserError(f"{folder} holds a config.yaml that would be overwritten; name another folder with --output")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(classes_of_weights(cfg))
     averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
     checkpoint = read_checkpoint(cfg.MODEL.WEIGHTS, averaged=averaged)
     config = portable(cfg)
     names = checkpoint.class_names or list(cfg.MODEL.DN_DETR.CLASS_NAMES)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / WEIGHTS_NAME
-    write_checkpoint(weights, CheckpointFile(checkpoint.state, names, config))
-    sha256 = sha256_of(weights)
+    card = folder / CARD_NAME
     results = results_of(cfg)
-    for name, text in {"config.yaml": config, "README.md": model_card(cfg, repo, sha256, results)}.items():
+    with TemporaryDirectory(dir=folder, prefix=".part-") as draft:
+        written = Path(draft) / WEIGHTS_NAME
+        write_checkpoint(written, CheckpointFile(checkpoint.state, names, config))
+        sha256 = sha256_of(written)
+        if card.exists() and not {f"{SCHEME}{repo}", sha256} <= set(re.findall(r'[^\s"`,]+', card.read_text("utf-8"))):
+            raise UserError(
+                f"{card} does not name {SCHEME}{repo} and the SHA-256 of these weights, {sha256}: it is of another model; "
+                "move it away, and take over what you have written into the new one, or name another folder with --output"
+            )
+        for path in (written, sum_file(written)):
+            path.replace(folder / path.name)
+    texts = {"config.yaml": config}
+    if not card.exists():
+        texts[CARD_NAME] = model_card(cfg, repo, sha256, results)
+    for name, text in texts.items():
         with atomic_write(folder / name, "w") as file:
             file.write(text)
     return sha256
@@ -174,7 +203,7 @@ def _escaped(name: str) -> str:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads a folder as one commit and returns its hash; the repository is made if need be.
+    """Uploads what :func:`prepare_folder` wrote as one commit and returns its hash; the repository is made if need be.
 
     Raises:
         UserError: the hub refuses, or cannot be reached.
@@ -184,7 +213,10 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"dn_detr_d2 {__version__}").oid
+        files = [WEIGHTS_NAME, f"{WEIGHTS_NAME}.sha256", "config.yaml", CARD_NAME]
+        return api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=files, commit_message=f"dn_detr_d2 {__version__}"
+        ).oid
     except Exception as error:  # of the network, or of the hub
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
 
-from .checkpoint.checkpointer import load_weights
+from .checkpoint.checkpointer import check_named, classes_of_weights, load_weights
 from .config.validation import check_device
 from .data import ResizeShortestEdge, class_number
 from .data.mapper import has_queries
@@ -31,7 +31,7 @@ class Predictor(DefaultPredictor):
     Args:
         cfg: a complete config, see :func:`dn_detr_d2.setup_cfg`; all of ``MODEL.WEIGHTS`` is loaded, with
             ``MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY`` its moving average. With ``TEST.TILE.SIZE`` images are looked at in
-            tiles.
+            tiles. ``NUM_CLASSES: auto`` takes the classes of the weights.
         device: where the model runs; None = ``MODEL.DEVICE``.
         half: the 16-bit precision of that device, instead of ``TEST.AMP``: "fp16" on a GPU, "bf16" on a CPU.
 
@@ -48,6 +48,8 @@ class Predictor(DefaultPredictor):
         if half:
             cfg.TEST.AMP = "bf16" if cfg.MODEL.DEVICE == "cpu" else "fp16"
         check_device(cfg)
+        check_named(cfg)
+        cfg.merge_from_list(classes_of_weights(cfg))
         without_weights = cfg.clone()
         without_weights.MODEL.WEIGHTS = ""
         super().__init__(without_weights)

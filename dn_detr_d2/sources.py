@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import detection_utils
 from PIL import Image
 
 from .data import read_image
+from .data.images import picture_pixels
 from .errors import DatasetError, UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -24,7 +24,7 @@ def find_images(path: str | Path, what: str = "the image") -> list[Path]:
 
     Args:
         path: a file of any name, a folder, or a pattern with ``*``, ``?``, ``[...]`` and ``**``, see :mod:`glob`. Of folders
-            and patterns, files with a suffix of ``IMAGE_SUFFIXES`` count.
+            and patterns, files with a suffix of ``IMAGE_SUFFIXES`` count that are not hidden (``._a.jpg`` of macOS).
         what: names it in errors.
 
     Raises:
@@ -48,7 +48,7 @@ def find_images(path: str | Path, what: str = "the image") -> list[Path]:
 
 
 def _images_of(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(x for x in paths if x.suffix.lower() in IMAGE_SUFFIXES and not x.name.startswith("."))
 
 
 def expand(source) -> Iterable:
@@ -80,20 +80,21 @@ def as_bgr(image, rgb: bool = False) -> np.ndarray:
 
     Raises:
         UserError: something else, such as OpenCV's None for a file that it cannot read.
-        DatasetError: a file that cannot be read.
+        DatasetError: a file or a PIL image that cannot be read, or has more than 8 bits a channel.
     """
     if isinstance(image, str | os.PathLike):
         found = find_images(image)
         if os.path.isdir(image) or len(found) > 1:
             raise UserError(f"{image} stands for {len(found)} images; predict() takes several, a call takes one")
         return read_image(str(found[0]), "BGR")
-    if isinstance(image, Image.Image):
-        return detection_utils.convert_PIL_to_numpy(detection_utils._apply_exif_orientation(image), "BGR")
+    if isinstance(image, Image.Image) and image.width * image.height:
+        return picture_pixels(image, getattr(image, "filename", "") or f"(PIL, mode {image.mode})", "BGR")
     array = image
     if isinstance(image, torch.Tensor) and image.dim() == 3:
         array = image.detach().cpu().numpy().transpose(1, 2, 0)
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape[2:] != (3,) or not array.size:
         what = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+        what += f" of size {image.size}" if isinstance(image, Image.Image) else ""
         raise UserError(
             "the image must be a path, a PIL image, a NumPy array (H, W, 3) or a tensor (3, H, W), both of uint8 in BGR "
             f"with H, W > 0, got {what}; cv2.imread returns None for a file that it cannot read"

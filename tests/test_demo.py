@@ -1,7 +1,10 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,11 +18,14 @@ from naming import naming
 from PIL import Image
 
 import demo
-from dn_detr_d2.commands.predict import no_window, writing
+from dn_detr_d2 import ConfigError
+from dn_detr_d2.coco import coco_names, raw_names
+from dn_detr_d2.commands.predict import no_window, plan_targets, writing
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.sources import Video
-from dn_detr_d2.visualization.demo import VisualizationDemo
+from dn_detr_d2.visualization.demo import VisualizationDemo, class_metadata
+from dn_detr_d2.visualization.images import class_names
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -123,14 +129,16 @@ def test_weights_that_lack_the_transformer_are_refused(run, images, finished, tm
         (["--input", "nowhere.jpg"], ["--input", "nowhere.jpg"]),
         (["--input", "EMPTY"], ["--input", "EMPTY"]),
         (["--input", "IMAGES", "--opts", "MODEL.WEIGHTS", "gone.pth"], ["MODEL.WEIGHTS", "'gone.pth'"]),
-        (["--input", "IMAGES", "IMAGES"], ["tall.png"]),
+        (["--input", "IMAGES", "COPY"], ["tall.png"]),
         (["--input", "IMAGES", "--output", "IMAGES"], ["--output", "IMAGES", "tall.png"]),
         (["--input", "IMAGES", "--output", "FILE"], ["--output", "FILE"]),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_no_folder(run, images, tmp_path, arguments, named):
     (tmp_path / "empty").mkdir()
-    names = {"IMAGES": str(images), "EMPTY": str(tmp_path / "empty"), "FILE": str(images / "notes.txt")}
+    shutil.copytree(images, tmp_path / "copy")
+    names = {"IMAGES": images, "EMPTY": tmp_path / "empty", "FILE": images / "notes.txt", "COPY": tmp_path / "copy"}
+    names = {name: str(path) for name, path in names.items()}
     code, _, said = run(*(names.get(a, a) for a in arguments))
     assert code == 2
     assert naming(*(names.get(x, x) for x in named)).search(said)
@@ -484,3 +492,58 @@ def test_tiles_are_an_override_of_the_config(run, images, tmp_path):
     assert results(tmp_path) == tiled
     run(*options)
     assert results(tmp_path) != tiled
+
+
+def test_an_image_named_twice_is_drawn_once(run, images, tmp_path):
+    code, said, _ = run("--input", images, images / "wide.jpg", f"{images}/../images/wide.jpg")
+    assert code == 0
+    assert said.count("wide.jpg ->") == 0
+    assert said.count("-> " + str(tmp_path / "out" / "wide.jpg")) == 1
+
+
+def test_many_pictures_are_planned_in_linear_time():
+    images = [Path(f"a/{i}.png") for i in range(20000)]
+    start = time.process_time()
+    assert len(plan_targets(images, Path("gone"))) == 20000
+    assert time.process_time() - start < 10  # it was a minute
+    with pytest.raises(ConfigError, match=naming("a/0.png", "b/0.png", "gone/0.png")):
+        plan_targets([*images, Path("b/0.png")], Path("gone"))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_classes_of_auto_are_those_of_the_weights(run, images, finished, tmp_path, named):
+    path, weights, cfg = finished
+    cfg.MODEL.DN_DETR.NUM_CLASSES, cfg.MODEL.DN_DETR.CLASS_NAMES = None, []
+    path.write_text(cfg.dump())
+    content = torch.load(weights, weights_only=True)
+    torch.save(content | ({"class_names": NAMES} if named else {}), weights)
+    code, _, said = run("--input", images / "wide.jpg", "--json", "--confidence-threshold", "0")
+    assert (code, said) == (0, "")
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert records
+    assert all(x["class_name"] == (NAMES[x["class"]] if named else str(x["class"])) for x in records)
+
+
+def test_labels_of_auto_are_classes_of_the_weights(run, images, promptable):
+    code, _, said = run("--input", images, "--labels", "nothing", "--opts", "MODEL.DN_DETR.NUM_CLASSES", "auto")
+    assert code == 2
+    assert naming("'nothing'").search(said)
+    assert "TypeError" not in said
+
+
+@pytest.mark.parametrize(("number", "listed", "expected"), [
+    (80, "coco_2017_val", coco_names()), (91, "coco_2017_val", raw_names()), (5, "coco_2017_val", ()), (5, "", ()),
+])  # fmt: skip
+def test_names_are_those_of_as_many_classes(toy_cfg, number, listed, expected):
+    cfg = toy_cfg("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", number)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = (listed,) if listed else ()
+    assert tuple(class_metadata(cfg).get("thing_classes", [])) == expected
+    assert class_names(cfg) == (list(expected) or [f"class {i}" for i in range(number)])
+
+
+def test_a_class_name_with_dollar_signs_is_drawn(run, images, finished, tmp_path):
+    path, _, cfg = finished
+    cfg.MODEL.DN_DETR.CLASS_NAMES = [f"a$5_${x}" for x in NAMES]
+    path.write_text(cfg.dump())
+    code, _, said = run("--input", images, "--confidence-threshold", "0")
+    assert (code, said) == (0, "")

@@ -1,8 +1,10 @@
 """A model pushed to a stand-in of the hub and loaded from it again, under the rule of the SHA-256."""
 
+import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import ROOT, off_the_start
 from detectron2.modeling import build_model
 from hub_standin import COMMIT, hub
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from naming import naming
 from safetensors import safe_open
 
@@ -212,3 +215,62 @@ def test_the_config_of_a_repository_is_complete(trained):
     again = setup_cfg(str(folder / "hub" / "config.yaml"), opts, splits=())
     assert list(again.MODEL.DN_DETR.CLASS_NAMES) == NAMES
     assert again.MODEL.DN_DETR.NUM_QUERIES == cfg.MODEL.DN_DETR.NUM_QUERIES
+
+
+def test_a_card_that_was_completed_is_kept(trained, capsys):
+    _, folder = trained
+    assert push_to_hub.main(arguments(folder, "--dry-run")) == 0
+    card = folder / "hub" / "README.md"
+    card.write_text(card.read_text().replace("license: unknown", "license: mit") + "Mine: é\n", encoding="utf-8")
+    assert push_to_hub.main(arguments(folder, "--dry-run")) == 0
+    assert "license: mit" in card.read_text(encoding="utf-8")
+    assert "Mine: é" in card.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", ["repository", "weights"])
+def test_the_card_of_another_model_is_neither_kept_nor_overwritten(trained, capsys, change):
+    cfg, folder = trained
+    assert push_to_hub.main(arguments(folder, "--dry-run")) == 0
+    before = {path.name: path.read_bytes() for path in (folder / "hub").iterdir()}
+    line = arguments(folder, "--dry-run")
+    if change == "repository":
+        line[line.index("user/name")] = "user/name2"
+    else:
+        state = {name: x + 1 for name, x in torch.load(folder / "model_final.pth", weights_only=True)["model"].items()}
+        write_checkpoint(folder / "model_final.pth", CheckpointFile(state, NAMES, cfg.dump()))
+    assert push_to_hub.main(line) == 2
+    assert naming("README.md", "--output").search(capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in (folder / "hub").iterdir()} == before
+
+
+def test_the_folder_of_a_training_is_not_written_into(trained, capsys):
+    _, folder = trained
+    before = (folder / "config.yaml").read_bytes()
+    assert push_to_hub.main(arguments(folder, "--dry-run", "--output", str(folder))) == 2
+    assert naming("config.yaml", "--output").search(capsys.readouterr().err)
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_only_what_was_written_is_uploaded(trained, monkeypatch):
+    _, folder = trained
+    seen = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda self, **options: seen.update(options) or SimpleNamespace(oid="0")
+    )
+    (folder / "hub").mkdir()
+    (folder / "hub" / "secret.pth").write_bytes(b"x")
+    assert push_to_hub.main(arguments(folder)) == 0
+    written = {"README.md", "config.yaml", "model.safetensors", "model.safetensors.sha256"}
+    assert set(filter_repo_objects(os.listdir(folder / "hub"), allow_patterns=seen["allow_patterns"])) == written
+
+
+def test_classes_of_auto_and_a_confusion_matrix_leave_no_trace(trained, tmp_path):
+    cfg, _ = trained
+    cfg.MODEL.DN_DETR.NUM_CLASSES, cfg.MODEL.DN_DETR.CLASS_NAMES = None, []
+    cfg.MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX = str(tmp_path / "secret" / "confusion_matrix.json")
+    prepare_folder(cfg, tmp_path / "out", "user/name")
+    assert "secret" not in (tmp_path / "out" / "config.yaml").read_text()
+    assert "5 classes" in (tmp_path / "out" / "README.md").read_text()
+    pushed = setup_cfg(str(tmp_path / "out" / "config.yaml"), splits=())
+    assert (pushed.MODEL.DN_DETR.NUM_CLASSES, list(pushed.MODEL.DN_DETR.CLASS_NAMES)) == (5, NAMES)

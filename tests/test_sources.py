@@ -127,3 +127,36 @@ def test_what_is_no_video_is_named(folder, capfd):
             Video(folder / name)
     with pytest.raises(DatasetError, match=naming(97)):
         Video(97)  # the number of a camera
+
+
+def test_hidden_files_are_no_images_of_a_folder(folder):
+    """macOS writes ._b.png beside b.png on foreign disks."""
+    (folder / "._b.png").write_bytes(b"resource fork")
+    assert names(find_images(folder)) == ["a.bmp", "b.png", "d[1].png"]
+    assert names(find_images(folder / "._b.png")) == ["._b.png"]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pil_images_are_refused_where_files_are(mode, tmp_path):
+    """Conversion to colours would make nearly all of them white."""
+    ramp = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
+    image = Image.fromarray(ramp if mode == "I;16" else ramp.astype(np.int32 if mode == "I" else np.float32))
+    assert image.mode == mode
+    with pytest.raises(DatasetError, match=naming("8 bits", mode)):
+        as_bgr(image)
+
+
+def test_pil_images_that_cannot_be_decoded_or_are_empty_are_named(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "half.png") as image, pytest.raises(DatasetError, match=naming("half.png")):
+        as_bgr(image)
+    with pytest.raises(UserError, match=naming("H, W > 0", "(0, 5)")):
+        as_bgr(Image.new("RGB", (0, 5)))
+
+
+def test_a_pil_image_may_be_larger_than_a_file(monkeypatch):
+    """Its pixels are in memory already, or the caller has opened it knowing what it is."""
+    monkeypatch.setattr("dn_detr_d2.data.images.MAX_PIXELS", 100)
+    assert as_bgr(Image.fromarray(RGB)).shape == (20, 30, 3)

@@ -24,7 +24,9 @@ import dn_detr_d2  # noqa: F401  before detectron2, whose import alone warns of 
 from tabulate import tabulate
 
 from dn_detr_d2 import UserError, setup_cfg
+from dn_detr_d2.coco import NUM_RAW_CLASSES
 from dn_detr_d2.command_line import add_overrides, parse, run_command
+from dn_detr_d2.config import load_config
 from dn_detr_d2.diagnostics.model_analysis import analyze, measure_memory
 
 
@@ -43,7 +45,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def report(args: argparse.Namespace) -> None:
     """Prints the table."""
     forced = {"MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu", "DATASETS.TRAIN": "()", "DATASETS.TEST": "()"}
-    opts = ["MODEL.DN_DETR.NUM_CLASSES", 91, *args.opts, *chain(*forced.items())]
+    opts = [*args.opts, *chain(*forced.items())]
+    if load_config(args.config_file, opts).MODEL.DN_DETR.NUM_CLASSES is None:
+        opts += ["MODEL.DN_DETR.NUM_CLASSES", NUM_RAW_CLASSES]
     cfg = setup_cfg(args.config_file, opts, splits=())
     height, width = args.size
     if min(args.size) < 32:

@@ -70,10 +70,15 @@ def write(args: argparse.Namespace) -> None:
         raise UserError(f"{args.images} is no folder; name a folder of images")
     if not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"{args.output} cannot be written: its folder does not exist; make it first")
+    if Path(args.output).is_dir():
+        raise UserError(f"{args.output} is a folder; name a file")
     content = content_of(chosen_images(args), Path(args.images), args.top)
     if not content["images"]:
         raise UserError(f"{args.images} holds no image that can be read")
-    write_json(content, args.output)
+    try:
+        write_json(content, args.output)
+    except OSError as error:
+        raise UserError(f"{args.output} cannot be written: {error.strerror}") from None
     print(f"{args.output}: {len(content['annotations'])} regions of {len(content['images'])} images")
 
 

@@ -9,9 +9,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from ..errors import CheckpointError
+from ..coco import NUM_RAW_CLASSES, coco_names
+from ..errors import CheckpointError, ConfigError
 from .checksums import require_space, sum_file, write_summed
-from .convert import convert
+from .convert import classes_in, convert
 from .download import fetch
 from .reader import read_checkpoint
 from .resume import find_resumable, must_fit, point_to, pointed_checkpoint, read_resumable, remove_old
@@ -19,6 +20,50 @@ from .resume import find_resumable, must_fit, point_to, pointed_checkpoint, read
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
+
+
+def check_named(cfg) -> None:
+    """Raises CheckpointError unless ``MODEL.WEIGHTS`` names a file that is there, or something to be fetched."""
+    weights = cfg.MODEL.WEIGHTS
+    way_out = "name a checkpoint of the whole model, such as output/model_final.pth"
+    if not weights:
+        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} would leave the model at random; {way_out}")
+    path = Path(weights.split("?")[0])  # Detectron2 lets options follow
+    if "://" not in weights and not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} {what}; {way_out}")
+
+
+def classes_of_weights(cfg) -> list:
+    """What ``NUM_CLASSES: auto`` stands for in a model that is to predict, as overrides: the classes of ``MODEL.WEIGHTS``.
+
+    Without class names in the file it is their number; COCO's 91 raw ids stand for its 80 classes, as in a conversion.
+
+    Returns:
+        [key, value, ...], empty if the config says the number itself, or is of a detector of Detectron2.
+
+    Raises:
+        CheckpointError: no weights are named, or they cannot be fetched or read.
+        ConfigError: they do not say how many classes there are.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "DenoisingDETR" or cfg.MODEL.DN_DETR.NUM_CLASSES is not None:
+        return []
+    check_named(cfg)
+    weights = cfg.MODEL.WEIGHTS
+    local = weights if "://" in weights else weights.split("?")[0]
+    file = read_checkpoint(fetch(local, cfg.MODEL.WEIGHTS_SHA256))
+    names = list(file.class_names)
+    number = len(names) or classes_in(file.state)
+    if not number:
+        raise ConfigError(
+            f"MODEL.DN_DETR.NUM_CLASSES is 'auto', and {weights} does not name its classes; add "
+            "MODEL.DN_DETR.NUM_CLASSES with their number, or take the config.yaml of the training"
+        )
+    if not names and number == NUM_RAW_CLASSES:
+        names = list(coco_names())
+        number = len(names)
+    named = ["MODEL.DN_DETR.CLASS_NAMES", repr(names)] if names else []
+    return ["MODEL.DN_DETR.NUM_CLASSES", number, *named]
 
 
 def load_weights(model: nn.Module, cfg) -> None:
@@ -30,14 +75,8 @@ def load_weights(model: nn.Module, cfg) -> None:
         CheckpointError: nothing is named, or what is named is not a file, cannot be fetched, is damaged, hostile or
             incomplete, or is of another model.
     """
+    check_named(cfg)
     weights = cfg.MODEL.WEIGHTS
-    way_out = "name a checkpoint of the whole model, such as output/model_final.pth"
-    if not weights:
-        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} would leave the model at random; {way_out}")
-    path = Path(weights.split("?")[0])  # Detectron2 lets options follow
-    if "://" not in weights and not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} {what}; {way_out}")
     averaged = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
     try:
         Checkpointer(model, cfg=cfg, averaged=averaged).load(weights)

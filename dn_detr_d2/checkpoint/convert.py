@@ -110,6 +110,18 @@ def convert(
     return Conversion(state, source, log, new, absent)
 
 
+def classes_in(state: dict[str, Tensor]) -> int | None:
+    """How many classes a state dict of a known system tells apart, without "no object"; None if it does not say."""
+    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    source = identify(state)
+    if source is None or source.system == "Mask DINO":  # of its last row the model decides
+        return None
+    if source.code != "this project":
+        state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, [])
+        state = _part_no_object(state) if _has_no_object(source, {}) else state
+    return count_classes(state)
+
+
 def _by_model(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> Source | None:
     """A detector of Detectron2, such as Faster R-CNN, has the names of the model that it is for."""
     common = sum(name in model_state for name in state)

@@ -226,6 +226,17 @@ def _read_safetensors(path: Path, averaged: bool) -> CheckpointFile:
     return CheckpointFile(state, _names(names, path), metadata.get("config", ""))
 
 
+def _sorted_header(content: bytes) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file, and what follows it; the package writes metadata in an order that changes by chance.
+
+    The file begins with the length of its header as 8 bytes, then comes JSON, filled up with blanks to a multiple of 8.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, memoryview(content)[end:]
+
+
 def write_checkpoint(path: str | os.PathLike, checkpoint: CheckpointFile) -> None:
     """Writes ``.pth`` or ``.safetensors`` atomically.
 
@@ -242,8 +253,8 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: CheckpointFile) -> Non
         from safetensors.torch import save
 
         metadata = {"class_names": json.dumps(checkpoint.class_names), "config": checkpoint.config, "format": "pt"}
-        content = save({name: x.clone() for name, x in state.items()}, metadata)
-        write_summed(path, lambda file: file.write(content))
+        header, tensors = _sorted_header(save({name: x.clone() for name, x in state.items()}, metadata))
+        write_summed(path, lambda file: (file.write(header), file.write(tensors)))
     else:
         whole = {"model": state, "class_names": checkpoint.class_names, "config": checkpoint.config}
         write_summed(path, lambda file: torch.save(whole, file))

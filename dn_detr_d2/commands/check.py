@@ -81,10 +81,15 @@ def check(args: argparse.Namespace) -> dict[str, Report]:
 
 
 def refuse_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for options that do not fit together, or if --fix names a file that is read."""
+    """Raises UserError for options that do not fit together, or would overwrite a file."""
     read_files = [args.annotations, *(args.val or [])[:1]]
     if args.fix and os.path.realpath(args.fix) in map(os.path.realpath, read_files):
         raise UserError(f"--fix {args.fix} is an input; name another file")
+    for target in split_targets(args) if args.split is not None else ():
+        if target.exists():
+            raise UserError(
+                f"--split would overwrite {target}; move it away, or write the parts elsewhere with --fix OUT.json"
+            )
     if (args.drop_bad or args.boxes) and not args.fix:
         raise UserError("--drop-bad and --boxes need --fix OUT.json, which the result is written to")
     if args.split is not None and not 0 < args.split < 1:
@@ -95,13 +100,18 @@ def refuse_arguments(args: argparse.Namespace) -> None:
         )
 
 
+def split_targets(args: argparse.Namespace) -> list[Path]:
+    """Where --split writes its two parts: beside the file that is split."""
+    source = Path(args.fix or args.annotations)
+    return [source.with_name(f"{source.stem}_{name}.json") for name in ("train", "val")]
+
+
 def split(args: argparse.Namespace) -> None:
     """Writes the two parts of the data set, of the repaired one with --fix; raises UserError."""
     source = Path(args.fix or args.annotations)
     load_coco_json(source, args.folder)  # refuses what a training would refuse
     parts = split_content(read_content(source), args.split, args.seed)
-    for part, name in zip(parts, ("train", "val"), strict=True):
-        target = source.with_name(f"{source.stem}_{name}.json")
+    for part, target in zip(parts, split_targets(args), strict=True):
         try:
             write_json(part, str(target))
         except OSError as error:

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from detectron2.structures import Boxes, Instances
 
+from ..checkpoint.checkpointer import classes_of_weights
 from ..command_line import FAILED, add_overrides, make_parser, parse, run_command
 from ..data import class_number, read_image
 from ..engine.setup import setup_cfg
@@ -106,7 +107,12 @@ def is_file(output: Path, suffixes: set[str]) -> bool:
 
 
 def plan_targets(images: list[Path], output: Path | None) -> dict[Path, Path | None]:
-    """{image: picture}, None = a window; raises ConfigError where a picture would overwrite an image or another picture."""
+    """{image: picture}, None = a window; an image that is named twice is drawn once.
+
+    Raises:
+        ConfigError: a picture would overwrite an image or another picture.
+    """
+    images = list({os.path.abspath(image): image for image in images}.values())
     if output is None:
         return dict.fromkeys(images)
     single = is_file(output, PICTURES)
@@ -114,13 +120,13 @@ def plan_targets(images: list[Path], output: Path | None) -> dict[Path, Path | N
         raise ConfigError(f"--output {output} is one picture, but there are {len(images)} images; name a folder")
     if output.exists() and not output.is_dir() and not single:
         raise ConfigError(f"--output {output} is a file; name a folder")
-    targets, inputs = {}, {image.resolve() for image in images}
+    targets, inputs, taken = {}, {image.resolve() for image in images}, {}
     for image in images:
         name = f"{image.stem}{'.jpg' if image.suffix.lower() in ('.jpg', '.jpeg') else '.png'}"
         target = output if single else output / name
         if target.resolve() in inputs:
             raise ConfigError(f"--output {output} would overwrite the image {target}; choose another folder")
-        if other := next((known for known, taken in targets.items() if taken == target), None):
+        if (other := taken.setdefault(target, image)) != image:
             raise ConfigError(f"the pictures of {other} and {image} would both be {target}; draw them into two folders")
         targets[image] = target
     return targets
@@ -245,6 +251,7 @@ def read_config(args: argparse.Namespace):
     tiles = [] if args.tile is None else ["TEST.TILE.SIZE", args.tile]
     cfg = setup_cfg(args.config_file, [*args.opts, *tiles], splits=())
     check_model(cfg, args.json)
+    cfg.merge_from_list(classes_of_weights(cfg))
     return cfg
 
 

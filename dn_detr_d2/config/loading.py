@@ -32,7 +32,7 @@ def load_config(config_file: str = "", opts: list | None = None) -> CfgNode:
     try:
         cfg.merge_from_other_cfg(CfgNode(_null_for_auto(content)))
         _refuse_keys_below_values(cfg, opts or [])
-        cfg.merge_from_list(_without_auto(opts or []))
+        cfg.merge_from_list(_as_meant(opts or []))
     except (KeyError, AssertionError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ConfigError(_explain_merge(error, cfg, config_file)) from None
     check_config(cfg)
@@ -53,10 +53,16 @@ def _null_for_auto(content: dict) -> dict:
     return content
 
 
-def _without_auto(opts: list) -> list:
-    """The same for [key, value, ...] overrides."""
-    after = zip([None, *opts], opts, strict=False)
-    return [None if before == "MODEL.DN_DETR.NUM_CLASSES" and str(x).lower() == "auto" else x for before, x in after]
+def _as_meant(opts: list) -> list:
+    """Overrides, with ``NUM_CLASSES auto`` as None, and with digits of a SHA-256 as text; yacs would read a number."""
+    meant = list(opts)
+    for i, key in enumerate(opts[:-1:2]):
+        value = opts[2 * i + 1]
+        if key == "MODEL.DN_DETR.NUM_CLASSES" and str(value).lower() == "auto":
+            meant[2 * i + 1] = None
+        elif key == "MODEL.WEIGHTS_SHA256":
+            meant[2 * i + 1] = repr(str(value).strip("'\""))
+    return meant
 
 
 def _refuse_keys_below_values(cfg: CfgNode, opts: list) -> None:
@@ -77,4 +83,6 @@ def _explain_merge(error: Exception, cfg: CfgNode, config_file: str) -> str:
     near = nearest_key(key, list(names(cfg))) if text.startswith("Non-existent") else None
     where = f" in {config_file} or on the command line" if config_file else " on the command line"
     hint = f"; did you mean {near}?" if near else ""
+    if re.match(r"Type mismatch \(<class 'str'> vs\. <class '(int|float)'>", text):
+        hint = "; put the value in quotes, that it is read as text"
     return f"{text}{where}{hint}"

@@ -51,7 +51,7 @@ def _parse(path: Path) -> dict:
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"config file {path} has {path.stat().st_size} bytes, a config has at most {MAX_BYTES}")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         _check_nodes(yaml.compose(text, yaml.SafeLoader), path)
         content = yaml.safe_load(text)
     except ConfigError:

@@ -131,13 +131,20 @@ def open_image(file_name: str):
             ``MAX_PIXELS`` or more than 8 bits a channel, or reading it fails, also inside the ``with`` block; it names the
             file, ``kind`` is an :class:`~.issues.Issue`.
     """
-    try:
+    with _explained(file_name):
         path = detection_utils.PathManager.get_local_path(file_name)
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block until something is written
             raise DatasetError(f"image {file_name} is no regular file; put a file there, or take it out", Issue.MISSING)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, file_name)
             yield image
+
+
+@contextmanager
+def _explained(file_name: str):
+    """Whatever Pillow raises becomes a DatasetError that names the file."""
+    try:
+        yield
     except FileNotFoundError:
         raise DatasetError(f"image {file_name} does not exist", Issue.MISSING) from None
     except Image.UnidentifiedImageError:
@@ -162,6 +169,10 @@ def _check_header(image: Image.Image, file_name: str) -> None:
             f"image {file_name} has {width}x{height} pixels, more than the {MAX_PIXELS} allowed; shrink it or cut it",
             Issue.TOO_LARGE,
         )
+    _check_depth(image, file_name)
+
+
+def _check_depth(image: Image.Image, file_name: str) -> None:
     if image.mode.split(";")[0] in DEEP_MODES:
         raise DatasetError(
             f"image {file_name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits, with the range "
@@ -200,6 +211,17 @@ def read_image(
         turned = detection_utils._apply_exif_orientation(image)
         same = turned.mode == image_format == "RGB"  # Pillow would convert it into a copy of itself
         return detection_utils.convert_PIL_to_numpy(turned, None if same else image_format)
+
+
+def picture_pixels(image: Image.Image, name: str, image_format: str) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an opened image, as :func:`read_image` gives those of a file; ``name`` is for errors.
+
+    Raises:
+        DatasetError: it cannot be decoded, or has more than 8 bits a channel. Its size is the caller's affair.
+    """
+    with _explained(name):
+        _check_depth(image, name)
+        return detection_utils.convert_PIL_to_numpy(detection_utils._apply_exif_orientation(image), image_format)
 
 
 def read_map(file_name: str, modes: tuple[str, ...], what: str) -> np.ndarray:

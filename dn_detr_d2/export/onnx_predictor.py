@@ -182,6 +182,10 @@ def open_image(image) -> Image.Image:
             raise ValueError(f"an array must be (height, width, 3) of uint8 in RGB, got {image.dtype} {image.shape}")
         return Image.fromarray(image)
     picture = image if isinstance(image, Image.Image) else Image.open(image)
+    if picture.mode.split(";")[0] in ("I", "F"):  # conversion to RGB would make nearly all of it white
+        raise ValueError(
+            f"an image must have 8 bits a channel, got mode {picture.mode}; convert it, with the range that matters"
+        )
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 

@@ -10,8 +10,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from .. import setup_cfg
+from ..checkpoint.checkpointer import classes_of_weights
 from ..checkpoint.download import fetch
-from ..checkpoint.reader import read_checkpoint
 from ..config import load_config
 from ..data import DetrDatasetMapper, check_files, records_of
 from ..data.mapper import has_queries
@@ -128,22 +128,7 @@ def config_of(config_file: str, opts: list, wish: Wish) -> CfgNode:
     if needed and not plain.DATASETS.TEST:
         flag = "--run-eval needs a data set" if wish.evaluate else "there is nothing to compare the file on"
         raise ConfigError(f"{flag}, and DATASETS.TEST is empty; name a data set, or give --sample-image FILE alone")
-    if plain.MODEL.DN_DETR.NUM_CLASSES is None:
-        opts = [*opts, *classes_of_checkpoint(plain.MODEL.WEIGHTS)]
-    return setup_cfg(config_file, opts, splits=("TEST",) if needed else ())
-
-
-def classes_of_checkpoint(weights: str) -> list:
-    """NUM_CLASSES and CLASS_NAMES that a checkpoint was trained with, as overrides; raises ConfigError if it has none."""
-    if not Path(weights).is_file():  # which is refused where it is loaded
-        return []
-    names = list(read_checkpoint(weights).class_names)
-    if not names:
-        raise ConfigError(
-            f"MODEL.DN_DETR.NUM_CLASSES is 'auto', and {weights} does not name its classes; add "
-            "MODEL.DN_DETR.NUM_CLASSES with their number, or take the config.yaml of the training"
-        )
-    return ["MODEL.DN_DETR.NUM_CLASSES", len(names), "MODEL.DN_DETR.CLASS_NAMES", repr(names)]
+    return setup_cfg(config_file, [*opts, *classes_of_weights(plain)], splits=("TEST",) if needed else ())
 
 
 def sample_batches(cfg: CfgNode, sample: str) -> list[list[dict]]:
@@ -190,6 +175,7 @@ def verify(cfg: CfgNode, model: nn.Module, wish: Wish, path: Path, batches: list
     if wish.evaluate:
         for name, one in (("eager", model), ("exported", exported)):
             logging.getLogger(__name__).info("evaluation of the %s model", name)
+            cfg.OUTPUT_DIR = str(wish.folder / f"evaluation_{name}")  # that of the training keeps what it has
             results[name] = Trainer.test(cfg, one)
     return agreement, results
 

@@ -48,8 +48,8 @@ def build_parts(cfg) -> dict:
     check_pickle(cfg.MODEL.WEIGHTS)  # the last moment before DefaultPredictor unpickles it
     if not isinstance(root.NUM_CLASSES, int) or root.NUM_CLASSES < 1:
         raise ConfigError(
-            f"MODEL.DN_DETR.NUM_CLASSES = {root.NUM_CLASSES} must be a positive number here; 'auto' is resolved from "
-            "DATASETS.TRAIN by dn_detr_d2.setup_cfg() and in the config.yaml that training writes"
+            f"MODEL.DN_DETR.NUM_CLASSES = {root.NUM_CLASSES} must be a positive number here: add MODEL.DN_DETR.NUM_CLASSES "
+            "with it, or take the config.yaml of the training; for 'auto' dn_detr_d2.setup_cfg() reads it from the data sets"
         )
     with name_the_node("MODEL.BACKBONE / MODEL.RESNETS"):
         backbone = build_backbone(cfg)

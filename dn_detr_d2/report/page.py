@@ -12,6 +12,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from ..utils.text_output import escaped
+from ..visualization.style import render
 
 STYLE = """
 body {font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em}
@@ -81,7 +82,7 @@ def table(rows: Sequence[Sequence], headers: Sequence[str]) -> str:
 def drawing(figure: Figure, words: str, dpi: int = 80) -> str:
     """A figure of matplotlib with a caption."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
+    render(figure, file, dpi, format="png")
     return _inline(file, "png", words)
 
 

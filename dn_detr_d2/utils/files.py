@@ -28,7 +28,7 @@ def atomic_write(path: str | Path, mode: str = "wb", *, draft: Path | None = Non
 
     Args:
         path: in a folder that exists.
-        mode: of ``open``.
+        mode: of ``open``; text is written as UTF-8.
         draft: where it is written meanwhile, default :func:`draft_of`. Processes that may write the same file at the same
             time each need their own.
 
@@ -38,7 +38,7 @@ def atomic_write(path: str | Path, mode: str = "wb", *, draft: Path | None = Non
     path = Path(path)
     draft = draft or draft_of(path)
     try:
-        with draft.open(mode) as file:
+        with draft.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

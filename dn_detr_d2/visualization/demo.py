@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
+from matplotlib import rc_context
 
+from ..checkpoint.checkpointer import classes_of_weights
 from ..data.images import drawing_scale
 from ..errors import ConfigError
 from ..predictor import Predictor, to_supervision
 from ..sources import FRAME_RATE, require_opencv
+from .images import known_names
 
 UNCONFIRMED = -1  # instead of a track's number
 LOWEST_TRACKED = 0.1  # detections with less say nothing about a track, as in ByteTrack
@@ -41,6 +44,9 @@ class VisualizationDemo:
                     f"tracks need instances, but MODEL.DN_DETR.MASK.OUTPUTS is {list(cfg.MODEL.DN_DETR.MASK.OUTPUTS)}; add "
                     "'instances'"
                 )
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(classes_of_weights(cfg))
         self.predictor, self.metadata = Predictor(cfg), class_metadata(cfg)
 
     def run_on_image(self, image: np.ndarray, **prompts):
@@ -87,6 +93,7 @@ class VisualizationDemo:
 
         return VideoVisualizer(self.metadata)
 
+    @rc_context({"text.parse_math": False})  # class names are no formulas
     def _draw(self, image: np.ndarray, found: dict, in_video: bool = False):
         """VisImage of ``image`` with segments, else boxes and masks, else the class of each pixel."""
         from detectron2.utils.visualizer import Visualizer
@@ -148,13 +155,14 @@ def above(found: dict, threshold: float) -> dict:
 
 
 def class_metadata(cfg):
-    """Class names from the config, or of its test set, for Detectron2's drawing; without either numbers are shown."""
+    """Class names for Detectron2's drawing: of the config, or of a test set with as many; else numbers are shown."""
     from detectron2.data import Metadata
     from detectron2.utils.colormap import colormap
 
-    names = list(cfg.MODEL.DN_DETR.CLASS_NAMES)
-    if not names:
-        return MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata(name="demo")
+    tested = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata(name="demo")
+    node, names = cfg.MODEL.DN_DETR, known_names(cfg, tested)
+    if not node.CLASS_NAMES and (names == tested.get("thing_classes", []) or node.MASK.ENABLED):
+        return tested  # with its colours and the classes of its segments
     palette = colormap(rgb=True)
     colours = [palette[i % len(palette)].tolist() for i in range(len(names))]
     return Metadata(name="demo", thing_classes=names, stuff_classes=names, stuff_colors=colours)

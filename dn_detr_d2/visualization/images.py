@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy, image_scale
+from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
 from ..modeling.pixel_decoder import padded_size
 from ..structures import Memory
 from ..utils.text_output import escaped
@@ -96,10 +97,20 @@ def legend(figure: Figure, entries: list[tuple[str, str, str]], columns: int = 4
 
 def class_names(cfg) -> list[str]:
     """Names of the classes: of the config, else of its first training set, else their numbers."""
-    if cfg.MODEL.DN_DETR.CLASS_NAMES:
-        return list(cfg.MODEL.DN_DETR.CLASS_NAMES)
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else Metadata()
-    return list(metadata.get("thing_classes", [f"class {i}" for i in range(cfg.MODEL.DN_DETR.NUM_CLASSES)]))
+    return known_names(cfg, metadata) or [f"class {i}" for i in range(cfg.MODEL.DN_DETR.NUM_CLASSES)]
+
+
+def known_names(cfg, metadata: Metadata) -> list[str]:
+    """Names of the classes: of the config, else of a data set that has as many; [] where nothing names them.
+
+    A model of COCO's 91 raw ids has their names.
+    """
+    node = cfg.MODEL.DN_DETR
+    names = list(node.CLASS_NAMES) or list(metadata.get("thing_classes", []))
+    if node.NUM_CLASSES == NUM_RAW_CLASSES and names == list(coco_names()):
+        return list(raw_names())
+    return names if node.NUM_CLASSES in (None, len(names)) else []
 
 
 def title_of(image: str, weights: str) -> str:

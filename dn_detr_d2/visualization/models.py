@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..checkpoint.checkpointer import classes_of_weights
 from ..data import DetrDatasetMapper, check_files, records_of
 from ..data.loader import has_boxes
 from ..data.mapper import AnnotatedDatasetMapper, trains_masks
@@ -17,7 +18,7 @@ def load_model(cfg, weights: str) -> nn.Module:
     """The model of a config in evaluation mode, with object queries to look at.
 
     Args:
-        cfg: not frozen; its MODEL.WEIGHTS becomes ``weights``.
+        cfg: not frozen; its MODEL.WEIGHTS becomes ``weights``, and ``NUM_CLASSES: auto`` takes the classes of these.
         weights: file of a training, or "" for the model as it is initialised.
 
     Raises:
@@ -27,6 +28,7 @@ def load_model(cfg, weights: str) -> nn.Module:
     if weights and "://" not in weights and not Path(weights).is_file():
         raise CheckpointError(f"--weights {weights} does not exist; name the model_final.pth of a training")
     cfg.MODEL.WEIGHTS = weights
+    cfg.merge_from_list(classes_of_weights(cfg) if weights else [])
     return require_queries(load_for_evaluation(cfg) if weights else Trainer.build_model(cfg).eval())
 
 

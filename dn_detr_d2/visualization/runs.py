@@ -184,7 +184,7 @@ def _read_config(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):

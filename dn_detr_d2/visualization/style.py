@@ -1,8 +1,11 @@
 """Colours that can be distinguished with colour blindness, and figures that need no screen."""
 
 from pathlib import Path
+from typing import BinaryIO
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from ..errors import UserError
 
@@ -33,11 +36,19 @@ def new_figure(rows: int, columns: int, panel: tuple[float, float]) -> tuple[Fig
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def render(figure: Figure, target: Path | BinaryIO, dpi: int, **options) -> None:
+    """``figure.savefig``, but text between two dollar signs stands as it is; matplotlib would take it for a formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with rc_context({"text.parse_math": False}):  # of what is made while drawing
+        figure.savefig(target, dpi=dpi, **options)
+
+
 def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
     """Writes a picture, makes its folder if need be, and returns the path; raises UserError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi)
+        render(figure, path, dpi)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
         raise UserError(f"the picture {path} cannot be written: {error}") from None
     return path

@@ -13,8 +13,9 @@ from detectron2.modeling import build_model
 from golden.formula import load
 from naming import naming
 from ranks import run_program
+from safetensors import safe_open
 
-from dn_detr_d2 import CheckpointError, setup_cfg
+from dn_detr_d2 import CheckpointError, ConfigError, setup_cfg
 from dn_detr_d2.checkpoint import (
     CheckpointFile,
     convert,
@@ -23,8 +24,10 @@ from dn_detr_d2.checkpoint import (
     write_checkpoint,
 )
 from dn_detr_d2.checkpoint.classes import match_classes
+from dn_detr_d2.checkpoint.convert import classes_in
 from dn_detr_d2.coco import RAW_IDS, coco_names, raw_names
 from dn_detr_d2.engine import Checkpointer
+from dn_detr_d2.predictor import Predictor
 
 NO_DATA = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
 
@@ -210,6 +213,42 @@ def test_an_official_file_goes_straight_into_the_default_predictor(tmp_path, off
     expected = convert(official, model.state_dict()).state
     assert all(torch.equal(x, expected[name]) for name, x in predictor.model.state_dict().items() if name in expected)
     assert len(predictor(np.zeros((64, 64, 3), np.uint8))["instances"])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_official_file_says_its_number_of_classes_to_the_predictor(tmp_path, official, kept):
+    """NUM_CLASSES is auto in the zoo. COCO's raw ids become contiguous, as when the file is converted."""
+    if not kept:
+        cut = {name: x[:7] for name, x in official.items() if "class_embed" in name}
+        official = official | cut | {"label_enc.weight": official["label_enc.weight"][:8]}
+    authors_file(official, tmp_path / "official.pth")
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "official.pth"), "INPUT.MIN_SIZE_TEST", 64, "MODEL.DEVICE", "cpu"]
+    cfg = setup_cfg("dn_detr_R50_50ep", opts, splits=())
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES is None
+    predictor = Predictor(cfg)
+    node = predictor.cfg.MODEL.DN_DETR
+    expected = (80, list(coco_names())) if kept else (7, [])
+    assert (node.NUM_CLASSES, list(node.CLASS_NAMES)) == expected
+    assert len(predictor(np.zeros((64, 64, 3), np.uint8))["instances"])
+
+
+def test_weights_of_auto_that_are_missing_or_say_nothing_are_named(tmp_path):
+    for weights, kind, named in (("", CheckpointError, "''"), ("gone.pth", CheckpointError, "'gone.pth'")):
+        with pytest.raises(kind, match=naming("MODEL.WEIGHTS", named)):
+            Predictor(setup_cfg("dn_detr_R50_50ep", ["MODEL.WEIGHTS", weights], splits=()))
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=naming("MODEL.DN_DETR.NUM_CLASSES", "x.pth")):
+        Predictor(setup_cfg("dn_detr_R50_50ep", ["MODEL.WEIGHTS", str(tmp_path / "x.pth")], splits=()))
+
+
+@pytest.mark.parametrize("name", ["dino_4scale_r50", "dab_deformable_detr_r50_dn"])
+def test_classes_of_the_authors_files_are_counted(name):
+    assert classes_in({key: torch.from_numpy(x) for key, x in load(name)[2].items()}) == 91
+
+
+def test_the_last_row_of_detr_is_no_class():
+    names = ["query_embed.weight", "transformer.decoder.layers.0.multihead_attn.in_proj_weight", "class_embed.weight"]
+    assert classes_in({f"module.{name}": torch.ones(92, 4) for name in names}) == 91
 
 
 def test_a_training_starts_from_the_backbone_of_torchvision(tmp_path):
@@ -540,3 +579,14 @@ def test_detrex_deformable_files_equal_the_official_ones(case, config, system):
         assert torch.equal(theirs.state[name][:rows] if x.dim() else theirs.state[name], x[:rows] if x.dim() else x), (
             name
         )
+
+
+def test_a_safetensors_file_of_the_same_model_is_the_same_file(tmp_path):
+    """The package safetensors writes several metadata in an order that changes by chance."""
+    state = {name: torch.full((i + 1,), float(i)) for i, name in enumerate(["b", "a", "é"])}
+    for i in range(8):
+        write_checkpoint(tmp_path / f"{i}.safetensors", CheckpointFile(state, ["dög", '"x"'], "A: 1"))
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert {name: file.get_tensor(name).tolist() for name in state} == {x: y.tolist() for x, y in state.items()}
+    assert read_checkpoint(tmp_path / "0.safetensors").class_names == ["dög", '"x"']

@@ -347,3 +347,16 @@ def test_own_training_data_with_the_test_set_of_the_base_have_a_way_out_that_wor
     with pytest.raises(ConfigError, match=naming("coco_2017_val", "DATASETS.TEST", '"()"')):
         setup_cfg(config, opts)
     assert setup_cfg(config, [*opts, "DATASETS.TEST", "()"]).MODEL.DN_DETR.CLASS_NAMES == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("digits", ["12345678", "1234e567", "0x123456", "01234567", 12345678, "8d5c2f0a", "'12345678'"])
+def test_digits_of_a_sum_are_text(digits):
+    """Of a SHA-256, 3 % of the first eight digits are a number for yacs."""
+    cfg = setup_cfg("", [*NO_DATA, "MODEL.WEIGHTS_SHA256", digits])
+    assert str(digits).strip("'") == cfg.MODEL.WEIGHTS_SHA256
+
+
+def test_a_number_for_a_text_in_a_file_is_told_how_it_is_written(tmp_path):
+    (tmp_path / "x.yaml").write_text("MODEL: {WEIGHTS_SHA256: 12345678}\n")
+    with pytest.raises(ConfigError, match=naming("MODEL.WEIGHTS_SHA256", "quotes")):
+        setup_cfg(str(tmp_path / "x.yaml"), NO_DATA)

@@ -75,7 +75,9 @@ def test_the_file_is_a_training_set_of_one_class(tmp_path, capsys):
     assert [x["file_name"] for x in json.loads((tmp_path / "out.json").read_text())["images"]] == ["b.png"]
 
 
-@pytest.mark.parametrize("line", [["missing", "out.json"], [".", "out.json", "--top", "0"], [".", "nowhere/out.json"]])
+@pytest.mark.parametrize("line", [
+    ["missing", "out.json"], [".", "out.json", "--top", "0"], [".", "nowhere/out.json"], [".", "."],
+])  # fmt: skip
 def test_bad_input_is_refused(line, tmp_path, monkeypatch, capsys):
     """Before any image is looked at."""
     monkeypatch.chdir(tmp_path)

@@ -146,3 +146,16 @@ def test_a_set_that_a_training_would_refuse_is_not_split(folder, capsys):
 def test_one_image_cannot_be_split():
     with pytest.raises(UserError, match=naming(1)):
         split_content({"images": [{"id": 1}], "annotations": [], "categories": []}, 0.5, 0)
+
+
+def test_a_file_that_is_there_is_not_overwritten(folder, capsys):
+    """The parts get their names from the set, so an input or somebody's own file may have one of them."""
+    line, other = [str(folder / "all.json"), str(folder)], folder / "all_val.json"
+    other.write_bytes((folder / "all.json").read_bytes())
+    for options in ([], ["--val", str(other), str(folder)]):
+        assert tool.main([*line, *options, "--split", "0.5"]) == 2
+        assert naming("all_val.json").search(capsys.readouterr().err)
+    assert other.read_bytes() == (folder / "all.json").read_bytes()
+    assert not (folder / "all_train.json").exists()
+    assert tool.main([*line, "--split", "0.5", "--fix", str(folder / "fixed.json")]) == 0  # the way out that is named
+    assert {"fixed_train.json", "fixed_val.json"} < {path.name for path in folder.iterdir()}

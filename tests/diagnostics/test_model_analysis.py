@@ -9,6 +9,7 @@ from ranks import run_program
 
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.diagnostics.model_analysis import analyze
+from tools import analyze_model
 
 
 def cfg_of(config, *overrides):
@@ -89,6 +90,16 @@ def test_deformable_attention_is_counted():
     assert table["encoder"]["gflops"] * 1e9 == pytest.approx(linear + sampled + 2 * 5 * cells * 256)
 
 
+def test_classes_of_the_file_count(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(
+        f"_BASE_: {ROOT}/configs/quickstart.yaml\nMODEL: {{DN_DETR: {{NUM_CLASSES: 3}}}}\n"
+    )
+    analyze_model.report(
+        analyze_model.parse_arguments(["--config-file", str(tmp_path / "own.yaml"), "--size", "64", "64"])
+    )
+    assert "3 classes" in capsys.readouterr().out
+
+
 def test_command_line():
     command = [ROOT / "tools" / "analyze_model.py", "--config-file", ROOT / "configs" / "quickstart.yaml", "--size"]
     ran = run_program(*command, "64", "64", "--memory", "MODEL.DN_DETR.NUM_CLASSES", "3")
@@ -96,6 +107,8 @@ def test_command_line():
     assert "| total " in ran.stdout
     assert "3 classes" in ran.stdout
     assert "MiB" in ran.stdout
+    ran = run_program(*command, "64", "64")
+    assert "91 classes" in ran.stdout  # quickstart.yaml leaves them open
     ran = run_program(*command, "8", "8")
     assert ran.returncode == 2
     assert naming("error: ", "--size", "32 32", "8 8").search(ran.stderr.splitlines()[-1])

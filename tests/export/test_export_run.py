@@ -214,6 +214,8 @@ def test_both_are_evaluated_on_the_test_set(toy_model, toy_cfg, tmp_path, capsys
     torch.save({"model": toy_model("dn_deformable_detr", *options).state_dict()}, tmp_path / "model.pth")
     options += ["DATASETS.TEST", ("shapes_val",), "DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path)]
     (tmp_path / "config.yaml").write_text(toy_cfg("dn_deformable_detr", *options).dump())
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference" / "coco_instances_results.json").write_text("of the training")
     flags = ["--format", "torch_export", "--run-eval", "--output", str(tmp_path / "out")]
     command = [*flags, "--config-file", str(tmp_path / "config.yaml"), "MODEL.WEIGHTS", str(tmp_path / "model.pth")]
     assert export.main(command) == 0
@@ -223,3 +225,6 @@ def test_both_are_evaluated_on_the_test_set(toy_model, toy_cfg, tmp_path, capsys
     assert all(ours == theirs for ours, theirs in rows.values())  # the graph is exact
     assert float(rows["bbox/AP50"][0]) >= 0
     assert (tmp_path / "out" / "model.pt2").exists()
+    assert (tmp_path / "inference" / "coco_instances_results.json").read_text() == "of the training"
+    written = [tmp_path / "out" / f"evaluation_{name}" / "inference" for name in ("eager", "exported")]
+    assert all((folder / "coco_instances_results.json").is_file() for folder in written)

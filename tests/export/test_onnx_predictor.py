@@ -15,7 +15,7 @@ from PIL import Image
 from dn_detr_d2.data import ResizeShortestEdge
 from dn_detr_d2.export import onnx_predictor
 from dn_detr_d2.export.detector import LastPredictions
-from dn_detr_d2.export.onnx_predictor import OnnxPredictor, new_size, resize
+from dn_detr_d2.export.onnx_predictor import OnnxPredictor, new_size, open_image, resize
 from dn_detr_d2.modeling.mask_postprocess import MaskPostprocess
 from dn_detr_d2.modeling.postprocess import Postprocess, select_best, select_top
 
@@ -146,3 +146,11 @@ def test_a_copy_needs_neither_torch_nor_detectron2(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(onnx_predictor.main([]))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_refused_as_the_predictor_does(mode, tmp_path):
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    image = Image.fromarray(ramp if mode == "I;16" else ramp.astype(np.int32 if mode == "I" else np.float32))
+    with pytest.raises(ValueError, match=mode):
+        open_image(image)

@@ -23,7 +23,8 @@ from dn_detr_d2.evaluation.precision_recall import PrecisionRecall, read_precisi
 from dn_detr_d2.report import announce, at_end, report_after_training
 from dn_detr_d2.report.build import SECTIONS, write_report
 from dn_detr_d2.report.detections import quality, read_evaluated
-from dn_detr_d2.report.page import Section, page, table
+from dn_detr_d2.report.figures import class_bars
+from dn_detr_d2.report.page import Section, drawing, page, table
 from tools import make_report
 
 LIMIT = 5e6  # bytes
@@ -229,6 +230,12 @@ def test_the_score_from_which_detections_are_shown_is_that_of_the_best_f1():
 def test_names_of_users_are_text_on_the_page():
     text = page("<b>", [Section("A & B", table([["<i>", 1.234]], ["<u>", "n\udc80"]))])
     assert all(x in text for x in ("&lt;b&gt;", "A &amp; B", "&lt;i&gt;", "&lt;u&gt;", "1.23", "\\udc80"))
+
+
+def test_dollar_signs_in_names_are_no_formula():
+    """Two of them began one, and a name that is none in TeX ended the whole report."""
+    names = {"a$5_$b": 1.0, "$": 2.0, "$x$": 3.0}
+    assert drawing(class_bars(names, "AP"), "AP by class").startswith("<figure>")
 
 
 def test_a_failing_report_is_logged_and_does_not_fail_the_training(copied, caplog):

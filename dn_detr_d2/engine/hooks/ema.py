@@ -24,12 +24,12 @@ def average_weights(model: nn.Module, decay: float, warmup: bool = False) -> Ave
     """
     averaged = AveragedModel(model)
 
-    def update(average: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
+    def _update(average: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
         n = int(averaged.n_averaged)  # on the CPU, other than the argument, which may be on a GPU
         now = min(decay, (1 + n) / (10 + n)) if warmup else decay
         get_ema_multi_avg_fn(now)(average, weights, n)
 
-    averaged.multi_avg_fn = update
+    averaged.multi_avg_fn = _update
     return averaged.eval().requires_grad_(False)
 
 
