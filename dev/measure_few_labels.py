@@ -7,17 +7,19 @@
 --bccd is the folder that holds bccd/. Which images are annotated is fixed: dev/few_labels/*.txt. All trainings have the
 model of configs/bccd.yaml and equally many iterations; they differ in what becomes of the images that are not annotated:
 nothing, pseudo labels, or a pretraining on regions of all images (tools/propose_regions.py). Trainings that have ended are
-taken from --runs; an interrupted one is resumed. Writes few_labels.md. Exit code 2: bad input.
+taken from --runs; an interrupted one is resumed. Writes few_labels.md and few_labels.png. Exit code 2: bad input.
 """
 
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 from tabulate import tabulate
 
 from dev.ablate_bccd import METRICS, check_arguments, last, train
@@ -29,11 +31,12 @@ from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.split import split_by_ids
 from dn_detr_d2.visualization.curves import spread
 from dn_detr_d2.visualization.runs import Run
+from dn_detr_d2.visualization.style import colour, new_figure, save
 from tools.propose_regions import content_of
 
 LISTS = Path(__file__).resolve().parent / "few_labels"
 SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 200, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
-SHORT |= {"MODEL_EMA.WARMUP": True}
+SHORT |= {"MODEL_EMA.WARMUP": True}  # or the teacher lags behind the model
 # With this threshold an image has as many pseudo labels as objects, about 14, from the burn-in on.
 SEMI = {"SEMI_SUPERVISED.ENABLED": True, "SEMI_SUPERVISED.BURN_IN": 200, "SEMI_SUPERVISED.THRESHOLD": 0.3}
 ALONE, OURS = "annotated images alone", "pseudo labels in matching and denoising"
@@ -128,16 +131,17 @@ def pretrained(args: argparse.Namespace) -> dict:
 def report(args: argparse.Namespace) -> str:
     """Trains, writes the page, and returns it."""
     check_arguments(args)
-    rows, wanting = [], []
+    rows, wanting, ends = [], [], {}
     for percent in args.percent:
         data = data_overrides(args, percent)
         for kind, seeds in PLAN[percent].items():
             overrides = SHORT | data | KINDS[kind] | (pretrained(args) if kind == REGIONS else {})
             runs = [train(args, f"{percent} percent {kind}", overrides, seed) for seed in seeds]
             add_row(rows, wanting, f"{percent} %", kind, runs)
+            ends[percent, kind] = [last(run, "AP") for run in runs if run]
     if not rows:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
-    headers = ["labels", "images without", "seeds", *METRICS, "AP of the average", "seconds an iteration"]
+    headers = ["labels", "images without", "seeds", *METRICS, "seconds an iteration"]
     lines = [
         "# Few labels, many pictures: BCCD",
         "",
@@ -145,16 +149,18 @@ def report(args: argparse.Namespace) -> str:
         "",
         f"The last weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
         f"images, with pseudo labels 2 others besides after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them; means over seeds,",
-        "with the lowest and the highest. Beside them their moving average, the teacher, which without pseudo labels still",
-        "holds weights of the start.",
+        "with the lowest and the highest. Each dot of the picture is a seed.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
-        *([f"Not trained: {'; '.join(wanting)}.", ""] if wanting else []),
+        *([textwrap.fill(f"Not trained: {'; '.join(wanting)}.", 118), ""] if wanting else []),
+        "![AP against labels, and at 10 % of them by the use of pseudo labels](few_labels.png)",
+        "",
     ]
     output = Path(args.output or args.runs)
     output.mkdir(parents=True, exist_ok=True)
     (output / "few_labels.md").write_text("\n".join(lines))
+    draw(ends, output / "few_labels.png")
     return "\n".join(lines)
 
 
@@ -165,9 +171,39 @@ def add_row(rows: list, wanting: list, share: str, kind: str, runs: list[Run | N
         wanting.append(f"{share} {kind} ({len(runs) - len(found)} of {len(runs)} seeds)")
     if found:
         values = [spread([last(run, metric) for run in found], ".1f") for metric in METRICS.values()]
-        values.append(spread([last(run, "AP", "ema/") for run in found], ".1f"))
         seconds = spread([run.seconds_an_iteration for run in found], ".2f")
         rows.append([share, kind, str(len(found)), *values, seconds])
+
+
+def draw(ends: dict[tuple[int, str], list[float]], path: Path) -> None:
+    """AP against the share of the labels, and at 10 % by the use of pseudo labels.
+
+    Args:
+        ends: (percent, kind) -> AP of each seed.
+        path: of the picture.
+    """
+    figure, (left, right) = new_figure(1, 2, (6.4, 3.4))
+    for i, kind in enumerate((ALONE, OURS, REGIONS)):
+        points = [(percent, ap) for (percent, name), values in ends.items() if name == kind for ap in values]
+        means = {percent: np.mean([y for x, y in points if x == percent]) for percent in sorted({x for x, _ in points})}
+        left.plot(means.keys(), means.values(), color=colour(i), label=kind, linewidth=1.5)
+        left.plot(*zip(*points, strict=True), "o", color=colour(i), markersize=4) if points else None
+    left.set_xscale("log")
+    left.set_xticks(sorted(PLAN), [f"{x} %" for x in sorted(PLAN)])
+    left.minorticks_off()
+    left.set(xlabel="annotated training images", ylabel="AP on the test split")
+    left.legend(frameon=False, fontsize=8)
+    kinds = [kind for kind in KINDS if ends.get((10, kind))]
+    for place, kind in enumerate(kinds):
+        values = ends[10, kind]
+        right.plot(values, [place] * len(values), "o", color=colour(place), markersize=5)
+        right.plot([np.mean(values)], [place], "|", color=colour(place), markersize=18)
+    right.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    right.invert_yaxis()
+    right.set(xlabel="AP on the test split, 10 % of the labels")
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
+    save(figure, path)
 
 
 def command_line(args: argparse.Namespace) -> str:
