@@ -33,6 +33,7 @@ from detectron2.structures import Boxes, Instances
 
 from . import __version__
 from .checkpoint import identify, read_checkpoint
+from .checkpoint.packages import SCHEME, find_packaged
 from .command_line import add_overrides, make_parser, parse
 from .data import cache_folder, check_records, class_names, dataset_path
 from .data.registered import register_data_sets
@@ -273,6 +274,8 @@ def _data_set(name: str, cfg: CfgNode) -> str:
 
 
 def _weights(path: str) -> str:
+    if path.startswith(SCHEME):
+        path = str(find_packaged(path)[0])
     if not path or "://" in path:
         return f"{path} is fetched when the run begins; not looked at" if path else "none: the model starts at random"
     file = read_checkpoint(path)

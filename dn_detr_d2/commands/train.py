@@ -24,14 +24,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from ..checkpoint.checksums import write_record
 from ..checkpoint.packages import SCHEME, find_packaged
+from ..checkpoint.resume import POINTER, has_checkpoints, set_aside
 from ..command_line import BAD_INPUT, FAILED, make_parser
 from ..config import device_is_named
 from ..config.zoo import find_config_file
@@ -49,6 +53,7 @@ from ..engine import (
 from ..engine.extras import check_extras
 from ..engine.launch import launch
 from ..engine.setup import setup_cfg
+from ..engine.trainer import scaled_to_workers
 from ..errors import ConfigError, UserError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..modeling.registry import name_the_node
@@ -72,23 +77,38 @@ def run_process(args: argparse.Namespace) -> dict | None:
     """Runs in every process: one training or one evaluation; returns the results."""
     cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
     cfg.freeze()
-    if args.eval_only:  # the folder may be a training's: its config.yaml stays as it is
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-    else:
-        default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="dn_detr_d2")
+    for name in ("fvcore", "detectron2", "dn_detr_d2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     escape_unwritable("detectron2", "fvcore", "dn_detr_d2")
     if args.eval_only:
         results = evaluate(cfg)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+    if comm.is_main_process() and not (args.resume and has_checkpoints(Path(cfg.OUTPUT_DIR))):
+        set_aside(Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS)
+    begin(cfg, args)
     announce(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():  # not before: a --resume that is refused names this file as the way out
+        write_record(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
     results = trainer.train()
     report_after_training(cfg)
     return results
+
+
+def begin(cfg, args: argparse.Namespace) -> None:
+    """Logs what a training is made of, and seeds its random streams: Detectron2's ``default_setup`` but for config.yaml."""
+    log = logging.getLogger("detectron2")
+    log.info("Rank of current process: %d. World size: %d", comm.get_rank(), comm.get_world_size())
+    log.info("Environment info:\n%s", collect_env_info())
+    log.info("Command line arguments: %s", args)
+    if args.config_file:
+        log.info("Contents of %s:\n%s", args.config_file, Path(args.config_file).read_text(encoding="utf-8"))
+    log.info("Running with full config:\n%s", cfg.dump())
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def splits(args) -> tuple[str, ...]:
@@ -102,7 +122,8 @@ def check(args) -> float:
     if not args.eval_only:
         check_extras(cfg)
     cpu_wanted = device_is_named(args.config_file, args.opts)
-    check_processes(cfg, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
+    scaled = scaled_to_workers(cfg, args.num_gpus * args.num_machines)
+    check_processes(scaled, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
     needed = splits(args)[0]
     if not cfg.DATASETS[needed]:
         raise ConfigError(f"DATASETS.{needed} is empty; give --config-file or name a data set")
@@ -116,7 +137,14 @@ def check(args) -> float:
     if weights.startswith(SCHEME):
         find_packaged(weights)  # refuses an unknown name and a package that is not installed
     local = "://" not in weights
-    if weights and local and not Path(weights).is_file():
+    beside = Path(args.config_file).parent
+    if args.eval_only and args.config_file and (beside / POINTER).is_file() and "MODEL.WEIGHTS" not in args.opts:
+        raise ConfigError(
+            f"MODEL.WEIGHTS of {args.config_file}, {weights!r}, is what its training began with; add MODEL.WEIGHTS "
+            f"{beside / 'model_final.pth'}, or whatever is to be evaluated"
+        )
+    goes_on = not args.eval_only and args.resume and has_checkpoints(Path(cfg.OUTPUT_DIR))  # and reads no other weights
+    if weights and local and not goes_on and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; name a checkpoint, or '' to start at random")
     check_model(cfg, load=args.eval_only and local)
     return cfg.DIST_TIMEOUT

@@ -375,12 +375,31 @@ def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
             missing.append(str(image_folder / image["file_name"]))
         record = {"file_name": path, "image_id": image["id"]}
         records[image["id"]] = record | _annotated_size(image, json_file)
+    if missing and len(missing) == len(images):
+        right = _folder_of([image["file_name"] for image in images[:20]], image_folder)
+        raise DatasetError(
+            f"{json_file}: none of its {len(images)} image files lies in {image_folder}, first {missing[0]}{hint}; "
+            + (
+                f"they lie in {right}: name that folder"
+                if right
+                else "name the folder that each file_name is relative to"
+            )
+        )
     if missing:
         raise DatasetError(
             f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}{hint}; add them, or "
             f"leave them out with {FIX} --drop-bad"
         )
     return records
+
+
+def _folder_of(names: list[str], near: Path) -> Path | None:
+    """The folder next to another one, above or below it, that holds all files of these names."""
+    folders = [
+        near.parent,
+        *(x for folder in (near, near.parent) if folder.is_dir() for x in folder.iterdir() if x.is_dir()),
+    ]
+    return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
 
 
 def _annotated_size(image: dict, json_file: Path) -> dict:

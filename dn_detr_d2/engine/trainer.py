@@ -4,10 +4,12 @@ import logging
 import math
 import sys
 import weakref
+import zlib
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
@@ -17,9 +19,10 @@ from torch import nn
 from .. import data
 from ..checkpoint import EMA
 from ..checkpoint.checkpointer import Checkpointer, load_weights
-from ..checkpoint.resume import must_fit
+from ..checkpoint.resume import must_fit, pointed_checkpoint
 from ..data.interruption import Interrupted, agree, interruptible
 from ..diagnostics import MeasuringHook, build_diagnostics
+from ..errors import CheckpointError
 from ..evaluation import build_evaluator, main_metric
 from ..inference import accelerated, prepared, settle
 from ..tiling import with_tiles
@@ -101,14 +104,37 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; resuming also restores the order of images and the RNG states."""
+        wanted = self._rates()
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resuming:
+            self._warn_of_other_rates(wanted)
             self.start_iter = self.iter + 1
             with must_fit(self.checkpointer.found):
                 restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
             self._runs = saved.get("logger_runs") or {}
         elif self.averaged:
             self.averaged.module.load_state_dict(unwrap(self.model).state_dict())
+
+    def _rates(self) -> dict[str, list[float]]:
+        """What a checkpoint brings along, in place of the config's."""
+        groups = self._trainer.optimizer.param_groups
+        return {
+            "SOLVER.BASE_LR": list(self.scheduler.base_lrs),
+            "SOLVER.WEIGHT_DECAY": [x["weight_decay"] for x in groups],
+        }
+
+    def _warn_of_other_rates(self, wanted: dict[str, list[float]]) -> None:
+        for key, found in self._rates().items():
+            if not np.allclose(found, wanted[key], rtol=1e-6, atol=0):
+                i = next(i for i, (x, y) in enumerate(zip(found, wanted[key], strict=True)) if not math.isclose(x, y))
+                logger.warning(
+                    "the training goes on with the %s of its checkpoint, %g, not with that of the config, %g (parameter "
+                    "group %d); for another one start anew with the checkpoint as MODEL.WEIGHTS",
+                    key,
+                    found[i],
+                    wanted[key][i],
+                    i,
+                )
 
     def build_hooks(self) -> list:
         """Detectron2's hooks with our checkpoints; after an evaluation the best one and the diagnostics."""
@@ -263,7 +289,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg):
         """See :func:`dn_detr_d2.data.build_train_loader`."""
-        return data.build_train_loader(cfg)
+        node = cfg.DATALOADER
+        own = node.SAMPLER_TRAIN == "TrainingSampler" and not node.ASPECT_RATIO_GROUPING  # resumes its order itself
+        with nullcontext() if own else _order_after(cfg):
+            return data.build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -274,6 +303,19 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg, dataset_name) -> DatasetEvaluator:
         """See :func:`dn_detr_d2.evaluation.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+
+def _order_after(cfg):
+    """A context whose random numbers are of the checkpoint that is resumed: after each the images come in another order.
+
+    Detectron2 draws the seed of a sampler right after the random streams were seeded, so that each resume would see the
+    same images first, and the last ones never.
+    """
+    try:
+        checkpoint = Path(pointed_checkpoint(cfg.OUTPUT_DIR)).name
+    except CheckpointError:  # which is passed over, or refused, where it is loaded
+        checkpoint = ""
+    return isolated_rng(zlib.crc32(f"{cfg.SEED} {checkpoint}".encode())) if checkpoint else nullcontext()
 
 
 def scaled_to_workers(cfg, num_workers: int):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import random
 import re
 import resource
@@ -242,9 +243,14 @@ def names(folder):
 def test_old_checkpoints_go_with_their_sums_and_the_best_and_final_stay(folder):
     for name in ("model_best", "model_final"):
         write(folder, name, 1)
-    (folder / ".model_0000039.pth.part").write_bytes(b"half")
+    draft, other = folder / ".model_0000039.pth.part", folder / ".model_0000049.pth.part"
+    draft.write_bytes(b"half")
+    os.utime(draft, (1, 1))  # of a process that was killed
+    other.write_bytes(b"half")  # of one that writes now
     remove_old(folder, 0)
     assert len(names(folder)) == 5
+    assert (draft.exists(), other.exists()) == (False, True)
+    other.unlink()
     remove_old(folder, 1)
     assert names(folder) == ["model_0000029.pth", "model_best.pth", "model_final.pth"]
     assert not list(folder.glob("*0000019*"))

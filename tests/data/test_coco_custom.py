@@ -85,7 +85,7 @@ def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
         ({"annotations": annotation(iscrowd="0")}, ["annotation 1", "iscrowd", "'0'"]),
         ({"annotations": annotation() * 2}, ["annotation ids", "[1]"]),
         ({"images": [{"id": 7, "file_name": "a.png"}] * 2}, ["image id 7"]),
-        ({"images": [{"id": 7, "file_name": "gone.png"}]}, ["1 of 1", "gone.png"]),
+        ({"images": [{"id": 7, "file_name": "gone.png"}]}, ["none", "gone.png"]),
         ({"images": [{"id": 7}]}, ["image number 0", "file_name"]),
         ({"images": [3]}, ["image number 0", "file_name", 3]),
         ({"annotations": None}, ["annotations", "id"]),
@@ -129,6 +129,20 @@ def test_missing_files_are_named_with_the_way_out(write, tmp_path):
         register_coco_json("test_missing", str(write()), str(tmp_path / "nowhere"))
     register_coco_json("test_missing", str(tmp_path / "nothing.json"), str(tmp_path), must_exist=False)
     assert "test_missing" not in DatasetCatalog
+
+
+@pytest.mark.parametrize(("put", "given"), [("images/deep", "images"), ("images", "images/deep"), ("other", "images")])
+def test_files_of_another_folder_are_found_there(tmp_path, put, given):
+    """Exporters differ in whether file_name holds the folder; leaving the images out would leave out all."""
+    for folder in ("images/deep", put, given):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    content = valid_coco()
+    for image in content["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / put / image["file_name"])
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=naming(f"they lie in {tmp_path / put}")) as caught:
+        load_coco_json(tmp_path / "set.json", tmp_path / given)
+    assert "--drop-bad" not in str(caught.value)
 
 
 def test_an_unknown_data_set_suggests_the_nearest():

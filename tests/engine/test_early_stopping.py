@@ -47,7 +47,8 @@ def _scored(monkeypatch):
     ([5, 4, 5.1], 0, 0),
     ([5, 5.4, 5.8], 0.5, 0),  # 5.8 is measured against 5, the last that counted
     ([5, 5.4, 5.4], 0.5, 2),
-    ([math.nan, math.nan], 0, 2),
+    ([math.nan, math.nan], 0, 0),  # there is nothing to improve on
+    ([math.nan, 1, math.nan, 1], 0, 2),
     ([math.nan, 1], 0, 0),
 ])  # fmt: skip
 def test_evaluations_without_improvement(values, min_delta, expected):

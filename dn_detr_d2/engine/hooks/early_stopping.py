@@ -26,14 +26,15 @@ def without_improvement(history: History, min_delta: float = 0.0) -> int:
     """Number of evaluations since the last that was better than all before it by more than ``min_delta``.
 
     Args:
-        history: (iterations done, value) in order of time; a value that is no number is no improvement.
+        history: (iterations done, value) in order of time; a value that is no number is no improvement. Before the first
+            number nothing is counted: there is nothing to improve on.
         min_delta: in units of the value, which is to grow.
     """
     best, since = -math.inf, 0
     for _, value in history:
         better = math.isfinite(value) and value > best + min_delta
         best, since = (value, 0) if better else (best, since + 1)
-    return since
+    return since if math.isfinite(best) else 0
 
 
 class EarlyStopping(HookBase):
@@ -96,6 +97,13 @@ class EarlyStopping(HookBase):
         latest = self.trainer.storage.latest()
         values = [latest[name][0] for name in self.metrics if name in latest and math.isfinite(latest[name][0])]
         self.history.append((done, max(values, default=math.nan)))
+        if not values:
+            logger.warning(
+                "early stopping: %s is no number after %d iterations, as where the test set has no annotated objects; it is "
+                "not counted before there is one",
+                " or ".join(self.metrics),
+                done,
+            )
         over = self._is_over()
         if over:
             logger.info(

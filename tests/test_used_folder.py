@@ -1,0 +1,154 @@
+"""A training that begins in the folder of another, is resumed there, or evaluated from there: nothing is mixed or lost."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from naming import naming
+from toy_training import OPTIONS, command, load, make_cfg, train
+
+from dn_detr_d2 import ConfigError
+from dn_detr_d2.checkpoint.resume import set_aside
+from dn_detr_d2.commands import convert_checkpoint
+from dn_detr_d2.commands import train as program
+from dn_detr_d2.engine import Trainer, check_processes
+from dn_detr_d2.engine.trainer import scaled_to_workers
+
+SHORT = ("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 1)
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """run(options, *overrides) -> (exit code, stderr) of the program in tmp_path/out."""
+    monkeypatch.setattr(program, "launch", lambda work, *_: (work(_[-1][0]), 0)[1])
+
+    def call(options=(), *overrides):
+        code = program.main(command(tmp_path / "out", *options, overrides=(*SHORT, *overrides))[1:])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def test_a_refused_resume_leaves_the_config_that_it_names(run, tmp_path):
+    assert run()[0] == 0
+    before = (tmp_path / "out" / "config.yaml").read_bytes()
+    code, said = run(["--resume"], "MODEL.DN_DETR.HIDDEN_DIM", 32, "SOLVER.MAX_ITER", 3)
+    assert code
+    assert naming("config.yaml").search(said.splitlines()[-1])
+    assert (tmp_path / "out" / "config.yaml").read_bytes() == before
+    assert not list((tmp_path / "out").glob("earlier_*"))
+    assert run(["--resume", "--config-file", str(tmp_path / "out" / "config.yaml")], "SOLVER.MAX_ITER", 3)[0] == 0
+
+
+def test_an_earlier_training_is_moved_and_none_of_it_is_mixed(run, tmp_path, caplog):
+    assert run()[0] == 0
+    out = tmp_path / "out"
+    (out / "best_metric.json").write_text('{"metric": "bbox/AP", "value": 50.0, "iteration": 0}')
+    (out / "notes.txt").write_text("mine")
+    first = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    with caplog.at_level(logging.WARNING, "dn_detr_d2"):
+        assert run([], "SEED", 9)[0] == 0
+    assert naming(out / "earlier_1").search(caplog.text)
+    moved = {path.name for path in (out / "earlier_1").iterdir()}
+    assert {"model_final.pth", "model_final.pth.sha256", "metrics.json", "best_metric.json", "config.yaml",
+            "last_checkpoint"} <= moved  # fmt: skip
+    assert all(torch.equal(x, first[name]) for name, x in load(out / "earlier_1")["model"].items())
+    assert not (out / "best_metric.json").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    assert len({line["iteration"] for line in lines}) == len(lines)
+    assert run(["--resume"], "SOLVER.MAX_ITER", 3)[0] == 0
+    assert not (out / "earlier_2").exists()
+
+
+def test_what_a_training_begins_with_stays_where_it_is(run, tmp_path):
+    assert run()[0] == 0
+    weights = tmp_path / "out" / "model_0000000.pth"
+    assert run(["--config-file", str(tmp_path / "out" / "config.yaml")], "MODEL.WEIGHTS", weights)[0] == 0
+    assert (tmp_path / "out" / "earlier_1" / "model_final.pth").exists()
+    assert not (tmp_path / "out" / "earlier_1" / "model_0000000.pth").exists()
+
+
+def test_a_folder_without_a_training_is_left_alone(tmp_path):
+    for name in ("config.yaml", "log.txt", "events.out.tfevents.1"):
+        (tmp_path / name).write_text("x")
+    assert set_aside(tmp_path, "") is None
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_resume_does_not_need_the_weights_that_its_training_began_with(run, tmp_path):
+    assert run()[0] == 0
+    (tmp_path / "out" / "model_0000000.pth").rename(tmp_path / "start.pth")
+    started = ("MODEL.WEIGHTS", tmp_path / "start.pth")
+    assert run([], *started)[0] == 0
+    (tmp_path / "start.pth").unlink()
+    assert run(["--resume"], *started, "SOLVER.MAX_ITER", 3)[0] == 0
+    assert run([], *started)[0] == 2  # a new training does
+
+
+def test_an_evaluation_of_a_trainings_config_asks_for_the_weights(run, tmp_path, capsys):
+    """Those of its config.yaml are what it began with."""
+    assert run()[0] == 0
+    (tmp_path / "out" / "model_0000000.pth").rename(tmp_path / "start.pth")
+    assert run([], "MODEL.WEIGHTS", tmp_path / "start.pth")[0] == 0
+    line = ["--eval-only", "--config-file", str(tmp_path / "out" / "config.yaml"), "DATASETS.TEST", "('shapes_val',)"]
+    assert program.main(line) == 2
+    assert naming("MODEL.WEIGHTS", "start.pth", "model_final.pth").search(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("key", "value"), [("SOLVER.BASE_LR", 0.5), ("SOLVER.WEIGHT_DECAY", 0.25)])
+def test_rates_of_a_checkpoint_are_said(tmp_path, caplog, key, value):
+    short = (*SHORT, "SOLVER.WEIGHT_DECAY", 0.125)
+    train(make_cfg(tmp_path, *short))
+    with caplog.at_level(logging.WARNING, "dn_detr_d2"):
+        train(make_cfg(tmp_path, *short, "SOLVER.MAX_ITER", 3), resume=True)
+        assert key not in caplog.text
+        train(make_cfg(tmp_path, *short, "SOLVER.MAX_ITER", 4, key, value), resume=True)
+    assert naming(key).search(caplog.text)
+
+
+def test_samplers_go_on_with_another_order_after_each_checkpoint(tmp_path):
+    cfg = make_cfg(
+        tmp_path, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.5
+    )
+
+    def order():
+        np.random.seed(cfg.SEED)  # as each start of a training does
+        return [
+            x["image_id"] for _, batch in zip(range(4), Trainer.build_train_loader(cfg), strict=False) for x in batch
+        ]
+
+    fresh = order()
+    assert order() == fresh
+    orders = [fresh]
+    for name in ("model_0000009.pth", "model_0000019.pth"):
+        (tmp_path / name).touch()
+        (tmp_path / "last_checkpoint").write_text(name)
+        orders.append(order())
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_a_checkpoint_is_not_converted_over_itself(run, tmp_path, capsys):
+    assert run()[0] == 0
+    final = tmp_path / "out" / "model_final.pth"
+    before = final.read_bytes()
+    line = [str(final), str(final), "--config-file", str(tmp_path / "out" / "config.yaml")]
+    assert convert_checkpoint.main(line) == 2
+    assert naming(final).search(capsys.readouterr().err)
+    assert final.read_bytes() == before
+
+
+@pytest.mark.parametrize(("images", "reference", "processes", "steps", "fits"), [
+    (16, 8, 3, 1, True), (8, 8, 16, 1, True), (16, 8, 1, 4, False), (16, 0, 3, 1, False),
+])  # fmt: skip
+def test_the_batch_that_is_divided_is_the_scaled_one(tmp_path, images, reference, processes, steps, fits):
+    cfg = make_cfg(tmp_path, *OPTIONS, "SOLVER.IMS_PER_BATCH", images, "SOLVER.ACCUMULATION_STEPS", steps,
+                   "SOLVER.REFERENCE_WORLD_SIZE", reference)  # fmt: skip
+    cfg = scaled_to_workers(cfg, processes)
+    if fits:
+        check_processes(cfg, processes, cpu_wanted=True)
+    else:
+        with pytest.raises(ConfigError, match=naming("SOLVER.IMS_PER_BATCH")):
+            check_processes(cfg, processes, cpu_wanted=True)
