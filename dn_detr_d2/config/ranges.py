@@ -44,7 +44,6 @@ _NOT_NEGATIVE = [
     "MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE.START",
     "MODEL.DN_DETR.DENOISING.NUM_QUERIES",
     "MODEL.DN_DETR.DENOISING.MASK_LAYERS",
-    "MODEL.DN_DETR.LOSS.FOCAL_GAMMA",
     "MODEL.DN_DETR.SIZE_DIVISIBILITY",
     "SOLVER.BACKBONE_MULTIPLIER",
     "SOLVER.BASE_LR_END",
@@ -127,6 +126,11 @@ CHECKS: tuple[tuple[Sequence[str], str, Callable], ...] = (
         lambda x: 0 <= x <= 1,
     ),
     ((f"{_ROOT}MASK.OVERSAMPLE_RATIO",), "be at least 1", lambda x: 1 <= x < math.inf),
+    (
+        (f"{_ROOT}LOSS.FOCAL_GAMMA",),
+        "be 0 or at least 1 (between them gradients are infinite)",
+        lambda x: x == 0 or 1 <= x < math.inf,
+    ),
     ((f"{_ROOT}DECODER.LOGIT_EPS",), "lie between 0 and 0.5", lambda x: 0 < x < 0.5),
     (
         (

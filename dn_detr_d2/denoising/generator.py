@@ -1,6 +1,7 @@
 """Turns the targets of a batch into noised targets. No parameters, no special case for images without objects.
 
-Shapes: N images, M ground truths of the fullest image, m = min(M, room in a group), G groups, D = G * m queries.
+Shapes: N images, M ground truths of the fullest image, m = min(M, room in a group), G groups, D = G * m queries, in
+contrastive denoising 2 G * m.
 """
 
 import copy

@@ -54,7 +54,7 @@ class ClassFrequency:
     def __call__(self, labels: Tensor, prob: float, num_classes: int) -> Tensor:
         """Noised labels."""
         _check_number(len(self._below), num_classes, "the list of class counts")
-        return redraw_labels(labels, prob, self._below.to(labels.device))
+        return redraw_labels(labels, prob, _on(labels.device, self._below))
 
 
 @LABEL_NOISES.register("confusion")
@@ -125,7 +125,12 @@ class Confusion:
     def __call__(self, labels: Tensor, prob: float, num_classes: int) -> Tensor:
         """Noised labels."""
         _check_number(len(self._below), num_classes, "the confusion matrix")
-        return redraw_labels(labels, prob, self._below.to(labels.device)[labels])
+        return redraw_labels(labels, prob, _on(labels.device, self._below)[labels])
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    """A table of float64 on a device; Apple's GPUs have float32 alone."""
+    return table.to(device, torch.float32 if device.type == "mps" else None)
 
 
 def _node(cfg):

@@ -26,7 +26,7 @@ def to_predictions(outputs) -> Predictions:
     if isinstance(outputs, Predictions):
         return outputs
     if isinstance(outputs, dict):
-        layers = [*outputs.get(AUXILIARY, ()), outputs]
+        layers = [*(outputs.get(AUXILIARY) or ()), outputs]
         logits, boxes = (torch.stack([_entry(layer, key) for layer in layers]) for key in ("pred_logits", "pred_boxes"))
     elif _is_pair(outputs):
         logits, boxes = (x[None] if x.dim() == 3 else x for x in outputs)
@@ -47,7 +47,7 @@ def slice_outputs(outputs, part: slice):
     """``part`` of the query axis of outputs in any form, in the same form; of a dict the entries ``pred_*``."""
     if isinstance(outputs, dict):
         cut = {key: x[:, part] if key.startswith("pred_") else x for key, x in outputs.items() if key != AUXILIARY}
-        if AUXILIARY in outputs:
+        if outputs.get(AUXILIARY) is not None:
             cut[AUXILIARY] = [slice_outputs(layer, part) for layer in outputs[AUXILIARY]]
         return cut
     if _is_pair(outputs):

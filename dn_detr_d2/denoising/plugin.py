@@ -227,7 +227,9 @@ class DenoisingQueries:
         if self.queries is not None and len(content) != len(self.queries.content):
             raise ValueError(f"there are targets of {len(self.queries.content)} images, and queries of {len(content)}")
         joined = self.join(ObjectQueries(content, boxes))
-        return joined.content, joined.boxes, joined.blocked
+        if torch.is_autocast_enabled(content.device.type):
+            return joined.content, joined.boxes, joined.blocked
+        return joined.content.to(content.dtype), joined.boxes.to(boxes.dtype), joined.blocked  # of a model in 16 bits
 
     def _with_indicator(self, content: Tensor) -> Tensor:
         """(N, Q, C) from (N, Q, C) or, where the label embedding has an indicator, (N, Q, C - 1)."""

@@ -15,8 +15,9 @@ from torchvision.ops import nms
 
 from ..boxes import cxcywh_to_xyxy, image_scale
 from ..errors import ConfigError
-from ..modeling.batch import denoised_objects
+from ..modeling.batch import denoised_objects, matching_objects
 from ..modeling.outputs import ForwardOutputs
+from ..modeling.pixel_decoder import padded_size
 from ..modeling.postprocess import class_probability
 from ..utils.distributed import unwrap
 from .denoising_health import denoising_of, renoised_passes
@@ -83,6 +84,9 @@ def judge_annotations(
     - missing: a detection's score times 1 minus its largest IoU with an annotated box, of detections that no better one
       overlaps by more than 0.5. Crowds are not known here.
 
+    Of a model that is told of known objects (``DENOISING.KNOWN_FRACTION``) "class" and "box" judge the annotations of known
+    classes, which are denoised, and the other kinds those of the classes that it looks for.
+
     Args:
         model: with a denoising generator; in any mode, which it keeps.
         loader: annotated images, whose ``instances`` have ``gt_index``.
@@ -115,7 +119,9 @@ def judge_annotations(
                 passes = list(renoised_passes(bare, batch, 1.0, box_noise_scale, range(seed, seed + repeats)))
                 columns[0] = torch.stack([_mean_probability(x, classes) for x in passes]).mean(0).cpu()  # (N, M, P)
                 if BOX in kinds:
-                    columns[1] = torch.stack([_mean_boxes(x) for x in passes]).mean(0).cpu()  # (N, M, 4)
+                    restored = torch.stack([_mean_boxes(x) for x in passes]).mean(0).cpu()  # (N, M, 4)
+                    padded = padded_size(passes[0].memory)
+                    columns[1] = [_of_image(x, padded, record) for x, record in zip(restored, batch, strict=True)]
             if SPURIOUS in kinds or MISSING in kinds:
                 columns[2] = [x["instances"] for x in bare(batch)]
             for record, *seen in zip(batch, *columns, strict=True):
@@ -147,6 +153,12 @@ def _mean_over_copies(outputs: ForwardOutputs, values: Tensor) -> Tensor:
     return (total / row.bincount(minlength=n * m).clamp(min=1)[:, None]).unflatten(0, (n, m))
 
 
+def _of_image(boxes: Tensor, padded: tuple[int, int] | None, record: dict) -> Tensor:
+    """(M, 4) boxes cxcywh as parts of the image, where those of models with masks are parts of the padded image."""
+    own = denoised_objects(record).image_size
+    return boxes if padded is None else boxes * (image_scale(padded, boxes) / image_scale(own, boxes))
+
+
 def _judge(
     record: dict, probability: Tensor | None, restored: Tensor | None, detected: Instances | None
 ) -> Iterable[Suspicion]:
@@ -157,14 +169,8 @@ def _judge(
         probability, restored: (M, P) and (M, 4) of its annotations, padded at the end; None = not looked at.
         detected: in pixels of the original image; None likewise.
     """
-    instances, size = denoised_objects(record), (record["height"], record["width"])
-    boxes = instances.gt_boxes.tensor
-    boxes = boxes / image_scale(instances.image_size, boxes) * image_scale(size, boxes)
-    columns = (instances.gt_index.tolist(), boxes.tolist(), instances.gt_classes.tolist())
-    given = [
-        {"image_id": record["image_id"], "index": index, "box": box, "label": label}
-        for index, box, label in zip(*columns, strict=True)
-    ]
+    size = record["height"], record["width"]
+    given, boxes = _annotations(record, denoised_objects(record))
     if probability is not None:
         for about, row in zip(given, probability, strict=False):  # the rest is padding
             others = row.clone()
@@ -178,16 +184,37 @@ def _judge(
         for about, box, shift in zip(given, restored.tolist(), shifts.tolist(), strict=True):
             yield Suspicion(BOX, **about, suggested_box=box, score=shift)
     if detected is not None:
-        yield from _compare(record["image_id"], given, boxes, detected.to("cpu"))
+        told = [_annotations(record, record["known"])[1]] if "known" in record else []
+        given, boxes = _annotations(record, matching_objects(record))
+        yield from _compare(record["image_id"], given, torch.cat([boxes, *told]), detected.to("cpu"))
+
+
+def _annotations(record: dict, instances: Instances) -> tuple[list[dict], Tensor]:
+    """What suspicions say of each annotation, and (M, 4) boxes in pixels of the original image."""
+    boxes = instances.gt_boxes.tensor
+    boxes = boxes / image_scale(instances.image_size, boxes) * image_scale((record["height"], record["width"]), boxes)
+    columns = (instances.gt_index.tolist(), boxes.tolist(), instances.gt_classes.tolist())
+    given = [
+        {"image_id": record["image_id"], "index": index, "box": box, "label": label}
+        for index, box, label in zip(*columns, strict=True)
+    ]
+    return given, boxes
 
 
 def _compare(image_id: int | str, given: list[dict], boxes: Tensor, detected: Instances) -> Iterable[Suspicion]:
-    """Annotations that no detection speaks for, and detections without annotation."""
+    """Annotations that no detection speaks for, and detections without annotation.
+
+    Args:
+        image_id: of the image.
+        given: what may be spurious.
+        boxes: of these, and behind them of objects that the model was told of, which are not missing.
+        detected: in pixels of the original image.
+    """
     scores, overlap = detected.scores, pairwise_iou(detected.pred_boxes, Boxes(boxes))  # (D, M)
-    support = (scores[:, None] * (overlap >= NEAR_IOU)).amax(0) if len(scores) else torch.zeros(len(given))
-    for about, best in zip(given, support.tolist(), strict=True):
+    support = (scores[:, None] * (overlap >= NEAR_IOU)).amax(0) if len(scores) else torch.zeros(len(boxes))
+    for about, best in zip(given, support.tolist(), strict=False):
         yield Suspicion(SPURIOUS, **about, score=1 - best)
-    covered = overlap.amax(1) if given else torch.zeros(len(scores))
+    covered = overlap.amax(1) if len(boxes) else torch.zeros(len(scores))
     places, classes = detected.pred_boxes.tensor, detected.pred_classes
     for i in nms(places, scores, DUPLICATE_IOU).tolist():
         score, box = (scores[i] * (1 - covered[i])).item(), places[i].tolist()

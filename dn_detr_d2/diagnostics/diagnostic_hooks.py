@@ -197,11 +197,21 @@ class InstabilityHook(MeasuringHook):
         health = measure_restoration(self.trainer.model, self.loader, self.scales) if self.scales else {}
         if comm.is_main_process():
             assignment = {image.image_id: image.matched for image in images}
+            self._require_same_shape(assignment)
             scalars = describe(images, self.previous, self.top_k) | describe_health(health)
             self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
             write_assignment(self.record, done, assignment)
             self.previous = assignment
         comm.synchronize()
+
+    def _require_same_shape(self, assignment: dict[str, np.ndarray]) -> None:
+        """Raises ConfigError if the last assignment is of a model with other layers or queries."""
+        (now,), before = ({x.shape for x in y.values()} for y in (assignment, self.previous or assignment))
+        if before != {now}:
+            raise ConfigError(
+                f"{self.record} is of a model with {before.pop()} decoder layers and queries, and this one has {now}; set "
+                "MODEL.DN_DETR.NUM_QUERIES and DECODER.NUM_LAYERS as before, or delete the file to begin a new curve"
+            )
 
 
 def describe(images: list[ProbedImage], previous: dict[str, np.ndarray] | None, top_k: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from ..utils import needs_detectron2  # noqa: F401
 
 # isort: split
-from .build import build_evaluator, main_metric
+from .build import build_evaluator, inference_folder, main_metric
 from .coco_evaluator import RecordsEvaluator, TolerantCOCOEvaluator
 from .panoptic_evaluator import PanopticEvaluator
 from .semantic_evaluator import SemanticEvaluator
@@ -14,5 +14,6 @@ __all__ = [
     "SemanticEvaluator",
     "TolerantCOCOEvaluator",
     "build_evaluator",
+    "inference_folder",
     "main_metric",
 ]

@@ -64,7 +64,7 @@ def _instances(cfg, name: str, _) -> DatasetEvaluator:
     return TolerantCOCOEvaluator(
         name,
         tasks=("bbox", "segm") if cfg.MODEL.DN_DETR.MASK.ENABLED else ("bbox",),
-        output_dir=_folder(cfg),
+        output_dir=inference_folder(cfg, name),
         raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -87,14 +87,16 @@ def _semantic(cfg, name: str, records: list[dict]) -> DatasetEvaluator:
         records,
         metadata.stuff_classes,
         ignore_label=metadata.get("ignore_label", 255),
-        output_dir=_folder(cfg),
+        output_dir=inference_folder(cfg, name),
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
         name=name,
     )
 
 
-def _folder(cfg) -> str:
-    return str(Path(cfg.OUTPUT_DIR) / "inference")
+def inference_folder(cfg, name: str) -> str:
+    """Where the results of an evaluation go: ``OUTPUT_DIR/inference``, of several test sets each has a folder in it."""
+    folder = Path(cfg.OUTPUT_DIR) / "inference"
+    return str(folder / name.replace("/", "_") if len(cfg.DATASETS.TEST) > 1 else folder)
 
 
 # Whether a record has ground truth for an output; where there are no annotations at all, instances are written to a file.

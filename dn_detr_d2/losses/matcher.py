@@ -129,7 +129,10 @@ class SoftmaxMatcher(HungarianMatcher):
     """:class:`HungarianMatcher` with DETR's class cost: minus the probability of the class."""
 
     @staticmethod
-    def default_costs(**settings: float) -> list[Cost]:
-        """The costs of :class:`HungarianMatcher` with :class:`~dn_detr_d2.losses.costs.ClassSoftmaxCost` as the first."""
-        focal, *boxes = HungarianMatcher.default_costs(**settings)
-        return [ClassSoftmaxCost(focal.weight), *boxes]
+    def default_costs(*, class_cost: float = 1.0, **settings: float) -> list[Cost]:
+        """The costs of :class:`HungarianMatcher` with :class:`~dn_detr_d2.losses.costs.ClassSoftmaxCost` as the first.
+
+        The weights are those of DETR: 1 of the class, 5 of L1, 2 of GIoU.
+        """
+        _, *boxes = HungarianMatcher.default_costs(**settings)
+        return [ClassSoftmaxCost(class_cost), *boxes]

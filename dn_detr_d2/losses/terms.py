@@ -7,6 +7,8 @@ Terms of masks are in :mod:`.mask_terms`.
 Shapes: K prediction sets (decoder layers), N images, Q queries, P classes, T pairs.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,12 +76,17 @@ class ClassFocal(LossTerm):
     Args:
         weight: of the term.
         alpha, gamma: of the focal loss.
+
+    Raises:
+        ValueError: gamma between 0 and 1, whose gradient at a certain prediction is infinite.
     """
 
     name = "class"
 
     def __init__(self, weight: float = 1.0, alpha: float = 0.25, gamma: float = 2.0):
         super().__init__(weight)
+        if gamma != 0 and not 1 <= gamma < math.inf:
+            raise ValueError(f"gamma of the focal loss must be 0 or at least 1, got {gamma}")
         self.alpha, self.gamma = alpha, gamma
 
     def __call__(

@@ -20,8 +20,9 @@ def training_losses(
 
     Args:
         outputs: of the pass.
-        matcher, criterion: pairs of queries and ground truths, and losses from pairs.
-        proposal_targets: what the loss of proposals asks for, where there are proposals.
+        matcher, criterion: pairs of queries and ground truths, and losses from pairs. A matcher without ``start`` and
+            ``finish``, which let the device work on while it waits, is called.
+        proposal_targets: what the loss of proposals asks for, where there are proposals; None = all targets.
         normalizers: what matching losses are divided by; None = what these images alone give.
     """
 
@@ -31,13 +32,15 @@ def training_losses(
 
     targets, proposals = outputs.targets, outputs.queries.proposals
     pairs: LossNormalizers | float = max(sum(targets.counts), 1) if normalizers is None else normalizers.matching
-    parts = [(outputs.matching, targets)] + ([] if proposals is None else [(proposals, proposal_targets(targets))])
-    costs, others = matcher.start(parts), {}
+    parts = [(outputs.matching, targets)]
+    if proposals is not None:
+        parts.append((proposals, targets if proposal_targets is None else proposal_targets(targets)))
+    staged, others = hasattr(matcher, "start"), {}
+    costs = matcher.start(parts) if staged else None
     if outputs.dn is not None:  # launched before the host waits for the costs
         others |= _named(outputs.dn.terms(outputs.denoising), "denoising", "dn", "dn")
-    main, *proposed = [
-        criterion(*part, assignment, pairs) for part, assignment in zip(parts, matcher.finish(costs), strict=True)
-    ]
+    assignments = matcher.finish(costs) if staged else [matcher(*part) for part in parts]
+    main, *proposed = [criterion(*part, pairing, pairs) for part, pairing in zip(parts, assignments, strict=True)]
     for terms in proposed:
         others |= _named(terms, "proposal", "proposal", "proposal")
     return _named(main, "matching", "main", "aux") | others

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import doctor
 from ..errors import CheckpointError, ConfigError, DatasetError
-from ..evaluation import main_metric
+from ..evaluation import inference_folder, main_metric
 from ..evaluation.precision_recall import PrecisionRecall, read_precision_recall
 from ..utils.files import atomic_write
 from ..visualization.runs import Run, read_run
@@ -37,10 +37,18 @@ class Training:
     folder: Path
     run: Run
 
+    @property
+    def predictions(self) -> Path:
+        """The folder of the evaluation on the first test set, by which the best checkpoint is chosen."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(self.folder)
+        return Path(inference_folder(cfg, cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""))
+
     @cached_property
     def curves(self) -> dict[str, PrecisionRecall]:
         """{"bbox" or "segm": precision and recall of the last evaluation}."""
-        found = {task: read_precision_recall(self.folder / "inference", task) for task in ("bbox", "segm")}
+        found = {task: read_precision_recall(self.predictions, task) for task in ("bbox", "segm")}
         return {task: x for task, x in found.items() if x is not None}
 
     @cached_property
@@ -48,7 +56,7 @@ class Training:
         """See :func:`.detections.read_evaluated`."""
         if not self.cfg.DATASETS.TEST:
             raise DatasetError("the training was not evaluated: DATASETS.TEST is empty")
-        return read_evaluated(self.cfg, self.folder / "inference")
+        return read_evaluated(self.cfg, self.predictions)
 
     @property
     def score(self) -> float:

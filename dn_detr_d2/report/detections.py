@@ -34,11 +34,11 @@ class Evaluated:
 
 
 def read_evaluated(cfg, folder: Path) -> Evaluated:
-    """What the last evaluation has predicted, with the ground truth of its data set, the last of DATASETS.TEST.
+    """What the last evaluation has predicted, with the ground truth of its data set, the first of DATASETS.TEST.
 
     Args:
         cfg: of the training.
-        folder: OUTPUT_DIR/inference.
+        folder: of that evaluation, see :func:`~dn_detr_d2.evaluation.inference_folder`.
 
     Raises:
         DatasetError: there are no predictions, the data set has no boxes or is not at hand, or the predictions are of
@@ -48,7 +48,7 @@ def read_evaluated(cfg, folder: Path) -> Evaluated:
     path = folder / RESULTS
     if not path.is_file():
         raise DatasetError(f"{path} does not exist; evaluate a detector (TEST.EVAL_PERIOD, DATASETS.TEST) for it")
-    name = cfg.DATASETS.TEST[-1]
+    name = cfg.DATASETS.TEST[0]
     register_data_sets(cfg, [name])
     records = records_of(name)
     if not any("annotations" in record for record in records):

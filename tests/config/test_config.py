@@ -119,6 +119,8 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
         (["MODEL.DN_DETR.NUM_QUERIES", "many"], ["MODEL.DN_DETR.NUM_QUERIES", "int", "str"]),
         (["SOLVER.IMS_PER_BATCH", 0], ["SOLVER.IMS_PER_BATCH", 0]),
         (["SOLVER.BASE_LR", -1.0], ["SOLVER.BASE_LR", -1.0]),
+        (["MODEL.DN_DETR.LOSS.FOCAL_GAMMA", 0.5], ["MODEL.DN_DETR.LOSS.FOCAL_GAMMA", 0.5, "at least 1"]),
+        (["MODEL.DN_DETR.LOSS.FOCAL_GAMMA", -1.0], ["MODEL.DN_DETR.LOSS.FOCAL_GAMMA", -1.0]),
         (["SOLVER.OPTIMIZER", "LAMB"], ["SOLVER.OPTIMIZER", "'LAMB'", "'ADAMW'"]),
         (["SOLVER.AMP.DTYPE", "fp8"], ["SOLVER.AMP.DTYPE", "'fp8'", "'bf16'"]),
         (["INPUT.CROP.TYPE", "relative"], ["INPUT.CROP.TYPE", "'relative'", "'absolute_range'"]),

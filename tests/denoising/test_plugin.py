@@ -282,3 +282,23 @@ def test_shapes_that_do_not_go_together_are_refused():
 def test_useless_settings_are_refused(options):
     with pytest.raises(ValueError, match=r"dim|-1"):
         make(**options)
+
+
+def test_a_model_in_16_bits_gets_its_queries_in_16_bits():
+    """Not under autocast: the model itself was cast, and its layers take nothing else."""
+    denoising = make().to(torch.bfloat16)
+    content, boxes = (x.bfloat16() for x in matching())
+    joined = denoising(targets(2, 1)).prepend(content, boxes)
+    assert [x.dtype for x in joined[:2]] == [torch.bfloat16] * 2
+    assert torch.equal(joined[1][:, -5:], boxes)
+    with torch.autocast("cpu", torch.bfloat16):  # boxes keep their bits there
+        assert make()(targets(2, 1)).prepend(*matching())[1].dtype == torch.float32
+
+
+def test_auxiliary_outputs_may_be_none():
+    """As where a model leaves them out in evaluation."""
+    queries = make()(targets(2, 1))
+    total = queries.num_queries + 5
+    given = {"pred_logits": torch.randn(2, total, 3), "pred_boxes": torch.rand(2, total, 4)}
+    plain, none = (queries.split(x)[1] for x in (given, given | {"aux_outputs": None}))
+    assert queries.losses(plain).keys() == queries.losses(none).keys()

@@ -1,5 +1,6 @@
 """Shifted, spurious and missing boxes, with a model that sees what is there and with the real ones."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +57,9 @@ class Seeing(nn.Module):
                 restored[image, query] = xyxy_to_cxcywh(there[nearest] / SCALE)
         dn = DenoisingQueries(denoising, targets, noised)
         logits = torch.zeros(1, *noised.labels.shape, 3)
-        return ForwardOutputs(None, targets, None, dn, Predictions(logits, restored[None]))
+        return ForwardOutputs(
+            SimpleNamespace(mask_features=None), targets, None, dn, Predictions(logits, restored[None])
+        )
 
 
 def scene(annotated, there, image_id=0):
@@ -161,3 +164,50 @@ def test_what_cannot_be_judged_is_refused(toy_model):
         judge_annotations(toy_model("dn_detr", "MODEL.DN_DETR.NUM_CLASSES", 1), [], kinds=["class"])
     with pytest.raises(ConfigError, match="no denoising"):
         judge_boxes(toy_model("dab_detr"), [])
+
+
+def test_boxes_of_a_model_with_masks_are_parts_of_the_padded_image(toy_model, monkeypatch):
+    """70 x 100 pixels are padded to 96 x 128. Who restores every box to what it was doubts none."""
+    batch = [
+        record | {"image_id": i} for i, record in enumerate(make_batch(2, 1, sizes=((70, 100), (64, 90)), masks=True))
+    ]
+    for record in batch:
+        record["instances"].gt_index = torch.arange(len(record["instances"]))
+
+    def restore(bare, batch, *_):
+        outputs = bare.forward_outputs(batch, bare.denoising.clean())
+        pairs, boxes = outputs.noised.assignment, outputs.predictions.boxes.clone()
+        boxes[:, pairs.image, pairs.query[0]] = outputs.denoised.boxes[pairs.image, pairs.target[0]]
+        yield replace(outputs, predictions=replace(outputs.predictions, boxes=boxes))
+
+    monkeypatch.setattr("dn_detr_d2.diagnostics.annotation_errors.renoised_passes", restore)
+    judged = judge_annotations(toy_model("mask_dino"), [batch], kinds=["box"])
+    assert len(judged) == 3
+    for found in judged:
+        assert found.score == pytest.approx(0, abs=1e-3)
+        assert found.suggested_box == pytest.approx(found.box, abs=0.05)
+
+
+class Told(Seeing):
+    """Is told of ``known`` objects, denoises these, and detects the others that are there."""
+
+    def forward_outputs(self, batch, denoising):
+        return super().forward_outputs(
+            [x | {"instances": x["known"], "there": x["everything"]} for x in batch], denoising
+        )
+
+
+@pytest.mark.parametrize(("unknown", "there", "spurious", "missing"), [
+    ([B], [B], 0.1, 0.0), ([B], [], 1.0, None), ([], [B], None, 0.9), ([B], [A, B], 0.1, 0.0),
+])  # fmt: skip
+def test_known_objects_are_neither_missing_nor_spurious(unknown, there, spurious, missing):
+    """``known`` is annotated rightly; ``unknown`` is what is annotated of the classes that the model looks for."""
+    [record] = scene([A, *unknown], there)
+    annotated = record["instances"]
+    record |= {"known": annotated[:1], "instances": annotated[1:], "everything": torch.tensor([A, B])}
+    judged = judge_annotations(Told(), [[record]])
+    scores = {kind: max((x.score for x in judged if x.kind == kind), default=None) for kind in KINDS}
+    assert [x.index for x in judged if x.kind == "box"] == [0]
+    assert scores["box"] == pytest.approx(0, abs=1e-4)
+    assert scores["spurious"] == (None if spurious is None else pytest.approx(spurious))
+    assert scores["missing"] == (None if missing is None else pytest.approx(missing, abs=1e-4))

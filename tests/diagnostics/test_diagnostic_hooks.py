@@ -150,6 +150,17 @@ def test_a_record_of_other_images_is_refused_before_the_first_step(cfg):
     assert hook.previous is None
 
 
+def test_a_record_of_another_number_of_queries_is_named(cfg, monkeypatch):
+    stop_after(cfg, monkeypatch, 4)
+    record = Path(cfg.OUTPUT_DIR) / "instability.npz"
+    iteration, assignment = read_assignment(record)
+    write_assignment(record, iteration, {name: np.full((2, 5), -1, np.int16) for name in assignment})
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    with pytest.raises(ConfigError, match=naming("instability.npz", "(2, 5)", "MODEL.DN_DETR.NUM_QUERIES")):
+        trainer.train()
+
+
 def test_a_damaged_record_is_named(tmp_path):
     path = tmp_path / "instability.npz"
     write_assignment(path, 3, {"b": np.ones((2, 4), np.int16), "a": np.zeros((2, 4), np.int16)})

@@ -9,7 +9,8 @@ from conftest import SYSTEMS, make_batch
 
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.diagnostics import probe
-from dn_detr_d2.diagnostics.instability import anchor_metrics
+from dn_detr_d2.diagnostics.diagnostic_hooks import read_assignment, write_assignment
+from dn_detr_d2.diagnostics.instability import anchor_metrics, instability
 from dn_detr_d2.diagnostics.model_state import preserve_state
 
 
@@ -95,3 +96,17 @@ def test_modes_and_streams_come_back_after_an_error(toy_model):
 def test_images_without_boxes_are_no_measurement(toy_model):
     with pytest.raises(DatasetError):
         probe(toy_model("dn_detr"), numbered(0, 0))
+
+
+def test_images_with_fewer_cells_than_queries_are_probed(toy_model, tmp_path):
+    """Two stages give an image no more queries than it has cells."""
+    model = toy_model("dino", "MODEL.DN_DETR.NUM_QUERIES", 300)
+    records = make_batch(2, 2, sizes=((64, 96), (80, 80)))
+    images = probe(model, [[record | {"image_id": i}] for i, record in enumerate(records)])
+    (shape,) = {image.matched.shape for image in images}
+    assert shape[1] < 300
+    assert {image.anchors.shape for image in images} == {(shape[1], 4)}
+    assert all((image.matched >= 0).sum() == 2 * shape[0] for image in images)
+    assignment = {image.image_id: image.matched for image in images}
+    write_assignment(tmp_path / "x.npz", 1, assignment)
+    assert instability(read_assignment(tmp_path / "x.npz")[1], assignment).tolist() == [0] * shape[0]

@@ -1,5 +1,7 @@
 """What a data set is evaluated by, and which result chooses the best checkpoint."""
 
+from pathlib import Path
+
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
@@ -9,7 +11,14 @@ from toy_training import make_cfg
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.engine.trainer import best_metrics
-from dn_detr_d2.evaluation import PanopticEvaluator, SemanticEvaluator, TolerantCOCOEvaluator
+from dn_detr_d2.evaluation import (
+    PanopticEvaluator,
+    SemanticEvaluator,
+    TolerantCOCOEvaluator,
+    build_evaluator,
+    inference_folder,
+)
+from dn_detr_d2.report.build import Training
 
 OUTPUTS = "MODEL.DN_DETR.MASK.OUTPUTS"
 BOX = {"id": 3, "bbox": [1, 2, 3, 4], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
@@ -90,3 +99,15 @@ def test_what_cannot_be_evaluated_ends_no_training_later(tmp_path, registered):
     cfg = make_cfg(tmp_path, "DATASETS.TEST", (name,), config="mask2former_dn_R50_instance_12ep")
     with pytest.raises(DatasetError, match=naming(name, OUTPUTS)):
         Trainer(cfg)
+
+
+@pytest.mark.parametrize(("sets", "folders"), [
+    (("shapes_val",), ["inference"]), (("shapes_val", "user/set"), ["inference/shapes_val", "inference/user_set"]),
+])  # fmt: skip
+def test_each_of_several_test_sets_has_a_folder_of_its_own(toy_cfg, tmp_path, sets, folders):
+    """Or the files of all but the last would be overwritten."""
+    cfg = toy_cfg("dn_detr", "OUTPUT_DIR", str(tmp_path), "MODEL.DN_DETR.NUM_CLASSES", 3)
+    cfg.DATASETS.TEST = sets
+    assert [Path(inference_folder(cfg, name)).relative_to(tmp_path).as_posix() for name in sets] == folders
+    assert build_evaluator(cfg, "shapes_val")._output_dir == str(tmp_path / folders[0])
+    assert Training(cfg, tmp_path, None).predictions == tmp_path / folders[0]  # of the first, as the best checkpoint

@@ -75,3 +75,8 @@ def test_detr_predicts_at_most_one_box_a_query(toy_model):
     found = toy_model("detr", "TEST.DETECTIONS_PER_IMAGE", 100).eval()(make_batch(0))[0]["instances"]
     assert len(found) == 9
     assert found.scores.max() < 1
+
+
+def test_default_costs_are_those_of_detr():
+    """Carion et al. (ECCV 2020), Appendix A.4: 1 of the class, 5 of L1, 2 of GIoU."""
+    assert {cost.name: cost.weight for cost in SoftmaxMatcher().costs} == {"class": 1, "l1": 5, "giou": 2}

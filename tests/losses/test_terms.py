@@ -16,6 +16,7 @@ from dn_detr_d2.losses import (
     name_layers,
     step_normalizers,
 )
+from dn_detr_d2.losses.functional import focal_terms
 from dn_detr_d2.structures import Assignment, Predictions, Targets
 
 
@@ -121,3 +122,16 @@ def test_useless_lists_are_refused():
         HungarianMatcher([BoxL1Cost(1)], l1_cost=2)
     with pytest.raises(ValueError, match="-2"):
         BoxL1Cost(-2)
+
+
+@pytest.mark.parametrize("gamma", [0.5, -1.0, float("nan"), float("inf")])
+def test_a_gamma_with_infinite_gradients_is_refused(gamma):
+    with pytest.raises(ValueError, match=str(gamma)):
+        ClassFocal(gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 1.5, 2.0])
+def test_gradients_of_certain_predictions_are_finite(gamma):
+    logits = torch.tensor([20.0, -120.0, 0.0, 120.0], requires_grad=True)
+    sum(x.sum() for x in focal_terms(logits, 0.25, ClassFocal(gamma=gamma).gamma)).backward()
+    assert logits.grad.isfinite().all()

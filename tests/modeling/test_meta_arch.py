@@ -343,3 +343,28 @@ def test_no_parameter_waits_for_a_gradient_with_one_decoder_layer(toy_model, sys
     model = toy_model(system, "MODEL.DN_DETR.DECODER.NUM_LAYERS", 1).train()
     sum(model(make_batch(2, 1)).values()).backward()
     assert [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None] == []
+
+
+def test_a_matcher_of_ones_own_needs_no_stages(toy_model):
+    """What is documented is a call; ``start`` and ``finish`` are for those who let the device work on."""
+    model, batch = toy_model("dino").train(), make_batch(2, 1)
+    torch.manual_seed(0)
+    expected = model(batch)
+    matcher = model.matcher
+    model.matcher = lambda predictions, targets: matcher(predictions, targets)
+    torch.manual_seed(0)
+    losses = model(batch)
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], msg=name)
+
+
+def test_proposals_of_ones_own_need_no_targets_of_their_own(toy_model, monkeypatch):
+    model, batch = toy_model("dino").train(), make_batch(2, 1)
+    torch.manual_seed(0)
+    expected = model(batch)
+    for kind in type(model.query_source).__mro__:
+        if "proposal_targets" in vars(kind):
+            monkeypatch.delattr(kind, "proposal_targets")
+    torch.manual_seed(0)
+    assert {name: x.item() for name, x in model(batch).items()} == {name: x.item() for name, x in expected.items()}
