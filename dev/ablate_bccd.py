@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What gives a small set of photographs its AP? Trains configs/bccd.yaml, and with one choice at a time taken back.
 
-    python dev/ablate_bccd.py --bccd datasets --seeds 1 2 3 --output docs/evidence/bccd
-    python dev/ablate_bccd.py --bccd datasets --seeds 1 2 3 --output docs/evidence/bccd --report
+    python dev/ablate_bccd.py --bccd datasets --seeds 1 2 3 --output docs/evidence
+    python dev/ablate_bccd.py --bccd datasets --seeds 1 2 3 --output docs/evidence --report
 
 --bccd is the folder that holds bccd/. The choices are compared on the validation split, on a short schedule with the
 first seed; then the recipe is trained as it is, and from random weights, and evaluated on the test split. Trainings that

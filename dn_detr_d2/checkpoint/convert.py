@@ -15,6 +15,10 @@ from .timm_names import BODY, to_timm_backbone
 # checkpoints of Detectron2.
 NOTHING = re.compile(r"num_batches_tracked$|^criterion\.|^pixel_(mean|std)$|anchor_generator\.cell_anchors")
 
+# What only a Swin has, and the norms of its maps, which only a detector's Swin has.
+SWIN_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+SWIN_NORMS = re.compile(r"norm\d\.")
+
 DETECTRON2S = "a detector of Detectron2"
 
 # Where backbones keep the network that ImageNet has trained: FPN; ViTDet's pyramid and networks of timm.
@@ -64,11 +68,8 @@ def convert(
     """
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     state = {key: tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor) for key, tensor in state.items()}
-    if (backbone := to_timm_backbone(state, model_state)) is not None:
-        source, log = Source("ImageNet network", "timm"), ["the checkpoint is one of timm's; its names were converted"]
-        wanted = {name: model_state[name] for name in backbone}
-        state, absent = _compare(backbone, wanted, source, None, None, least_matched, log)
-        return Conversion(state, source, log, absent=absent)
+    if (found := _of_classifier(state, model_state, least_matched)) is not None:
+        return found
     source = identify(state) or _by_model(state, model_state)
     if source is None:
         raise CheckpointError(
@@ -120,6 +121,30 @@ def classes_in(state: dict[str, Tensor]) -> int | None:
         state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, [])
         state = _part_no_object(state) if _has_no_object(source, {}) else state
     return count_classes(state)
+
+
+def _of_classifier(state: dict[str, Tensor], model_state: dict[str, Tensor], least: float) -> Conversion | None:
+    """The conversion of an ImageNet classifier of timm or of the Swin repository; None if the file is none of the model's."""
+    network, log = "timm", ["the checkpoint is one of timm's; its names were converted"]
+    if (found := to_timm_backbone(state, model_state)) is not None:
+        wanted = {name: model_state[name] for name in found}
+    elif (body := _swin_body(state, model_state)) is not None:
+        network, log = "Swin", ["the checkpoint is a classifier of the Swin repository; norms of the maps begin anew"]
+        whole = {name: x for name, x in model_state.items() if name.startswith(body)}
+        wanted = {name: x for name, x in whole.items() if not SWIN_NORMS.match(name, len(body))}
+        found = {body + name: x for name, x in state.items() if body + name in wanted}  # without its head
+    else:
+        return None
+    source = Source("ImageNet network", network)
+    state, absent = _compare(found, wanted, source, None, None, least, log)
+    return Conversion(state, source, log, absent=absent)
+
+
+def _swin_body(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> str | None:
+    """The prefix of a Swin in the model if the file is a classifier of the Swin repository, whose names have none."""
+    if SWIN_TABLE not in state or not any(name.startswith("patch_embed.") for name in state):
+        return None
+    return next((body for body in ("backbone.bottom_up.", "backbone.") if body + SWIN_TABLE in model_state), None)
 
 
 def _by_model(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> Source | None:

@@ -2,12 +2,14 @@
 
     dn-detr convert yolo data.yaml --split train train.json
     dn-detr convert yolo labels/train images/train train.json --names data.yaml
-    dn-detr convert voc Annotations JPEGImages train.json [--names classes.txt] [--zero-based]
+    dn-detr convert voc Annotations JPEGImages train.json --list ImageSets/Main/train.txt
+    dn-detr convert voc Annotations JPEGImages all.json [--names classes.txt] [--zero-based]
 
 One .txt or .xml a picture, sub-folders included. YOLO: every image of the folder, a missing .txt means no objects; lines
-are "class cx cy w h" in [0, 1], or class and the points of a polygon. VOC: every .xml; corners are 1-based and inclusive
-unless --zero-based, objects marked "difficult" are kept. What was dropped, missing or changed is counted. Every file that
-cannot be used is named in a sentence of its own; then nothing is written (code 2), or the rest with --drop-bad (code 0).
+are "class cx cy w h" in [0, 1], or class and the points of a polygon. VOC: every .xml, or those of a list; corners are
+1-based and inclusive unless --zero-based, objects marked "difficult" are kept. What was dropped, missing or changed is
+counted. Every file that cannot be used is named in a sentence of its own; then nothing is written (code 2), or the rest
+with --drop-bad (code 0).
 """
 
 import argparse
@@ -23,6 +25,7 @@ from ..errors import DatasetError, UserError
 
 OF_YOLO = {"--split": "split", "--boxes": "boxes", "--pixels": "pixels", "--ignore-confidence": "ignore_confidence"}
 OF_VOC = {"--zero-based": "zero_based", "--match": "match", "--wrong-size": "wrong_size", "--corners": "corners"}
+OF_VOC |= {"--list": "list"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -48,6 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     voc.add_argument("--wrong-size", choices=("ignore", "scale"), help="where <size> is not the picture's (refused)")
     of_corners = ("swapped", *convert_voc.CONVENTIONS)
     voc.add_argument("--corners", choices=of_corners, help="xmin to ymax are corners in the wrong order, or are these")
+    voc.add_argument("--list", metavar="FILE", help="names of .xml files without ending, one a line: a part of the set")
     return parser.parse_intermixed_args(argv)
 
 
@@ -78,13 +82,25 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"yolo needs --names data.yaml or classes.txt: its labels are numbers{found}")
 
 
+def read_list(path: Path) -> frozenset[str]:
+    """The lines of a list such as VOC's ImageSets/Main/train.txt; raises DatasetError where there are none."""
+    try:
+        names = frozenset(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"--list {path} cannot be read as text: {error}") from None
+    if not names:
+        raise DatasetError(f"--list {path} names nothing; it needs a name a line")
+    return names
+
+
 def convert(args: argparse.Namespace) -> Conversion:
     """Reads the data set; raises UserError and OSError."""
     *inputs, _ = map(Path, args.paths)
     if args.format == "voc":
         names = read_names(Path(args.names)) if args.names else []
         match, wrong_size = args.match or "auto", args.wrong_size or "refuse"
-        options = convert_voc.Options(args.zero_based, match, wrong_size, args.corners or "")
+        listed = read_list(Path(args.list)) if args.list else None
+        options = convert_voc.Options(args.zero_based, match, wrong_size, args.corners or "", listed)
         return convert_voc.convert_voc(*inputs, names, options)
     options = convert_yolo.Options(args.boxes, args.pixels, args.ignore_confidence)
     if args.split:

@@ -413,7 +413,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # or more.
     cfg.TEST.COMPILE = False
     # So many CUDA graphs, one for each size of a batch with its padding, are recorded and replayed in evaluation and the
-    # predictor; the one not used for longest makes place. 0 = none. GPUs only, for fewer gaps between kernels
+    # predictor; the least recently used one is discarded. 0 = none. GPUs only, for fewer gaps between kernels
     # (docs/predictor.md). Images with known objects or labels pass without.
     cfg.TEST.CUDA_GRAPHS = 0
     # Side in pixels of the square tiles in which evaluation, the predictor and `dn-detr predict` look at images; 0 = whole

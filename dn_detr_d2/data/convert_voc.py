@@ -47,12 +47,14 @@ POLYGON_BOXES = "objects without a bndbox, whose box is that of their polygon"
 class Options:
     """``zero_based``: corners begin at 0 and xmax is not inclusive. ``match``: "auto", "stem" or "filename" finds pictures.
     ``wrong_size``: "refuse", "ignore" or "scale" where <size> is not the picture's. ``corners``: what a box's numbers
-    are, "swapped", "xywh" or "cxcywh"; "" is corners, and refuses boxes of which many are in the wrong order."""
+    are, "swapped", "xywh" or "cxcywh"; "" is corners, and refuses boxes of which many are in the wrong order. ``listed``:
+    names of the .xml files to read, without ending; None = all."""
 
     zero_based: bool = False
     match: str = "auto"
     wrong_size: str = "refuse"
     corners: str = ""
+    listed: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,13 @@ def convert_voc(labels: Path, images: Path, names: list[str], options: Options) 
     files = walk(labels, (".xml",), tally)
     if not files:
         raise DatasetError(f"no .xml in {labels} was found{tally}")
+    wanted = options.listed
+    if wanted is not None:
+        files = [file for file in files if PurePosixPath(file).stem in wanted]
+        if lacking := sorted(wanted - {PurePosixPath(file).stem for file in files}):
+            raise DatasetError(
+                f"{len(lacking)} of {len(wanted)} listed names have no .xml in {labels}, first {lacking[0]!r}"
+            )
     folder, real = ImageFolder(images), [os.path.realpath(labels)]
     found = walk(images, SUFFIXES, tally if os.path.realpath(images) != real[0] else Tally())
     annotations = {}
@@ -284,7 +293,8 @@ def convert_voc(labels: Path, images: Path, names: list[str], options: Options) 
     bad = [PurePosixPath(file) for file in files if file not in annotations]  # each is a fault, so has its sentence
     theirs = {picture for path in bad for picture in pictures.alike(path.stem, _parent(str(path)))}
     for picture in sorted(set(found) - set(claims) - theirs):
-        tally.add(NO_XML, picture)
+        if wanted is None or PurePosixPath(picture).stem in wanted:
+            tally.add(NO_XML, picture)
     sources = (
         (
             labels / file,

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -590,3 +591,25 @@ def test_a_safetensors_file_of_the_same_model_is_the_same_file(tmp_path):
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
         assert {name: file.get_tensor(name).tolist() for name in state} == {x: y.tolist() for x, y in state.items()}
     assert read_checkpoint(tmp_path / "0.safetensors").class_names == ["dög", '"x"']
+
+
+SWIN = ["MODEL.SWIN.SIZE", "T", "MODEL.SWIN.DROP_PATH_RATE", 0.0]
+
+
+def test_a_training_starts_from_a_classifier_of_the_swin_repository():
+    """Its names have no prefix; it has a head and a norm before it, and no norms of the maps."""
+    _, model = model_of("mask2former_SwinT_instance_50ep", *SWIN)
+    own = {name: torch.randn_like(x) if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    body = {name: x for name, x in own.items() if re.match(r"backbone\.(patch_embed|layers)\.", name)}
+    file = {name.removeprefix("backbone."): x for name, x in body.items()}
+    extra = {"norm.weight": torch.ones(768), "norm.bias": torch.ones(768), "head.weight": torch.ones(9, 768)}
+    conversion = convert(file | extra, model.state_dict())
+    assert conversion.state.keys() == body.keys()
+    assert all(torch.equal(conversion.state[name], x) for name, x in body.items())
+    assert str(conversion.source).startswith("ImageNet network")
+    lacking = {name: x for name, x in file.items() if not name.startswith("layers.3.")}
+    with pytest.raises(CheckpointError, match=naming("missing: ", "Swin")):
+        convert(lacking, model.state_dict())
+    wider = {name: torch.ones(*(2 * n for n in x.shape)) for name, x in file.items()}
+    with pytest.raises(CheckpointError, match=naming("wrong shape: ", "Swin")):
+        convert(wider, model.state_dict())

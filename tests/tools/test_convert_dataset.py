@@ -1075,3 +1075,19 @@ def test_an_xml_behind_a_link_stays_in_its_folder(folders, capsys):
     (folders / "labels" / "a.xml").symlink_to(folders / "secret.xml")
     assert run(folders, "voc") == (2, None)
     assert "a.xml" in capsys.readouterr().err
+
+
+def test_a_list_chooses_a_part_of_a_voc_set(folders, capsys):
+    for name in ("a", "sub/b"):
+        (folders / "labels" / f"{name}.xml").write_text(VOC.replace("a.png", f"{name.split('/')[-1]}.png"))
+    (folders / "train.txt").write_text("\ufeffb\r\n\r\n", encoding="utf-8")
+    code, content = run(folders, "voc", "--list", str(folders / "train.txt"))
+    assert code == 0
+    assert [image["file_name"] for image in content["images"]] == ["sub/b.png"]
+    assert "without an .xml" not in capsys.readouterr().out
+    for text, named in (("b\nc\n", "'c'"), ("\n", "--list")):
+        (folders / "train.txt").write_text(text)
+        assert run(folders, "voc", "--list", str(folders / "train.txt"))[0] == 2
+        assert named in capsys.readouterr().err
+    assert run(folders, "yolo", "--names", str(folders / "classes.txt"), "--list", "x")[0] == 2
+    assert "--list" in capsys.readouterr().err
