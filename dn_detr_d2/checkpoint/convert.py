@@ -124,7 +124,7 @@ def classes_in(state: dict[str, Tensor]) -> int | None:
 
 
 def _of_classifier(state: dict[str, Tensor], model_state: dict[str, Tensor], least: float) -> Conversion | None:
-    """The conversion of an ImageNet classifier of timm or of the Swin repository; None if the file is none of the model's."""
+    """The conversion of a classifier of timm or of the Swin repository; None if the file is none of the model's network."""
     network, log = "timm", ["the checkpoint is one of timm's; its names were converted"]
     if (found := to_timm_backbone(state, model_state)) is not None:
         wanted = {name: model_state[name] for name in found}
