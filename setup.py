@@ -18,13 +18,16 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 REPORT = "_build.txt"
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")  # Python without the lock has no limited interface
 REBUILD = "pip install --no-build-isolation -e . builds it"
 
 
@@ -80,7 +83,7 @@ def make_extension(with_cuda: bool):
     sources = ["csrc/registration.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
     optimize = ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    limited = ["-DPy_LIMITED_API=0x030A0000"]
+    limited = ["-DPy_LIMITED_API=0x030A0000"] if LIMITED else []
     flags = {"cxx": [*optimize, *openmp, *limited, "-Wall", "-fvisibility=hidden"]}
     more = {}
     if with_cuda:
@@ -89,7 +92,9 @@ def make_extension(with_cuda: bool):
         flags["nvcc"] = [*optimize, *limited, "-lineinfo"]
         more["include_dirs"] = headers_from_pip()
     kind = CUDAExtension if with_cuda else CppExtension
-    return kind("dn_detr_d2._C", sources, extra_compile_args=flags, extra_link_args=openmp, py_limited_api=True, **more)
+    return kind(
+        "dn_detr_d2._C", sources, extra_compile_args=flags, extra_link_args=openmp, py_limited_api=LIMITED, **more
+    )
 
 
 def headers_from_pip() -> list[str]:
@@ -150,6 +155,16 @@ def architectures() -> str:
     return ",".join(name for flag in flags for name in re.findall(r",code=\[?([\w,]+)", flag))
 
 
+def sentence_of(error: Exception) -> str:
+    """What an error says, in one line; PyTorch gives some of its texts apart from what belongs into them."""
+    text, *values = error.args or ("",)
+    try:
+        text = text % tuple(values) if values else str(error)
+    except TypeError:
+        text = str(error)
+    return " ".join(str(text).split())[:300]
+
+
 def report(sentence: str, *folders: Path) -> None:
     """Says what was built, and writes it where the package finds it."""
     print(f"dn_detr_d2: {sentence}", flush=True)
@@ -160,6 +175,10 @@ def report(sentence: str, *folders: Path) -> None:
 
 def plan() -> dict:
     """The arguments of setup(): the commands, and the extension if it can be built."""
+    if int(setuptools.__version__.split(".")[0]) < 77:  # it would not read pyproject.toml, and say something else
+        raise SystemExit(
+            f"error: setuptools >= 77 is needed, this is {setuptools.__version__}: pip install -U setuptools"
+        )
     forced = flag("DN_DETR_FORCE_CUDA") and not flag("DN_DETR_NO_EXT")
     reason = without_extension()
     no_cuda = reason or without_cuda()
@@ -181,6 +200,11 @@ def build_command(no_cuda: str):
     class Build(BuildExtension):
         """Falls back from CUDA to CPU kernels, and from those to none, unless CUDA was asked for."""
 
+        def finalize_options(self) -> None:
+            """As BuildExtension's; an older library is never taken for up to date, for headers and PyTorch change too."""
+            super().finalize_options()
+            self.force = True
+
         def build_extensions(self) -> None:
             reason = no_cuda
             try:
@@ -193,7 +217,7 @@ def build_command(no_cuda: str):
             except Exception as error:
                 if flag("DN_DETR_FORCE_CUDA"):
                     raise
-                reason = f"the compiler failed ({' '.join(str(error).split())[:300]}); pip install -v shows its output"
+                reason = f"the compiler failed ({sentence_of(error)}); pip install -v shows its output"
                 print(f"dn_detr_d2: building failed: {error}", file=sys.stderr)
                 built = "no kernels were built" if no_cuda else self.build_without_cuda()
             if built == "no kernels were built":
@@ -204,8 +228,8 @@ def build_command(no_cuda: str):
             report(sentence, ROOT / "dn_detr_d2", Path(self.build_lib) / "dn_detr_d2")
 
         def build_without_cuda(self) -> str:
-            """The second try."""
-            self.extensions = [make_extension(with_cuda=False)]
+            """The second try, with the same extension, of which setuptools has noted where it goes."""
+            vars(self.extensions[0]).update(vars(make_extension(with_cuda=False)))
             try:
                 super().build_extensions()
             except Exception as error:
@@ -242,6 +266,6 @@ class BuildWithConfigs(build_py):
 
 
 setup(
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
     **plan(),
 )

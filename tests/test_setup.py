@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -171,10 +172,13 @@ def test_cuda_kernels_compile(tmp_path, architecture):
         "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
         f'#include "{ROOT}/csrc/cuda/kernels.cuh"\n'
         "using namespace dn_detr_d2;\n"
-        "template <bool F, int G, int V, class T, class P> void both(Arguments<T, P> a) {\n"
-        "  forward_kernel<F, G, V, T, P><<<1, kThreads>>>(a);\n  backward_kernel<F, G, V, T, P><<<1, kThreads>>>(a);\n}\n"
+        "template <bool F, int G, int V, class T, class P, bool U = false> void both(Arguments<T, P> a) {\n"
+        "  forward_kernel<F, U, G, V, T, P><<<1, kThreads>>>(a);\n"
+        "  backward_kernel<F, U, false, G, V, T, P><<<1, kThreads>>>(a);\n"
+        "  backward_kernel<F, U, true, G, V, T, P><<<1, kThreads>>>(a);\n}\n"
         "void all(Arguments<float, float> f, Arguments<__nv_bfloat16, float> b, Arguments<double, double> d) {\n"
-        "  both<false, 8, 4>(f); both<true, 8, 4>(f); both<false, 4, 8>(b); both<true, 4, 8>(b); both<true, 32, 1>(d);\n}\n"
+        "  both<false, 8, 4>(f); both<true, 8, 4>(f); both<false, 4, 8>(b); both<true, 4, 8>(b); both<true, 32, 1>(d);\n"
+        "  both<true, 8, 4, float, float, true>(f);\n}\n"
     )
     command = [
         nvcc,
@@ -193,3 +197,55 @@ def test_cuda_kernels_compile(tmp_path, architecture):
     assert ("v4.f32" in "".join(line for line in ptx.splitlines() if "atom" in line or "red." in line)) == (
         architecture == "90"
     )
+
+
+@pytest.mark.long
+def test_cpu_kernels_are_built_where_nvcc_fails(build, tmp_path, monkeypatch):
+    """An nvcc of another major version than PyTorch's, where a GPU is in sight."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.1, V9.1.85'\n")
+    nvcc.chmod(0o755)
+    source = (tmp_path / "setup.py").read_text()
+    (tmp_path / "setup.py").write_text(
+        source.replace("    no_cuda = reason or without_cuda()\n", "    no_cuda = reason\n")
+    )
+    code, output, report = build(CUDA_HOME=str(nvcc.parent.parent), MAX_JOBS="2", DEBUG="1")
+    assert code == 0, output[-3000:]
+    assert report.startswith("the CPU kernels were built; no CUDA kernels: "), report
+    assert "9.1" in report
+    assert "%" not in report
+    assert [path.name for path in (tmp_path / "dn_detr_d2").glob("*.so")] == ["_C.abi3.so"]
+
+
+def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "dn_detr_d2", "csrc", "configs", "tools"):
+        source = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.txt")
+        shutil.copytree(source, tmp_path / name, ignore=ignored) if source.is_dir() else shutil.copy(
+            source, tmp_path / name
+        )
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "sdist", "--formats=tar", "--dist-dir", "made"]
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"DN_DETR_NO_EXT": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    (archive,) = (tmp_path / "made").glob("*.tar")
+    with tarfile.open(archive) as content:
+        held = {name.split("/", 1)[1] for name in content.getnames() if "/" in name}
+    needed = [*CSRC, *ROOT.glob("configs/*.yaml"), ROOT / "tools" / "install_detectron2.py"]
+    assert {str(path.relative_to(ROOT)) for path in needed} <= held
+
+
+def test_an_old_setuptools_is_named(setup_functions, monkeypatch):
+    monkeypatch.setattr("setuptools.__version__", "75.2.0")
+    with pytest.raises(SystemExit, match=r"setuptools.*77.*75\.2\.0"):
+        setup_functions["plan"]()
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (RuntimeError("a  b\nc"), "a b c"), (RuntimeError("%s is not %s", "12.4", "13.0"), "12.4 is not 13.0"),
+    (OSError(2, "No such file"), "[Errno 2] No such file"), (RuntimeError(), ""),
+])  # fmt: skip
+def test_errors_are_sentences(setup_functions, error, said):
+    assert setup_functions["sentence_of"](error) == said

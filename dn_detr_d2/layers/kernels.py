@@ -11,26 +11,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 _REBUILD = "pip install --no-build-isolation -e . builds it"
 
 
-def missing_kernel(device_type: str) -> str:
-    """Why there is no compiled kernel for tensors on this kind of device; "" if there is one.
+def missing_kernel(device: str | torch.device) -> str:
+    """Why there is no compiled kernel for tensors on a device, or a kind of device; "" if there is one.
 
-    For "cuda" also why the library has none for the current GPU, where there is one.
+    On a GPU also why the library has none for this one, without an index for the current one.
     """
-    reason = _MISSING.get(device_type, f"there are no kernels for {device_type} devices")
-    return reason or (_missing_on_this_gpu() if device_type == "cuda" else "")
+    device = torch.device(device)
+    reason = _MISSING.get(device.type, f"there are no kernels for {device.type} devices")
+    return reason or (_missing_on_gpu(device.index) if device.type == "cuda" else "")
 
 
 @torch.compiler.assume_constant_result
-def _missing_on_this_gpu() -> str:
-    """Why the library's CUDA kernels cannot run on the current GPU; "" if they can, or if there is no GPU to ask."""
+def _missing_on_gpu(index: int | None) -> str:
+    """Why the library's CUDA kernels cannot run on a GPU; "" if they can, or if there is no GPU to ask."""
     if not torch.cuda.is_available():
         return ""
-    return _no_code_for(torch.cuda.get_device_capability(), _cuda_architectures())
+    return _no_code_for(torch.cuda.get_device_capability(index), _cuda_architectures())
 
 
 def _cuda_architectures() -> str:
@@ -69,28 +71,40 @@ def kernel_is_broken(device_type: str) -> bool:
     return "does not load" in reason or "was built with PyTorch" in reason
 
 
-def uses_kernel(backend: str, device_type: str) -> bool:
-    """Whether ``backend`` means the compiled kernel for tensors on this kind of device.
+def uses_kernel(backend: str, device: str | torch.device) -> bool:
+    """Whether ``backend`` means the compiled kernel for tensors on a device.
 
     Args:
         backend: "auto" takes the kernel where there is one, else PyTorch's operators; "cuda" and "cpu" insist on the
             kernel; "torch" means PyTorch's operators.
-        device_type: of the tensors, such as "cpu".
+        device: of the tensors, or its kind, such as "cpu".
 
     Raises:
         ValueError: an unknown backend, or one that is not there, or tensors on another device than it needs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    kind = torch.device(device).type
     if backend in ("cuda", "cpu"):
-        if backend != device_type:
-            raise ValueError(f"backend {backend!r} needs tensors on {backend}, got {device_type}")
-        if reason := missing_kernel(device_type):
+        if backend != kind:
+            raise ValueError(f"backend {backend!r} needs tensors on {backend}, got {kind}")
+        if reason := missing_kernel(device):
             raise ValueError(f"backend {backend!r} is not available: {reason}")
-    use = backend != "torch" and not missing_kernel(device_type)
+    use = backend != "torch" and not missing_kernel(device)
     if not torch.compiler.is_compiling():
-        _announce(backend, device_type, use)
+        _announce(backend, kind, use)
     return use
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raises NotImplementedError for tensors with a forward gradient, which the operators would drop without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "ms_deform_attn has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), nor has PyTorch's "
+            "grid_sample; use reverse mode"
+        )
 
 
 @functools.cache
@@ -117,7 +131,7 @@ def _load() -> dict[str, str]:
     except ImportError as error:
         report = folder / "_build.txt"
         if any(folder.glob("_C*.so")):  # built, but not for this PyTorch or this Python
-            reason = f"the compiled library does not load ({error}); {_REBUILD} anew"
+            reason = f"the compiled library does not load ({error}); {_REBUILD} anew{_last_failure(report)}"
         elif report.exists():
             reason = f"at installation {report.read_text().strip()}"
         else:
@@ -125,12 +139,19 @@ def _load() -> dict[str, str]:
         return {"cpu": reason, "cuda": reason}
 
     built_with, devices = torch.ops.dn_detr_d2.build_info().split("; ")
+    report = folder / "_build.txt"
     if reason := _other_torch(built_with.removeprefix("torch "), torch.__version__):
+        reason += _last_failure(report)
         return {"cpu": reason, "cuda": reason}
     _register()
-    report = folder / "_build.txt"
     left_out = report.read_text().strip() if report.exists() else "the library was built without CUDA"
-    return {"cpu": "", "cuda": "" if "cuda" in devices else f"at installation {left_out}"}
+    return {"cpu": "", "cuda": "" if "cuda" in devices else f"at installation {left_out}", "meta": ""}
+
+
+def _last_failure(report: Path) -> str:
+    """What an installation after that of an old library said, if it has built none; "" else."""
+    said = report.read_text().strip() if report.exists() else ""
+    return f" (the last installation: {said})" if said.startswith("no kernels were built") else ""
 
 
 def _other_torch(built: str, running: str) -> str:

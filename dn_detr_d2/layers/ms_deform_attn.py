@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..structures import upload
-from .kernels import uses_kernel
+from .autocast import without_autocast
+from .kernels import refuse_forward_mode, uses_kernel
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,16 +47,18 @@ def ms_deform_attn(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the text names it.
+        NotImplementedError: a forward-mode derivative is asked of the kernel.
     """
     _check_inputs(
         value,
         spatial_shapes,
         {"sampling_locations": sampling_locations, "attention_weights": attention_weights},
     )
-    if uses_kernel(backend, value.device.type):
+    if uses_kernel(backend, value.device):
+        refuse_forward_mode(value, sampling_locations, attention_weights)
         sizes = [size for shape in spatial_shapes for size in shape]
         return torch.ops.dn_detr_d2.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device.type):
         return ms_deform_attn_torch(value, spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -84,14 +87,16 @@ def ms_deform_attn_fused(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the text names it.
+        NotImplementedError: a forward-mode derivative is asked of the kernel.
     """
     _check_inputs(
         value, spatial_shapes, {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits}, reference
     )
-    if uses_kernel(backend, value.device.type):
+    if uses_kernel(backend, value.device):
+        refuse_forward_mode(value, reference, sampling_offsets, attention_logits)
         sizes = [size for shape in spatial_shapes for size in shape]
         return torch.ops.dn_detr_d2.ms_deform_attn_fused(value, sizes, reference, sampling_offsets, attention_logits)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device.type):
         wide = torch.promote_types(value.dtype, torch.float32)
         locate = locations_from_boxes if reference.shape[-1] == 4 else locations_from_points
         locations = locate(reference.to(wide), sampling_offsets.to(wide), spatial_shapes)
@@ -137,7 +142,8 @@ def locations_from_points(points: Tensor, offsets: Tensor, shapes: list[tuple[in
     """
     # Compiled, sizes are symbols, of which no array can be made; recorded, an upload would read host memory at each replay.
     if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
-        cells = torch.stack([offsets.new_full((), size) for height, width in shapes for size in (width, height)])
+        sizes = [torch.sym_max(size, 1) for height, width in shapes for size in (width, height)]
+        cells = torch.stack([offsets.new_full((), size) for size in sizes])
         cells = cells.view(-1, 2)
     else:
         cells = np.array([(max(width, 1), max(height, 1)) for height, width in shapes], np.int64).reshape(-1, 2)

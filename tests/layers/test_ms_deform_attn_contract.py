@@ -5,7 +5,7 @@ import pytest
 import torch
 from op_cases import make_fused_inputs, make_inputs
 
-from dn_detr_d2.layers import missing_kernel, ms_deform_attn, ms_deform_attn_fused
+from dn_detr_d2.layers import MultiScaleDeformableAttention, missing_kernel, ms_deform_attn, ms_deform_attn_fused
 
 needs_kernel = pytest.mark.skipif(bool(missing_kernel("cpu")), reason=missing_kernel("cpu") or "-")
 
@@ -154,3 +154,60 @@ def test_backward_refuses_a_gradient_that_does_not_fit(change):
         torch.ops.dn_detr_d2.ms_deform_attn_backward(
             change(torch.zeros(1, 3, 8, dtype=torch.float64)), value, flat([shapes])[0], loc, weights
         )
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_a_level_without_cells_adds_nothing(backend):
+    """Offsets in cells of a level of size 0 were divided by it: all of the output was NaN."""
+    shapes = [(6, 5), (0, 4), (3, 2)]
+    torch.manual_seed(0)
+    value, reference = torch.randn(1, 36, 2, 4), torch.rand(1, 3, 3, 2)
+    offsets, logits = torch.randn(1, 3, 2, 3, 2, 2), torch.randn(1, 3, 2, 3, 2)
+
+    def run(*tensors):
+        return ms_deform_attn_fused(tensors[0], shapes, *tensors[1:], backend=backend)
+
+    expected = run(value, reference, offsets, logits)
+    assert expected.isfinite().all()
+    compiled = torch.compile(run, backend="eager", fullgraph=True)(value, reference, offsets, logits)
+    torch.testing.assert_close(compiled, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("fused", [True, False])
+def test_forward_mode_is_refused_where_it_would_be_zero(fused):
+    value = torch.randn(1, 4, 1, 4)
+    places, weights = torch.rand(1, 3, 1, 1, 2, 2), torch.rand(1, 3, 1, 1, 2)
+
+    def run(x):
+        if fused:
+            return ms_deform_attn_fused(x, [(2, 2)], torch.rand(1, 3, 1, 2), places, weights)
+        return ms_deform_attn(x, [(2, 2)], places, weights)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(run, (value,), (torch.ones_like(value),))
+    with torch.autograd.forward_ad.dual_level():
+        assert run(value).shape == (1, 3, 4)  # what carries no gradient is taken
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_shapes_are_found_on_the_meta_device(backend):
+    made = [torch.empty(shape, device="meta") for shape in ((2, 36, 2, 4), (2, 5, 2, 3, 2, 2), (2, 5, 2, 3, 2))]
+    reference = torch.empty(2, 5, 3, 4, device="meta")
+    shapes = [(6, 5), (2, 2), (1, 2)]
+    found = ms_deform_attn_fused(made[0], shapes, reference, *made[1:], backend=backend)
+    assert (found.shape, found.device.type) == ((2, 5, 8), "meta")
+
+
+def test_attention_runs_on_the_meta_device(toy_model):
+    """To find shapes without computing anything."""
+    model = toy_model("dn_deformable_detr").eval()
+    layer = model.encoder.layers[0].to("meta")
+    attention = next(x for x in layer.modules() if isinstance(x, MultiScaleDeformableAttention))
+    dim, levels = attention.value_proj.in_features, attention.num_levels
+    shapes = [(4, 6), (2, 3), (1, 2), (1, 1)][:levels]
+    cells = sum(height * width for height, width in shapes)
+    value = torch.empty(1, cells, dim, device="meta")
+    reference = torch.empty(1, cells, levels, 2, device="meta")
+    padding = torch.zeros(1, cells, dtype=torch.bool, device="meta")
+    assert attention(value, reference, value, padding, shapes).shape == value.shape
