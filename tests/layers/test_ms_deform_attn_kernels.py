@@ -362,10 +362,16 @@ def test_without_a_gpu_only_the_library_is_asked(monkeypatch):
 def test_tracing_takes_the_gpu_for_a_constant(monkeypatch):
     monkeypatch.setitem(kernels._MISSING, "cuda", "")
     monkeypatch.setattr(kernels, "_cuda_architectures", lambda: "sm_80")
-    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (7, 5))
-    monkeypatch.setattr(kernels, "torch", SimpleNamespace(cuda=cuda))  # PyTorch itself must not believe in it
-    traced = torch.compile(lambda x: x + 1 if missing_kernel("cuda") else x + 2, fullgraph=True, backend="eager")
-    assert traced(torch.zeros(1)).item() == 1
+    capabilities = {None: (7, 5), 0: (7, 5), 1: (8, 6)}
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=capabilities.__getitem__)
+    standin = SimpleNamespace(cuda=cuda, device=torch.device)
+    monkeypatch.setattr(kernels, "torch", standin)  # PyTorch itself must not believe in it
+    for device, expected in (("cuda", 1), ("cuda:0", 1), ("cuda:1", 2)):  # unlike GPUs
+        traced = torch.compile(
+            lambda x, d=device: x + 1 if missing_kernel(d) else x + 2, fullgraph=True, backend="eager"
+        )
+        assert traced(torch.zeros(1)).item() == expected
+        assert bool(missing_kernel(torch.device(device))) == (expected == 1)
 
 
 @needs_kernel
