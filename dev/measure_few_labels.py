@@ -191,6 +191,7 @@ def draw(ends: dict[tuple[int, str], list[float]], path: Path) -> None:
     left.set_xscale("log")
     left.set_xticks(sorted(PLAN), [f"{x} %" for x in sorted(PLAN)])
     left.minorticks_off()
+    left.set_xlim(4, 130)
     left.set(xlabel="annotated training images", ylabel="AP on the test split")
     left.legend(frameon=False, fontsize=8)
     kinds = [kind for kind in KINDS if ends.get((10, kind))]
