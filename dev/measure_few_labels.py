@@ -184,10 +184,10 @@ def draw(ends: dict[tuple[int, str], list[float]], path: Path) -> None:
     """
     figure, (left, right) = new_figure(1, 2, (6.4, 3.4))
     for i, kind in enumerate((ALONE, OURS, REGIONS)):
-        points = [(percent, ap) for (percent, name), values in ends.items() if name == kind for ap in values]
-        means = {percent: np.mean([y for x, y in points if x == percent]) for percent in sorted({x for x, _ in points})}
-        left.plot(means.keys(), means.values(), color=colour(i), label=kind, linewidth=1.5)
-        left.plot(*zip(*points, strict=True), "o", color=colour(i), markersize=4) if points else None
+        of_kind = {percent: values for (percent, name), values in sorted(ends.items()) if name == kind and values}
+        left.plot(of_kind.keys(), list(map(np.mean, of_kind.values())), color=colour(i), label=kind, linewidth=1.5)
+        for percent, values in of_kind.items():
+            left.plot([percent] * len(values), values, "o", color=colour(i), markersize=4)
     left.set_xscale("log")
     left.set_xticks(sorted(PLAN), [f"{x} %" for x in sorted(PLAN)])
     left.minorticks_off()

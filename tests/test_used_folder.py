@@ -78,6 +78,15 @@ def test_a_folder_without_a_training_is_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("options", ["", "?matching_heuristics=True"])
+def test_a_folder_that_holds_what_a_training_begins_with_alone_is_left_alone(tmp_path, options):
+    """Options may follow the name, as in Detectron2."""
+    for name in ("model_final.pth", "model_final.pth.sha256"):
+        (tmp_path / name).write_text("x")
+    assert set_aside(tmp_path, f"{tmp_path / 'model_final.pth'}{options}") is None
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_resume_does_not_need_the_weights_that_its_training_began_with(run, tmp_path):
     assert run()[0] == 0
     (tmp_path / "out" / "model_0000000.pth").rename(tmp_path / "start.pth")

@@ -75,10 +75,7 @@ def write(args: argparse.Namespace) -> None:
     content = content_of(chosen_images(args), Path(args.images), args.top)
     if not content["images"]:
         raise UserError(f"{args.images} holds no image that can be read")
-    try:
-        write_json(content, args.output)
-    except OSError as error:
-        raise UserError(f"{args.output} cannot be written: {error.strerror}") from None
+    write_json(content, args.output)
     print(f"{args.output}: {len(content['annotations'])} regions of {len(content['images'])} images")
 
 

@@ -239,16 +239,16 @@ def set_aside(folder: Path, weights: str) -> Path | None:
     Returns:
         The new folder, None if there was no earlier training.
     """
+    needed = os.path.realpath(weights.split("?")[0]) if weights and "://" not in weights else ""
     found = [path for pattern in OF_A_TRAINING for path in sorted(folder.glob(pattern))]
+    found = [path for path in found if os.path.realpath(path) not in (needed, f"{needed}.sha256")]
     if not any(path.name in (POINTER, "metrics.json") or path.suffix == ".pth" for path in found):
         return None
     number = next(i for i in itertools.count(1) if not (folder / f"earlier_{i}").exists())
     target = folder / f"earlier_{number}"
     target.mkdir()
-    needed = os.path.realpath(weights) if weights and "://" not in weights else ""
     for path in found:
-        if os.path.realpath(path) not in (needed, f"{needed}.sha256"):
-            path.replace(target / path.name)
+        path.replace(target / path.name)
     if (folder / "config.yaml").is_file():
         shutil.copy2(folder / "config.yaml", target)
     logger.warning(

@@ -24,8 +24,13 @@ from ..data.yolo_yaml import SPLITS, YAML, read_classes, read_names, read_split
 from ..errors import DatasetError, UserError
 
 OF_YOLO = {"--split": "split", "--boxes": "boxes", "--pixels": "pixels", "--ignore-confidence": "ignore_confidence"}
-OF_VOC = {"--zero-based": "zero_based", "--match": "match", "--wrong-size": "wrong_size", "--corners": "corners"}
-OF_VOC |= {"--list": "list"}
+OF_VOC = {
+    "--zero-based": "zero_based",
+    "--match": "match",
+    "--wrong-size": "wrong_size",
+    "--corners": "corners",
+    "--list": "list",
+}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -93,10 +93,7 @@ def repair_set(
         more += masks
         if drop_bad:
             content = _without_unmasked(content, say)
-    try:
-        write_json(content, target)
-    except OSError as error:
-        raise DatasetError(f"--fix {target} cannot be written: {error.strerror}") from None
+    write_json(content, target)
     changes += more
     for kind, count in (+changes).items():
         say(f"repaired: {count} x {kind}")
@@ -122,6 +119,9 @@ def _count_changed(before: dict, after: dict) -> int:
 
 
 def write_json(content: dict, path: str) -> None:
-    """Writes a JSON file completely or not at all; raises OSError."""
-    with atomic_write(path, "w") as file:
-        file.write(json.dumps(content))
+    """Writes a JSON file completely or not at all; raises DatasetError where it cannot be written."""
+    try:
+        with atomic_write(path, "w") as file:
+            file.write(json.dumps(content))
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be written: {error.strerror}") from None

@@ -21,6 +21,7 @@ from ..utils.text_output import escaped
 from .conventions import declared, other_convention
 from .images import ImageFolder, image_size
 from .issues import Issue
+from .label_files import best_folder
 from .normalise import (
     as_box,
     foreign_references,
@@ -375,15 +376,12 @@ def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
             missing.append(str(image_folder / image["file_name"]))
         record = {"file_name": path, "image_id": image["id"]}
         records[image["id"]] = record | _annotated_size(image, json_file)
-    if missing and len(missing) == len(images):
-        right = _folder_of([image["file_name"] for image in images[:20]], image_folder)
+    if len(missing) == len(images):
+        names = [image["file_name"] for image in images[:20]]
+        right, found = best_folder(image_folder, lambda folder: sum((folder / name).is_file() for name in names))
+        way_out = f"they lie in {right}: name that folder" if found == len(names) else "name the folder that holds them"
         raise DatasetError(
-            f"{json_file}: none of its {len(images)} image files lies in {image_folder}, first {missing[0]}{hint}; "
-            + (
-                f"they lie in {right}: name that folder"
-                if right
-                else "name the folder that each file_name is relative to"
-            )
+            f"{json_file}: none of its {len(images)} image files lies in {image_folder}, first {missing[0]}{hint}; {way_out}"
         )
     if missing:
         raise DatasetError(
@@ -391,15 +389,6 @@ def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
             f"leave them out with {FIX} --drop-bad"
         )
     return records
-
-
-def _folder_of(names: list[str], near: Path) -> Path | None:
-    """The folder next to another one, above or below it, that holds all files of these names."""
-    folders = [
-        near.parent,
-        *(x for folder in (near, near.parent) if folder.is_dir() for x in folder.iterdir() if x.is_dir()),
-    ]
-    return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
 
 
 def _annotated_size(image: dict, json_file: Path) -> dict:

@@ -69,7 +69,7 @@ def build_train_loader(cfg):
     )
     kept = [record for record in everything if has_boxes(record)] if filtered else everything
     mapper, node = DetrDatasetMapper(cfg, True), cfg.DATALOADER
-    if node.SAMPLER_TRAIN != "TrainingSampler" or node.ASPECT_RATIO_GROUPING:
+    if not resumes_order(cfg):
         logger.warning(
             "DATALOADER.SAMPLER_TRAIN = %s, ASPECT_RATIO_GROUPING = %s: a training that is resumed begins a new order of "
             "images; with TrainingSampler and False it would go on with its own",
@@ -86,6 +86,11 @@ def build_train_loader(cfg):
         others = Positions(cfg.SOLVER.IMS_PER_BATCH * cfg.SEMI_SUPERVISED.UNLABELED_RATIO, *processes)
         positions = MixedPositions(positions, others, cfg.SEMI_SUPERVISED.BURN_IN)
     return StreamLoader(stream, positions, node.NUM_WORKERS, pin_memory=goes_to_gpu(cfg))
+
+
+def resumes_order(cfg) -> bool:
+    """Whether a training that is resumed goes on with its own order of images: with TrainingSampler, ungrouped."""
+    return cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler" and not cfg.DATALOADER.ASPECT_RATIO_GROUPING
 
 
 def goes_to_gpu(cfg) -> bool:

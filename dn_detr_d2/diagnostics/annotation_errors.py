@@ -212,7 +212,7 @@ def _compare(image_id: int | str, given: list[dict], boxes: Tensor, detected: In
     """
     scores, overlap = detected.scores, pairwise_iou(detected.pred_boxes, Boxes(boxes))  # (D, M)
     support = (scores[:, None] * (overlap >= NEAR_IOU)).amax(0) if len(scores) else torch.zeros(len(boxes))
-    for about, best in zip(given, support.tolist(), strict=False):
+    for about, best in zip(given, support[: len(given)].tolist(), strict=True):
         yield Suspicion(SPURIOUS, **about, score=1 - best)
     covered = overlap.amax(1) if len(boxes) else torch.zeros(len(scores))
     places, classes = detected.pred_boxes.tensor, detected.pred_classes

@@ -206,10 +206,10 @@ class InstabilityHook(MeasuringHook):
 
     def _require_same_shape(self, assignment: dict[str, np.ndarray]) -> None:
         """Raises ConfigError if the last assignment is of a model with other layers or queries."""
-        (now,), before = ({x.shape for x in y.values()} for y in (assignment, self.previous or assignment))
-        if before != {now}:
+        before, now = (next(iter(x.values())).shape for x in (self.previous or assignment, assignment))
+        if before != now:
             raise ConfigError(
-                f"{self.record} is of a model with {before.pop()} decoder layers and queries, and this one has {now}; set "
+                f"{self.record} is of a model with {before} decoder layers and queries, and this one has {now}; set "
                 "MODEL.DN_DETR.NUM_QUERIES and DECODER.NUM_LAYERS as before, or delete the file to begin a new curve"
             )
 

@@ -60,8 +60,7 @@ def probe(model: nn.Module, loader: Iterable[list[dict]]) -> list[ProbedImage]:
             assignment = bare.matcher(outputs.matching, outputs.targets)
             matched = _matched(assignment, outputs.matching.logits.shape[:3])
             images += [_probed(record, outputs, i, matched[:, i]) for i, record in enumerate(batch)]
-    images = _of_one_length(images)
-    images = sorted(gather(images), key=lambda image: image.image_id)
+    images = _of_one_length(sorted(gather(images), key=lambda image: image.image_id))
     if comm.is_main_process():
         require_objects(sum(len(image.boxes) for image in images))
     return images
@@ -69,9 +68,9 @@ def probe(model: nn.Module, loader: Iterable[list[dict]]) -> list[ProbedImage]:
 
 def _of_one_length(images: list[ProbedImage]) -> list[ProbedImage]:
     """With -1 and anchors of 0.5 for queries that an image lacks: two stages give it no more of them than it has cells."""
-    most = comm.all_gather(max((image.matched.shape[1] for image in images), default=0))
+    most = max((image.matched.shape[1] for image in images), default=0)
     for image in images:
-        wanting = max(most) - image.matched.shape[1]
+        wanting = most - image.matched.shape[1]
         image.matched = np.pad(image.matched, ((0, 0), (0, wanting)), constant_values=-1)
         if image.anchors is not None:
             image.anchors = np.pad(image.anchors, ((0, wanting), (0, 0)), constant_values=0.5)

@@ -8,6 +8,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import nms
 
+from ..data.loader import resumes_order
 from ..data.unlabeled import check_unlabeled
 from ..errors import ConfigError
 
@@ -109,7 +110,7 @@ def check_semi_supervised(cfg) -> None:
             f"SEMI_SUPERVISED.LOSSES is {losses}, but the model has no denoising: set it to ['matching'], or set "
             "MODEL.DN_DETR.DENOISING.NAME"
         )
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler" or cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+    if not resumes_order(cfg):
         raise ConfigError(
             f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler and ASPECT_RATIO_GROUPING False {condition}, got "
             f"{cfg.DATALOADER.SAMPLER_TRAIN!r} and {cfg.DATALOADER.ASPECT_RATIO_GROUPING}"

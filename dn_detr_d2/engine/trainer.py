@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
@@ -21,6 +20,7 @@ from ..checkpoint import EMA
 from ..checkpoint.checkpointer import Checkpointer, load_weights
 from ..checkpoint.resume import must_fit, pointed_checkpoint
 from ..data.interruption import Interrupted, agree, interruptible
+from ..data.loader import resumes_order
 from ..diagnostics import MeasuringHook, build_diagnostics
 from ..errors import CheckpointError
 from ..evaluation import build_evaluator, main_metric
@@ -125,15 +125,12 @@ class Trainer(DefaultTrainer):
 
     def _warn_of_other_rates(self, wanted: dict[str, list[float]]) -> None:
         for key, found in self._rates().items():
-            if not np.allclose(found, wanted[key], rtol=1e-6, atol=0):
-                i = next(i for i, (x, y) in enumerate(zip(found, wanted[key], strict=True)) if not math.isclose(x, y))
+            pairs = enumerate(zip(found, wanted[key], strict=True))
+            for i, (theirs, ours) in [x for x in pairs if not math.isclose(*x[1], rel_tol=1e-6)][:1]:
                 logger.warning(
                     "the training goes on with the %s of its checkpoint, %g, not with that of the config, %g (parameter "
                     "group %d); for another one start anew with the checkpoint as MODEL.WEIGHTS",
-                    key,
-                    found[i],
-                    wanted[key][i],
-                    i,
+                    *(key, theirs, ours, i),
                 )
 
     def build_hooks(self) -> list:
@@ -289,9 +286,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg):
         """See :func:`dn_detr_d2.data.build_train_loader`."""
-        node = cfg.DATALOADER
-        own = node.SAMPLER_TRAIN == "TrainingSampler" and not node.ASPECT_RATIO_GROUPING  # resumes its order itself
-        with nullcontext() if own else _order_after(cfg):
+        with nullcontext() if resumes_order(cfg) else _order_after(cfg):
             return data.build_train_loader(cfg)
 
     @classmethod

@@ -84,16 +84,15 @@ def uses_kernel(backend: str, device: str | torch.device) -> bool:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    kind = torch.device(device).type
+    kind, reason = torch.device(device).type, missing_kernel(device)
     if backend in ("cuda", "cpu"):
         if backend != kind:
             raise ValueError(f"backend {backend!r} needs tensors on {backend}, got {kind}")
-        if reason := missing_kernel(device):
+        if reason:
             raise ValueError(f"backend {backend!r} is not available: {reason}")
-    use = backend != "torch" and not missing_kernel(device)
     if not torch.compiler.is_compiling():
-        _announce(backend, kind, use)
-    return use
+        _announce(backend, kind, reason)
+    return backend != "torch" and not reason
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
@@ -108,10 +107,10 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
 
 
 @functools.cache
-def _announce(backend: str, device_type: str, use: bool) -> None:
-    """Says once what was chosen, loudly if it is not what a user hopes for."""
+def _announce(backend: str, device_type: str, missing: str) -> None:
+    """Says once what was chosen, loudly if it is not what a user hopes for; ``missing``: why there is no kernel."""
     say = logging.getLogger(__name__)
-    if use:
+    if backend != "torch" and not missing:
         detail = f" ({torch.ops.dn_detr_d2.cpu_capability()})" if device_type == "cpu" else ""
         say.info(f"ms_deform_attn on {device_type}: compiled kernel{detail}, backend {backend!r}")
     elif backend == "torch":
@@ -119,7 +118,7 @@ def _announce(backend: str, device_type: str, use: bool) -> None:
     else:
         say.warning(
             f"ms_deform_attn on {device_type}: PyTorch's operators, several times slower than the compiled kernel, "
-            f"because {missing_kernel(device_type)}"
+            f"because {missing}"
         )
 
 

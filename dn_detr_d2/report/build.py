@@ -40,10 +40,7 @@ class Training:
     @property
     def predictions(self) -> Path:
         """The folder of the evaluation on the first test set, by which the best checkpoint is chosen."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = str(self.folder)
-        return Path(inference_folder(cfg, cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""))
+        return Path(inference_folder(self.cfg, next(iter(self.cfg.DATASETS.TEST), "")))
 
     @cached_property
     def curves(self) -> dict[str, PrecisionRecall]:

@@ -377,3 +377,15 @@ def test_tracing_takes_the_gpu_for_a_constant(monkeypatch):
 @needs_kernel
 def test_the_library_says_what_it_was_built_for():
     assert ("cuda" in torch.ops.dn_detr_d2.build_info()) == bool(torch.ops.dn_detr_d2.cuda_architectures())
+
+
+def test_a_gpu_without_code_is_told_of_where_another_has_it(monkeypatch, caplog):
+    """The reason is that of the tensors' GPU, not of the current one."""
+    monkeypatch.setitem(kernels._MISSING, "cuda", "")
+    monkeypatch.setattr(kernels, "_missing_on_gpu", lambda index: "no code for 7.5" if index == 1 else "")
+    kernels._announce.cache_clear()
+    with caplog.at_level(logging.INFO, kernels.__name__):
+        assert kernels.uses_kernel("auto", torch.device("cuda:0"))
+        assert not kernels.uses_kernel("auto", torch.device("cuda:1"))
+    kernels._announce.cache_clear()
+    assert "no code for 7.5" in caplog.messages[-1]
