@@ -5,9 +5,10 @@
     python dev/measure_few_labels.py --bccd datasets --output docs/evidence --report
 
 --bccd is the folder that holds bccd/. Which images are annotated is fixed: dev/few_labels/*.txt. All trainings have the
-model of configs/bccd.yaml and equally many iterations; they differ in what becomes of the images that are not annotated:
-nothing, pseudo labels, or a pretraining on regions of all images (tools/propose_regions.py). Trainings that have ended are
-taken from --runs; an interrupted one is resumed. Writes few_labels.md and few_labels.png. Exit code 2: bad input.
+model of configs/bccd.yaml and equally many iterations with annotated images; they differ in what becomes of the images that
+are not annotated: nothing, pseudo labels, or a pretraining, as long as the training itself, on regions of all images
+(tools/propose_regions.py). Trainings that have ended are taken from --runs; an interrupted one is resumed. Writes
+few_labels.md and few_labels.png. Exit code 2: bad input.
 """
 
 import argparse
@@ -114,8 +115,11 @@ def data_overrides(args: argparse.Namespace, percent: int) -> dict:
     }
 
 
-def pretrained(args: argparse.Namespace) -> dict:
-    """Trains on regions of all training images, unless that has been done; overrides that start from the weights."""
+def pretrained(args: argparse.Namespace, seed: int) -> dict:
+    """Trains on regions of all training images, unless that has been done; overrides that start from the weights.
+
+    Each seed has a pretraining of its own, so that the range of the results is that of both.
+    """
     bccd, runs = Path(args.bccd).resolve() / "bccd", Path(args.runs).resolve()
     file = runs / "regions.json"
     if not file.is_file() and not args.report:
@@ -124,7 +128,7 @@ def pretrained(args: argparse.Namespace) -> dict:
         write_json(content_of(images, bccd / "images", top=30), str(file))
     data = {"DATASETS.COCO_JSON": [["bccd_regions", str(file), str(bccd / "images")]]}
     sets = {"DATASETS.TRAIN": ("bccd_regions",), "DATASETS.TEST": ()}
-    run = train(args, REGIONS, SHORT | data | sets, 1)
+    run = train(args, REGIONS, SHORT | data | sets, seed)
     return {"MODEL.WEIGHTS": str((run.folder if run else runs) / "model_final.pth")}
 
 
@@ -135,8 +139,11 @@ def report(args: argparse.Namespace) -> str:
     for percent in args.percent:
         data = data_overrides(args, percent)
         for kind, seeds in PLAN[percent].items():
-            overrides = SHORT | data | KINDS[kind] | (pretrained(args) if kind == REGIONS else {})
-            runs = [train(args, f"{percent} percent {kind}", overrides, seed) for seed in seeds]
+            starts = [pretrained(args, seed) if kind == REGIONS else {} for seed in seeds]
+            runs = [
+                train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind] | start, seed)
+                for seed, start in zip(seeds, starts, strict=True)
+            ]
             add_row(rows, wanting, f"{percent} %", kind, runs)
             ends[percent, kind] = [last(run, "AP") for run in runs if run]
     if not rows:
@@ -149,7 +156,9 @@ def report(args: argparse.Namespace) -> str:
         "",
         f"The last weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
         f"images, with pseudo labels 2 others besides after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them; means over seeds,",
-        "with the lowest and the highest. Each dot of the picture is a seed.",
+        f"with the lowest and the highest. Those pretrained on regions had {SHORT['SOLVER.MAX_ITER']} iterations of them before.",
+        "Trainings did not take turns, so their times are comparable within a few tenths only. Each dot of the picture is a",
+        "seed.",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",

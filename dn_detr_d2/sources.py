@@ -12,9 +12,9 @@ from PIL import Image
 
 from .data import read_image
 from .data.images import picture_pixels
+from .data.label_files import SUFFIXES
 from .errors import DatasetError, UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 FRAME_RATE = 30.0  # of cameras and files that do not say theirs
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -24,7 +24,7 @@ def find_images(path: str | Path, what: str = "the image") -> list[Path]:
 
     Args:
         path: a file of any name, a folder, or a pattern with ``*``, ``?``, ``[...]`` and ``**``, see :mod:`glob`. Of folders
-            and patterns, files with a suffix of ``IMAGE_SUFFIXES`` count that are not hidden (``._a.jpg`` of macOS).
+            and patterns, files with a suffix of ``label_files.SUFFIXES`` count that are not hidden (``._a.jpg`` of macOS).
         what: names it in errors.
 
     Raises:
@@ -33,7 +33,7 @@ def find_images(path: str | Path, what: str = "the image") -> list[Path]:
     """
     if _URL.match(str(path)):
         raise UserError(f"{what} {path} is a URL, which is not fetched; download the file and give its path")
-    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    suffixes = ", ".join(SUFFIXES)
     if os.path.isdir(path):
         if found := _images_of(Path(path).iterdir()):
             return found
@@ -48,7 +48,7 @@ def find_images(path: str | Path, what: str = "the image") -> list[Path]:
 
 
 def _images_of(paths: Iterable[Path]) -> list[Path]:
-    return sorted(x for x in paths if x.suffix.lower() in IMAGE_SUFFIXES and not x.name.startswith("."))
+    return sorted(x for x in paths if x.suffix.lower() in SUFFIXES and not x.name.startswith("."))
 
 
 def expand(source) -> Iterable:

@@ -328,7 +328,7 @@ def test_a_pattern_and_one_picture_as_output(run, images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--input", "IMAGES/*.gif"], ["--input", "*.gif"]),
+        (["--input", "IMAGES/*.xyz"], ["--input", "*.xyz"]),
         (["--input", "https://a.org/b.jpg"], ["--input", "https://a.org/b.jpg", "URL"]),
         (["--input", "IMAGES", "--output", "OUT/x.png"], ["x.png", 3]),
         (["--input", "IMAGES", "--track"], ["--track", "--video-input"]),

@@ -42,7 +42,7 @@ def test_a_url_is_refused(url):
         Video(url)
 
 
-@pytest.mark.parametrize("name", ["gone.png", "*.gif", "empty", "empty/**"])
+@pytest.mark.parametrize("name", ["gone.png", "*.xyz", "empty", "empty/**"])
 def test_what_names_nothing_is_named(folder, name):
     (folder / "empty").mkdir()
     with pytest.raises(DatasetError, match=naming(str(folder / name))):

@@ -9,13 +9,14 @@ import torch
 from naming import naming
 from toy_training import OPTIONS, command, load, make_cfg, train
 
-from dn_detr_d2 import ConfigError
+from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.checkpoint.resume import set_aside
 from dn_detr_d2.commands import convert_checkpoint
 from dn_detr_d2.commands import train as program
 from dn_detr_d2.engine import Trainer, check_processes
 from dn_detr_d2.engine.trainer import scaled_to_workers
 
+SEMI = ("SEMI_SUPERVISED.ENABLED", True, "MODEL_EMA.ENABLED", True, "SEMI_SUPERVISED.BURN_IN", 1)
 SHORT = ("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 1)
 
 
@@ -69,6 +70,53 @@ def test_what_a_training_begins_with_stays_where_it_is(run, tmp_path):
     assert run(["--config-file", str(tmp_path / "out" / "config.yaml")], "MODEL.WEIGHTS", weights)[0] == 0
     assert (tmp_path / "out" / "earlier_1" / "model_final.pth").exists()
     assert not (tmp_path / "out" / "earlier_1" / "model_0000000.pth").exists()
+
+
+def contents(folder):
+    """{path: bytes} below a folder, without what the writers of this process have still open."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("events.out", "log.txt"))]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["MODEL.FREEZE", "['backbon']"], ["MODEL.FREEZE", "backbon"]),
+        (["MODEL.FREEZE", "[['backbone']]"], ["MODEL.FREEZE"]),
+        (["SOLVER.EARLY_STOPPING.PATIENCE", 5], ["SOLVER.EARLY_STOPPING.PATIENCE", "TEST.EVAL_PERIOD"]),
+        (["TEST.INSTABILITY.NUM_IMAGES", 5], ["TEST.INSTABILITY.NUM_IMAGES", "DATASETS.TEST"]),
+        (["TEST.VALIDATION_LOSS", 5], ["TEST.VALIDATION_LOSS", "DATASETS.TEST"]),
+        (
+            ["TEST.INSTABILITY.HEALTH_SCALES", "[0.4]", "TEST.INSTABILITY.NUM_IMAGES", 5, "MODEL.DN_DETR.DENOISING.NAME", ""]
+            + ["DATASETS.TEST", "('shapes_val',)"],
+            ["TEST.INSTABILITY.HEALTH_SCALES", "MODEL.DN_DETR.DENOISING.NAME"],
+        ),
+        ([*SEMI, "DATASETS.UNLABELED", "('coco_2017_val',)"], ["coco_2017_val", "does not exist"]),
+        ([*SEMI, "SEMI_SUPERVISED.LOSSES", "[['matching']]"], ["SEMI_SUPERVISED.LOSSES"]),
+    ],
+)
+def test_what_is_refused_leaves_the_training_of_the_folder_alone(run, tmp_path, overrides, named):
+    assert run()[0] == 0
+    before = contents(tmp_path / "out")
+    code, said = run([], *overrides)
+    assert code == 2
+    assert naming(*named).search(said.splitlines()[-1])
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_training_that_cannot_begin_puts_back_what_it_has_moved(run, tmp_path, monkeypatch):
+    """What is wrong is found where the images are looked at, after the folder has been made ready."""
+    assert run()[0] == 0
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(Trainer, "build_train_loader", lambda *_: refuse())
+    code, said = run()
+    assert (code, said.splitlines()[-1]) == (1, "error: no box")
+    assert contents(tmp_path / "out") == before
+    assert not list((tmp_path / "out").glob("earlier_*"))
+
+
+def refuse():
+    raise DatasetError("no box")
 
 
 def test_a_folder_without_a_training_is_left_alone(tmp_path):

@@ -15,16 +15,13 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from dn_detr_d2 import setup_cfg
+from dn_detr_d2.checkpoint.resume import has_checkpoints, set_aside
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.utils.rng import random_state, set_random_state
 from dn_detr_d2.visualization.runs import read_run
 
 from .report import is_evaluated
 from .variants import Variant
-
-# Files of an earlier training in the same folder, which the writers would continue.
-STALE_FILES = ("metrics.json", "instability.npz", "best_metric.json", "last_checkpoint", "step_seconds.txt")
-
 
 class InterleavedRun:
     """One training that can be advanced by a step.
@@ -38,8 +35,8 @@ class InterleavedRun:
     def __init__(self, cfg, resume: bool = False):
         folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in () if resume else STALE_FILES:
-            (folder / name).unlink(missing_ok=True)
+        if not (resume and has_checkpoints(folder)):
+            set_aside(folder, cfg.MODEL.WEIGHTS)
         (folder / "config.yaml").write_text(cfg.dump())
         seed_all_rng(cfg.SEED)
         self.trainer, self.times = Trainer(cfg), folder / "step_seconds.txt"
@@ -122,14 +119,20 @@ def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, o
 
 
 def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):
-    """The config of one variant: probes, evaluations and checkpoints at every tenth of the whole training."""
+    """The config of one variant: probes, evaluations and checkpoints at every tenth of the whole training.
+
+    A shorter schedule is that of the whole training in all its parts, warm-up included.
+    """
     folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"
-    whole = setup_cfg(str(config), opts).SOLVER.MAX_ITER
+    solver = setup_cfg(str(config), opts).SOLVER
+    whole, share = solver.MAX_ITER, variant.share
     period = max(whole // 10, 1)
     made = {
         "SEED": seed,
         "OUTPUT_DIR": str(folder),
-        "SOLVER.MAX_ITER": int(whole * variant.share),
+        "SOLVER.MAX_ITER": int(whole * share),
+        "SOLVER.WARMUP_ITERS": round(solver.WARMUP_ITERS * share),
+        "SOLVER.STEPS": tuple(round(step * share) for step in solver.STEPS if step < whole),
         "TEST.EVAL_PERIOD": period,
         "SOLVER.CHECKPOINT_PERIOD": period,
     }

@@ -260,6 +260,18 @@ def set_aside(folder: Path, weights: str) -> Path | None:
     return target
 
 
+def bring_back(target: Path) -> None:
+    """Undoes :func:`set_aside`: the training that was to begin has been refused.
+
+    Args:
+        target: what :func:`set_aside` returned.
+    """
+    for path in list(target.iterdir()):
+        path.replace(target.parent / path.name)
+    target.rmdir()
+    logger.warning("the training was refused; what lay in %s is back", target.parent)
+
+
 def remove_old(folder: Path, keep: int) -> None:
     """Deletes periodic checkpoints but the ``keep`` newest; never the one to resume from, the best, or the final one.
 

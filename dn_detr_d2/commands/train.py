@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -35,7 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..checkpoint.checksums import write_record
 from ..checkpoint.packages import SCHEME, find_packaged
-from ..checkpoint.resume import POINTER, has_checkpoints, set_aside
+from ..checkpoint.resume import POINTER, bring_back, has_checkpoints, set_aside
 from ..command_line import BAD_INPUT, FAILED, make_parser
 from ..config import device_is_named
 from ..config.zoo import find_config_file
@@ -53,7 +52,7 @@ from ..engine import (
 from ..engine.extras import check_extras
 from ..engine.launch import launch
 from ..engine.setup import setup_cfg
-from ..engine.trainer import scaled_to_workers
+from ..engine.trainer import check_hooks, scaled_to_workers
 from ..errors import ConfigError, UserError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
 from ..modeling.registry import name_the_node
@@ -85,12 +84,18 @@ def run_process(args: argparse.Namespace) -> dict | None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+    earlier = None
     if comm.is_main_process() and not (args.resume and has_checkpoints(Path(cfg.OUTPUT_DIR))):
-        set_aside(Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS)
+        earlier = set_aside(Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS)
     begin(cfg, args)
     announce(cfg)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    try:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+    except Exception:
+        if earlier:
+            bring_back(earlier)
+        raise
     if comm.is_main_process():  # not before: a --resume that is refused names this file as the way out
         write_record(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
     results = trainer.train()
@@ -121,6 +126,7 @@ def check(args) -> float:
     cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
     if not args.eval_only:
         check_extras(cfg)
+        check_hooks(cfg)
     cpu_wanted = device_is_named(args.config_file, args.opts)
     scaled = scaled_to_workers(cfg, args.num_gpus * args.num_machines)
     check_processes(scaled, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
@@ -155,7 +161,7 @@ def check_model(cfg, load: bool) -> None:
     backend, device = cfg.MODEL.DN_DETR.OP_BACKEND, torch.device(cfg.MODEL.DEVICE).type
     cfg.MODEL.DEVICE, cfg.MODEL.DN_DETR.OP_BACKEND = "cpu", "torch"
     try:
-        model = (load_for_evaluation if load else build_model)(cfg)
+        model = (load_for_evaluation if load else Trainer.build_model)(cfg)
     except (KeyError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"the model cannot be built or loaded: {' '.join(str(error).split())}") from None
     if any(isinstance(module, MultiScaleDeformableAttention) for module in model.modules()):

@@ -151,7 +151,14 @@ CHECKS: tuple[tuple[Sequence[str], str, Callable], ...] = (
     (("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA",), "lie in (0, 1]", lambda x: 0 < x <= 1),
     (("SOLVER.STEPS",), "be positive iterations in ascending order", _steps),
     (("INPUT.CROP.SIZE",), "be [smallest, largest] in pixels", lambda x: _sizes(x) and len(x) == 2 and x[0] <= x[1]),
-    ((f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES", "LOGGERS", "TEST.AP_CLASSES"), "be a list of names", _strings),
+    (
+        (
+            *(f"{_ROOT}CLASS_NAMES", f"{_ROOT}IN_FEATURES", "MODEL.FREEZE"),
+            *("LOGGERS", "SEMI_SUPERVISED.LOSSES", "TEST.AP_CLASSES"),
+        ),
+        "be a list of names",
+        _strings,
+    ),
 )
 
 

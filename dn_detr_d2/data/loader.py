@@ -18,7 +18,7 @@ from .registered import records_of
 from .semantic import is_semantic
 from .stream import MixedPositions, MixedStream, Positions, StreamLoader, TrainingStream
 from .summary import log_summary
-from .unlabeled import UnlabeledMapper, unlabeled_records
+from .unlabeled import UnlabeledMapper, UnlabeledStream, unlabeled_records
 from .worker_process import guard
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def build_train_loader(cfg):
     positions = Positions(cfg.SOLVER.IMS_PER_BATCH, *processes)
     stream = TrainingStream(kept, mapper, seed)
     if cfg.SEMI_SUPERVISED.ENABLED:
-        stream = MixedStream(stream, TrainingStream(unlabeled_records(cfg), UnlabeledMapper(cfg), 0))
+        stream = MixedStream(stream, UnlabeledStream(unlabeled_records(cfg), UnlabeledMapper(cfg), 0))
         others = Positions(cfg.SOLVER.IMS_PER_BATCH * cfg.SEMI_SUPERVISED.UNLABELED_RATIO, *processes)
         positions = MixedPositions(positions, others, cfg.SEMI_SUPERVISED.BURN_IN)
     return StreamLoader(stream, positions, node.NUM_WORKERS, pin_memory=goes_to_gpu(cfg))

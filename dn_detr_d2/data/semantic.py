@@ -12,12 +12,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import DatasetError
 from .coco_custom import dataset_path, is_registered, require_files
 from .images import read_map
+from .label_files import SUFFIXES
 from .segment_map import NOTHING, SegmentMap, require_size
 from .yolo_yaml import read_names
 
 logger = logging.getLogger(__name__)
-
-IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def register_semantic(
@@ -55,7 +54,7 @@ def load_semantic(image_folder: Path, label_folder: Path) -> list[dict]:
         DatasetError: no image has a map, or two images have the same one.
     """
     maps = {path.stem: path for path in label_folder.iterdir() if path.suffix.lower() == ".png"}
-    images = sorted(path for path in image_folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    images = sorted(path for path in image_folder.iterdir() if path.suffix.lower() in SUFFIXES)
     records = {}
     for path in images:
         if path.stem not in maps:

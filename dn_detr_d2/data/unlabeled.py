@@ -7,6 +7,7 @@ boxes hold in both (Liu et al., ICLR 2021).
 
 import logging
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import ConfigError, DatasetError
-from .coco_custom import class_names, dataset_path
+from ..utils.rng import derive_seed, isolated_rng
+from .coco_custom import check_files, class_names, dataset_path
 from .images import image_size
-from .label_files import Tally, walk
+from .label_files import SUFFIXES, Tally, walk
 from .mapper import DetrDatasetMapper
 from .registered import records_of
-from .semantic import IMAGE_ENDINGS
+from .stream import TrainingStream
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,11 @@ GREY = 127.0  # of the parts that the strong view lacks
 
 
 def check_unlabeled(cfg) -> None:
-    """Refuses an entry of ``DATASETS.UNLABELED`` that is neither a data set nor a folder of images; no image is read.
+    """Refuses an entry of ``DATASETS.UNLABELED`` that is neither a data set nor a folder with an image.
 
     Raises:
         ConfigError: there is no entry, or such a one.
-        DatasetError: a folder without an image.
+        DatasetError: a folder without an image whose header can be read, or files of a data set are missing.
     """
     if not cfg.DATASETS.UNLABELED:
         raise ConfigError("DATASETS.UNLABELED is empty; name data sets, or folders of images")
@@ -42,8 +44,10 @@ def check_unlabeled(cfg) -> None:
             raise ConfigError(f"DATASETS.UNLABELED takes names of data sets and folders of images, got {entry!r}")
         folder = dataset_path(entry)
         if entry not in DatasetCatalog and folder.is_dir():
-            if not images_below(folder):
-                raise DatasetError(f"DATASETS.UNLABELED: the folder {folder} has no image ({', '.join(IMAGE_ENDINGS)})")
+            if not any(map(_can_be_read, images_below(folder))):
+                raise DatasetError(
+                    f"DATASETS.UNLABELED: the folder {folder} has no image that can be read ({', '.join(SUFFIXES)})"
+                )
             continue
         try:
             class_names(entry)
@@ -51,6 +55,7 @@ def check_unlabeled(cfg) -> None:
             raise ConfigError(
                 f"{error}; an entry of DATASETS.UNLABELED may also be a folder of images, but there is none at {folder}"
             ) from None
+        check_files(entry)
 
 
 def unlabeled_records(cfg) -> list[dict]:
@@ -75,12 +80,24 @@ def unlabeled_records(cfg) -> list[dict]:
 
 def images_below(folder: Path) -> list[Path]:
     """The image files of a folder and its subfolders in order; hidden ones and links to folders are left out."""
-    return [folder / name for name in walk(folder, IMAGE_ENDINGS, Tally())]
+    return [folder / name for name in walk(folder, SUFFIXES, Tally())]
+
+
+def _can_be_read(path: Path) -> bool:
+    """Whether a file has the header of an image."""
+    try:
+        image_size(str(path))
+    except DatasetError:
+        return False
+    return True
 
 
 def _of_folder(folder: Path) -> list[dict]:
     records, faults = [], []
-    for path in images_below(folder):
+    files = images_below(folder)
+    if others := len(walk(folder, ("",), Tally())) - len(files):
+        logger.info("%s: %d files are left out, their names do not end in %s", folder, others, ", ".join(SUFFIXES))
+    for path in files:
         try:
             image_size(str(path))
         except DatasetError as error:
@@ -163,3 +180,29 @@ class UnlabeledMapper(DetrDatasetMapper):
         del record["instances"]
         weak = record["image"]
         return record | {"image": self.strong(weak), WEAK: weak}
+
+
+class UnlabeledStream(TrainingStream):
+    """A stream that passes over images that cannot be read: the next one in the order takes their place, with a warning.
+
+    A folder that nobody has annotated is seldom checked, and a damaged file would otherwise end a training hours after its
+    start. What comes instead depends on the position alone, so resuming stays bitwise.
+    """
+
+    def __getitem__(self, position: int) -> dict:
+        """As its base does; raises DatasetError if no image at all can be read."""
+        damaged = None
+        for place in range(position, position + len(self.records)):
+            record = self.records[self.index(place)]
+            try:
+                with isolated_rng(derive_seed(self.seed, position, 1)):
+                    return self.mapper(record)
+            except DatasetError as error:
+                damaged = damaged or error
+                _warn_once(str(error))
+        raise damaged
+
+
+@lru_cache(maxsize=None)
+def _warn_once(fault: str) -> None:
+    logger.warning("DATASETS.UNLABELED: %s; another image takes its place", fault)

@@ -26,30 +26,37 @@ from .validation_loss import validation_losses
 logger = logging.getLogger(__name__)
 
 
+def check_diagnostics(cfg) -> None:
+    """Raises ConfigError if the diagnostics of :func:`build_diagnostics` cannot work with the rest of the config."""
+    node = cfg.TEST.INSTABILITY
+    if cfg.DEBUG.CHECK_DENOISING or node.NUM_IMAGES or cfg.TEST.VALIDATION_LOSS:
+        require_queries(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
+    tested = {"TEST.INSTABILITY.NUM_IMAGES": node.NUM_IMAGES, "TEST.VALIDATION_LOSS": cfg.TEST.VALIDATION_LOSS}
+    for key, count in tested.items():
+        if count and not cfg.DATASETS.TEST:
+            raise ConfigError(
+                f"{key} = {count} measures on DATASETS.TEST, which is empty; name a data set or set it to 0"
+            )
+    if node.NUM_IMAGES and node.HEALTH_SCALES and not cfg.MODEL.DN_DETR.DENOISING.NAME:
+        raise ConfigError(
+            f"TEST.INSTABILITY.HEALTH_SCALES = {list(node.HEALTH_SCALES)} measures denoising queries, but "
+            "MODEL.DN_DETR.DENOISING.NAME is ''; set it to []"
+        )
+
+
 def build_diagnostics(cfg) -> list[HookBase]:
     """The hooks that ``TEST.INSTABILITY``, ``TEST.VALIDATION_LOSS`` and ``DEBUG.CHECK_DENOISING`` ask for, for every rank.
 
     Raises:
-        ConfigError: they cannot work with the rest of the config.
+        ConfigError: see :func:`check_diagnostics`.
         DatasetError: the chosen images have no boxes.
     """
+    check_diagnostics(cfg)
     hooks, node = [], cfg.TEST.INSTABILITY
-    if cfg.DEBUG.CHECK_DENOISING or node.NUM_IMAGES or cfg.TEST.VALIDATION_LOSS:
-        require_queries(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE))
     if cfg.DEBUG.CHECK_DENOISING:
         with isolated_rng(0):  # Detectron2's resize draws even where there is one size
             hooks.append(LeakCheckHook(build_annotated_batch(cfg, cfg.DATASETS.TRAIN[0], 2)))
     if node.NUM_IMAGES:
-        if not cfg.DATASETS.TEST:
-            raise ConfigError(
-                f"TEST.INSTABILITY.NUM_IMAGES = {node.NUM_IMAGES} measures on the first data set of DATASETS.TEST, which is "
-                "empty; name one or set it to 0"
-            )
-        if node.HEALTH_SCALES and not cfg.MODEL.DN_DETR.DENOISING.NAME:
-            raise ConfigError(
-                f"TEST.INSTABILITY.HEALTH_SCALES = {list(node.HEALTH_SCALES)} measures denoising queries, but "
-                "MODEL.DN_DETR.DENOISING.NAME is ''; set it to []"
-            )
         records = probe_records(cfg, cfg.DATASETS.TEST[0], node.NUM_IMAGES)
         hooks.append(
             InstabilityHook(
@@ -69,10 +76,6 @@ def build_diagnostics(cfg) -> list[HookBase]:
 def _validation_sets(cfg) -> dict[str, Iterable[list[dict]]]:
     """Prefix of the names of the losses -> loader, of every data set of ``DATASETS.TEST``."""
     sets, count = cfg.DATASETS.TEST, cfg.TEST.VALIDATION_LOSS
-    if not sets:
-        raise ConfigError(
-            f"TEST.VALIDATION_LOSS = {count} measures on DATASETS.TEST, which is empty; name a data set or set it to 0"
-        )
     prefixes = ["validation/"] if len(sets) == 1 else [f"{name}/validation/" for name in sets]
     loaders = [load_annotated(cfg, probe_records(cfg, name, count)) for name in sets]
     return dict(zip(prefixes, loaders, strict=True))

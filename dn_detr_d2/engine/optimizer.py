@@ -88,13 +88,34 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """That of ``SOLVER.LR_SCHEDULER_NAME``: one of Detectron2's, or DeepLab's "WarmupPolyLR"."""
+    """That of ``SOLVER.LR_SCHEDULER_NAME``: one of Detectron2's, or DeepLab's "WarmupPolyLR".
+
+    A warning says so where the training is over before its warm-up is: the latter leads to the rate that the schedule has at
+    its end, which is 0 for most.
+    """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
-        return build_other_scheduler(cfg, optimizer)
-    warmup = (solver.WARMUP_FACTOR, min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0), solver.WARMUP_METHOD)
-    decay = PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER)
-    return LRMultiplier(optimizer, WarmupParamScheduler(decay, *warmup, solver.RESCALE_INTERVAL), solver.MAX_ITER)
+        scheduler = build_other_scheduler(cfg, optimizer)
+    else:
+        warmup = (solver.WARMUP_FACTOR, min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0), solver.WARMUP_METHOD)
+        decay = PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER)
+        multiplier = WarmupParamScheduler(decay, *warmup, solver.RESCALE_INTERVAL)
+        scheduler = LRMultiplier(optimizer, multiplier, solver.MAX_ITER)
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        _warn_of_warmup(solver, scheduler)
+    return scheduler
+
+
+def _warn_of_warmup(solver, scheduler: LRMultiplier) -> None:
+    """Says how far the rate of a training gets that is all warm-up."""
+    factors = (scheduler._multiplier(i / solver.MAX_ITER) for i in range(solver.MAX_ITER))
+    logger.warning(
+        "SOLVER.WARMUP_ITERS = %d is not below SOLVER.MAX_ITER = %d: the learning rate never exceeds %.2g of SOLVER.BASE_LR; "
+        "lower WARMUP_ITERS with MAX_ITER",
+        solver.WARMUP_ITERS,
+        solver.MAX_ITER,
+        max(factors),
+    )
 
 
 class ClipsWholeModel:

@@ -21,7 +21,7 @@ from ..checkpoint.checkpointer import Checkpointer, load_weights
 from ..checkpoint.resume import must_fit, pointed_checkpoint
 from ..data.interruption import Interrupted, agree, interruptible
 from ..data.loader import resumes_order
-from ..diagnostics import MeasuringHook, build_diagnostics
+from ..diagnostics import MeasuringHook, build_diagnostics, check_diagnostics
 from ..errors import CheckpointError
 from ..evaluation import build_evaluator, main_metric
 from ..inference import accelerated, prepared, settle
@@ -35,7 +35,7 @@ from . import optimizer
 from .extras import check_extras
 from .freezing import freeze_parts
 from .hooks.checkpoint import BestCheckpointer, CheckpointHook, MetricPrinter, ShortHistory
-from .hooks.early_stopping import EarlyEnd, EarlyStopping
+from .hooks.early_stopping import EarlyEnd, EarlyStopping, require_evaluations
 from .hooks.ema import AverageHook, average_weights
 from .hooks.graceful_stop import LeaveHook, StopHook, StopRequest, leave_training
 from .hooks.noise_schedule import NoiseSchedule
@@ -66,6 +66,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ is written for GPUs only
         self.stop_request = stop_request or StopRequest()
         check_extras(cfg)
+        check_hooks(cfg)
         cfg = scaled_to_workers(cfg, comm.get_world_size())
         if cfg.MODEL.DN_DETR.MASK.ENABLED:
             for name in cfg.DATASETS.TEST:  # or what cannot be evaluated would end the training at its first evaluation
@@ -112,7 +113,7 @@ class Trainer(DefaultTrainer):
             with must_fit(self.checkpointer.found):
                 restore_training_state(saved, self._trainer.data_loader, self.start_iter, self.device, self.cfg.SEED)
             self._runs = saved.get("logger_runs") or {}
-        elif self.averaged:
+        if self.averaged and not self.averaged.n_averaged:  # also of a checkpoint without an average
             self.averaged.module.load_state_dict(unwrap(self.model).state_dict())
 
     def _rates(self) -> dict[str, list[float]]:
@@ -323,6 +324,13 @@ def scaled_to_workers(cfg, num_workers: int):
         scaled.SEMI_SUPERVISED.BURN_IN = round(cfg.SEMI_SUPERVISED.BURN_IN * share)
         scaled.freeze()
     return scaled
+
+
+def check_hooks(cfg) -> None:
+    """Raises ConfigError for hooks of :meth:`Trainer.build_hooks` that cannot work with the rest of the config."""
+    check_diagnostics(cfg)
+    if patience := cfg.SOLVER.EARLY_STOPPING.PATIENCE:
+        require_evaluations(cfg.TEST.EVAL_PERIOD, best_metrics(cfg), patience)
 
 
 def best_metrics(cfg) -> list[str]:

@@ -1,5 +1,6 @@
 """Images without annotations: which they are, their two views, and their place in the stream."""
 
+import io
 from itertools import islice
 
 import numpy as np
@@ -17,7 +18,7 @@ from dn_detr_d2.data import build_train_loader
 from dn_detr_d2.data.mapper import DetrDatasetMapper
 from dn_detr_d2.data.registered import records_of
 from dn_detr_d2.data.stream import MixedPositions, MixedStream, Positions, TrainingStream
-from dn_detr_d2.data.unlabeled import WEAK, StrongAugmentation, UnlabeledMapper, unlabeled_records
+from dn_detr_d2.data.unlabeled import WEAK, StrongAugmentation, UnlabeledMapper, UnlabeledStream, unlabeled_records
 from dn_detr_d2.utils.rng import isolated_rng
 
 SEMI = ["SEMI_SUPERVISED.ENABLED", True, "MODEL_EMA.ENABLED", True, "SEMI_SUPERVISED.BURN_IN", 1]
@@ -85,8 +86,53 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path, caplog):
         assert [x["image_id"] for x in unlabeled_records(cfg)] == ["good.png"]
     assert naming(2, "bad.png").search(caplog.text)
     (folder / "good.png").unlink()
-    with pytest.raises(DatasetError, match=naming("DATASETS.UNLABELED")):
-        unlabeled_records(cfg)
+    with pytest.raises(DatasetError, match=naming("DATASETS.UNLABELED", folder)):
+        make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(folder),))
+
+
+def test_images_by_any_usual_name_count_and_other_files_are_said(tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    picture(folder / "a.png")
+    (folder / "b.jfif").write_bytes(jpeg())
+    Image.new("L", (20, 30)).save(folder / "c.pgm")
+    for name in ("notes.txt", "data.json"):
+        (folder / name).write_text("no image")
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(folder),))
+    with caplog.at_level("INFO", "dn_detr_d2"):
+        assert [x["image_id"] for x in unlabeled_records(cfg)] == ["a.png", "b.jfif", "c.pgm"]
+    assert naming(folder, 2, "left out").search(caplog.text)
+
+
+def jpeg(size=(64, 48)):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_a_damaged_image_is_passed_over_in_the_same_way_each_time(tmp_path, caplog):
+    """Its header can be read, its pixels cannot: found only when it is drawn. Alone, it ends the training by name."""
+    folder = tmp_path / "pictures"
+    for i in range(3):
+        picture(folder / f"{i}.png", seed=i)
+    (folder / "half.jpg").write_bytes(jpeg()[:900])
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(folder),))
+    records = unlabeled_records(cfg)
+    assert len(records) == 4
+    stream = UnlabeledStream(records, UnlabeledMapper(cfg), 5)
+    with caplog.at_level("WARNING", "dn_detr_d2"):
+        drawn = [stream[position] for position in range(40)]
+    assert [x["image_id"] for x in drawn].count("half.jpg") == 0
+    assert {x["image_id"] for x in drawn} == {"0.png", "1.png", "2.png"}
+    assert len([x for x in caplog.records if "half.jpg" in x.getMessage()]) == 1
+    for position in (39, 0, 17):
+        again = UnlabeledStream(records, UnlabeledMapper(cfg), 5)[position]
+        assert again["image_id"] == drawn[position]["image_id"]
+        assert torch.equal(again["image"], drawn[position]["image"])
+    whole = [i for i in range(40) if records[stream.index(i)]["image_id"] != "half.jpg"]
+    assert all(drawn[i]["image_id"] == records[stream.index(i)]["image_id"] for i in whole)
+    with pytest.raises(DatasetError, match=naming("half.jpg")):
+        UnlabeledStream([x for x in records if x["image_id"] == "half.jpg"], UnlabeledMapper(cfg), 5)[0]
 
 
 def test_images_that_are_also_tested_on_are_counted(tmp_path, caplog):

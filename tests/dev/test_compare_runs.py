@@ -34,6 +34,7 @@ from dev.compare.variants import (
 )
 from dev.compare_runs import main, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
+from dn_detr_d2.engine.optimizer import build_lr_scheduler
 from dn_detr_d2.visualization.runs import Group, read_run
 from dn_detr_d2.visualization.style import colour, line_style
 
@@ -113,6 +114,40 @@ def test_half_the_iterations_are_a_shorter_schedule(tmp_path):
     half = next(v for v in variants_of("dense") if v.name == HALF)
     cfg = configure(FOLDER / "dense.yaml", half, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 40])
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (20, 4)
+
+
+def rates_of(cfg):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
+    scheduler, rates = build_lr_scheduler(cfg, optimizer), []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("overrides", [
+    ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", 20],
+    ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.WARMUP_ITERS", 20, "SOLVER.STEPS", (60, 90)],
+])  # fmt: skip
+def test_a_half_schedule_has_every_second_rate_of_the_whole_one(tmp_path, overrides):
+    whole, half = (
+        rates_of(configure(FOLDER / "dense.yaml", v, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 100, *overrides]))
+        for v in variants_of("dense")[1:]
+    )
+    assert len(half) == 50
+    assert half == pytest.approx(whole[::2])
+
+
+def test_a_comparison_that_begins_anew_is_not_resumed_from_the_one_before(tmp_path):
+    """It is cut off before its first checkpoint; what lies there of the earlier one is moved away, and nothing is lost."""
+    cfg = configure(FOLDER / "dense.yaml", variants_of("dense")[1], 1, tmp_path, SMALL)
+    advance_in_turn([InterleavedRun(cfg)], "first")
+    first = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
+    InterleavedRun(cfg)
+    assert InterleavedRun(cfg, resume=True).trainer.start_iter == 0
+    kept = torch.load(Path(cfg.OUTPUT_DIR) / "earlier_1" / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(x, kept[name]) for name, x in first.items())
 
 
 def record(run, seen):
@@ -389,8 +424,9 @@ def test_long_pairs_differ_in_denoising_and_have_a_half_schedule(pair, cells, tm
     )
     differing = {key for key in alone if alone[key] != denoised[key]} - {"OUTPUT_DIR"}
     assert differing == {"MODEL.DN_DETR.DENOISING.NAME"}
-    assert {key for key in half if half[key] != denoised[key]} - {"OUTPUT_DIR"} == {"SOLVER.MAX_ITER"}
-    assert int(half["SOLVER.MAX_ITER"]) * 2 == int(denoised["SOLVER.MAX_ITER"])
+    shorter = {"SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS"}
+    assert {key for key in half if half[key] != denoised[key]} - {"OUTPUT_DIR"} == shorter
+    assert all(int(half[key]) * 2 == int(denoised[key]) for key in shorter)
 
 
 def test_comparisons_of_different_kinds_lie_in_folders_of_their_own():

@@ -73,7 +73,7 @@ def test_a_report_of_nothing_says_so(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_regions_of_the_training_images_are_pretrained_on_once(tmp_path, monkeypatch):
+def test_regions_of_the_training_images_are_pretrained_on_with_each_seed(tmp_path, monkeypatch):
     pytest.importorskip("skimage")
     images = tmp_path / "data" / "bccd" / "images"
     images.mkdir(parents=True)
@@ -87,13 +87,13 @@ def test_regions_of_the_training_images_are_pretrained_on_once(tmp_path, monkeyp
     calls = []
 
     def fake(args, name, overrides, seed):
-        calls.append((name, overrides["DATASETS.TRAIN"], overrides["DATASETS.TEST"]))
+        calls.append((name, overrides["DATASETS.TRAIN"], overrides["DATASETS.TEST"], seed))
 
     monkeypatch.setattr(measure_few_labels, "train", fake)
     line = ["--bccd", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
-    found = measure_few_labels.pretrained(measure_few_labels.parse_arguments(line))
+    found = measure_few_labels.pretrained(measure_few_labels.parse_arguments(line), 7)
     assert found == {"MODEL.WEIGHTS": str(tmp_path / "runs" / "model_final.pth")}
-    assert calls == [(REGIONS, ("bccd_regions",), ())]
+    assert calls == [(REGIONS, ("bccd_regions",), (), 7)]
     written = json.loads((tmp_path / "runs" / "regions.json").read_text())
     assert [x["file_name"] for x in written["images"]] == [x["file_name"] for x in content["images"]]
     assert written["annotations"]

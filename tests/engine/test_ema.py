@@ -174,6 +174,16 @@ def test_an_average_that_begins_with_a_resume_says_so(tmp_path, caplog):
     assert all(weights[name].equal(average[name]) for name in weights)  # after its first step
 
 
+def test_an_average_that_begins_with_a_resume_is_the_model_before_its_first_step(tmp_path):
+    """A teacher of pseudo labels, or an evaluation that is repeated, uses it before that."""
+    train(make_cfg(tmp_path / "out", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    trainer = Trainer(make_cfg(tmp_path / "out", *SHORT, *ON))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    average, saved = trainer.averaged.module.state_dict(), load(tmp_path / "out")["model"]
+    assert all(x.equal(average[name]) for name, x in saved.items())
+
+
 def test_both_have_a_best_checkpoint_of_their_own(tmp_path, monkeypatch):
     values = {"weights": iter([3.0, 2.0, 1.0]), "average": iter([1.0, 2.0, 1.5])}
 

@@ -1,3 +1,4 @@
+import logging
 import re
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from conftest import ROOT, TOY
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2_optimizer
+from naming import naming
 from torch import nn
 
 from dn_detr_d2 import setup_cfg
@@ -59,15 +61,35 @@ def test_embeddings_may_have_a_weight_decay_of_their_own(toy_cfg, toy_model):
     assert {same[name]["weight_decay"] for name in embeddings} == {1e-4}
 
 
-def test_the_polynomial_schedule_falls_to_0(toy_cfg):
-    cfg = toy_cfg("dn_detr", "SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 10, "SOLVER.BASE_LR", 2.0)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
+def rates_of(cfg):
+    """(MAX_ITER,) learning rates of a training."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
     scheduler, rates = build_lr_scheduler(cfg, optimizer), []
-    for _ in range(10):
+    for _ in range(cfg.SOLVER.MAX_ITER):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([2 * (1 - i / 10) ** 0.9 for i in range(10)])
+    return rates
+
+
+def test_the_polynomial_schedule_falls_to_0(toy_cfg):
+    cfg = toy_cfg("dn_detr", "SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 10, "SOLVER.BASE_LR", 2.0)
+    assert rates_of(cfg) == pytest.approx([2 * (1 - i / 10) ** 0.9 for i in range(10)])
+
+
+@pytest.mark.parametrize("name", ["WarmupPolyLR", "WarmupCosineLR", "WarmupMultiStepLR"])
+def test_a_warmup_that_is_longer_than_the_training_is_said(toy_cfg, caplog, name):
+    """The rate that is named as the largest is the largest of all iterations; a shorter warm-up reaches more, and is silent."""
+    overrides = ["SOLVER.LR_SCHEDULER_NAME", name, "SOLVER.MAX_ITER", 10, "SOLVER.BASE_LR", 2.0, "SOLVER.STEPS", (8,)]
+    with caplog.at_level(logging.WARNING, "dn_detr_d2"):
+        rates = rates_of(toy_cfg("dn_detr", *overrides, "SOLVER.WARMUP_ITERS", 10))
+    assert naming("SOLVER.WARMUP_ITERS", "SOLVER.MAX_ITER", f"{max(rates) / 2:.2g}").search(caplog.text)
+    assert max(rates) <= 0.2
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "dn_detr_d2"):
+        rates = rates_of(toy_cfg("dn_detr", *overrides, "SOLVER.WARMUP_ITERS", 1))
+    assert not caplog.text
+    assert max(rates) > 1.5
 
 
 def test_clipping_scales_all_gradients_together():

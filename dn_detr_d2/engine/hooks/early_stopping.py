@@ -37,6 +37,15 @@ def without_improvement(history: History, min_delta: float = 0.0) -> int:
     return since if math.isfinite(best) else 0
 
 
+def require_evaluations(period: int, metrics: list[str], patience: int) -> None:
+    """Raises ConfigError if a training with ``SOLVER.EARLY_STOPPING.PATIENCE`` evaluates nothing before it ends."""
+    if period < 1 or not metrics:
+        raise ConfigError(
+            f"SOLVER.EARLY_STOPPING.PATIENCE = {patience} counts evaluations, but there are none: set TEST.EVAL_PERIOD "
+            f"(now {period}) and DATASETS.TEST, or PATIENCE 0"
+        )
+
+
 class EarlyStopping(HookBase):
     """Ends a training after ``patience`` evaluations without improvement, on all ranks, with ``model_final.pth``.
 
@@ -58,11 +67,7 @@ class EarlyStopping(HookBase):
     def __init__(
         self, checkpointer: Checkpointer, period: int, metrics: list[str], patience: int, min_delta: float = 0.0
     ):
-        if period < 1 or not metrics:
-            raise ConfigError(
-                f"SOLVER.EARLY_STOPPING.PATIENCE = {patience} counts evaluations, but there are none: set TEST.EVAL_PERIOD "
-                f"(now {period}) and DATASETS.TEST, or PATIENCE 0"
-            )
+        require_evaluations(period, metrics, patience)
         self.checkpointer, self.period, self.metrics = checkpointer, period, metrics
         self.patience, self.min_delta, self.history = patience, min_delta, []
 
