@@ -2,6 +2,7 @@
 # make test         install if need be, run the test suite
 # make test-all     the same with the long tests: builds, sanitizers, stress tests, exhaustive variants
 # make docs         build the site of docs/ in output/site
+# make clean        delete the virtual environment, the site and what was built; trainings in output/ stay
 #
 # VENV=folder   virtual environment to use, made if it is not there (default .venv)
 # PYTHON=path   an interpreter to use as it is; nothing is installed into it
@@ -65,4 +66,4 @@ check-python:
 	  { echo "error: $(PYTHON) lacks the package named above; install requirements.txt and run tools/install_detectron2.py with it"; exit 1; }
 
 clean:
-	rm -rf $(VENV) output build *.egg-info
+	rm -rf $(VENV) output/site build *.egg-info

@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import random
 import sys
 from collections import defaultdict
@@ -289,7 +290,15 @@ def plant_or_measure(args: argparse.Namespace) -> None:
     if bool(args.output) == bool(args.found or args.predictions):
         raise UserError("give either --output to plant errors, or --found or --predictions to measure what was found")
     content = json.loads(Path(args.annotations).read_text())
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("annotations"), list)
+        or not content.get("categories")
+    ):
+        raise DatasetError(f"{args.annotations} is no annotation file in COCO format with annotations and categories")
     if args.output:
+        if os.path.lexists(args.output):  # such as the annotations themselves
+            raise UserError(f"--output {args.output} exists; name a new file, or delete it first")
         Path(args.output).write_text(json.dumps(plant(content, args.rate, args.seed, args.kinds)))
         return
     if PLANTED not in content:

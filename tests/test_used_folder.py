@@ -74,7 +74,9 @@ def test_what_a_training_begins_with_stays_where_it_is(run, tmp_path):
 
 def contents(folder):
     """{path: bytes} below a folder, without what the writers of this process have still open."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("events.out", "log.txt"))]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("events.out", "log.txt"))
+    ]
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
@@ -87,8 +89,10 @@ def contents(folder):
         (["TEST.INSTABILITY.NUM_IMAGES", 5], ["TEST.INSTABILITY.NUM_IMAGES", "DATASETS.TEST"]),
         (["TEST.VALIDATION_LOSS", 5], ["TEST.VALIDATION_LOSS", "DATASETS.TEST"]),
         (
-            ["TEST.INSTABILITY.HEALTH_SCALES", "[0.4]", "TEST.INSTABILITY.NUM_IMAGES", 5, "MODEL.DN_DETR.DENOISING.NAME", ""]
-            + ["DATASETS.TEST", "('shapes_val',)"],
+            [
+                *("TEST.INSTABILITY.HEALTH_SCALES", "[0.4]", "TEST.INSTABILITY.NUM_IMAGES", 5),
+                *("MODEL.DN_DETR.DENOISING.NAME", "", "DATASETS.TEST", "('shapes_val',)"),
+            ],
             ["TEST.INSTABILITY.HEALTH_SCALES", "MODEL.DN_DETR.DENOISING.NAME"],
         ),
         ([*SEMI, "DATASETS.UNLABELED", "('coco_2017_val',)"], ["coco_2017_val", "does not exist"]),

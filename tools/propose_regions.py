@@ -6,17 +6,18 @@
 
 The boxes have one class, "region", and come from a segmentation of the image alone. A training on them, in COCO format,
 learns to find and to restore them; one with labels then begins with its weights (docs/few_labels.md). Needs scikit-image:
-pip install 'dn_detr_d2[regions]'. Exit code 2: bad input.
+pip install 'dn_detr_d2[regions]'. Exit code 1: images that cannot be read were left out; 2: bad input.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.command_line import run_command
+from dn_detr_d2.command_line import FAILED, run_command
 from dn_detr_d2.data import load_coco_json, read_image
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.regions import propose_regions
@@ -43,7 +44,7 @@ def chosen_images(args: argparse.Namespace) -> list[Path]:
 
 
 def content_of(files: list[Path], folder: Path, top: int) -> dict:
-    """COCO-format dict of the regions of images, whose names are relative to ``folder``."""
+    """COCO-format dict of the regions of images, whose names are relative to ``folder``; of those that can be read."""
     images, annotations = [], []
     for number, file in enumerate(files, 1):
         try:
@@ -62,21 +63,23 @@ def content_of(files: list[Path], folder: Path, top: int) -> dict:
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "region"}]}
 
 
-def write(args: argparse.Namespace) -> None:
-    """Writes the file, and says what is in it."""
+def write(args: argparse.Namespace) -> int:
+    """Writes the file, says what is in it, and returns the exit code."""
     if args.top < 1:
         raise UserError(f"--top must be positive, got {args.top}")
     if not Path(args.images).is_dir():
         raise UserError(f"{args.images} is no folder; name a folder of images")
     if not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"{args.output} cannot be written: its folder does not exist; make it first")
-    if Path(args.output).is_dir():
-        raise UserError(f"{args.output} is a folder; name a file")
-    content = content_of(chosen_images(args), Path(args.images), args.top)
+    if os.path.lexists(args.output):  # such as the annotations, mistaken for it
+        raise UserError(f"{args.output} exists; name a new file, or delete it first")
+    files = chosen_images(args)
+    content = content_of(files, Path(args.images), args.top)
     if not content["images"]:
         raise UserError(f"{args.images} holds no image that can be read")
     write_json(content, args.output)
     print(f"{args.output}: {len(content['annotations'])} regions of {len(content['images'])} images")
+    return FAILED if len(content["images"]) < len(files) else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from dn_detr_d2.visualization.runs import read_run
 from .report import is_evaluated
 from .variants import Variant
 
+
 class InterleavedRun:
     """One training that can be advanced by a step.
 

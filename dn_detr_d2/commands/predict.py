@@ -35,12 +35,15 @@ from detectron2.structures import Boxes, Instances
 from ..checkpoint.checkpointer import classes_of_weights
 from ..command_line import FAILED, add_overrides, make_parser, parse, run_command
 from ..data import class_number, read_image
+from ..data.label_files import SUFFIXES
 from ..engine.setup import setup_cfg
 from ..errors import ConfigError, DatasetError
 from ..sources import Video, find_images, require_opencv
 from ..visualization.demo import UNCONFIRMED, VisualizationDemo, class_name
 
 PICTURES = {".jpg", ".jpeg", ".png"}
+RESULTS = "results.json"
+THRESHOLD = 0.5  # lowest score that is shown where none is given
 ESCAPE = 27
 
 
@@ -60,7 +63,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", metavar="PATH", help="folder, made if need be, or the one picture or video; default: a window"
     )
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.5, help="lowest score to show, from 0 to 1 (default 0.5)"
+        "--confidence-threshold",
+        type=float,
+        help="lowest score to show, from 0 to 1 (default 0.5, of panoptic segments MASK.OBJECT_THRESHOLD of the config; the "
+        "pixels of semantic maps have none)",
     )
     parser.add_argument("--json", action="store_true", help="also write results.json")
     parser.add_argument(
@@ -78,7 +84,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises ConfigError for values and combinations that cannot work."""
-    if not 0 <= args.confidence_threshold <= 1:  # also not a number
+    if args.confidence_threshold is not None and not 0 <= args.confidence_threshold <= 1:  # also not a number
         raise ConfigError(f"--confidence-threshold must lie between 0 and 1, got {args.confidence_threshold:g}")
     if args.input and args.track:
         raise ConfigError("--track follows objects from frame to frame; give it --video-input or --webcam")
@@ -116,6 +122,10 @@ def plan_targets(images: list[Path], output: Path | None) -> dict[Path, Path | N
     if output is None:
         return dict.fromkeys(images)
     single = is_file(output, PICTURES)
+    if not single and is_file(output, set(SUFFIXES)):
+        raise ConfigError(
+            f"--output {output} must be a folder, or a picture that ends in {', '.join(sorted(PICTURES))}"
+        )
     if single and len(images) > 1:
         raise ConfigError(f"--output {output} is one picture, but there are {len(images)} images; name a folder")
     if output.exists() and not output.is_dir() and not single:
@@ -252,7 +262,25 @@ def read_config(args: argparse.Namespace):
     cfg = setup_cfg(args.config_file, [*args.opts, *tiles], splits=())
     check_model(cfg, args.json)
     cfg.merge_from_list(classes_of_weights(cfg))
+    if args.confidence_threshold is not None:  # decides on panoptic segments too, as in Detectron2's demo
+        cfg.MODEL.DN_DETR.MASK.OBJECT_THRESHOLD = args.confidence_threshold
     return cfg
+
+
+def require_other_file(args: argparse.Namespace, folder: Path | None) -> None:
+    """Raises ConfigError if the file that ``--json`` writes into ``folder`` is that of ``--known``."""
+    if args.json and args.known and Path(args.known).resolve() == (folder / RESULTS).resolve():
+        raise ConfigError(f"--json would overwrite --known {args.known}; choose another --output, or rename the file")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of the output before anything is computed; raises ConfigError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be made: {error}; name another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output {folder} cannot be written; name another folder")
 
 
 def progress_bar(items: Iterable, total: int | None, unit: str):
@@ -281,12 +309,13 @@ def predict_images(args: argparse.Namespace) -> int:
     """Runs over all images; 1 if some have no picture because of an error."""
     output = Path(args.output) if args.output is not None else None
     targets = plan_targets([path for given in args.input for path in find_images(given, "--input")], output)
+    folder = output.parent if output is not None and is_file(output, PICTURES) else output
+    require_other_file(args, folder)
     cfg = read_config(args)
     told = read_prompts(args, list(targets), cfg)
-    demo = VisualizationDemo(cfg, args.confidence_threshold)
-    folder = output.parent if output is not None and is_file(output, PICTURES) else output
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+    demo = VisualizationDemo(cfg, threshold_of(args))
     records, failed = [], 0
     for path, target in progress_bar(targets.items(), len(targets), "image"):
         try:
@@ -314,23 +343,31 @@ def predict_images(args: argparse.Namespace) -> int:
 
 def write_records(records: list[dict], folder: Path) -> None:
     """Writes results.json."""
-    (folder / "results.json").write_text(json.dumps(records, indent=1))
-    print(f"{len(records)} boxes -> {folder / 'results.json'}")
+    (folder / RESULTS).write_text(json.dumps(records, indent=1))
+    print(f"{len(records)} boxes -> {folder / RESULTS}")
+
+
+def threshold_of(args: argparse.Namespace) -> float:
+    """The lowest score of instances that are shown."""
+    return THRESHOLD if args.confidence_threshold is None else args.confidence_threshold
 
 
 @contextmanager
 def writing(target: Path, frame_rate: float):
     """A function that writes a frame (H, W, 3) BGR to a file by OpenCV's mp4v; raises ConfigError where that cannot be.
 
-    A file has frames of one size, that of the first. OpenCV drops others without an error, so they are resized.
+    A file has frames of one size, that of the first. OpenCV drops others without an error, so they are resized. Sides are
+    made even, as the format wants them, by another row or column of the same pixels.
     """
     import cv2
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     writers, size = [], None
 
     def _write(frame) -> None:
         nonlocal size
+        height, width = frame.shape[:2]
+        frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         if not writers:
             code = cv2.VideoWriter.fourcc(*"mp4v")
             size = frame.shape[1::-1]
@@ -363,8 +400,8 @@ def predict_video(args: argparse.Namespace) -> int:
         video = stack.enter_context(Video(0 if args.webcam else args.video_input))
         cfg = read_config(args)
         prompts = {} if args.labels is None else {"labels": read_labels(args.labels, cfg)}
-        demo = VisualizationDemo(cfg, args.confidence_threshold, track=args.track)
         write = stack.enter_context(writing(target, video.frame_rate)) if target is not None else None
+        demo = VisualizationDemo(cfg, threshold_of(args), track=args.track)
         records, stopped = [], False
         try:
             for number, (found, frame) in enumerate(

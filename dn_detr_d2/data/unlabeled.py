@@ -7,7 +7,7 @@ boxes hold in both (Liu et al., ICLR 2021).
 
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -203,6 +203,6 @@ class UnlabeledStream(TrainingStream):
         raise damaged
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(fault: str) -> None:
     logger.warning("DATASETS.UNLABELED: %s; another image takes its place", fault)

@@ -1,6 +1,7 @@
 """The table and the pictures of annotations that a model does not believe, see ``judge_annotations``."""
 
 import csv
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pycocotools import mask as mask_util
 
 from ..data import read_image, records_of
 from ..data.images import drawing_scale
+from ..data.mapper import raw_corners
+from ..errors import UserError
 from .annotation_errors import BOX, CLASS, KINDS, MISSING, SPURIOUS, Suspicion
 
 CORNERS = ("x0", "y0", "x1", "y1")
@@ -46,7 +49,8 @@ def as_rows(judged: Iterable[Suspicion], names: list[str], dataset: str) -> list
 
 def _lies_in_a_crowd(box: list[float], record: dict) -> bool:
     """Whether much of a box (xyxy) lies in an annotation of many objects."""
-    crowds = [x["bbox"] for x in record.get("annotations", ()) if x.get("iscrowd", 0)]
+    corners = [raw_corners(x) for x in record.get("annotations", ()) if x.get("iscrowd", 0)]
+    crowds = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in corners]
     found = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     return bool(crowds) and mask_util.iou([found], crowds, [1] * len(crowds)).max() >= IN_CROWD  # over the found box
 
@@ -62,8 +66,24 @@ def describe(row: dict) -> str:
 
 
 def write_report(rows: list[dict], top: int, folder: Path) -> None:
-    """label_errors.csv with all rows, and one picture for each of the first ``top`` of each kind."""
+    """label_errors.csv with all rows, and one picture for each of the first ``top`` of each kind.
+
+    Pictures of an earlier report in the folder are deleted: they have other ranks.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        _write_report(rows, top, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; name another folder") from None
+
+
+def _write_report(rows: list[dict], top: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        for path in folder.glob(f"{kind}_[0-9][0-9][0-9][0-9]_*.png"):
+            path.unlink()
     with (folder / "label_errors.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -71,7 +91,12 @@ def write_report(rows: list[dict], top: int, folder: Path) -> None:
     for kind in KINDS:
         for rank, row in enumerate([row for row in rows if row["kind"] == kind][:top], 1):
             about = {CLASS: f"{row['label']}_or_{row['suggested']}", MISSING: row["suggested"]}.get(kind, row["label"])
-            draw(row).save(folder / f"{kind}_{rank:04d}_{about}.png".replace("/", "-").replace(" ", "-"))
+            draw(row).save(folder / f"{kind}_{rank:04d}_{as_file_name(about)}.png")
+
+
+def as_file_name(text: str) -> str:
+    """Letters, digits, "." and "_" of a text with "-" for everything else, in at most 120 bytes."""
+    return re.sub(r"[^\w.]", "-", text).encode()[:120].decode(errors="ignore")
 
 
 def draw(row: dict) -> Image.Image:

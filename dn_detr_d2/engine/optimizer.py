@@ -110,8 +110,8 @@ def _warn_of_warmup(solver, scheduler: LRMultiplier) -> None:
     """Says how far the rate of a training gets that is all warm-up."""
     factors = (scheduler._multiplier(i / solver.MAX_ITER) for i in range(solver.MAX_ITER))
     logger.warning(
-        "SOLVER.WARMUP_ITERS = %d is not below SOLVER.MAX_ITER = %d: the learning rate never exceeds %.2g of SOLVER.BASE_LR; "
-        "lower WARMUP_ITERS with MAX_ITER",
+        "SOLVER.WARMUP_ITERS = %d is not below SOLVER.MAX_ITER = %d: the learning rate never exceeds %.2g of SOLVER."
+        "BASE_LR; lower WARMUP_ITERS with MAX_ITER",
         solver.WARMUP_ITERS,
         solver.MAX_ITER,
         max(factors),

@@ -9,13 +9,15 @@ from ..errors import UserError
 from .runs import AXES, Group, Run
 from .style import colour, line_style, new_figure, save
 
-# Of masks where a training has them, for that name comes last; else of boxes.
-AP = r"(.*/)?(bbox|segm)/AP"
-AP50 = (r"(.*/)?(bbox|segm)/AP50", "AP50 (0 to 100)")
+# Of masks where a training has them, for that name comes last; else of boxes. Of the weights, not of their average.
+AP = r"((?!ema/).*/)?(bbox|segm)/AP"
+AP50 = (r"((?!ema/).*/)?(bbox|segm)/AP50", "AP50 (0 to 100)")
+AVERAGED_AP = (r"ema/(.*/)?(bbox|segm)/AP", "AP of the averaged weights\n(0 to 100)")
 # What a row of panels shows: (pattern of the key, label of the axis)
 ROWS = (
     (AP, "AP (0 to 100)"),
     AP50,
+    AVERAGED_AP,
     (r"loss_main", "matching loss,\nlast layer"),
     (r"loss_dn", "denoising loss,\nall layers"),
     (r"instability/layer_\d+", "instability IS, last layer\n(changed queries an image)"),

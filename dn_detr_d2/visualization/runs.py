@@ -53,7 +53,7 @@ class Run:
         """
         keys = [key for key in self.curves if re.fullmatch(pattern, key)]
         tests = ((self.config or {}).get("DATASETS") or {}).get("TEST") or []
-        preferred = [key for key in keys if tests and key.startswith(f"{tests[0]}/")]
+        preferred = [key for key in keys if tests and key.removeprefix("ema/").startswith(f"{tests[0]}/")]
         if not keys or (axis == "seconds" and len(self.clock) < 2):
             return None
         points = self.curves[max(preferred or keys, key=_by_number)]

@@ -45,7 +45,15 @@ def render(figure: Figure, target: Path | BinaryIO, dpi: int, **options) -> None
 
 
 def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
-    """Writes a picture, makes its folder if need be, and returns the path; raises UserError where that cannot be."""
+    """Writes a picture, makes its folder if need be, and returns its path, which ends in .png where none is given.
+
+    Raises:
+        UserError: it cannot be written, or is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"the picture {path} is a folder; name a file, such as {path / 'picture.png'}")
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         render(figure, path, dpi)

@@ -5,8 +5,10 @@
 // `pixels` are 480 x 640 x 3 bytes in rows, of an image that is resized and in the channel order that the metadata say.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -25,7 +27,9 @@ int main(int count, char** arguments) {
   }
   c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(arguments[1]);
-  for (const auto& [name, value] : model.get_metadata()) {
+  const auto metadata = model.get_metadata();
+  if (metadata.at("outputs").find("\"boxes\"") == std::string::npos) return std::fprintf(stderr, "the model gives no boxes\n"), 1;
+  for (const auto& [name, value] : metadata) {
     if (name == "class_names" || name == "resize" || name == "channel_order") std::printf("%s: %s\n", name.c_str(), value.c_str());
   }
 
@@ -37,8 +41,9 @@ int main(int count, char** arguments) {
   const at::Tensor sizes = at::tensor({height, width}, at::kLong).unsqueeze(0);
 
   const std::vector<at::Tensor> outputs = model.run({images, sizes});  // logits, boxes[, masks]
-  const at::Tensor scores = outputs[0][0].sigmoid();
-  const auto [best, index] = scores.flatten().topk(5);
+  const bool softmax = metadata.at("scores") == "\"softmax\"";  // whose last column is "no object"
+  const at::Tensor scores = softmax ? outputs[0][0].softmax(-1).slice(-1, 0, -1) : outputs[0][0].sigmoid();
+  const auto [best, index] = scores.flatten().topk(std::min<int64_t>(5, scores.numel()));
   for (int64_t i = 0; i < best.size(0); ++i) {
     const int64_t query = index[i].item<int64_t>() / scores.size(1), label = index[i].item<int64_t>() % scores.size(1);
     const at::Tensor box = outputs[1][0][query];  // centre, width, height as parts of the image

@@ -75,6 +75,20 @@ def test_the_file_is_a_training_set_of_one_class(tmp_path, capsys):
     assert [x["file_name"] for x in json.loads((tmp_path / "out.json").read_text())["images"]] == ["b.png"]
 
 
+def test_annotations_are_not_overwritten_and_what_cannot_be_read_is_counted(tmp_path, capsys):
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_text("no image")
+    only = {"images": [{"id": 9, "file_name": "a.png"}], "categories": [{"id": 1, "name": "x"}], "annotations": []}
+    (tmp_path / "train.json").write_text(json.dumps(only))
+    before = (tmp_path / "train.json").read_bytes()
+    assert main([str(tmp_path), str(tmp_path / "train.json"), "--only", str(tmp_path / "train.json")]) == 2
+    assert (tmp_path / "train.json").read_bytes() == before
+    capsys.readouterr()
+    assert main([str(tmp_path), str(tmp_path / "out.json")]) == 1
+    assert "bad.png" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out.json").read_text())["images"]) == 1
+
+
 @pytest.mark.parametrize("line", [
     ["missing", "out.json"], [".", "out.json", "--top", "0"], [".", "nowhere/out.json"], [".", "."],
 ])  # fmt: skip

@@ -152,6 +152,20 @@ def test_mistakes_are_named(tmp_path, capsys, given, named):
     assert naming(*named).search(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("content", [[], {"annotations": 3}, {"annotations": [], "images": []}])
+def test_what_is_no_annotation_file_is_named(tmp_path, capsys, content):
+    assert plant_errors.main([write(tmp_path / "a.json", content), "--output", str(tmp_path / "b.json")]) == 2
+    assert naming("a.json", "COCO").search(capsys.readouterr().err)
+
+
+def test_the_annotations_are_not_overwritten(tmp_path, capsys):
+    original = write(tmp_path / "a.json", content_of())
+    before = (tmp_path / "a.json").read_bytes()
+    assert plant_errors.main([original, "--output", original]) == 2
+    assert naming("--output", original).search(capsys.readouterr().err)
+    assert (tmp_path / "a.json").read_bytes() == before
+
+
 def test_one_category_has_no_wrong_class(tmp_path, capsys):
     content = content_of() | {"categories": CATEGORIES[:1]}
     target = str(tmp_path / "b.json")

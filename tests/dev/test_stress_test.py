@@ -9,7 +9,7 @@ from conftest import ROOT
 from naming import naming
 from ranks import run_program
 
-from dev.stress import mutations
+from dev.stress import endurance, mutations
 from dev.stress.cases import run_cases
 from dn_detr_d2.data import coco_custom, images, normalise
 
@@ -77,6 +77,18 @@ def test_a_case_that_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
         "case 7: answer",
     ]
     assert outcomes["well"] == 6
+
+
+def test_a_step_that_dies_on_many_boxes_is_a_violation(tmp_path, monkeypatch):
+    def in_child(step):
+        return [1e8] if step.__defaults__[0] != 300 else None
+
+    monkeypatch.setattr(endurance, "in_child", in_child)
+    found = endurance.crowded_images(tmp_path)
+    assert found.wrong
+    assert "nan" in found.observed
+    monkeypatch.setattr(endurance, "in_child", lambda step: [1e8])
+    assert endurance.crowded_images(tmp_path).wrong == []
 
 
 def test_mutations_are_a_function_of_their_number():

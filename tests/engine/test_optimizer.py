@@ -79,7 +79,7 @@ def test_the_polynomial_schedule_falls_to_0(toy_cfg):
 
 @pytest.mark.parametrize("name", ["WarmupPolyLR", "WarmupCosineLR", "WarmupMultiStepLR"])
 def test_a_warmup_that_is_longer_than_the_training_is_said(toy_cfg, caplog, name):
-    """The rate that is named as the largest is the largest of all iterations; a shorter warm-up reaches more, and is silent."""
+    """The rate that is named as the largest is that of all iterations; a shorter warm-up reaches more, and is silent."""
     overrides = ["SOLVER.LR_SCHEDULER_NAME", name, "SOLVER.MAX_ITER", 10, "SOLVER.BASE_LR", 2.0, "SOLVER.STEPS", (8,)]
     with caplog.at_level(logging.WARNING, "dn_detr_d2"):
         rates = rates_of(toy_cfg("dn_detr", *overrides, "SOLVER.WARMUP_ITERS", 10))

@@ -20,6 +20,7 @@ from toy_training import CASCADE, MASKS, NARROW_RCNN
 
 from dn_detr_d2 import ConfigError, DenoisingGenerator, add_dn_detr_config, setup_cfg
 from dn_detr_d2.checkpoint.convert import convert
+from dn_detr_d2.config import load_config
 from dn_detr_d2.config.ranges import flatten
 from dn_detr_d2.modeling.roi_heads import noised_regions
 
@@ -316,6 +317,13 @@ def test_the_defaults_of_detectron2_are_its_own():
     assert ours == {"SOLVER.OPTIMIZER": "SGD", "SOLVER.BACKBONE_MULTIPLIER": 1.0}
     for key in given.keys() - ours.keys():
         assert given[key] == pytest.approx(theirs[key]), key
+    loaded = dict(flatten(load_config(str(BASE), [])))
+    differing = {key for key, value in theirs.items() if as_list(loaded[key]) != as_list(value)}
+    assert differing == {"MODEL.DEVICE", "MODEL.META_ARCHITECTURE", "DATALOADER.ASPECT_RATIO_GROUPING"}
+
+
+def as_list(x):
+    return list(x) if isinstance(x, list | tuple) else x
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import csv
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from naming import naming
 from PIL import Image
 
 from dn_detr_d2.diagnostics import Suspicion
-from dn_detr_d2.diagnostics.label_errors import as_rows
+from dn_detr_d2.diagnostics.label_errors import COLUMNS, as_rows, write_report
 from tools import find_label_errors
 
 SHAPES = ["MODEL.DN_DETR.NUM_CLASSES", 3, "INPUT.MIN_SIZE_TEST", 48, "DATALOADER.NUM_WORKERS", 0]
@@ -77,6 +78,34 @@ def test_table_file_and_pictures(run, tmp_path):
     assert f"{len(annotations)} annotations; for {doubted} of them another class is likelier" in stdout
 
 
+def test_a_second_report_leaves_no_pictures_of_the_first(run, tmp_path):
+    out = tmp_path / "found"
+    assert run("--num-images", 2, "--top", 2, "--output", out)[0] == 0
+    (out / "mine.png").write_text("kept")
+    assert run("--num-images", 2, "--top", 1, "--kinds", "missing", "--output", out)[0] == 0
+    names = {path.name for path in out.glob("*.png")}
+    assert "mine.png" in names
+    assert [name.split("_")[:2] for name in names - {"mine.png"}] == [["missing", "0001"]]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "ä" * 200, "a\nb", "a\0b", "../../up", "a b/c\\d:e*?"])
+def test_pictures_of_any_class_have_a_file_name(tmp_path, name):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    values = {"kind": "class", "score": 0.5, "file_name": str(tmp_path / "a.png"), "label": name, "suggested": name}
+    rows = [dict.fromkeys(COLUMNS, "") | values | {"x0": 1, "y0": 1, "x1": 9, "y1": 9}]
+    write_report(rows, 1, tmp_path / "out" / "deep")
+    assert {path.suffix for path in (tmp_path / "out" / "deep").iterdir()} == {".png", ".csv"}
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, _, said = run("--num-images", 1, "--top", 1, "--output", tmp_path / "file" / "out")
+    assert code == 2
+    assert naming(tmp_path / "file" / "out").search(said)
+    assert "Traceback" not in said
+
+
 def test_one_kind_alone(run, tmp_path):
     code, stdout, _ = run("--num-images", 2, "--top", 1, "--kinds", "missing", "--output", tmp_path / "found")
     assert code == 0
@@ -110,7 +139,7 @@ def test_a_model_of_one_class_judges_boxes(tmp_path, toy_model, toy_cfg, capsys)
 
 def test_a_crowd_is_not_missing():
     box, record = [10.0, 10, 30, 30], {"image_id": 1, "file_name": "a.png"}
-    crowd = {"id": 1, "bbox": [0, 0, 40, 20], "category_id": 0, "iscrowd": 1}
+    crowd = {"id": 1, "bbox": [0, 0, 40, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 1}
     judged = [Suspicion("missing", 1, 0.9, suggested=0, suggested_box=box)]
     DatasetCatalog.register("test_crowd", lambda: [record | {"annotations": [crowd]}])
     try:
@@ -119,6 +148,10 @@ def test_a_crowd_is_not_missing():
         assert [row["suggested"] for row in as_rows(judged, ["a"], "test_crowd")] == ["a"]
         crowd |= {"bbox": [0, 0, 40, 40], "iscrowd": 0}
         assert len(as_rows(judged, ["a"], "test_crowd")) == 1
+        crowd |= {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 1}
+        assert len(as_rows(judged, ["a"], "test_crowd")) == 1
+        crowd["bbox"] = [10, 10, 30, 20]  # as width and height it would be another place
+        assert as_rows(judged, ["a"], "test_crowd") == []
     finally:
         DatasetCatalog.remove("test_crowd")
 

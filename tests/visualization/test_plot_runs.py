@@ -1,15 +1,17 @@
 """Curves and tables of runs, from metrics files that are written by hand."""
 
 import json
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 from naming import naming
+from PIL import Image
 
 from dn_detr_d2 import UserError
 from dn_detr_d2.visualization import group_runs, read_run
-from dn_detr_d2.visualization.curves import AP
+from dn_detr_d2.visualization.curves import AP, AVERAGED_AP
 from tools import plot_runs
 
 
@@ -83,6 +85,26 @@ def test_the_last_layer_and_the_first_test_set_are_shown(make_run):
     run = read_run(make_run("a", lines, DATASETS={"TEST": ["a", "z"]}))
     assert run.curve(r"instability/layer_\d+").tolist() == [[20, 2.0]]
     assert run.curve(AP).tolist() == [[20, 12.0]]
+
+
+@pytest.mark.parametrize(("named", "expected", "averaged"), [
+    ({"bbox/AP": 5.0, "ema/bbox/AP": 20.0}, 5.0, 20.0),
+    ({"bbox/AP": 5.0, "segm/AP": 4.0, "ema/bbox/AP": 20.0, "ema/segm/AP": 19.0}, 4.0, 19.0),
+    ({"a/bbox/AP": 5.0, "z/bbox/AP": 6.0, "ema/a/bbox/AP": 20.0, "ema/z/bbox/AP": 21.0}, 5.0, 20.0),
+])  # fmt: skip
+def test_ap_is_of_the_weights_and_that_of_their_average_apart(make_run, named, expected, averaged):
+    run = read_run(make_run("a", [{"iteration": 19, "time": 1.0, **named}], DATASETS={"TEST": ["a", "z"]}))
+    assert run.curve(AP).tolist() == [[20, expected]]
+    assert run.curve(AVERAGED_AP[0]).tolist() == [[20, averaged]]
+
+
+def test_a_picture_without_a_suffix_is_a_png_and_a_folder_is_refused(make_run, tmp_path, capsys):
+    folder = str(make_run("a", lines_of([1.0, 2.0])))
+    assert plot_runs.main([folder, "--output", str(tmp_path / "cmp")]) == 0
+    assert Path(capsys.readouterr().out.split("picture: ")[1].split()[0]) == tmp_path / "cmp.png"
+    assert Image.open(tmp_path / "cmp.png").format == "PNG"
+    assert plot_runs.main([folder, "--output", folder]) == 2
+    assert naming(folder, "folder").search(capsys.readouterr().err)
 
 
 def test_values_that_are_not_numbers_are_no_points(make_run):
