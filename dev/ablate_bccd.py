@@ -47,7 +47,12 @@ CHOICES = {
     "learning rate 0.00035": {"SOLVER.BASE_LR": 0.00035},
     "class weight 1": {"MODEL.DN_DETR.LOSS.CLASS_WEIGHT": 1.0},
     "horizontal flips only": {"INPUT.RANDOM_FLIP": "horizontal"},
-    "batch 4, half the iterations": {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 200, "TEST.EVAL_PERIOD": 100},
+    "batch 4, half the iterations": {
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.MAX_ITER": 200,
+        "SOLVER.WARMUP_ITERS": 100,
+        "TEST.EVAL_PERIOD": 100,
+    },
 }
 KINDS = {"moving average": "ema/", "last weights": ""}
 METRICS = {"AP": "AP", "AP50": "AP50", "platelets": "AP-Platelets", "red cells": "AP-RBC", "white cells": "AP-WBC"}
@@ -153,7 +158,8 @@ AP50 of the moving average over {len(ends)} seeds: mean {sum(ends) / len(ends):.
 
 ## One choice at a time taken back
 
-On the validation split, {SHORT["SOLVER.MAX_ITER"]} iterations, seed {first}, last weights.
+On the validation split, {SHORT["SOLVER.MAX_ITER"]} iterations, seed {first}, last weights. Warm-up is half of so short a
+training, so the rate reaches half of SOLVER.BASE_LR.
 
 {tabulate(choices, headers, tablefmt="github", disable_numparse=True)}
 """
