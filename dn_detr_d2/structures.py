@@ -162,6 +162,7 @@ class Memory:
         mask_features: (N, C, h, w) what mask embeddings are multiplied with, at a quarter of the padded image's height and
             width; None in models without masks.
         hides_padding: whether each image looks as it does alone, so that nothing may depend on the size of its padding.
+        losses_wanted: whether losses will be taken of what is predicted from it: in training, and of validation losses.
     """
 
     tokens: Tensor
@@ -172,6 +173,7 @@ class Memory:
     axis_encoding: Callable[[Tensor], Tensor] | None = None
     mask_features: Tensor | None = None
     hides_padding: bool = False
+    losses_wanted: bool = False
 
     @property
     def box_ratios(self) -> Tensor:

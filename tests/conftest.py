@@ -91,7 +91,9 @@ def toy_cfg():
     """toy_cfg(system, *overrides) -> config of a small model."""
 
     def make(system, *overrides):
-        return setup_cfg(str(ROOT / "configs" / f"{(SYSTEMS | MASK_SYSTEMS)[system]}.yaml"), [*TOY, *overrides])
+        return setup_cfg(
+            str(ROOT / "configs" / f"{(SYSTEMS | MASK_SYSTEMS).get(system, system)}.yaml"), [*TOY, *overrides]
+        )
 
     return make
 

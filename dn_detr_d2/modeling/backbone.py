@@ -1,6 +1,7 @@
 """Backbones that Detectron2 has, but cannot build from a YAML file: the DETRs' dilated ResNet, Swin, ViTDet."""
 
 import importlib.util
+import logging
 from functools import partial
 
 from detectron2.layers import ShapeSpec
@@ -9,6 +10,8 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from torch import nn
 
 from ..errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Channels, blocks of each stage, heads of each stage, window, image size of the ImageNet training (Liu et al., ICCV 2021).
 SWIN = {
@@ -70,8 +73,33 @@ def build_swin_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         drop_path_rate=node.DROP_PATH_RATE,
         out_indices=[i for i in range(4) if f"p{i}" in wanted_maps(cfg)],
     )
+    last = max(swin.out_indices)  # what lies behind it would have no gradient
+    swin.layers, swin.num_layers = swin.layers[: last + 1], last + 1
+    swin.layers[-1].downsample = None
     swin._size_divisibility = 32  # Detectron2's class reads it without ever setting it
     return swin
+
+
+def train_what_is_used(backbone: Backbone, cfg) -> None:
+    """Takes the gradient off the stages of a ResNet behind the last map of :func:`wanted_maps`.
+
+    They have none anyway, and DistributedDataParallel would wait for it.
+    """
+    if not isinstance(backbone, ResNet):
+        return
+    used = [i for i, name in enumerate(backbone.stage_names) if name in wanted_maps(cfg)]
+    for name in backbone.stage_names[max(used, default=len(backbone.stage_names)) + 1 :]:
+        getattr(backbone, name).requires_grad_(False)
+        logger.info("%s is not trained: no map of IN_FEATURES %s needs it", name, list(cfg.MODEL.DN_DETR.IN_FEATURES))
+
+
+class PaddedPyramid(SimpleFeaturePyramid):
+    """Detectron2's pyramid, which needs whole cells on all its levels and does not say so in a way that is read."""
+
+    @property
+    def size_divisibility(self) -> int:
+        """Of the sides of a batch, in pixels: the coarsest stride, at least that of the patches."""
+        return max(self.net.patch_embed.proj.stride[0], *self._out_feature_strides.values())
 
 
 @BACKBONE_REGISTRY.register()
@@ -98,7 +126,7 @@ def build_vitdet_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     )
     scales = {"p2": 4.0, "p3": 2.0, "p4": 1.0, "p5": 0.5}
     wanted = [scale for name, scale in scales.items() if name in wanted_maps(cfg)]
-    return SimpleFeaturePyramid(vit, "last_feat", out_channels=256, scale_factors=wanted or list(scales.values()))
+    return PaddedPyramid(vit, "last_feat", out_channels=256, scale_factors=wanted or list(scales.values()))
 
 
 def choose(sizes: dict, size: str, key: str) -> tuple:

@@ -18,6 +18,8 @@ from ..losses import (
     without_masks,
 )
 from ..utils.precision import dtype_of
+from .backbone import train_what_is_used
+from .check_parts import check_parts
 from .compiling import check_compile
 from .decoder import Decoder
 from .encoder import DeformableEncoder, PlainEncoder
@@ -53,14 +55,16 @@ def build_parts(cfg) -> dict:
         )
     with name_the_node("MODEL.BACKBONE / MODEL.RESNETS"):
         backbone = build_backbone(cfg)
-    matcher, criterion = build_matcher(cfg), build_criterion(cfg)
+    train_what_is_used(backbone, cfg)
     neck, encoder, decoder = Neck(cfg, backbone.output_shape()), build_encoder(cfg), build_decoder(cfg)
+    matcher, criterion = build_matcher(cfg), build_criterion(cfg, decoder.BOXES)
     choose_backend(cfg, encoder, decoder)
     pixel_decoder = PixelDecoder(cfg, backbone.output_shape()) if root.MASK.ENABLED else None
     query_source = build_query_source(cfg)
     if isinstance(query_source, MaskDinoQueries):
         query_source.borrow_heads(decoder)
     denoising = build_denoising(cfg, query_source, criterion)
+    check_parts(cfg, neck, encoder, query_source, decoder, denoising)
     check_prompt_keys(cfg, query_source, denoising)
     check_boxes(cfg, decoder, matcher, criterion)
     check_compile(cfg)
@@ -165,7 +169,7 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
 
 
 def build_matcher(cfg) -> HungarianMatcher:
-    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``; boxes as in :func:`build_criterion`."""
+    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``; costs of boxes with weight 0 are left out."""
     root = cfg.MODEL.DN_DETR
     node, loss, mask = root.MATCHER, root.LOSS, root.MASK
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
@@ -188,8 +192,14 @@ def _without_boxes(terms: list) -> list:
     return [term for term in terms if term.name == "class" or term.weight]
 
 
-def build_criterion(cfg) -> SetCriterion:
-    """The criterion of ``MODEL.DN_DETR.LOSS``; losses of boxes with the weight 0 are left out of models with masks."""
+def build_criterion(cfg, boxes: bool = True) -> SetCriterion:
+    """The criterion of ``MODEL.DN_DETR.LOSS``.
+
+    Args:
+        cfg: the config.
+        boxes: whether the model predicts any. Without, their losses are left out; with, those of weight 0 stay, so that the
+            box heads have a gradient, for which DistributedDataParallel would wait.
+    """
     node, mask = cfg.MODEL.DN_DETR.LOSS, cfg.MODEL.DN_DETR.MASK
     settings = {
         "class_weight": node.CLASS_WEIGHT,
@@ -213,7 +223,7 @@ def build_criterion(cfg) -> SetCriterion:
                 oversample_ratio=mask.OVERSAMPLE_RATIO,
                 importance_ratio=mask.IMPORTANCE_SAMPLE_RATIO,
             )
-            criterion = type(criterion)([*_without_boxes(criterion.terms), masks])
+            criterion = type(criterion)([*(criterion.terms if boxes else _without_boxes(criterion.terms)), masks])
     return criterion
 
 

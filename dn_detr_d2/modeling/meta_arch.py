@@ -3,6 +3,7 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -88,7 +89,7 @@ class DenoisingDETR(nn.Module):
         self.postprocess, self.amp = postprocess, amp
         self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
         self.tensor_pass: Callable[..., tuple[Tensor, ...]] | None = None
-        self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
+        self.size_divisibility = math.lcm(max(size_divisibility, 1), max(backbone.size_divisibility, 1))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
@@ -215,7 +216,7 @@ class DenoisingDETR(nn.Module):
             raise ValueError("denoising queries are noised ground truth: with annotated=False, denoising must be None")
         if annotated and self.pixel_decoder is not None:
             require_masks(batched_inputs)
-        memory = self.encode(batched_inputs)
+        memory = replace(self.encode(batched_inputs), losses_wanted=annotated)
         queries, targets, dn = self.query_source(memory), None, None
         if annotated:
             slots = max(normalizers.step_counts, default=1) if normalizers is not None else 1

@@ -49,6 +49,12 @@ def check_prompt_keys(cfg, query_source: nn.Module, denoising: QueryDenoising | 
             f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION = {node.KNOWN_FRACTION} needs NUM_GROUPS 1, got {node.NUM_GROUPS}: "
             "further groups would only tell the same objects again"
         )
+    if node.KNOWN_FRACTION and denoising.generator.layout(3)[0] != 1:
+        raise ConfigError(
+            f"MODEL.DN_DETR.DENOISING.KNOWN_FRACTION = {node.KNOWN_FRACTION} needs one group, but DENOISING.NAME "
+            f"{node.NAME!r} makes as many as DENOISING.NUM_QUERIES = {node.NUM_QUERIES} allows; set that to 0, or take "
+            "DenoisingGenerator"
+        )
 
 
 def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kind: str, masks: bool) -> None:

@@ -281,7 +281,9 @@ class LearnedPoints(nn.Module):
     def prompt(self, queries: ObjectQueries, labels: Tensor) -> ObjectQueries:
         """One matching query for each point, with the embedding of a label, (N,) one an image, in the place of a pattern."""
         points = slice_queries(queries, slice(len(self.points.weight)))
-        return replace(points, content=self.label_encoder.prompt(labels)[:, None].expand_as(points.content))
+        content = self.label_encoder.prompt(labels)[:, None].expand_as(points.content)
+        # or the patterns would have no gradient, for which DistributedDataParallel would wait
+        return replace(points, content=content + 0 * self.patterns.weight.sum())
 
 
 @QUERY_SOURCE_REGISTRY.register()
@@ -303,6 +305,7 @@ class TopKAnchors(nn.Module):
     CONTENTS = ("learned", "memory")
     SIDE = 0.05  # of a proposal on the finest level
     MARGIN = 0.01  # proposals that reach closer to 0 or 1 are not used
+    ALL_CELLS_LEARN = False  # whether proposals have losses that were not chosen
 
     @configurable
     def __init__(self, *, num_queries: int, dim: int, num_classes: int, content: str, denoising: bool):
@@ -350,16 +353,14 @@ class TopKAnchors(nn.Module):
         best = self.choose(logits, memory)
         chosen = [take(x, best) for x in (hidden, boxes, usable[..., None])]
         refined = self.refine(*chosen)
-        proposals = self.proposal_outputs(take(logits, best), refined, logits, hidden, boxes, usable)
+        proposals = Predictions(take(logits, best)[None], refined[None])
+        if self.ALL_CELLS_LEARN and memory.losses_wanted:
+            proposals = Predictions(logits[None], self.refine(hidden, boxes, usable[..., None])[None])
         return ObjectQueries(*self.make_queries(chosen[0].detach(), refined.detach()), proposals=proposals)
 
     def refine(self, hidden: Tensor, boxes: Tensor, usable: Tensor) -> Tensor:
         """Corrected boxes; 1 throughout where a cell may not be used."""
         return self.heads.refine(hidden, boxes, 0).masked_fill(~usable, 1.0)
-
-    def proposal_outputs(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
-        """The proposals that have a loss: here those that were chosen, (1, N, Q, P) and (1, N, Q, 4)."""
-        return Predictions(logits[None], boxes[None])
 
     def choose(self, logits: Tensor, memory: Memory) -> Tensor:
         """(N, Q) the cells most like an object by their (N, S, P) logits; padding may be among them unless it is hidden."""
@@ -407,17 +408,12 @@ class ObjectnessAnchors(TopKAnchors):
         num_queries, dim, num_classes, content, denoising: as for :class:`TopKAnchors`.
     """
 
+    ALL_CELLS_LEARN = True
+
     @configurable
     def __init__(self, *, dim: int, num_classes: int, denoising: bool, **arguments):
         super().__init__(dim=dim, num_classes=num_classes, denoising=False, **arguments)
         self.label_encoder = LabelEncoder(num_classes, dim) if denoising else None
-
-    def proposal_outputs(self, logits: Tensor, boxes: Tensor, *cells: Tensor) -> Predictions:
-        """In training all cells, whether chosen or not: (1, N, S, P) and (1, N, S, 4)."""
-        every_logit, hidden, proposed, usable = cells
-        if not self.training:
-            return super().proposal_outputs(logits, boxes)
-        return Predictions(every_logit[None], self.refine(hidden, proposed, usable[..., None])[None])
 
     def score_cells(self, logits: Tensor) -> Tensor:
         """The logit of the class that stands for all."""

@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class TimmBackbone(Backbone):
             frozen; 0 = everything is trained. As Detectron2's ``MODEL.BACKBONE.FREEZE_AT``: 1 = the stem, 2 = also res2.
 
     Raises:
-        ConfigError: timm is not there, has no such network, or the network has no such map.
+        ConfigError: timm is not there, has no such network, the network has no such map, or takes images of one size alone.
     """
 
     def __init__(self, name: str, maps: list[str], norm: str = "FrozenBN", freeze_at: int = 0):
@@ -41,14 +42,19 @@ class TimmBackbone(Backbone):
                 "MODEL.DN_DETR.IN_FEATURES, or choose another network"
             )
         self._out_features = sorted(maps, key=lambda x: int(x.removeprefix("res")))
-        net = _create(name, out_indices=[strides[x] for x in self._out_features])
-        _cut(net)
+        net = _for_any_size(name, [strides[x] for x in self._out_features])
+        self._size_divisibility = _divisor(net)
         # Swin and its kin have (N, H, W, C) maps.
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self._out_feature_channels = dict(zip(self._out_features, net.feature_info.channels(), strict=True))
         self._out_feature_strides = dict(zip(self._out_features, net.feature_info.reduction(), strict=True))
         self.net = _with_norm(net, norm)
         self._freeze(info, freeze_at)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Of the sides of a batch, in pixels: the coarsest stride of networks that leave out what fills no cell, else 0."""
+        return self._size_divisibility
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> {name: (N, C, h, w)}."""
@@ -96,10 +102,50 @@ def _create(name: str, **settings) -> nn.Module:
         ) from None
 
 
+def _for_any_size(name: str, indices: list[int]) -> nn.Module:
+    """The network cut to some of its maps, in a form that takes images of any size; raises ConfigError if it has none."""
+    faults = []
+    for settings in ({}, {"strict_img_size": False}):
+        try:
+            net = _create(name, out_indices=indices, **settings)
+            _cut(net)
+            step = 2 * max(net.feature_info.reduction())
+            for size in ((step, 2 * step), (2 * step, 3 * step)):
+                _shapes(net, size)
+            return net
+        except (ConfigError, AssertionError, RuntimeError, ValueError) as error:
+            faults.append(" ".join(str(error).split()))
+    raise ConfigError(
+        f"MODEL.TIMM.NAME {name!r} does not take images of any size: {faults[0]:.200}; choose a convolutional network, "
+        "such as 'tf_efficientnet_lite0' or 'resnet18'"
+    )
+
+
+def _divisor(net: nn.Module) -> int:
+    """What the sides of an image must be multiples of for all its pixels to count; 0 = nothing."""
+    coarsest = max(net.feature_info.reduction())
+    try:
+        shapes = _shapes(net, (coarsest + 1, coarsest + 1))
+    except (AssertionError, RuntimeError, ValueError):  # patches that do not fit
+        return coarsest
+    cells = zip(shapes, net.feature_info.reduction(), strict=True)
+    return 0 if all(stride * min(shape) > coarsest for shape, stride in cells) else coarsest
+
+
+@torch.no_grad()
+def _shapes(net: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(height, width) of each map of an image of a size; the network stays as it is."""
+    training = net.training
+    maps = net.eval()(next(net.parameters()).new_zeros(1, 3, *size))
+    net.train(training)
+    channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+    return [tuple(x.shape[1:3] if channels_last else x.shape[2:]) for x in maps]
+
+
 def _cut(net: nn.Module) -> None:
     """Takes away the stages behind the last map, which timm's EfficientNets and MobileNets would run for nothing."""
     last = net.feature_info.module_name()[-1]
-    if last.startswith("blocks."):
+    if last.startswith("blocks.") and hasattr(net, "blocks"):
         net.blocks = net.blocks[: int(last.split(".")[1]) + 1]
 
 

@@ -145,8 +145,13 @@ def test_boxes_of_judged_labels_are_in_pixels_of_the_original_image():
         assert x.box == pytest.approx(resized.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["focal", "softmax"])
-@pytest.mark.parametrize("system", DENOISING_SYSTEMS)
+@pytest.mark.parametrize(
+    ("system", "loss"),
+    [
+        *((system, "focal") for system in DENOISING_SYSTEMS),
+        *((system, "softmax") for system in ("dn_detr", "dn_deformable_detr", "encoder_only")),
+    ],
+)
 def test_real_models_can_be_measured(toy_model, system, loss):
     model = toy_model(system, "MODEL.DN_DETR.LOSS.CLASS_LOSS", loss).train()
     loader = scenes(2, 0, 3)

@@ -65,6 +65,21 @@ def test_they_are_what_the_criterion_says_of_all_images_at_once(toy_model, syste
         assert found[f"aux/{term}_0"] == pytest.approx(values[0].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("system", ["dino", "dino_like", "deformable_detr_two_stage_dn_R50_50ep"])
+def test_losses_of_proposals_are_those_of_training(toy_model, system):
+    """In the mode of evaluation too, also where every cell has a loss: the same numbers of the same images and weights."""
+    model = toy_model(system, "MODEL.DN_DETR.ENCODER.DROPOUT", 0.0, "MODEL.DN_DETR.DECODER.DROPOUT", 0.0)
+    batch = make_batch(3, 1, sizes=((64, 64),))
+    found = {}
+    for mode in (True, False):
+        model.train(mode)
+        outputs = model.forward_outputs(batch)
+        losses = model.losses(outputs)
+        found[mode] = {name: loss.value.item() for name, loss in losses.items() if name.startswith("proposal/")}
+    assert found[True]
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
 def test_a_mean_over_queries_is_averaged_over_the_images(toy_model):
     model = toy_model("detr").eval()
     _, loader = one_by_one(3, 0, 1)

@@ -39,6 +39,34 @@ def test_sizes_and_strides_of_swin(toy_cfg):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("backbone", "size"), [(SWIN, (111, 159)), (VIT, (111, 159)), (VIT, (97, 130))])
+def test_every_pixel_of_an_image_is_seen(toy_cfg, backbone, size):
+    """Whatever its size: the last rows and columns change features, and all levels have cells for the whole image."""
+    model = build_model(toy_cfg("dn_deformable_detr", *backbone)).eval()
+    batch = make_batch(0, sizes=(size,))
+    images = model.preprocess(batch).tensor
+    coarsest = max(shape.stride for shape in model.backbone.output_shape().values())
+    assert all(side % coarsest == 0 for side in images.shape[-2:])
+    changed = images.clone()
+    changed[..., size[0] - 3 : size[0], : size[1]] += 1
+    changed[..., : size[0], size[1] - 3 : size[1]] += 1
+    before, after = model.backbone(images), model.backbone(changed)
+    assert all((before[name] - after[name]).abs().max() > 1e-4 for name in before)
+    for name, shape in model.backbone.output_shape().items():
+        assert before[name].shape[-2:] == tuple(side // shape.stride for side in images.shape[-2:])
+
+
+@pytest.mark.parametrize(("backbone", "maps"), [
+    (SWIN, ["p1"]), (SWIN, ["p1", "p2"]), (SWIN, ["p0", "p3"]), ([], ["res4"]), ([], ["res3", "res4"]),
+])  # fmt: skip
+def test_stages_behind_the_last_map_are_not_trained(toy_cfg, backbone, maps):
+    """Or distributed training would wait for their gradients."""
+    levels = ["MODEL.DN_DETR.IN_FEATURES", maps, "MODEL.DN_DETR.NUM_FEATURE_LEVELS", 3]
+    model = build_model(toy_cfg("dn_deformable_detr", *backbone, *levels)).train()
+    sum(model(make_batch(2, 1)).values()).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 @pytest.mark.parametrize(("overrides", "named"), [
     ([*SWIN, "MODEL.SWIN.SIZE", "XL"], ["MODEL.SWIN.SIZE", "T, S, B, L", "'XL'"]),
     ([*VIT, "MODEL.VIT.SIZE", "g"], ["MODEL.VIT.SIZE", "B, L", "'g'"]),

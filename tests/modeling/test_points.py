@@ -36,7 +36,7 @@ def test_points_are_uniform():
 
 def test_every_point_comes_from_a_function_that_can_be_replaced(monkeypatch):
     cfg = make_cfg(L1=0.0, GIOU=0.0)
-    matcher, criterion, (predictions, targets) = build_matcher(cfg), build_criterion(cfg), case()
+    matcher, criterion, (predictions, targets) = build_matcher(cfg), build_criterion(cfg, boxes=False), case()
     asked = []
 
     def replacement(kind, num_sets, num_points, device):
@@ -51,7 +51,10 @@ def test_every_point_comes_from_a_function_that_can_be_replaced(monkeypatch):
 
 
 def test_a_mask_model_has_losses_of_masks_and_those_of_boxes_that_count():
-    matcher, criterion = build_matcher(make_cfg(L1=0.0, GIOU=0.0)), build_criterion(make_cfg(L1=0.0, GIOU=0.0))
+    matcher, criterion = (
+        build_matcher(make_cfg(L1=0.0, GIOU=0.0)),
+        build_criterion(make_cfg(L1=0.0, GIOU=0.0), boxes=False),
+    )
     assert [cost.name for cost in matcher.costs] == ["class", "mask"]
     assert [name for term in criterion.terms for name in term.names] == ["class", "mask", "dice"]
     assert criterion.is_mean("class")
@@ -61,7 +64,7 @@ def test_a_mask_model_has_losses_of_masks_and_those_of_boxes_that_count():
 
 
 def test_weights_come_from_the_config():
-    (mask,) = build_criterion(make_cfg(MASK=3.0, DICE=7.0, L1=0.0, GIOU=0.0)).terms[1:]
+    (mask,) = build_criterion(make_cfg(MASK=3.0, DICE=7.0, L1=0.0, GIOU=0.0), boxes=False).terms[1:]
     assert (mask.weight, mask.dice_weight, mask.candidates, mask.kept, mask.rest) == (3, 7, 60, 15, 5)
     (cost,) = build_matcher(make_cfg(MASK=3.0, DICE=7.0, L1=0.0, GIOU=0.0)).costs[1:]
     assert (cost.mask_weight, cost.dice_weight, cost.num_points) == (3, 7, 20)

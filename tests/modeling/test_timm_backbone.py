@@ -106,6 +106,33 @@ def test_shapes_of_maps_are_as_announced_and_every_parameter_is_used(name, maps)
     assert [key for key, p in backbone.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize(("name", "divisor"), [
+    (NETWORK, 0), ("resnet18", 0), ("convnext_atto", 32), ("swin_tiny_patch4_window7_224", 32),
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(97, 161), (127, 127)])
+def test_every_pixel_counts_and_any_size_is_taken(toy_cfg, name, divisor, size):
+    """Convolutions of stride s without padding leave out what fills no cell, so images are padded for them."""
+    cfg = toy_cfg("dn_deformable_detr", *TIMM, "MODEL.TIMM.NAME", name)
+    model = build_model(cfg).eval()
+    assert model.backbone.size_divisibility == divisor
+    for name, tensor in model.backbone.state_dict().items():  # some blocks begin as shortcuts
+        if tensor.dim() == 1 and name.endswith("weight"):
+            tensor.fill_(1.0)
+    images = model.preprocess(make_batch(0, sizes=(size,))).tensor
+    changed = images.clone()
+    changed[..., size[0] - 3 : size[0], : size[1]] += 10 * torch.randn(size[1])
+    before, after = model.backbone(images), model.backbone(changed)
+    for key, shape in model.backbone.output_shape().items():
+        assert all(n * shape.stride >= side for n, side in zip(before[key].shape[-2:], size, strict=True))
+        assert (before[key] - after[key]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["maxvit_pico_rw_256", "vit_tiny_patch16_224"])
+def test_a_network_of_one_image_size_is_refused(name):
+    with pytest.raises(ConfigError, match=naming("MODEL.TIMM.NAME", name, "any size")):
+        TimmBackbone(name, ["res4"])
+
+
 def test_freeze_at_counts_as_in_detectron2():
     """Every map below the limit keeps its weights and statistics, the maps above learn."""
     for freeze_at in range(6):
