@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.logger import setup_logger
+from hypothesis import settings
 
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.utils.text_output import escaped
@@ -33,6 +34,10 @@ TOY = [
     *("MODEL.DN_DETR.DECODER.NUM_LAYERS", 3, "MODEL.DN_DETR.DECODER.FFN_DIM", 48, "MODEL.DN_DETR.DECODER.NUM_HEADS", 4),
     *("MODEL.DN_DETR.MASK.NUM_POINTS", 64, "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"),
 ]
+# An example that waits for another process of the machine is no fault.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
 SYSTEMS = {
     "dab_detr": "dab_detr_R50_50ep",
     "dn_detr": "dn_detr_R50_50ep",

@@ -19,7 +19,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.large, self.asked = {}, {}, []
+        self.files, self.large, self.asked, self.made = {}, {}, [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -71,7 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append(f"POST {self.path}")
         body = self.body()
         if self.path == "/api/repos/create":
-            name = json.loads(body)["name"]
+            self.server.made.append(json.loads(body))
+            name = self.server.made[-1]["name"]
             return self.reply({"url": f"{self.server.url}/user/{name}", "id": f"user/{name}"})
         if self.path == "/api/validate-yaml":
             return self.reply({"errors": [], "warnings": []})

@@ -429,6 +429,7 @@ class FindsBright:
 
 
 def test_a_video_is_drawn_frame_by_frame_and_its_objects_keep_number_and_colour(run, video, tmp_path, monkeypatch):
+    pytest.importorskip("trackers")
     monkeypatch.setattr("dn_detr_d2.visualization.demo.Predictor", FindsBright)
     code, out, err = run("--video-input", video, "--json", "--track")
     assert (code, err) == (0, "")

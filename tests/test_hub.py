@@ -112,6 +112,19 @@ def test_weights_that_were_not_evaluated_have_a_card_that_says_so(trained):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("private", [True, False])
+def test_a_new_repository_is_private_where_that_is_asked_for(trained, monkeypatch, private):
+    made = []
+
+    def create(api, repo, **options):
+        made.append((repo, options["private"]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda *_, **__: SimpleNamespace(oid=COMMIT))
+    assert push_to_hub.main(arguments(trained[1], *(["--private"] if private else []))) == 0
+    assert made == [("user/name", private)]
+
+
 def test_a_pushed_model_is_loaded_by_its_name_with_the_same_detections(trained, tmp_path):
     """HF_ENDPOINT is read when huggingface_hub is imported, so both ends run in processes of their own."""
     cfg, folder = trained
@@ -126,6 +139,7 @@ def test_a_pushed_model_is_loaded_by_its_name_with_the_same_detections(trained, 
         line = [sys.executable, str(ROOT / "tools" / "push_to_hub.py"), *arguments(folder)]
         ran = subprocess.run(line, capture_output=True, text=True, env=environment)
         assert ran.returncode == 0, ran.stderr
+        assert not server.made[0].get("private")
         weights = re.fullmatch(r"MODEL.WEIGHTS (\S+) MODEL.WEIGHTS_SHA256 ([0-9a-f]{64})", ran.stdout.splitlines()[-1])
         assert weights[1] == f"hf://user/name@{COMMIT}"
         assert yaml.safe_load(server.files["user/name", "config.yaml"])["DATASETS"]["COCO_JSON"] == []

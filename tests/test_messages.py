@@ -8,6 +8,7 @@ import ast
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ ROWS = {
     "config: a choice": (config("SOLVER.AMP.DTYPE", "fp8"), ConfigError, ["SOLVER.AMP.DTYPE", "'fp8'"], "'bf16'"),
     "config: a misspelt key": (
         config("MODEL.DN_DETR.NUM_QUERY", 3), ConfigError, ["MODEL.DN_DETR.NUM_QUERY"], "MODEL.DN_DETR.NUM_QUERIES"),
-    "config: no such file": (config(file="nowhere.yaml"), ConfigError, ["'nowhere.yaml'"], str(ROOT.name)),
+    "config: no such file": (config(file="nowhere.yaml"), ConfigError, ["'nowhere.yaml'"], Path.cwd().name),
     "config: no such data set": (
         config("DATASETS.TRAIN", ("shape_train",)), ConfigError, ["DATASETS", "'shape_train'"], "'shapes_train'"),
     "config: another number of classes": (
@@ -213,7 +214,11 @@ def missing_ways_out(text, values):
         for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("dn_detr_d2/commands/*.py")]
     )
     sources += default_argument_parser().format_help()
-    options = [option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if option not in sources]
+    options = [
+        option
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
+        if not re.search(rf"{option}(?![\w-])", sources)
+    ]
     return [key for key in named if key not in ends] + options
 
 

@@ -59,6 +59,6 @@ def count_seconds(folder):
 
 
 def test_a_rank_does_not_import_the_packages_again(tmp_path):
-    """PyTorch alone takes more than a second."""
+    """PyTorch alone takes more than half a second on the fastest processors, a rank a few hundredths."""
     on_ranks(count_seconds, tmp_path)
-    assert all(float(path.read_text()) < 1 for path in tmp_path.iterdir())
+    assert all(float(path.read_text()) < 0.3 for path in tmp_path.iterdir())

@@ -169,7 +169,7 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
 
 
 def build_matcher(cfg) -> HungarianMatcher:
-    """The matcher of ``MODEL.DN_DETR.MATCHER`` that goes with ``LOSS.CLASS_LOSS``; costs of boxes with weight 0 are left out."""
+    """The matcher of ``MODEL.DN_DETR.MATCHER`` with ``LOSS.CLASS_LOSS``; costs of boxes with weight 0 are left out."""
     root = cfg.MODEL.DN_DETR
     node, loss, mask = root.MATCHER, root.LOSS, root.MASK
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):

@@ -517,6 +517,24 @@ def test_the_tool_keeps_the_classes_of_a_finished_training(tmp_path):
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in written.state.items())
 
 
+def test_the_flag_writes_safetensors_whatever_the_target_ends_in(tmp_path):
+    cfg, model = model_of("quickstart", classes=3)
+    Checkpointer(model, str(tmp_path), cfg=cfg).save("model_final")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    line = [
+        tmp_path / "model_final.pth",
+        tmp_path / "x.pth",
+        "--safetensors",
+        "--config-file",
+        tmp_path / "config.yaml",
+    ]
+    ran = run_tool(*line)
+    assert ran.returncode == 0, ran.stderr
+    assert not (tmp_path / "x.pth").exists()
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+
+
 def test_a_pyramid_starts_from_the_body_of_imagenet(tmp_path):
     import torchvision
 

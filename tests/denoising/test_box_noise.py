@@ -1,6 +1,7 @@
 """Every kind of box noise against its statement in docs/noise.md."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -45,7 +46,10 @@ def iou(a, b):
 
 
 def test_the_names_are_those_of_the_page():
-    assert set(BOX_NOISES._noises) >= set(NAMES)
+    page = (ROOT / "docs" / "noise.md").read_text(encoding="utf-8")
+    rows = {name for line in page.splitlines() for name in re.findall(r"^\| `(\w+)`", line)}
+    assert set(BOX_NOISES._noises) == set(NAMES)
+    assert set(NAMES) <= rows
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,6 +133,11 @@ def test_uniform_noise_never_falls_below_the_least_iou_and_comes_near_it(center,
         for a in steps[:5] for b in steps[:5] for c in steps for d in steps
     )  # fmt: skip
     assert lowest == pytest.approx(least_iou(scale), abs=1e-9)
+    torch.manual_seed(seed)
+    box = torch.tensor([0.5, 0.5, 0.125, 0.25], dtype=torch.float64)  # far from the borders, where it would be clipped
+    drawn = BOX_NOISES.resolve("uniform")(box.expand(500, 4), scale)
+    inside = [iou(box.tolist(), x) for x in drawn.tolist() if x[2] > 1e-3 and x[3] > 1e-3]
+    assert all(x >= least_iou(scale) - 1e-6 for x in inside)
 
 
 @settings(max_examples=100, deadline=None)

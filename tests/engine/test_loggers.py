@@ -28,6 +28,7 @@ def mlflow_store(tmp_path, monkeypatch):
     """A client of a store in files; the packages' own environment variables say where it is."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     from mlflow import MlflowClient
 
     return MlflowClient()

@@ -1,5 +1,6 @@
 """The program that users copy: its arithmetic against the package's, on made-up outputs of a file."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -132,13 +133,23 @@ def test_a_model_without_instances_and_a_file_of_another_kind_are_refused(tmp_pa
 
 
 def test_a_copy_needs_neither_torch_nor_detectron2(tmp_path):
-    """It is imported from a folder of its own, in a process that has none of them."""
+    """It is imported from a folder of its own, in a process that has none of them, and finds what it finds here."""
+    outputs = made_up(5)
+    here = predictor_of(outputs, scores="sigmoid")
+    np.savez(tmp_path / "given.npz", picture=PICTURE, **{name: x.numpy() for name, x in outputs.items()})
+    (tmp_path / "metadata.json").write_text(json.dumps(here.metadata))
     copy = tmp_path / "onnx_predictor.py"
     copy.write_bytes((ROOT / "dn_detr_d2" / "export" / "onnx_predictor.py").read_bytes())
     code = (
         "import sys\n"
         "for name in ('torch', 'torchvision', 'detectron2', 'dn_detr_d2', 'scipy', 'cv2'): sys.modules[name] = None\n"
         "import onnx_predictor\n"
+        "import json, types, numpy as np\n"
+        "given, made = np.load('given.npz'), onnx_predictor.OnnxPredictor.__new__(onnx_predictor.OnnxPredictor)\n"
+        "made.metadata = json.load(open('metadata.json'))\n"
+        "values = [given['logits'], given['boxes']]\n"
+        "made.session = types.SimpleNamespace(run=lambda names, inputs: values)\n"
+        "np.savez('found.npz', *made.arrays(given['picture'])[:3])\n"
         "print(onnx_predictor.main([]))\n"
     )
     done = subprocess.run(
@@ -146,6 +157,8 @@ def test_a_copy_needs_neither_torch_nor_detectron2(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(onnx_predictor.main([]))
+    for theirs, ours in zip(np.load(tmp_path / "found.npz").values(), here.arrays(PICTURE)[:3], strict=True):
+        np.testing.assert_array_equal(theirs, ours)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

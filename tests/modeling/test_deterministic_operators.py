@@ -4,6 +4,7 @@ No GPU is needed: the step runs on the CPU, and its operators are those that wou
 """
 
 import pytest
+import torch
 from conftest import SYSTEMS, make_batch
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,9 +13,10 @@ from dn_detr_d2.denoising.label_noise import ClassFrequency, Confusion
 
 # Without a deterministic CUDA kernel (torch.use_deterministic_algorithms), as far as a detector might use them.
 LACKING = (
-    "adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "grid_sampler_2d_backward",
-    "histc", "kthvalue", "max_pool3d_with_indices_backward", "median", "nll_loss2d", "put_", "reflection_pad2d_backward",
-    "replication_pad2d_backward", "scatter_reduce", "upsample_bicubic2d_backward", "upsample_linear1d_backward",
+    "_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "grid_sampler_2d_backward",
+    "histc", "kthvalue", "max_pool3d_with_indices_backward", "median", "nll_loss2d_backward", "nll_loss2d_forward", "put_",
+    "reflection_pad2d_backward", "replication_pad2d_backward", "scatter_reduce", "upsample_bicubic2d_backward",
+    "upsample_linear1d_backward",
 )  # fmt: skip
 LACKING_FOR_FLOATS = ("cumsum", "cumprod", "logcumsumexp")
 
@@ -33,6 +35,11 @@ class Operators(TorchDispatchMode):
         if name in LACKING or (name in LACKING_FOR_FLOATS and result.is_floating_point()):
             self.lacking.add(name)
         return result
+
+
+@pytest.mark.parametrize("name", LACKING + LACKING_FOR_FLOATS)
+def test_the_operators_of_the_list_exist(name):
+    assert hasattr(torch.ops.aten, name)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

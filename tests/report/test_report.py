@@ -98,10 +98,14 @@ def test_a_whole_report_holds_everything_and_needs_no_other_file(folder, report)
     assert "operator on cpu" in parts["Installation"]
 
 
-def test_the_table_has_the_last_values_of_metrics_json(folder, report):
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+def test_the_table_has_the_last_values_of_metrics_json(copied, quick):
+    made, cfg = copied
+    lines = [json.loads(line) for line in (made / "metrics.json").read_text().splitlines()]
     last = [x for x in lines if "bbox/AP" in x][-1]
-    rows = re.findall(r"<tr><td>(.*?)</tr>", sections(report)["Results"])
+    for i, key in enumerate(sorted(key for key in last if "bbox/" in key)):  # of random weights they are nearly equal
+        last[key] = 10.0 + i
+    (made / "metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    rows = re.findall(r"<tr><td>(.*?)</tr>", sections(write_report(cfg))["Results"])
     cells = {re.split(r"\s*<", row)[0]: re.findall(r">\s*([\d.]+|nan)\s*<", row) for row in rows}
     names = ("AP", "AP50", "AP75", "APs", "APm")
     for prefix, row in (("", "shapes_val"), ("ema/", "ema")):

@@ -9,6 +9,7 @@ from PIL import Image
 from dn_detr_d2 import DatasetError
 from dn_detr_d2.commands import check as tool
 from dn_detr_d2.data import load_coco_json
+from dn_detr_d2.data.issues import Issue
 
 
 @pytest.fixture
@@ -37,6 +38,13 @@ def broken():
 def test_a_set_without_a_fault_ends_with_0(run):
     code, out, _ = run(valid_coco(), "--num-queries", 2)
     assert (code, out.splitlines()[-1]) == (0, "no problems")
+
+
+@pytest.mark.parametrize(("budget", "problems"), [(0, 0), (1, 1), (2, 0)])
+def test_images_with_more_objects_than_the_budget_are_counted(run, budget, problems):
+    """Image 1 of the set has two objects."""
+    code, out, _ = run(valid_coco(), "--num-queries", 2, "--denoising-budget", budget)
+    assert (code, len([line for line in out.splitlines() if str(Issue.OVER_BUDGET) in line])) == (0, problems)
 
 
 def test_a_faulty_set_ends_with_1_and_lists_every_kind(run):

@@ -13,8 +13,10 @@ from conftest import ROOT
 from naming import naming
 from PIL import Image
 
+from dn_detr_d2 import DatasetError
 from dn_detr_d2.commands import convert_dataset as tool
 from dn_detr_d2.data import convert, convert_voc, convert_yolo, label_files, load_coco_json
+from dn_detr_d2.data.check_set import write_json
 
 VOC = """<annotation><filename>a.png</filename><object><name>cat</name><difficult>1</difficult>
 <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object></annotation>"""
@@ -500,11 +502,26 @@ def test_options_and_paths_that_do_not_fit_are_refused(folders, capsys):
     assert tool.main(["yolo", labels, images, out, "--names", found]) == 0
 
 
-def test_a_file_that_cannot_be_written_is_code_1_and_leaves_nothing(folders):
+def test_a_folder_that_is_not_there_is_code_2(folders):
     (folders / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
     folder = str(folders / "labels")
     out = folders / "nowhere" / "out.json"
     assert tool.main(["yolo", folder, str(folders / "images"), str(out), "--names", str(folders / "classes.txt")]) == 2
+    assert not out.parent.exists()
+
+
+def test_a_disk_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+
+    def _fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", _fail)
+    with pytest.raises(DatasetError, match=naming("out.json")):
+        write_json({"images": []}, str(path))
+    assert path.read_text() == "old"
+    assert [x.name for x in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_a_file_name_cannot_write_to_the_terminal(folders, capsys):
