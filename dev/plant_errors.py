@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import random
 import sys
 from collections import defaultdict
@@ -32,7 +31,7 @@ from scipy.stats import mannwhitneyu
 from tabulate import tabulate
 
 from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.command_line import run_command
+from dn_detr_d2.command_line import require_new_file, run_command
 from dn_detr_d2.diagnostics.annotation_errors import BOX, CLASS, KINDS, MISSING, SPURIOUS
 
 PLANTED = "planted_errors"  # key of the written file: [{"kind", "image_id", "id", "bbox"}], bbox of what is missing
@@ -297,8 +296,7 @@ def plant_or_measure(args: argparse.Namespace) -> None:
     ):
         raise DatasetError(f"{args.annotations} is no annotation file in COCO format with annotations and categories")
     if args.output:
-        if os.path.lexists(args.output):  # such as the annotations themselves
-            raise UserError(f"--output {args.output} exists; name a new file, or delete it first")
+        require_new_file(args.output, "--output")
         Path(args.output).write_text(json.dumps(plant(content, args.rate, args.seed, args.kinds)))
         return
     if PLANTED not in content:

@@ -5,6 +5,7 @@ Overrides are KEY VALUE pairs at the end, as in Detectron2. Exit code 0: done; 1
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,17 @@ def required_weights(args: argparse.Namespace) -> str:
     if weights := weights_of(args):
         return weights
     raise ConfigError("no weights are named; add MODEL.WEIGHTS FILE with the model_final.pth of a training")
+
+
+def require_new_file(path: str, option: str = "") -> None:
+    """Raises UserError where a file would be overwritten, such as the input that was mistaken for it.
+
+    Args:
+        path: what is to be written.
+        option: of the command line that names it, "" for an argument by its place.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{option} {path} exists; name a new file, or delete it first".lstrip())
 
 
 def run_command(

@@ -13,7 +13,7 @@ from dev.stress.toy import differing, load
 from dn_detr_d2 import setup_cfg
 from dn_detr_d2.data import build_train_loader
 from dn_detr_d2.engine import Trainer
-from dn_detr_d2.engine.optimizer import build_optimizer
+from dn_detr_d2.engine.optimizer import build_lr_scheduler, build_optimizer
 
 __all__ = [
     "CASCADE",
@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "make_cfg",
     "make_rcnn_cfg",
+    "rates_of",
     "stop_at",
     "train",
 ]
@@ -115,3 +116,14 @@ def stop_at(folder, name, target):
     for file in folder.glob(f"{name}.pth*"):
         shutil.copy(file, target)
     (target / "last_checkpoint").write_text(f"{name}.pth")
+
+
+def rates_of(cfg):
+    """(MAX_ITER,) learning rates of a training."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
+    scheduler, rates = build_lr_scheduler(cfg, optimizer), []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates

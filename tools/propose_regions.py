@@ -10,14 +10,13 @@ pip install 'dn_detr_d2[regions]'. Exit code 1: images that cannot be read were 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dn_detr_d2 import DatasetError, UserError
-from dn_detr_d2.command_line import FAILED, run_command
+from dn_detr_d2.command_line import FAILED, require_new_file, run_command
 from dn_detr_d2.data import load_coco_json, read_image
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.regions import propose_regions
@@ -71,8 +70,7 @@ def write(args: argparse.Namespace) -> int:
         raise UserError(f"{args.images} is no folder; name a folder of images")
     if not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"{args.output} cannot be written: its folder does not exist; make it first")
-    if os.path.lexists(args.output):  # such as the annotations, mistaken for it
-        raise UserError(f"{args.output} exists; name a new file, or delete it first")
+    require_new_file(args.output)
     files = chosen_images(args)
     content = content_of(files, Path(args.images), args.top)
     if not content["images"]:

@@ -42,7 +42,11 @@ class TrainingStream(Dataset):
         return int(self._shuffled[1][row])
 
     def __getitem__(self, position: int) -> dict:
-        record = self.records[self.index(position)]
+        return self.augmented(position, position)
+
+    def augmented(self, place: int, position: int) -> dict:
+        """The image at a place of the order, augmented with the random numbers of a position."""
+        record = self.records[self.index(place)]
         with isolated_rng(derive_seed(self.seed, position, 1)):
             return self.mapper(record)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import ConfigError, DatasetError
-from ..utils.rng import derive_seed, isolated_rng
 from .coco_custom import check_files, class_names, dataset_path
 from .images import image_size
 from .label_files import SUFFIXES, Tally, walk
@@ -44,7 +43,7 @@ def check_unlabeled(cfg) -> None:
             raise ConfigError(f"DATASETS.UNLABELED takes names of data sets and folders of images, got {entry!r}")
         folder = dataset_path(entry)
         if entry not in DatasetCatalog and folder.is_dir():
-            if not any(map(_can_be_read, images_below(folder))):
+            if all(map(_fault_of, images_below(folder))):
                 raise DatasetError(
                     f"DATASETS.UNLABELED: the folder {folder} has no image that can be read ({', '.join(SUFFIXES)})"
                 )
@@ -83,30 +82,24 @@ def images_below(folder: Path) -> list[Path]:
     return [folder / name for name in walk(folder, SUFFIXES, Tally())]
 
 
-def _can_be_read(path: Path) -> bool:
-    """Whether a file has the header of an image."""
+def _fault_of(path: Path) -> str:
+    """Why the header of an image cannot be read; "" where it can."""
     try:
         image_size(str(path))
-    except DatasetError:
-        return False
-    return True
+    except DatasetError as error:
+        return str(error)
+    return ""
 
 
 def _of_folder(folder: Path) -> list[dict]:
-    records, faults = [], []
-    files = images_below(folder)
-    if others := len(walk(folder, ("",), Tally())) - len(files):
+    everything = walk(folder, ("",), Tally())
+    names = [name for name in everything if name.lower().endswith(SUFFIXES)]
+    if others := len(everything) - len(names):
         logger.info("%s: %d files are left out, their names do not end in %s", folder, others, ", ".join(SUFFIXES))
-    for path in files:
-        try:
-            image_size(str(path))
-        except DatasetError as error:
-            faults.append(str(error))
-            continue
-        records.append({"file_name": str(path), "image_id": str(path.relative_to(folder))})
-    if faults:
-        logger.warning("%s: %d images cannot be read and are left out, first: %s", folder, len(faults), faults[0])
-    return records
+    faults = {name: _fault_of(folder / name) for name in names}
+    if damaged := [fault for fault in faults.values() if fault]:
+        logger.warning("%s: %d images cannot be read and are left out, first: %s", folder, len(damaged), damaged[0])
+    return [{"file_name": str(folder / name), "image_id": name} for name, fault in faults.items() if not fault]
 
 
 def _of_data_set(name: str) -> list[dict]:
@@ -193,10 +186,8 @@ class UnlabeledStream(TrainingStream):
         """As its base does; raises DatasetError if no image at all can be read."""
         damaged = None
         for place in range(position, position + len(self.records)):
-            record = self.records[self.index(place)]
             try:
-                with isolated_rng(derive_seed(self.seed, position, 1)):
-                    return self.mapper(record)
+                return self.augmented(place, position)
             except DatasetError as error:
                 damaged = damaged or error
                 _warn_once(str(error))

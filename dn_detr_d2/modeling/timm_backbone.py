@@ -44,8 +44,7 @@ class TimmBackbone(Backbone):
         self._out_features = sorted(maps, key=lambda x: int(x.removeprefix("res")))
         net = _for_any_size(name, [strides[x] for x in self._out_features])
         self._size_divisibility = _divisor(net)
-        # Swin and its kin have (N, H, W, C) maps.
-        self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.channels_last = _is_channels_last(net)
         self._out_feature_channels = dict(zip(self._out_features, net.feature_info.channels(), strict=True))
         self._out_feature_strides = dict(zip(self._out_features, net.feature_info.reduction(), strict=True))
         self.net = _with_norm(net, norm)
@@ -114,7 +113,7 @@ def _for_any_size(name: str, indices: list[int]) -> nn.Module:
                 _shapes(net, size)
             return net
         except (ConfigError, AssertionError, RuntimeError, ValueError) as error:
-            faults.append(" ".join(str(error).split()))
+            faults.append(" ".join(str(error).split()).rstrip("."))
     raise ConfigError(
         f"MODEL.TIMM.NAME {name!r} does not take images of any size: {faults[0]:.200}; choose a convolutional network, "
         "such as 'tf_efficientnet_lite0' or 'resnet18'"
@@ -138,8 +137,12 @@ def _shapes(net: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
     training = net.training
     maps = net.eval()(next(net.parameters()).new_zeros(1, 3, *size))
     net.train(training)
-    channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
-    return [tuple(x.shape[1:3] if channels_last else x.shape[2:]) for x in maps]
+    return [tuple(x.shape[1:3] if _is_channels_last(net) else x.shape[2:]) for x in maps]
+
+
+def _is_channels_last(net: nn.Module) -> bool:
+    """Whether its maps are (N, H, W, C), as those of Swin and its kin."""
+    return str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
 
 
 def _cut(net: nn.Module) -> None:

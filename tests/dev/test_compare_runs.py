@@ -16,6 +16,7 @@ from conftest import ROOT, valid_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from naming import naming
 from PIL import Image
+from toy_training import rates_of
 
 from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
 from dev.compare.train import InterleavedRun, advance_in_turn, configure, train_interleaved
@@ -34,7 +35,6 @@ from dev.compare.variants import (
 )
 from dev.compare_runs import main, parse_arguments, take_backbone
 from dn_detr_d2 import UserError
-from dn_detr_d2.engine.optimizer import build_lr_scheduler
 from dn_detr_d2.visualization.runs import Group, read_run
 from dn_detr_d2.visualization.style import colour, line_style
 
@@ -114,16 +114,6 @@ def test_half_the_iterations_are_a_shorter_schedule(tmp_path):
     half = next(v for v in variants_of("dense") if v.name == HALF)
     cfg = configure(FOLDER / "dense.yaml", half, 1, tmp_path, [*SMALL, "SOLVER.MAX_ITER", 40])
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (20, 4)
-
-
-def rates_of(cfg):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
-    scheduler, rates = build_lr_scheduler(cfg, optimizer), []
-    for _ in range(cfg.SOLVER.MAX_ITER):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 @pytest.mark.parametrize("overrides", [

@@ -8,9 +8,10 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2_optimizer
 from naming import naming
 from torch import nn
+from toy_training import rates_of
 
 from dn_detr_d2 import setup_cfg
-from dn_detr_d2.engine.optimizer import ClippedAdamW, ClippedSGD, build_lr_scheduler, build_optimizer, parameter_groups
+from dn_detr_d2.engine.optimizer import ClippedAdamW, ClippedSGD, build_optimizer, parameter_groups
 
 
 def groups_by_name(cfg, model):
@@ -59,17 +60,6 @@ def test_embeddings_may_have_a_weight_decay_of_their_own(toy_cfg, toy_model):
     assert groups["decoder.heads.class_heads.0.bias"]["weight_decay"] == 0.5
     same = groups_by_name(toy_cfg("dn_deformable_detr"), toy_model("dn_deformable_detr"))
     assert {same[name]["weight_decay"] for name in embeddings} == {1e-4}
-
-
-def rates_of(cfg):
-    """(MAX_ITER,) learning rates of a training."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)
-    scheduler, rates = build_lr_scheduler(cfg, optimizer), []
-    for _ in range(cfg.SOLVER.MAX_ITER):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 def test_the_polynomial_schedule_falls_to_0(toy_cfg):
