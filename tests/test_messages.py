@@ -210,7 +210,7 @@ def missing_ways_out(text, values):
     own = " ".join(map(str, values))
     named = [key for key in re.findall(r"\b[A-Z][A-Z0-9_]*(?:\.[A-Z][A-Z0-9_]*)+\b", text) if key not in own]
     sources = "".join(
-        path.read_text()
+        path.read_text(encoding="utf-8")
         for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("dn_detr_d2/commands/*.py")]
     )
     sources += default_argument_parser().format_help()
@@ -274,8 +274,8 @@ def other_words(text):
 
 
 def test_programs_and_pages_use_the_words_of_the_field():
-    texts = {path: path.read_text() for path in PAGES}
-    texts |= {path: "\n".join(strings(path.read_text())) for path in PYTHON}
+    texts = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    texts |= {path: "\n".join(strings(path.read_text(encoding="utf-8"))) for path in PYTHON}
     assert {str(path): found for path, text in texts.items() if (found := other_words(text))} == {}
 
 

@@ -19,7 +19,9 @@ def run(tmp_path, capsys):
         Image.new("RGB", (30, 20), (len(name), ord(name[0]), 0)).save(tmp_path / name)
 
     def check(content, *options):
-        (tmp_path / "set.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        (tmp_path / "set.json").write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
         code = tool.main([str(tmp_path / "set.json"), str(tmp_path), *map(str, options)])
         return (code, *capsys.readouterr())
 
