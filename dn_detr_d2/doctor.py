@@ -1,7 +1,7 @@
 """Reports versions, hardware and checks of this installation, as plain text to paste into an issue.
 
     dn-detr doctor
-    dn-detr doctor --config-file configs/dn_dab_deformable.yaml MODEL.WEIGHTS model_final.pth
+    dn-detr doctor --config-file configs/dn_dab_deformable.yaml MODEL.WEIGHTS output/dn/model_final.pth
 
 In a checkout that is not installed, python -m dn_detr_d2.doctor is the same.
 

@@ -25,7 +25,7 @@ LOCAL_LISTS = ("DATASETS.COCO_JSON", "DATASETS.COCO_PANOPTIC", "DATASETS.SEM_SEG
 CARD_NAME = "README.md"
 CARD = """# {name}
 
-{architecture} trained with [dn_detr_d2](https://pypi.org/project/dn-detr-d2/) {version}: {classes}.
+{architecture} trained with dn_detr_d2 {version}, an implementation of DN-DETR for Detectron2: {classes}.
 
 ## Results
 
@@ -33,9 +33,7 @@ CARD = """# {name}
 
 ## Use
 
-```bash
-pip install 'dn_detr_d2[hub]'
-```
+In an environment with dn_detr_d2, installed as its `docs/install.md` says, and `pip install huggingface_hub`:
 
 ```python
 from huggingface_hub import hf_hub_download

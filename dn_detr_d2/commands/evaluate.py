@@ -1,7 +1,8 @@
 """Evaluates a trained detector on DATASETS.TEST; the same as dn-detr train --eval-only.
 
     dn-detr eval --config-file output/quickstart/config.yaml MODEL.WEIGHTS output/quickstart/model_final.pth
-    dn-detr eval --config-file output/quickstart/config.yaml --num-gpus 2 MODEL.DEVICE cpu MODEL.WEIGHTS model_final.pth
+    dn-detr eval --config-file output/quickstart/config.yaml --num-gpus 2 MODEL.DEVICE cpu \\
+        MODEL.WEIGHTS output/quickstart/model_final.pth
 
 Exit codes: 0 = done, 1 = failed while running, or Ctrl-C, 2 = bad input, 75 = stopped by SIGTERM or SIGUSR1.
 """

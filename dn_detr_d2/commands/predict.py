@@ -12,7 +12,7 @@ with every box above the threshold, in pixels of the image or frame. Of a model 
 segments if it gives them (MODEL.DN_DETR.MASK.OUTPUTS), else the masks, else the class of each pixel.
 
 --known boxes.json tells the model of objects, and it looks for the others: a list like results.json, of
-{"file_name": "a.jpg", "class": 0, "box_xyxy": [x0, y0, x1, y1]}, the class by number or name. --labels circle,square looks
+{"file_name": "a.jpg", "class": 0, "box_xyxy": [x0, y0, x1, y1]}, the class by number or name. --labels circle,triangle looks
 for these classes alone. The model must be trained for it (docs/prompting.md).
 
 Exit code: 0 = done, 1 = done but for the images or frames that are named, 2 = bad input.

@@ -1,7 +1,7 @@
 """Trains a detector, or evaluates one with --eval-only.
 
-    dn-detr train --config-file configs/dn_dab_deformable.yaml --num-gpus 8
-    dn-detr train --config-file configs/dn_dab_deformable.yaml --resume
+    dn-detr train --config-file configs/dn_dab_deformable.yaml --num-gpus 8 OUTPUT_DIR output/dn
+    dn-detr train --config-file configs/dn_dab_deformable.yaml --num-gpus 8 --resume OUTPUT_DIR output/dn
 
 Without GPUs, --num-gpus N MODEL.DEVICE cpu starts N processes that talk over gloo. In a checkout, train_net.py is the same
 program: torchrun train_net.py ... and anything else that sets RANK, WORLD_SIZE and LOCAL_RANK works as well
@@ -59,11 +59,20 @@ from ..modeling.registry import name_the_node
 from ..report import announce, report_after_training
 from ..utils.text_output import escape_unwritable
 
+# What differs from Detectron2's texts, which name configs in Python and its own trainer.
+HELP = {
+    "config_file": "a YAML file, or the name of one of the model zoo",
+    "opts": "KEY VALUE pairs, overrides of the config, at the end",
+    "resume": "continue from the newest intact checkpoint in OUTPUT_DIR",
+}
+
 
 def training_parser(text: str) -> argparse.ArgumentParser:
     """Detectron2's command line of trainings; its help begins with ``text``."""
     own, parser = make_parser(text), default_argument_parser(epilog="")
-    parser.prog, parser.description = own.prog, own.description
+    parser.prog, parser.description, parser.epilog = own.prog, own.description, None
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     return parser
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import ConfigError
-from .zoo import similar_names
+from .zoo import config_names, get_config_file, similar_names
 
 BASE = "_BASE_"
 MAX_BYTES = 256 * 1024  # bytes; the longest config.yaml of a training has 15 thousand
@@ -18,6 +18,8 @@ MAX_VALUES = 50_000  # once every alias is written out; a config.yaml has 500
 
 def read_config_file(config_file: str) -> dict:
     """The content of a YAML file over that of the files it names as ``_BASE_``, which are relative to it.
+
+    As for ``--config-file``, a bare name that is no file there is one of the model zoo.
 
     Raises:
         ConfigError: a file that is not there, is not YAML, is larger than any config, asks for Python objects, or is its
@@ -35,9 +37,16 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or "://" in base:
             raise ConfigError(f"config file {path}: {BASE} names files of this machine, got {_short(base)}")
-        _merge(_read(path.parent / Path(base).expanduser(), (*above, path.resolve())), merged, path)
+        _merge(_read(_find(base, path), (*above, path.resolve())), merged, path)
     _merge(content, merged, path)
     return merged
+
+
+def _find(base: str, path: Path) -> Path:
+    """The file that ``path`` names as its base."""
+    beside = path.parent / Path(base).expanduser()
+    from_zoo = not beside.exists() and base.removesuffix(".yaml") in config_names()
+    return Path(get_config_file(base)) if from_zoo else beside
 
 
 def _parse(path: Path) -> dict:

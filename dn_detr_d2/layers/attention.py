@@ -261,7 +261,7 @@ class ConditionalCrossAttention(nn.Module):
 
         Args:
             x: (N, Q, C) content.
-            position: (N, Q, C) learnt embedding of the anchor.
+            position: (N, Q, C) learned embedding of the anchor.
             sine: (N, Q, C) modulated sine encoding of the anchor's centre.
             tokens, token_positions: (N, S, C).
             padding: (N, S) bool, True outside the image.

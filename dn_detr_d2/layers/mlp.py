@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         dim: channels C.
         hidden_dim: channels between the two linear layers.
         dropout: probability in [0, 1), after the activation and before the sum.
-        activation: "relu", or "prelu" with one learnt slope per block (DAB-DETR, DN-DETR).
+        activation: "relu", or "prelu" with one learned slope per block (DAB-DETR, DN-DETR).
     """
 
     ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}

@@ -30,7 +30,7 @@ class QueryPosition:
     """Where a query looks from.
 
     Attributes:
-        embedding: (N, Q, C) learnt function of the reference box.
+        embedding: (N, Q, C) learned function of the reference box.
         sine: (N, Q, C) modulated sine encoding of its centre (y, x), for conditional attention.
     """
 
@@ -247,7 +247,7 @@ class DeformableDecoderLayer(nn.Module):
 
 
 class PointPosition(nn.Module):
-    """Anchor DETR's positions: a learnt function of the reference's centre.
+    """Anchor DETR's positions: a learned function of the reference's centre.
 
     Args:
         dim: C, divisible by 4.

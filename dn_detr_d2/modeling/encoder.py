@@ -147,7 +147,7 @@ class PlainEncoder(LayerStack):
 
 @ENCODER_REGISTRY.register()
 class DenseEncoder(PlainEncoder):
-    """DAB-DETR's encoder: positions are scaled by the content, and the activation has a learnt slope (PReLU).
+    """DAB-DETR's encoder: positions are scaled by the content, and the activation has a learned slope (PReLU).
 
     Args:
         dim: C.
@@ -162,7 +162,7 @@ class DenseEncoder(PlainEncoder):
         self.position_scale = initialise_transformer(MLP(dim, dim, dim))
 
     def place(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Scaled by a learnt function of the content (DAB-DETR Sec. 4)."""
+        """Scaled by a learned function of the content (DAB-DETR Sec. 4)."""
         return positions * self.position_scale(tokens)
 
 

@@ -76,7 +76,7 @@ def _require_part(query_source: nn.Module, denoising: QueryDenoising | None, kin
         )
     if kind == LABELS and not query_source.takes_labels:
         raise ConfigError(
-            f"{kind!r} take the place of the unknown label in the queries, but those of {name} have a learnt content; take "
+            f"{kind!r} take the place of the unknown label in the queries, but those of {name} have a learned content; take "
             "a model with QUERY_SOURCE.CONTENT 'unknown'"
         )
 

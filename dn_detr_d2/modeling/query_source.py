@@ -111,7 +111,7 @@ class LearnedAnchors(nn.Module):
 
     @property
     def takes_labels(self) -> bool:
-        """Whether :meth:`prompt` can be called: content that is learnt has no label that another could replace."""
+        """Whether :meth:`prompt` can be called: content that is learned has no label that another could replace."""
         return self.content is None and self.label_encoder is not None
 
     def prompt(self, queries: ObjectQueries, labels: Tensor) -> ObjectQueries:
@@ -297,7 +297,7 @@ class TopKAnchors(nn.Module):
         num_queries: Q.
         dim: C.
         num_classes: P.
-        content: "learned" (mixed query selection: contents stay learnt) or "memory" (pure query selection: contents are the
+        content: "learned" (mixed query selection: contents stay learned) or "memory" (pure query selection: contents are the
             chosen cells, without gradient).
         denoising: whether ``embed`` will be called.
     """
@@ -401,8 +401,8 @@ class TopKAnchors(nn.Module):
 class ObjectnessAnchors(TopKAnchors):
     """Two-stage queries of the DINO-like model in the DN-DETR repository.
 
-    Only "object or not" is learnt of the proposals: the first class stands for all, and every cell has a loss. Denoising
-    contents carry DN-DETR's indicator, which the learnt contents of the matching queries do not have room for.
+    Only "object or not" is learned of the proposals: the first class stands for all, and every cell has a loss. Denoising
+    contents carry DN-DETR's indicator, which the learned contents of the matching queries do not have room for.
 
     Args:
         num_queries, dim, num_classes, content, denoising: as for :class:`TopKAnchors`.

@@ -115,5 +115,5 @@ def known_names(cfg, metadata: Metadata) -> list[str]:
 
 def title_of(image: str, weights: str) -> str:
     """Which image, and which model."""
-    model = "/".join(Path(weights).parts[-2:]) if weights else "random weights: this model has learnt nothing"
+    model = "/".join(Path(weights).parts[-2:]) if weights else "random weights: this model has learned nothing"
     return escaped(f"{Path(image).name}, {model}")

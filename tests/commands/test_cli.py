@@ -64,6 +64,8 @@ def test_every_verb_has_help_with_an_example(capsys, monkeypatch, verb):
     assert code == 0
     assert f"usage: dn-detr {verb} " in out
     assert re.search(rf"^ +dn-detr {verb}\b.*\S", out, re.MULTILINE)
+    assert set(re.findall(r"dn-detr (\S+)", out)) <= cli.VERBS.keys()  # Detectron2's own examples have no verb
+    assert "LazyConfig" not in out  # configs in Python are refused
 
 
 @pytest.mark.parametrize("arguments", [

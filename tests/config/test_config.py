@@ -223,6 +223,19 @@ def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
         setup_cfg(str(tmp_path / "x.yaml"))
 
 
+@pytest.mark.parametrize("name", ["dn_detr_R50_50ep", "dn_detr_R50_50ep.yaml"])
+def test_a_base_is_beside_the_file_or_in_the_model_zoo(tmp_path, monkeypatch, name):
+    """As outside of a checkout; what is beside the file comes first, what is in the current folder does not matter."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / name).write_text("MODEL: {DN_DETR: {NUM_QUERIES: 13}}\n")
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own" / "x.yaml"
+    own.write_text(f"_BASE_: {name}\nMODEL: {{DN_DETR: {{NUM_CLASSES: 5}}}}\n")
+    assert setup_cfg(str(own), NO_DATA).MODEL.DN_DETR.NUM_QUERIES == 300
+    (tmp_path / "own" / name).write_text("MODEL: {DN_DETR: {NUM_QUERIES: 17}}\n")
+    assert setup_cfg(str(own), NO_DATA).MODEL.DN_DETR.NUM_QUERIES == 17
+
+
 @pytest.mark.parametrize("text", ["a: [", "", "MODEL:", "_BASE_: gone.yaml", "- 1", "MODEL: 3"])
 def test_a_file_that_is_no_config_is_one_sentence(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)

@@ -1,6 +1,9 @@
 """The parts of docs/add_a_detector.md, run: they register, train, do not leak, and give every parameter a gradient."""
 
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -64,3 +67,15 @@ def test_files_and_names_on_the_page_exist():
         assert (ROOT / "dn_detr_d2" / path).is_file(), path
     for path in re.findall(r"`((?:tests|configs)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_program_of_the_page_is_a_training_program(tmp_path):
+    """From outside: it registers the parts, refuses a config as train_net.py does, and ends with its exit code."""
+    [program] = [block for block in blocks("text") if "train_net" in block]
+    (tmp_path / "train_mine.py").write_text(program)
+    (tmp_path / "my_parts.py").write_text("\n".join(blocks("python")))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "train_mine.py", "--config-file", "nowhere.yaml"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "nowhere.yaml" in done.stderr

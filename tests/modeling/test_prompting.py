@@ -35,7 +35,7 @@ HOSTS = {
     "Deformable DETR": "deformable_detr_dn_R50_50ep",
     "Deformable DETR with box refinement": "deformable_detr_refine_dn_R50_50ep",
 }
-LABEL_HOSTS = [host for host in HOSTS if host != "DN-Deformable-DETR"]  # its contents are learnt
+LABEL_HOSTS = [host for host in HOSTS if host != "DN-Deformable-DETR"]  # its contents are learned
 SAME_SIZE = ((64, 96),)
 
 

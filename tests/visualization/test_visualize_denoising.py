@@ -227,7 +227,7 @@ def test_without_weights_the_pictures_say_so(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize_denoising, "save", lambda figure, path: seen.append(figure.get_suptitle()) or path)
     arguments = ["--config-file", saved("dn_detr"), "--dataset", "three_images", "--output", str(tmp_path)]
     assert visualize_denoising.main(arguments) == 0
-    assert seen == ["4.png, random weights: this model has learnt nothing"] * 3
+    assert seen == ["4.png, random weights: this model has learned nothing"] * 3
 
 
 def test_images_are_found_by_id_then_by_position():
