@@ -56,6 +56,11 @@ def users_set(tmp_path, **changes):
         (["MODEL.WEIGHTS", "nothing.pth"], ["MODEL.WEIGHTS", "'nothing.pth'"]),
         (["--eval-only"], ["--eval-only", "MODEL.WEIGHTS"]),
         (["--num-gpus", "0"], ["--num-gpus", 1, 0]),
+        (["--num-gpus", "0", "SOLVER.REFERENCE_WORLD_SIZE", "8"], ["--num-gpus", 1, 0]),
+        (
+            ["SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "12"],
+            ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 12],
+        ),
         (["DATASETS.TRAIN", "('shape_train',)"], ["'shape_train'", "'shapes_train'"]),
         (["MODEL.DN_DETR.NUM_CLASSES", "2"], ["NUM_CLASSES", 2, "shapes_train", 3]),
         (["DATASETS.TRAIN", "()", "MODEL.DN_DETR.NUM_CLASSES", "3"], ["DATASETS.TRAIN"]),

@@ -6,11 +6,12 @@ import logging
 import numpy as np
 import pytest
 import torch
+import yaml
 from naming import naming
 from toy_training import OPTIONS, command, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError, DatasetError
-from dn_detr_d2.checkpoint.resume import set_aside
+from dn_detr_d2.checkpoint.resume import has_checkpoints, moved_weights, set_aside
 from dn_detr_d2.commands import convert_checkpoint
 from dn_detr_d2.commands import train as program
 from dn_detr_d2.engine import Trainer, check_processes
@@ -64,12 +65,31 @@ def test_an_earlier_training_is_moved_and_none_of_it_is_mixed(run, tmp_path, cap
     assert not (out / "earlier_2").exists()
 
 
-def test_what_a_training_begins_with_stays_where_it_is(run, tmp_path):
+@pytest.mark.parametrize("name", ["model_0000000.pth", "model_final.pth"])
+def test_a_training_begins_with_a_checkpoint_of_its_own_folder_and_does_not_lose_it(run, tmp_path, name):
+    """It moves with the others: the new model_final.pth would overwrite it."""
     assert run()[0] == 0
-    weights = tmp_path / "out" / "model_0000000.pth"
-    assert run(["--config-file", str(tmp_path / "out" / "config.yaml")], "MODEL.WEIGHTS", weights)[0] == 0
-    assert (tmp_path / "out" / "earlier_1" / "model_final.pth").exists()
-    assert not (tmp_path / "out" / "earlier_1" / "model_0000000.pth").exists()
+    out = tmp_path / "out"
+    before = (out / name).read_bytes()
+    assert run(["--config-file", str(out / "config.yaml")], "MODEL.WEIGHTS", out / name)[0] == 0
+    assert (out / "earlier_1" / name).read_bytes() == before
+    assert (out / name).read_bytes() != before
+    assert yaml.safe_load((out / "config.yaml").read_text())["MODEL"]["WEIGHTS"] == str(out / "earlier_1" / name)
+
+
+def test_a_training_that_has_written_nothing_is_not_resumed_from_what_it_began_with(run, tmp_path, monkeypatch):
+    """Interrupted before its first checkpoint, it would seem to be the earlier training, which is complete."""
+    assert run()[0] == 0
+    out = tmp_path / "out"
+    start = ("MODEL.WEIGHTS", out / "model_final.pth")
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run([], *start)[0] == 1
+    assert not has_checkpoints(out)
+    code, said = run(["--resume"], *start)
+    assert code == 2
+    assert naming("MODEL.WEIGHTS", out / "earlier_1" / "model_final.pth").search(said)
+    assert run(["--resume"], "MODEL.WEIGHTS", out / "earlier_1" / "model_final.pth")[0] == 0
 
 
 def contents(folder):
@@ -126,17 +146,20 @@ def refuse():
 def test_a_folder_without_a_training_is_left_alone(tmp_path):
     for name in ("config.yaml", "log.txt", "events.out.tfevents.1"):
         (tmp_path / name).write_text("x")
-    assert set_aside(tmp_path, "") is None
+    assert set_aside(tmp_path) is None
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("options", ["", "?matching_heuristics=True"])
-def test_a_folder_that_holds_what_a_training_begins_with_alone_is_left_alone(tmp_path, options):
-    """Options may follow the name, as in Detectron2."""
+def test_weights_are_found_where_they_were_moved_to(tmp_path, options):
+    """Options may follow the name, as in Detectron2. What is elsewhere, or is a link to elsewhere, stays what it was."""
     for name in ("model_final.pth", "model_final.pth.sha256"):
         (tmp_path / name).write_text("x")
-    assert set_aside(tmp_path, f"{tmp_path / 'model_final.pth'}{options}") is None
-    assert len(list(tmp_path.iterdir())) == 2
+    target = set_aside(tmp_path)
+    assert len(list(target.iterdir())) == 2
+    assert moved_weights(f"{tmp_path}/model_final.pth{options}", target) == f"{target}/model_final.pth{options}"
+    for other in ("", "pypi://x", f"{tmp_path}/other/model_final.pth{options}"):
+        assert moved_weights(other, target) == other
 
 
 def test_a_resume_does_not_need_the_weights_that_its_training_began_with(run, tmp_path):
@@ -157,6 +180,16 @@ def test_an_evaluation_of_a_trainings_config_asks_for_the_weights(run, tmp_path,
     line = ["--eval-only", "--config-file", str(tmp_path / "out" / "config.yaml"), "DATASETS.TEST", "('shapes_val',)"]
     assert program.main(line) == 2
     assert naming("MODEL.WEIGHTS", "start.pth", "model_final.pth").search(capsys.readouterr().err)
+
+
+def test_an_evaluation_takes_the_weights_of_a_users_own_file_beside_a_training(run, tmp_path):
+    """Only config.yaml is the training's."""
+    assert run()[0] == 0
+    out = tmp_path / "out"
+    content = yaml.safe_load((out / "config.yaml").read_text())
+    content["MODEL"]["WEIGHTS"], content["DATASETS"]["TEST"] = str(out / "model_final.pth"), ["shapes_val"]
+    (out / "mine.yaml").write_text(yaml.safe_dump(content))
+    assert program.main(["--eval-only", "--config-file", str(out / "mine.yaml")]) == 0
 
 
 @pytest.mark.parametrize(("key", "value"), [("SOLVER.BASE_LR", 0.5), ("SOLVER.WEIGHT_DECAY", 0.25)])

@@ -26,13 +26,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from dn_detr_d2 import ConfigError, setup_cfg
+from dn_detr_d2 import ConfigError
 from dn_detr_d2.command_line import add_overrides, add_weights, parse, required_weights, run_command
 from dn_detr_d2.data import build_probe_loader, check_files
 from dn_detr_d2.diagnostics import Suspicion, judge_annotations
 from dn_detr_d2.diagnostics.annotation_errors import CLASS, KINDS
 from dn_detr_d2.diagnostics.label_errors import COLUMNS, as_rows, write_report
 from dn_detr_d2.engine import load_for_evaluation
+from dn_detr_d2.engine.setup import setup_for_evaluation
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def judge(args: argparse.Namespace) -> tuple[list[Suspicion], list[str]]:
     if "://" not in weights and not Path(weights).is_file():
         raise ConfigError(f"--weights {weights} does not exist")
     used = ["DATASETS.TRAIN", "()", "DATASETS.TEST", (args.dataset,), "MODEL.WEIGHTS", weights]
-    cfg = setup_cfg(args.config_file, [*args.opts, *used], splits=("TEST",))
+    cfg = setup_for_evaluation(args.config_file, [*args.opts, *used])
     check_files(args.dataset)
     loader = build_probe_loader(cfg, args.dataset, args.num_images)
     names = list(cfg.MODEL.DN_DETR.CLASS_NAMES) or MetadataCatalog.get(args.dataset).get("thing_classes", [])

@@ -37,7 +37,7 @@ class InterleavedRun:
         folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
         if not (resume and has_checkpoints(folder)):
-            set_aside(folder, cfg.MODEL.WEIGHTS)
+            set_aside(folder)
         (folder / "config.yaml").write_text(cfg.dump())
         seed_all_rng(cfg.SEED)
         self.trainer, self.times = Trainer(cfg), folder / "step_seconds.txt"

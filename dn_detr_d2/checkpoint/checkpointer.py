@@ -34,36 +34,48 @@ def check_named(cfg) -> None:
         raise CheckpointError(f"MODEL.WEIGHTS = {weights!r} {what}; {way_out}")
 
 
-def classes_of_weights(cfg) -> list:
-    """What ``NUM_CLASSES: auto`` stands for in a model that is to predict, as overrides: the classes of ``MODEL.WEIGHTS``.
+def classes_of_weights(cfg, *, required: bool = True) -> list:
+    """The classes of a model that is to predict, as overrides, where the config does not name them: ``MODEL.WEIGHTS``'.
 
-    Without class names in the file it is their number; COCO's 91 raw ids stand for its 80 classes, as in a conversion.
+    Without class names in the file it is their number; COCO's 91 raw ids stand for its 80 classes, as in a conversion. A
+    number in the config holds: names are added if they are as many.
+
+    Args:
+        cfg: with MODEL.WEIGHTS.
+        required: refuse weights that do not say how many classes there are where the config does not say it either;
+            detectors of Detectron2 then have its own default.
 
     Returns:
-        [key, value, ...], empty if the config says the number itself, or is of a detector of Detectron2.
+        [key, value, ...], empty if there is nothing to add.
 
     Raises:
         CheckpointError: no weights are named, or they cannot be fetched or read.
-        ConfigError: they do not say how many classes there are.
+        ConfigError: nothing says how many classes there are.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "DenoisingDETR" or cfg.MODEL.DN_DETR.NUM_CLASSES is not None:
+    node, ours = cfg.MODEL.DN_DETR, cfg.MODEL.META_ARCHITECTURE == "DenoisingDETR"
+    if node.NUM_CLASSES is not None and node.CLASS_NAMES:
         return []
     check_named(cfg)
     weights = cfg.MODEL.WEIGHTS
     local = weights if "://" in weights else weights.split("?")[0]
     file = read_checkpoint(fetch(local, cfg.MODEL.WEIGHTS_SHA256))
     names = list(file.class_names)
+    if node.NUM_CLASSES is not None:
+        return ["MODEL.DN_DETR.CLASS_NAMES", repr(names)] if len(names) == node.NUM_CLASSES else []
     number = len(names) or classes_in(file.state)
     if not number:
-        raise ConfigError(
-            f"MODEL.DN_DETR.NUM_CLASSES is 'auto', and {weights} does not name its classes; add "
-            "MODEL.DN_DETR.NUM_CLASSES with their number, or take the config.yaml of the training"
-        )
-    if not names and number == NUM_RAW_CLASSES:
+        if ours and required:
+            raise ConfigError(
+                f"MODEL.DN_DETR.NUM_CLASSES is 'auto', and {weights} does not name its classes; add "
+                "MODEL.DN_DETR.NUM_CLASSES with their number, or take the config.yaml of the training"
+            )
+        return []
+    if not names and number == NUM_RAW_CLASSES and ours:
         names = list(coco_names())
         number = len(names)
+    keys = ["MODEL.DN_DETR.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"]
     named = ["MODEL.DN_DETR.CLASS_NAMES", repr(names)] if names else []
-    return ["MODEL.DN_DETR.NUM_CLASSES", number, *named]
+    return [*(x for key in keys for x in (key, number)), *named]
 
 
 def load_weights(model: nn.Module, cfg) -> None:

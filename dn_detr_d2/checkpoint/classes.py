@@ -1,6 +1,6 @@
 """What happens to class heads and label embedding when checkpoint and model do not have the same classes.
 
-Shapes: P classes of the model, R of the checkpoint, C channels.
+Shapes: P classes of the model, R of the checkpoint, C channels; A anchors of a cell (RetinaNet).
 """
 
 import re
@@ -14,6 +14,12 @@ from ..errors import CheckpointError
 
 CLASS_HEAD = r"^(decoder|query_source)\.heads\.class_heads\.\d+\.(weight|bias)$"
 LABELS = "query_source.label_encoder.embed.weight"
+# Detectron2's own detectors: R + 1 rows with "background" last, four rows a class, one row a class; A x R rows.
+BOX_SCORES = r"^roi_heads\.box_predictor\.(\d+\.)?cls_score\.(weight|bias)$"
+BOX_DELTAS = r"^roi_heads\.box_predictor\.(\d+\.)?bbox_pred\.(weight|bias)$"
+MASKS = r"^roi_heads\.mask_head\.predictor\.(weight|bias)$"
+ANCHOR_SCORES = r"^head\.cls_score\.(weight|bias)$"
+ANCHOR_DELTAS = "head.bbox_pred.bias"
 
 
 @dataclass
@@ -29,18 +35,60 @@ class ClassRows:
     why: str
 
 
+@dataclass
+class Layout:
+    """How the rows of a tensor belong to classes: ``lead`` blocks of R classes of ``each`` rows, then ``tail`` others."""
+
+    lead: int = 1
+    each: int = 1
+    tail: int = 0
+
+
+def layout_of(name: str, rows: int, classes: int) -> Layout | None:
+    """The layout of a tensor with rows of classes; None of any other, as of heads that all classes share.
+
+    Args:
+        name: in a state dict of ours or of Detectron2's detectors.
+        rows: of the tensor.
+        classes: R.
+    """
+    found = None
+    if re.match(CLASS_HEAD, name) or re.match(MASKS, name):
+        found = Layout()
+    elif name == LABELS:
+        found = Layout(tail=min(1, max(0, rows - classes)))
+    elif re.match(BOX_SCORES, name):
+        found = Layout(tail=1)
+    elif re.match(BOX_DELTAS, name):
+        found = Layout(each=4)
+    elif re.match(ANCHOR_SCORES, name):
+        found = Layout(lead=rows // classes)
+    return found if found and found.lead * found.each * classes + found.tail == rows else None
+
+
 def count_classes(state: dict[str, Tensor]) -> int | None:
-    """Rows of the class heads; None if there is none."""
-    return next((len(tensor) for name, tensor in state.items() if re.match(CLASS_HEAD, name)), None)
+    """How many classes the class heads tell apart, without "background"; None if there is no head."""
+    anchors = len(state[ANCHOR_DELTAS]) // 4 if ANCHOR_DELTAS in state else 1
+    for name, tensor in state.items():
+        if re.match(CLASS_HEAD, name):
+            return len(tensor)
+        if re.match(BOX_SCORES, name):
+            return len(tensor) - 1
+        if re.match(ANCHOR_SCORES, name):
+            return len(tensor) // anchors
+    return None
 
 
-def match_classes(theirs: int, ours: int, their_names: list[str], our_names: list[str]) -> ClassRows:
+def match_classes(
+    theirs: int, ours: int, their_names: list[str], our_names: list[str], *, raw_ids: bool = True
+) -> ClassRows:
     """Finds a row for each of our classes.
 
     Args:
         theirs, ours: number of classes R and P.
-        their_names: of the checkpoint, [] if unknown; then 91 classes are taken for raw COCO ids.
+        their_names: of the checkpoint, [] if unknown.
         our_names: of the model, [] if unknown.
+        raw_ids: whether 91 classes without names are taken for raw COCO ids.
 
     Raises:
         CheckpointError: a list of names has another length than there are classes.
@@ -51,7 +99,7 @@ def match_classes(theirs: int, ours: int, their_names: list[str], our_names: lis
                 f"{whose} has {number} classes, but {len(names)} class names ({', '.join(names[:4])}, ...): "
                 "MODEL.DN_DETR.NUM_CLASSES and CLASS_NAMES must agree"
             )
-    if theirs == NUM_RAW_CLASSES and not their_names:
+    if raw_ids and theirs == NUM_RAW_CLASSES and not their_names:
         their_names = list(raw_names())
     raw = their_names == list(raw_names())
     if raw and ours == len(RAW_IDS) and our_names in ([], list(coco_names())):
@@ -68,21 +116,33 @@ def take_rows(
 ) -> dict[str, Tensor]:
     """A copy of ``state`` whose class heads and label embedding have the model's classes; new rows are the model's own.
 
-    The row "unknown" of the label embedding, its last, is kept.
+    The last row of the label embedding, "unknown", and that of Detectron2's box heads, "background", are kept.
     """
     result = dict(state)
     known = torch.tensor([i for i, row in enumerate(match.rows) if row is not None], dtype=torch.int64)
     source = torch.tensor([row for row in match.rows if row is not None], dtype=torch.int64)
     for name, tensor in state.items():
-        if not (re.match(CLASS_HEAD, name) or name == LABELS) or name not in model_state:
+        own = model_state.get(name)
+        if own is None or not tensor.dim() or tensor.shape[1:] != own.shape[1:]:
+            continue  # where shapes differ the model is another one, which is said later
+        before = layout_of(name, len(tensor), theirs)
+        after = layout_of(name, len(own), len(match.rows))
+        if before is None or after is None or (before.lead, before.each) != (after.lead, after.each):
             continue
-        if tensor.shape[1:] == model_state[name].shape[1:]:  # otherwise the model is another one, which is said later
-            fresh = model_state[name].detach().clone().cpu()
-            fresh[known] = tensor[source].to(fresh.dtype)
-            if name == LABELS and len(tensor) > theirs:
-                fresh[-1] = tensor[-1].to(fresh.dtype)
-            result[name] = fresh
+        fresh = own.detach().clone().cpu()
+        _by_class(fresh, after, len(match.rows))[:, known] = _by_class(tensor, before, theirs)[:, source].to(
+            fresh.dtype
+        )
+        if before.tail and after.tail:
+            fresh[-1] = tensor[-1].to(fresh.dtype)
+        result[name] = fresh
     return result
+
+
+def _by_class(tensor: Tensor, layout: Layout, classes: int) -> Tensor:
+    """(lead, classes, each, ...): a view of the rows that belong to classes."""
+    rows = tensor[: len(tensor) - layout.tail]
+    return rows.view(layout.lead, classes, layout.each, *tensor.shape[1:])
 
 
 def describe(match: ClassRows, our_names: list[str]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .classes import LABELS, count_classes, describe, match_classes, take_rows
+from .classes import LABELS, ClassRows, count_classes, describe, match_classes, take_rows
 from .names import Source, identify, rename_all
 from .timm_names import BODY, to_timm_backbone
 
@@ -90,7 +90,7 @@ def convert(
         return Conversion(state, source, log, absent=absent)
 
     theirs, ours = count_classes(state), count_classes(model_state)
-    match = match_classes(theirs, ours, list(their_names), list(our_names)) if theirs and ours else None
+    match = _match(theirs, ours, their_names, our_names, source)
     if match is not None and (match.why != "kept"):
         state = take_rows(state, model_state, match, theirs)
         log.append(describe(match, list(our_names)))
@@ -111,11 +111,21 @@ def convert(
     return Conversion(state, source, log, new, absent)
 
 
+def _match(theirs, ours, their_names, our_names, source: Source) -> ClassRows | None:
+    """Rows of the model's classes in the file; None if one of the two has no class head."""
+    if not theirs or not ours:
+        return None
+    raw_ids = source.system != DETECTRON2S  # a detector of Detectron2 counts its classes from 0 to 79
+    return match_classes(theirs, ours, list(their_names), list(our_names), raw_ids=raw_ids)
+
+
 def classes_in(state: dict[str, Tensor]) -> int | None:
     """How many classes a state dict of a known system tells apart, without "no object"; None if it does not say."""
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     source = identify(state)
-    if source is None or source.system == "Mask DINO":  # of its last row the model decides
+    if source is None:
+        return count_classes(state)  # of a detector of Detectron2
+    if source.system == "Mask DINO":  # of its last row the model decides
         return None
     if source.code != "this project":
         state = _rename({key: x for key, x in state.items() if not NOTHING.search(key)}, source, [])

@@ -227,21 +227,19 @@ def point_to(folder: Path, name: str) -> None:
     write_record(folder / POINTER, name)
 
 
-def set_aside(folder: Path, weights: str) -> Path | None:
+def set_aside(folder: Path) -> Path | None:
     """Moves what an earlier training has left in a folder into a folder of its own below, so that none of it is mixed.
 
-    ``config.yaml`` is copied, and a checkpoint that the new training begins with stays: both may be read once more.
+    ``config.yaml`` is copied: it may be read once more. A checkpoint that the new training begins with moves too, or the new
+    one would be resumed from it, and would overwrite it at last; see :func:`moved_weights`.
 
     Args:
         folder: of the training that begins.
-        weights: MODEL.WEIGHTS.
 
     Returns:
         The new folder, None if there was no earlier training.
     """
-    needed = os.path.realpath(weights.split("?")[0]) if weights and "://" not in weights else ""
     found = [path for pattern in OF_A_TRAINING for path in sorted(folder.glob(pattern))]
-    found = [path for path in found if os.path.realpath(path) not in (needed, f"{needed}.sha256")]
     if not any(path.name in (POINTER, "metrics.json") or path.suffix == ".pth" for path in found):
         return None
     number = next(i for i in itertools.count(1) if not (folder / f"earlier_{i}").exists())
@@ -258,6 +256,14 @@ def set_aside(folder: Path, weights: str) -> Path | None:
         target,
     )
     return target
+
+
+def moved_weights(weights: str, target: Path) -> str:
+    """``MODEL.WEIGHTS`` after :func:`set_aside` has moved files to ``target``, where it may be one of them."""
+    path, question, options = weights.partition("?")
+    if "://" in path or Path(path).exists() or os.path.realpath(Path(path).parent) != os.path.realpath(target.parent):
+        return weights
+    return f"{target / Path(path).name}{question}{options}"
 
 
 def bring_back(target: Path) -> None:

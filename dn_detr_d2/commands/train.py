@@ -17,6 +17,7 @@ from ..utils import needs_detectron2  # noqa: F401
 
 # isort: split
 import argparse
+import glob
 import logging
 import os
 import sys
@@ -34,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..checkpoint.checksums import write_record
 from ..checkpoint.packages import SCHEME, find_packaged
-from ..checkpoint.resume import POINTER, bring_back, has_checkpoints, set_aside
+from ..checkpoint.resume import POINTER, bring_back, has_checkpoints, moved_weights, set_aside
 from ..command_line import BAD_INPUT, FAILED, make_parser
 from ..config import device_is_named
 from ..config.zoo import find_config_file
@@ -51,7 +52,7 @@ from ..engine import (
 )
 from ..engine.extras import check_extras
 from ..engine.launch import launch
-from ..engine.setup import setup_cfg
+from ..engine.setup import setup_cfg, setup_for_evaluation
 from ..engine.trainer import check_hooks, scaled_to_workers
 from ..errors import ConfigError, UserError
 from ..layers import MultiScaleDeformableAttention, uses_kernel
@@ -83,7 +84,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run_process(args: argparse.Namespace) -> dict | None:
     """Runs in every process: one training or one evaluation; returns the results."""
-    cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
+    cfg = config_of(args)
     cfg.freeze()
     for name in ("fvcore", "detectron2", "dn_detr_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
@@ -95,14 +96,19 @@ def run_process(args: argparse.Namespace) -> dict | None:
         return results
     earlier = None
     if comm.is_main_process() and not (args.resume and has_checkpoints(Path(cfg.OUTPUT_DIR))):
-        earlier = set_aside(Path(cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS)
+        earlier = set_aside(Path(cfg.OUTPUT_DIR))
+    earlier = comm.all_gather(earlier)[0]
+    if earlier:
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = moved_weights(cfg.MODEL.WEIGHTS, earlier)
+        cfg.freeze()
     begin(cfg, args)
     announce(cfg)
     try:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
     except Exception:
-        if earlier:
+        if earlier and comm.is_main_process():
             bring_back(earlier)
         raise
     if comm.is_main_process():  # not before: a --resume that is refused names this file as the way out
@@ -130,14 +136,22 @@ def splits(args) -> tuple[str, ...]:
     return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
 
 
+def config_of(args):
+    """The complete config of a training, or of an evaluation, whose classes are those of the weights."""
+    if not args.eval_only:
+        return setup_cfg(args.config_file, args.opts)
+    return setup_for_evaluation(args.config_file, args.opts)
+
+
 def check(args) -> float:
     """Everything that can be refused before a process starts or a file is written; returns DIST_TIMEOUT."""
-    cfg = setup_cfg(args.config_file, args.opts, splits=splits(args))
+    cfg = config_of(args)
     if not args.eval_only:
         check_extras(cfg)
         check_hooks(cfg)
     cpu_wanted = device_is_named(args.config_file, args.opts)
-    scaled = scaled_to_workers(cfg, args.num_gpus * args.num_machines)
+    processes = args.num_gpus * args.num_machines
+    scaled = cfg if args.eval_only or processes < 1 else scaled_to_workers(cfg, processes)
     check_processes(scaled, args.num_gpus, args.num_machines, cpu_wanted=cpu_wanted)
     needed = splits(args)[0]
     if not cfg.DATASETS[needed]:
@@ -153,14 +167,17 @@ def check(args) -> float:
         find_packaged(weights)  # refuses an unknown name and a package that is not installed
     local = "://" not in weights
     beside = Path(args.config_file).parent
-    if args.eval_only and args.config_file and (beside / POINTER).is_file() and "MODEL.WEIGHTS" not in args.opts:
+    of_a_training = Path(args.config_file).name == "config.yaml" and (beside / POINTER).is_file()
+    if args.eval_only and of_a_training and "MODEL.WEIGHTS" not in args.opts:
         raise ConfigError(
             f"MODEL.WEIGHTS of {args.config_file}, {weights!r}, is what its training began with; add MODEL.WEIGHTS "
             f"{beside / 'model_final.pth'}, or whatever is to be evaluated"
         )
     goes_on = not args.eval_only and args.resume and has_checkpoints(Path(cfg.OUTPUT_DIR))  # and reads no other weights
     if weights and local and not goes_on and not Path(weights).is_file():
-        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; name a checkpoint, or '' to start at random")
+        moved = sorted(Path(cfg.OUTPUT_DIR).glob(f"earlier_*/{glob.escape(Path(weights).name)}"), key=os.path.getmtime)
+        way_out = f"name {moved[-1]}, where it was moved to" if moved else "name a checkpoint, or '' to start at random"
+        raise ConfigError(f"MODEL.WEIGHTS = {weights!r} does not exist; {way_out}")
     check_model(cfg, load=args.eval_only and local)
     return cfg.DIST_TIMEOUT
 

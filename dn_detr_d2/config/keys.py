@@ -219,6 +219,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.MATCHER = CfgNode()
     # Weights of the matching costs: focal class cost, L1 of cxcywh in [0, 1], GIoU. 2, 5, 2 in DAB and DN.
     node.MATCHER.CLASS_COST = 2.0
+    # Which class cost: "focal", "softmax" (minus the probability, of LOSS.CLASS_LOSS softmax alone), or "" = as the loss.
+    # The semantic Mask DINO has the focal cost beside the softmax loss.
+    node.MATCHER.CLASS_COST_KIND = ""
     node.MATCHER.L1_COST = 5.0
     node.MATCHER.GIOU_COST = 2.0
     # Of models with masks: binary cross-entropy and dice at NUM_POINTS points. 5 and 5 in Mask2Former and Mask DINO.

@@ -37,6 +37,7 @@ def check_config(cfg: CfgNode) -> None:
         "MODEL.DN_DETR.COMPILE": ("", "encoder", "all"),
         "MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE.NAME": ("constant", "linear", "cosine"),
         "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
+        "MODEL.DN_DETR.MATCHER.CLASS_COST_KIND": ("", "focal", "softmax"),
         "REPORT": ("auto", "always", "never"),
         "TEST.AMP": ("", "bf16", "fp16"),
         "TEST.COCO_EVAL": ("pycocotools", "faster_coco_eval"),

@@ -59,7 +59,7 @@ NOT_IN_PAPERS = ("linear", "deformable attention")
 def analyze(cfg, height: int, width: int) -> dict:
     """Part -> {"parameters", "trainable", "gflops", "paper_gflops", "mactivations"}, and the same for "total"."""
     model = require_queries(build_model(cfg)).eval()
-    step = model.size_divisibility if model.pixel_decoder is not None else 1  # padding is a part of the image there
+    step = model.size_divisibility
     image = torch.zeros(1, 3, -(-height // step) * step, -(-width // step) * step)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():

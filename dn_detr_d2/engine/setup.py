@@ -4,6 +4,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ..checkpoint.checkpointer import classes_of_weights
 from ..coco import NUM_RAW_CLASSES, coco_names, raw_names
 from ..config import load_config
 from ..data import count_classes, evaluated_classes
@@ -46,6 +47,23 @@ def setup_cfg(
     if "TRAIN" in splits and cfg.SEMI_SUPERVISED.ENABLED:
         check_semi_supervised(cfg)
     return cfg
+
+
+def setup_for_evaluation(config_file: str = "", opts: list | None = None) -> CfgNode:
+    """As :func:`setup_cfg` for ``DATASETS.TEST`` alone; the classes are those that MODEL.WEIGHTS was trained on.
+
+    A test set may list them in another order, or lack some: the model must not change with it. Where the config names the
+    classes, as the config.yaml of a training does, these hold; where the weights say nothing, those of the test set.
+
+    Raises:
+        CheckpointError: MODEL.WEIGHTS does not exist, or cannot be read.
+        ConfigError, DatasetError: see :func:`setup_cfg`.
+    """
+    opts = list(opts or [])
+    plain = load_config(config_file, opts)
+    trained = classes_of_weights(plain, required=False) if plain.MODEL.WEIGHTS else []
+    named = "MODEL.DN_DETR.CLASS_NAMES" in trained  # of a number alone nobody knows what the classes are
+    return setup_cfg(config_file, [*opts, *(trained if named else [])], splits=("TEST",))
 
 
 def share_num_classes(cfg: CfgNode) -> None:
@@ -143,8 +161,12 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
     as_many = len(given) == node.NUM_CLASSES and given != list(raw_names())
     if set(given) == set(found) or (as_many and set(given) >= set(found)):
         return given
+    evaluated = not set(cfg.DATASETS.TRAIN) & known.keys()  # names decide which of the trained classes are meant
+    if evaluated and len(given) == node.NUM_CLASSES and set(given) & set(found):
+        _refuse_unknown_objects(given, known)
+        return given
     trained = [known[name] for name in cfg.DATASETS.TRAIN if name in known]
-    if not trained:  # an evaluation: the names decide which rows of a checkpoint are meant
+    if not trained:
         return found
     most = max(trained, key=len)
     lacking = {name: [x for x in classes if x not in set(most)] for name, classes in known.items()}
@@ -161,6 +183,17 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
             f"category may be without objects), or take them out of the other file{_inherited(cfg)}"
         )
     return list(most)
+
+
+def _refuse_unknown_objects(classes: list[str], known: dict[str, list[str]]) -> None:
+    """A test set may list more classes than a trained model has, but raises ConfigError if it has objects of them."""
+    for name, listed in known.items():
+        unknown = [x for x in listed if x not in set(classes)]
+        if unknown and (objects := used_classes(name) & set(unknown)):
+            raise ConfigError(
+                f"data set {name} has objects of {sorted(objects)[:8]}, which the model does not know; it has the "
+                f"{len(classes)} classes {classes[:8]}: take these objects out of the file, or train a model on them"
+            )
 
 
 def _inherited(cfg: CfgNode) -> str:

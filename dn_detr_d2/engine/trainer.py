@@ -22,7 +22,7 @@ from ..checkpoint.resume import must_fit, pointed_checkpoint
 from ..data.interruption import Interrupted, agree, interruptible
 from ..data.loader import resumes_order
 from ..diagnostics import MeasuringHook, build_diagnostics, check_diagnostics
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..evaluation import build_evaluator, main_metric
 from ..inference import accelerated, prepared, settle
 from ..tiling import with_tiles
@@ -315,7 +315,17 @@ def _order_after(cfg):
 
 
 def scaled_to_workers(cfg, num_workers: int):
-    """Detectron2's ``auto_scale_workers``, which scales iterations with SOLVER.REFERENCE_WORLD_SIZE; those of ours too."""
+    """Detectron2's ``auto_scale_workers``, which scales iterations with SOLVER.REFERENCE_WORLD_SIZE; those of ours too.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the workers that it is meant for.
+    """
+    images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and images % reference:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH = {images} is not divisible by SOLVER.REFERENCE_WORLD_SIZE = {reference}; set the latter "
+            "to the number of processes that the batch is meant for, or to 0"
+        )
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled.SOLVER.MAX_ITER != cfg.SOLVER.MAX_ITER:
         scaled = scaled.clone()

@@ -9,6 +9,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..coco import raw_names
 from ..data import evaluated_classes
+from ..data.mapper import trains_masks
 from ..data.registered import records_of
 from ..errors import DatasetError
 from .coco_evaluator import TolerantCOCOEvaluator
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 def build_evaluator(cfg, dataset_name: str) -> DatasetEvaluator:
     """Evaluators of everything that the model gives and the data set has ground truth for.
 
-    Instances are evaluated by COCO's AP, of models with masks for boxes and masks, panoptic output by panoptic quality,
-    semantic output by the mean IoU. Results go to OUTPUT_DIR/inference.
+    Instances are evaluated by COCO's AP, of models with masks (Mask R-CNN too) for boxes and masks, panoptic output by
+    panoptic quality, semantic output by the mean IoU. Results go to OUTPUT_DIR/inference.
 
     Raises:
         DatasetError: the data set has ground truth for nothing of it.
@@ -63,7 +64,7 @@ def main_metric(cfg) -> str:
 def _instances(cfg, name: str, _) -> DatasetEvaluator:
     return TolerantCOCOEvaluator(
         name,
-        tasks=("bbox", "segm") if cfg.MODEL.DN_DETR.MASK.ENABLED else ("bbox",),
+        tasks=("bbox", "segm") if trains_masks(cfg) else ("bbox",),
         output_dir=inference_folder(cfg, name),
         raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),

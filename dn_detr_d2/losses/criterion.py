@@ -104,9 +104,12 @@ class LossValue:
     is_mean: bool
 
 
-def name_layers(terms: dict[str, Sequence], last: str, others: str) -> dict:
-    """Splits one value a layer, such as (K,) losses: ``last/term`` is of the last layer, ``others/term_i`` of layer i."""
+def name_layers(terms: dict[str, Sequence], last: str, others: str, first: int = 0) -> dict:
+    """Splits one value a layer, such as (K,) losses: ``last/term`` is of the last layer, ``others/term_i`` of layer i.
+
+    The first value is that of layer ``first``.
+    """
     named = {f"{last}/{term}": values[-1] for term, values in terms.items()}
     for term, values in terms.items():
-        named |= {f"{others}/{term}_{i}": value for i, value in enumerate(values[:-1])}
+        named |= {f"{others}/{term}_{i}": value for i, value in enumerate(values[:-1], first)}
     return named

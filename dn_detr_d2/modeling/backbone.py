@@ -2,8 +2,10 @@
 
 import importlib.util
 import logging
+import math
 from functools import partial
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet, SimpleFeaturePyramid, SwinTransformer, ViT
 from detectron2.modeling.backbone import build_resnet_backbone
@@ -71,26 +73,46 @@ def build_swin_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         num_heads=heads,
         window_size=window,
         drop_path_rate=node.DROP_PATH_RATE,
-        out_indices=[i for i in range(4) if f"p{i}" in wanted_maps(cfg)],
+        out_indices=[i for i in range(4) if f"p{i}" in wanted_maps(cfg)] or range(4),  # Neck says which there are
     )
     last = max(swin.out_indices)  # what lies behind it would have no gradient
     swin.layers, swin.num_layers = swin.layers[: last + 1], last + 1
     swin.layers[-1].downsample = None
-    swin._size_divisibility = 32  # Detectron2's class reads it without ever setting it
+    swin._size_divisibility = 0  # Detectron2's class reads it without ever setting it; it pads by itself
     return swin
 
 
 def train_what_is_used(backbone: Backbone, cfg) -> None:
-    """Takes the gradient off the stages of a ResNet behind the last map of :func:`wanted_maps`.
+    """Takes the gradient off parameters that no map of :func:`wanted_maps` depends on.
 
-    They have none anyway, and DistributedDataParallel would wait for it.
+    Such as stages of a ResNet behind the last map, or convolutions of an FPN for other maps. They have no gradient anyway,
+    and DistributedDataParallel would wait for it. A small image is passed through to find them; a backbone that refuses it
+    stays as it is.
     """
-    if not isinstance(backbone, ResNet):
+    names = [name for name in wanted_maps(cfg) if name in backbone.output_shape()]
+    trained = {name: x for name, x in backbone.named_parameters() if x.requires_grad}
+    if not names or not trained:
+        return  # Neck says what is wrong with the names
+    was_training = backbone.training
+    side = 2 * math.lcm(32, max(backbone.size_divisibility, 1))
+    try:
+        maps = backbone.eval()(next(iter(trained.values())).new_zeros(1, 3, side, side))
+        reached = torch.autograd.grad(sum(maps[name].sum() for name in names), trained.values(), allow_unused=True)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("which parameters of %s are used was not found: %s", type(backbone).__name__, error)
         return
-    used = [i for i, name in enumerate(backbone.stage_names) if name in wanted_maps(cfg)]
-    for name in backbone.stage_names[max(used, default=len(backbone.stage_names)) + 1 :]:
-        getattr(backbone, name).requires_grad_(False)
-        logger.info("%s is not trained: no map of IN_FEATURES %s needs it", name, list(cfg.MODEL.DN_DETR.IN_FEATURES))
+    finally:
+        backbone.train(was_training)
+    unused = [name for name, gradient in zip(trained, reached, strict=True) if gradient is None]
+    for name in unused:
+        trained[name].requires_grad_(False)
+    if unused:
+        logger.info(
+            "%d tensors of the backbone are not trained, no map of IN_FEATURES %s depends on them: %s",
+            len(unused),
+            list(cfg.MODEL.DN_DETR.IN_FEATURES),
+            ", ".join(unused[:6]) + (", ..." if len(unused) > 6 else ""),
+        )
 
 
 class PaddedPyramid(SimpleFeaturePyramid):

@@ -1,6 +1,9 @@
 """What a batch of Detectron2's input dicts says: how many objects, which sizes, which targets."""
 
+import math
+
 import torch
+from detectron2.modeling import Backbone
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 from torch.nn.functional import pad
@@ -8,6 +11,11 @@ from torch.nn.functional import pad
 from ..boxes import image_scale, xyxy_to_cxcywh
 from ..errors import DatasetError
 from ..structures import Targets
+
+
+def divisor_of(size_divisibility: int, backbone: Backbone) -> int:
+    """What the sides of a batch are multiples of, at least 1: of ``SIZE_DIVISIBILITY`` and of what the backbone asks for."""
+    return math.lcm(max(size_divisibility, 1), max(backbone.size_divisibility, 1))
 
 
 def padded_shape(

@@ -19,6 +19,7 @@ from ..losses import (
 )
 from ..utils.precision import dtype_of
 from .backbone import train_what_is_used
+from .batch import divisor_of
 from .check_parts import check_parts
 from .compiling import check_compile
 from .decoder import Decoder
@@ -64,7 +65,8 @@ def build_parts(cfg) -> dict:
     if isinstance(query_source, MaskDinoQueries):
         query_source.borrow_heads(decoder)
     denoising = build_denoising(cfg, query_source, criterion)
-    check_parts(cfg, neck, encoder, query_source, decoder, denoising)
+    divisor = divisor_of(root.SIZE_DIVISIBILITY, backbone)
+    check_parts(cfg, neck, encoder, query_source, decoder, denoising, divisor)
     check_prompt_keys(cfg, query_source, denoising)
     check_boxes(cfg, decoder, matcher, criterion)
     check_compile(cfg)
@@ -169,11 +171,20 @@ def build_denoising(cfg, query_source: nn.Module, criterion: SetCriterion) -> Qu
 
 
 def build_matcher(cfg) -> HungarianMatcher:
-    """The matcher of ``MODEL.DN_DETR.MATCHER`` with ``LOSS.CLASS_LOSS``; costs of boxes with weight 0 are left out."""
+    """The matcher of ``MODEL.DN_DETR.MATCHER`` with ``LOSS.CLASS_LOSS``; costs of boxes with weight 0 are left out.
+
+    Raises:
+        ConfigError: a softmax cost of logits without "no object", or a value outside its range.
+    """
     root = cfg.MODEL.DN_DETR
     node, loss, mask = root.MATCHER, root.LOSS, root.MASK
+    kind = node.CLASS_COST_KIND or loss.CLASS_LOSS
+    if kind == "softmax" and loss.CLASS_LOSS != "softmax":
+        raise ConfigError(
+            f"MODEL.DN_DETR.MATCHER.CLASS_COST_KIND = 'softmax' needs LOSS.CLASS_LOSS 'softmax', got {loss.CLASS_LOSS!r}"
+        )
     with name_the_node("MODEL.DN_DETR.MATCHER / LOSS"):
-        matcher = (SoftmaxMatcher if loss.CLASS_LOSS == "softmax" else HungarianMatcher)(
+        matcher = (SoftmaxMatcher if kind == "softmax" else HungarianMatcher)(
             class_cost=node.CLASS_COST,
             l1_cost=node.L1_COST,
             giou_cost=node.GIOU_COST,

@@ -3,7 +3,6 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,7 +17,15 @@ from ..denoising import QueryDenoising
 from ..losses import HungarianMatcher, LossValue, SetCriterion, StepNormalizers, step_normalizers
 from ..structures import Memory, map_by_size, to_device
 from ..utils.precision import inference
-from .batch import count_objects, make_targets, matching_objects, normalised_batch, padded_shape, require_masks
+from .batch import (
+    count_objects,
+    divisor_of,
+    make_targets,
+    matching_objects,
+    normalised_batch,
+    padded_shape,
+    require_masks,
+)
 from .build import build_parts
 from .compiling import compile_parts
 from .hidden_padding import resnet_maps
@@ -89,7 +96,7 @@ class DenoisingDETR(nn.Module):
         self.postprocess, self.amp = postprocess, amp
         self.pad_to_largest, self.hide_padding = pad_to_largest, hide_padding
         self.tensor_pass: Callable[..., tuple[Tensor, ...]] | None = None
-        self.size_divisibility = math.lcm(max(size_divisibility, 1), max(backbone.size_divisibility, 1))
+        self.size_divisibility = divisor_of(size_divisibility, backbone)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         add_loading_hooks(self)
@@ -258,8 +265,8 @@ class DenoisingDETR(nn.Module):
         """Detection as a function of tensors, without Detectron2's dicts: what is exported. Evaluation mode.
 
         Args:
-            images: (N, 3, H, W) floating point in 0..255 and the channel order of ``INPUT.FORMAT``. In models with masks H
-                and W must be multiples of ``size_divisibility``.
+            images: (N, 3, H, W) floating point in 0..255 and the channel order of ``INPUT.FORMAT``. H and W must be
+                multiples of ``size_divisibility``, which models with masks and some backbones ask for.
             sizes: (N, 2) integers, (height, width) of each image; what lies right of and below it is padding, whatever its
                 values. None = there is no padding.
 

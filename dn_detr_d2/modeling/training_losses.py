@@ -1,11 +1,12 @@
 """All losses of a pass under their names: those of matching queries, of denoising queries, and of proposals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from ..losses import HungarianMatcher, LossNormalizers, LossValue, SetCriterion, StepNormalizers, name_layers
-from ..structures import Targets
+from ..structures import Predictions, Targets
 from .outputs import ForwardOutputs
 
 
@@ -26,9 +27,9 @@ def training_losses(
         normalizers: what matching losses are divided by; None = what these images alone give.
     """
 
-    def _named(terms: dict[str, Tensor], kind: str, last: str, others: str) -> dict[str, LossValue]:
+    def _named(terms: dict[str, Tensor], kind: str, last: str, others: str, first: int = 0) -> dict[str, LossValue]:
         values = {term: [LossValue(x, kind, criterion.is_mean(term)) for x in terms[term]] for term in terms}
-        return name_layers(values, last, others)
+        return name_layers(values, last, others, first)
 
     targets, proposals = outputs.targets, outputs.queries.proposals
     pairs: LossNormalizers | float = max(sum(targets.counts), 1) if normalizers is None else normalizers.matching
@@ -38,9 +39,29 @@ def training_losses(
     staged, others = hasattr(matcher, "start"), {}
     costs = matcher.start(parts) if staged else None
     if outputs.dn is not None:  # launched before the host waits for the costs
-        others |= _named(outputs.dn.terms(outputs.denoising), "denoising", "dn", "dn")
+        first = 0 if proposals is not None else sets_without_denoising(outputs.denoising)
+        terms = outputs.dn.terms(from_set(outputs.denoising, first))
+        others |= _named(terms, "denoising", "dn", "dn", first)
     assignments = matcher.finish(costs) if staged else [matcher(*part) for part in parts]
     main, *proposed = [criterion(*part, pairing, pairs) for part, pairing in zip(parts, assignments, strict=True)]
     for terms in proposed:
         others |= _named(terms, "proposal", "proposal", "proposal")
     return _named(main, "matching", "main", "aux") | others
+
+
+def sets_without_denoising(predictions: Predictions) -> int:
+    """How many sets, from the first, have no denoising loss in a detector without two stages.
+
+    As in the code of Mask DINO, those before the first layer: their boxes are the noised ones, which nothing has restored.
+    Mask2Former has no boxes, and all its sets have the loss.
+    """
+    return predictions.before_layers if predictions.boxes is not None else 0
+
+
+def from_set(predictions: Predictions, first: int) -> Predictions:
+    """The prediction sets from ``first`` on."""
+    if not first:
+        return predictions
+    rows = {name: getattr(predictions, name) for name in ("logits", "boxes", "mask_embeddings")}
+    kept = {name: x[first:] for name, x in rows.items() if x is not None}
+    return replace(predictions, **kept, before_layers=predictions.before_layers - first)

@@ -34,6 +34,13 @@ def test_parameters_and_gflops_of_the_papers(config, parameters, gflops):
     assert total["gflops"] > total["paper_gflops"]
 
 
+def test_a_backbone_that_needs_whole_cells_is_measured_on_them():
+    """What the model sees of an image of 100 x 97: patches of 32 pixels."""
+    swin = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "swin_tiny_patch4_window7_224"]
+    found = [analyze(cfg_of("dn_dab_deformable", *swin), *size)["total"] for size in ((100, 97), (128, 128))]
+    assert found[0] == found[1]
+
+
 # Spec section 5.6; the published state dicts have the same numbers.
 @pytest.mark.parametrize(
     ("config", "overrides", "parameters"),

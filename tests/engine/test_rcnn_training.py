@@ -85,14 +85,12 @@ def test_known_objects_and_labels_are_refused(trained):
             make_rcnn_cfg(trained, f"MODEL.DN_DETR.DENOISING.{key}", value)
 
 
-def test_weights_of_other_classes_are_refused_and_a_training_may_leave_them_out(trained, tmp_path):
+def test_weights_of_other_classes_are_refused_and_a_training_adds_the_classes(trained, tmp_path):
     start = ["MODEL.WEIGHTS", str(trained / "model_final.pth"), "MODEL.DN_DETR.NUM_CLASSES", 5, "DATASETS.TRAIN", ()]
-    with pytest.raises(
-        CheckpointError, match=naming("MODEL.WEIGHTS_MATCHED", "roi_heads.box_predictor.cls_score.weight")
-    ):
+    with pytest.raises(CheckpointError, match=naming("class 0", 5)):
         load_for_evaluation(make_rcnn_cfg(tmp_path, *start))
     annotations = five_classes(tmp_path)
-    trainer = train(make_rcnn_cfg(tmp_path / "out", *start, *annotations, *SHORT, "MODEL.WEIGHTS_MATCHED", 0.9))
+    trainer = train(make_rcnn_cfg(tmp_path / "out", *start, *annotations, *SHORT))
     assert trainer.model.roi_heads.box_predictor.cls_score.out_features == 6
 
 

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from conftest import make_batch
+from detectron2.modeling import build_model
 from naming import naming
+from torch import nn
 
 from dn_detr_d2 import ConfigError
+from dn_detr_d2.modeling import DECODER_REGISTRY, ENCODER_REGISTRY
+from dn_detr_d2.modeling.encoder import PlainEncoder
 
 ROOT = "MODEL.DN_DETR."
 TWO_STAGE = "deformable_detr_two_stage_dn_R50_50ep"
@@ -49,6 +53,38 @@ TWO_STAGE = "deformable_detr_two_stage_dn_R50_50ep"
 def test_parts_that_do_not_go_together_are_refused(toy_model, system, keys, named):
     with pytest.raises(ConfigError, match=naming(*named)):
         toy_model(system, *(x for key, value in keys.items() for x in (ROOT + key, value)))
+
+
+class Wrapped(nn.Module):
+    """A decoder of one's own around another: it has the registry's interface, and no layers."""
+
+    BOXES = True
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.inner = decoder
+
+    def forward(self, queries, memory):
+        return self.inner(queries, memory)
+
+
+class OwnEncoder(PlainEncoder):
+    """An encoder of one's own that gives what Anchor DETR's layers take."""
+
+    def forward(self, pyramid):
+        return super().forward(pyramid)
+
+
+def test_parts_of_ones_own_pass(toy_cfg, monkeypatch):
+    """What they need and give is not known here."""
+    monkeypatch.setitem(
+        DECODER_REGISTRY._obj_map, "Own", lambda cfg: Wrapped(DECODER_REGISTRY.get("RefiningDecoder")(cfg))
+    )
+    model = build_model(toy_cfg("dn_deformable_detr", ROOT + "DECODER.NAME", "Own")).train()
+    assert all(torch.isfinite(x) for x in model(make_batch(2, 1)).values())
+    monkeypatch.setitem(ENCODER_REGISTRY._obj_map, "OwnEncoder", OwnEncoder)
+    layer = [ROOT + "DECODER.LAYER", "RowColumnDecoderLayer", ROOT + "QUERY_SOURCE.NAME", "LearnedPoints"]
+    build_model(toy_cfg("anchor_detr", ROOT + "ENCODER.NAME", "OwnEncoder", *layer))
 
 
 @pytest.mark.parametrize("size", [(104, 100), (160, 96), (65, 130)])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from naming import naming
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.boxes import cxcywh_to_xyxy
 from dn_detr_d2.denoising.mask_noise import NoisedMasks
+from dn_detr_d2.losses import SoftmaxCriterion
 from dn_detr_d2.modeling.batch import make_targets
+from dn_detr_d2.modeling.build import build_criterion, build_matcher
 from dn_detr_d2.modeling.decoder import MaskedDecoder
 from dn_detr_d2.modeling.pixel_decoder import padded_size
-from dn_detr_d2.structures import Memory, join_queries
+from dn_detr_d2.structures import Memory, Predictions, Targets, join_queries
 
 ROOT_KEY, DENOISING = "MODEL.DN_DETR.", "MODEL.DN_DETR.DENOISING."
 every_system = pytest.mark.parametrize("system", MASK_SYSTEMS)
@@ -377,3 +380,28 @@ def test_heads_of_their_own_for_each_layer_all_learn(toy_model, system):
     assert len(model.decoder.heads.mask_heads) == 3
     sum(model(batch_of(2, 1)).values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_the_semantic_mask_dino_has_the_focal_cost_beside_the_softmax_loss(toy_model, toy_cfg):
+    """As the authors match whatever the loss; against the formula of the cost, alpha 0.25 and gamma 2."""
+    costs = {cost.name: cost for cost in build_matcher(toy_cfg("mask_dino_semantic")).costs}
+    logits = torch.tensor([[[[-1.0, 2.0, 0.5]]]])
+    targets = Targets(torch.tensor([[1]]), torch.full((1, 1, 4), 0.5), torch.ones(1, 1, dtype=torch.bool), counts=[1])
+    p = torch.tensor(2.0).sigmoid()
+    expected = -0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log()
+    assert costs["class"](Predictions(logits), targets).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert isinstance(build_criterion(toy_cfg("mask_dino_semantic")), SoftmaxCriterion)
+    with pytest.raises(ConfigError, match=naming("MATCHER.CLASS_COST_KIND", "softmax", "'focal'")):
+        toy_model("dn_detr", ROOT_KEY + "MATCHER.CLASS_COST_KIND", "softmax")
+
+
+@pytest.mark.parametrize(("system", "first"), [("mask_dino_semantic", 1), ("mask_dino", 0), ("mask2former", 0)])
+def test_sets_that_have_denoising_losses(toy_model, system, first):
+    """Without two stages the boxes of the first set of Mask DINO are the noised ones: the authors' criterion begins at 1."""
+    model = toy_model(system).train()
+    losses = model(batch_of(2, 1))
+    numbers = {int(name.rsplit("_", 1)[1]) for name in losses if re.fullmatch(r"dn/class_\d+", name)}
+    assert numbers == set(range(first, 3))
+    assert "aux/class_0" in losses
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -61,7 +61,10 @@ class AverageHook(HookBase):
         self.trainer._trainer.when_settled(partial(self._update, restart))
 
     def _update(self, restart: bool, stepped: bool) -> None:
-        if restart:
+        if (
+            restart
+        ):  # at once, whether or not this step counts: a checkpoint without steps averaged is resumed the same way
+            self.averaged.module.load_state_dict(self.model.state_dict())
             self.averaged.n_averaged.zero_()  # so the next weights are taken as they are
         if stepped:
             self.averaged.update_parameters(self.model)
