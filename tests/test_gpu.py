@@ -414,6 +414,29 @@ def test_a_replay_does_not_wait_and_sees_weights_that_change(toy_cfg, toy_model)
     assert not torch.equal(after[0], before[0])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_record_and_run_the_operator_while_the_first_is_current(toy_cfg, toy_model):
+    """A recording on another GPU than that of the first one in the process."""
+    for i in (0, 1):
+        model = toy_model("dn_deformable_detr").to(f"cuda:{i}").eval()
+        images, sizes = (
+            torch.rand(2, 3, 64, 96, device=f"cuda:{i}") * 255,
+            torch.tensor([[64, 96], [50, 70]]).to(f"cuda:{i}"),
+        )
+        with torch.no_grad():
+            expected = model.forward_tensors(images, sizes)
+        run = recorded(toy_cfg, model, 1).tensor_pass
+        for _ in range(2):
+            torch.testing.assert_close(run(images, sizes)[0], expected[0], atol=1e-4, rtol=1e-4)
+        images.mul_(0.5)
+        assert not torch.equal(run(images, sizes)[0], expected[0])
+        value, shapes, loc, weights = make_inputs(dtype=torch.float32)
+        leaves = [x.detach().to(f"cuda:{i}").requires_grad_() for x in (value, loc, weights)]
+        out = ms_deform_attn(leaves[0], shapes, *leaves[1:], "cuda")
+        torch.testing.assert_close(out.cpu(), ms_deform_attn(value, shapes, loc, weights, "torch"))
+        assert all(x.device == out.device for x in torch.autograd.grad(out.sum(), leaves))
+
+
 def test_padding_of_a_recording_is_an_input(toy_cfg, toy_model):
     """One graph for images of other sizes in the same padded batch."""
     model = toy_model("dn_detr", "TEST.HIDE_PADDING", True).cuda().eval()

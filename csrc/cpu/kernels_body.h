@@ -138,6 +138,7 @@ inline Wide<T> sample_level(
       continue;
     }
     if (point.corners == 0) { // an empty level has no address to count from
+      everywhere += weights[k] * A(0); // NaN, if the weight is not finite
       continue;
     }
     A share[4];

@@ -70,12 +70,16 @@ inline Vector<float> load(const Half* p) {
 #elif defined(DN_DETR_AVX2)
   return _mm256_cvtph_ps(load_bits<__m128i>(p));
 #else
-  // Exponent and fraction move to their new place; the product moves the exponent's bias and also normalises subnormals.
+  // Exponent and fraction move to their new place, and the exponent gets its new bias. Subnormals become the fraction of a
+  // number in [1/2, 1), from which 1/2 is taken: a subnormal float32 on the way would be lost where these are flushed to 0.
   const Bits32 half = __builtin_convertvector(load_bits<Bits16>(p), Bits32);
-  const Bits32 magnitude = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16;
-  const Bits32 finite = bit_cast<Bits32>(bit_cast<Vector<float>>(magnitude) * 0x1p112f);
-  const Bits32 special = bit_cast<Bits32>((half & 0x7c00u) == 0x7c00u);
-  return bit_cast<Vector<float>>(((special & (magnitude | 0x7f800000u)) | (~special & finite)) | sign);
+  const Bits32 magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
+  const Bits32 normal = (magnitude << 13) + 0x38000000u;
+  const Bits32 subnormal = bit_cast<Bits32>((bit_cast<Vector<float>>(magnitude | 0x3f000000u) - 0.5f));
+  const Bits32 scaled = bit_cast<Bits32>(magnitude < 0x0400u);
+  const Bits32 special = bit_cast<Bits32>(magnitude >= 0x7c00u);
+  const Bits32 finite = (scaled & subnormal) | (~scaled & normal);
+  return bit_cast<Vector<float>>(((special & ((magnitude << 13) | 0x7f800000u)) | (~special & finite)) | sign);
 #endif
 }
 

@@ -631,8 +631,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) backward_kernel(const 
     reduce_scatter<G>(sums_weight, slot.lane);
     if (slot.active && slot.lane < B && i < points) {
       const int64_t element = slot.index * points + i;
-      A x = sums_x[0] * mine.weight * A(mine.level.width) + mine.everywhere;
-      A y = sums_y[0] * mine.weight * A(mine.level.height) + mine.everywhere;
+      const A inside = mine.point.corners ? mine.weight : A(0); // outside, a weight that is not finite changes nothing
+      A x = sums_x[0] * inside * A(mine.level.width) + mine.everywhere;
+      A y = sums_y[0] * inside * A(mine.level.height) + mine.everywhere;
       const A weight = sums_weight[0] + mine.everywhere;
       if constexpr (kFused) {
         mean += mine.weight * weight;

@@ -106,6 +106,21 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
         )
 
 
+def refuse_functional_gradients() -> None:
+    """Raises NotImplementedError inside of torch.func.grad, vjp and what is made of them, which take no compiled operators.
+
+    PyTorch's own sentence for gradients of registered operators names no way out.
+    """
+    if torch.compiler.is_compiling():
+        return
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    if any(x.key() == torch._C._functorch.TransformType.Grad for x in transforms):
+        raise NotImplementedError(
+            "the compiled ms_deform_attn has no gradient under torch.func (grad, vjp, hessian); use backend 'torch' "
+            "(MODEL.DN_DETR.OP_BACKEND torch), or loss.backward() and torch.autograd.grad"
+        )
+
+
 @functools.cache
 def _announce(backend: str, device_type: str, missing: str) -> None:
     """Says once what was chosen, loudly if it is not what a user hopes for; ``missing``: why there is no kernel."""
@@ -125,32 +140,29 @@ def _announce(backend: str, device_type: str, missing: str) -> None:
 def _load() -> dict[str, str]:
     """Loads the library and registers its operators; returns why each device has no kernel ("" if it has)."""
     folder = Path(__file__).resolve().parent.parent
+    report = folder / "_build.txt"
+    said = report.read_text().strip() if report.exists() else ""
+    if said.startswith(
+        "no kernels were built"
+    ):  # a library that is there is older than the sources, and may not fit them
+        return dict.fromkeys(("cpu", "cuda"), f"at installation {said}")
     try:
         from .. import _C  # noqa: F401  loading it defines the operators
     except ImportError as error:
-        report = folder / "_build.txt"
         if any(folder.glob("_C*.so")):  # built, but not for this PyTorch or this Python
-            reason = f"the compiled library does not load ({error}); {_REBUILD} anew{_last_failure(report)}"
-        elif report.exists():
-            reason = f"at installation {report.read_text().strip()}"
+            reason = f"the compiled library does not load ({error}); {_REBUILD} anew"
+        elif said:
+            reason = f"at installation {said}"
         else:
             reason = f"the compiled library {folder / '_C.abi3.so'} does not exist; {_REBUILD}"
         return {"cpu": reason, "cuda": reason}
 
     built_with, devices = torch.ops.dn_detr_d2.build_info().split("; ")
-    report = folder / "_build.txt"
     if reason := _other_torch(built_with.removeprefix("torch "), torch.__version__):
-        reason += _last_failure(report)
         return {"cpu": reason, "cuda": reason}
     _register()
-    left_out = report.read_text().strip() if report.exists() else "the library was built without CUDA"
+    left_out = said or "the library was built without CUDA"
     return {"cpu": "", "cuda": "" if "cuda" in devices else f"at installation {left_out}", "meta": ""}
-
-
-def _last_failure(report: Path) -> str:
-    """What an installation after that of an old library said, if it has built none; "" else."""
-    said = report.read_text().strip() if report.exists() else ""
-    return f" (the last installation: {said})" if said.startswith("no kernels were built") else ""
 
 
 def _other_torch(built: str, running: str) -> str:

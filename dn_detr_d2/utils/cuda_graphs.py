@@ -21,22 +21,38 @@ def _without_cached_casts() -> torch.autocast:
     return torch.autocast("cuda", dtype, enabled, cache_enabled=False)
 
 
+# PyTorch allows one recording at a time in a process, and none while it waits for a whole device.
+_RECORDS = threading.Lock()
+
+
+class Shared:
+    """What the recordings of one device have in common; made with that device as the current one.
+
+    Attributes:
+        pool: memory, of :func:`torch.cuda.graph_pool_handle`. That is allowed because a recording keeps nothing from pass to
+            pass, and no two of them run at the same time.
+        done: recorded behind each pass, so that the next one waits for it.
+        stream: that they are recorded on; what one has allocated for it another may use again.
+    """
+
+    def __init__(self):
+        self.pool, self.done, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Event(), torch.cuda.Stream()
+
+
 class CudaRecording:
     """One pass of a function, recorded as a CUDA graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 
     Args:
         function: of the inputs to a tuple of tensors: no step of it may read the device, or upload from the host.
         inputs: on a GPU; their values are those of the first pass, their shapes those of all.
-        pool: memory that other recordings use too, of :func:`torch.cuda.graph_pool_handle`. That is allowed because a
-            recording keeps nothing from pass to pass, and no two of them run at the same time.
-        done: recorded behind each pass of them, so that the next one waits for it.
+        shared: of the device of the inputs, which is the current one.
     """
 
-    def __init__(self, function: Function, inputs: tuple[Tensor, ...], pool, done: torch.cuda.Event):
-        self._device, self._done = inputs[0].device, done
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...], shared: "Shared"):
+        self._device, self._done = inputs[0].device, shared.done
         self._inputs = tuple(x.detach().clone() for x in inputs)
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        current.wait_event(done)
+        current, side = torch.cuda.current_stream(), shared.stream
+        current.wait_event(self._done)
         side.wait_stream(current)
         with _without_cached_casts():
             with torch.cuda.stream(side):
@@ -44,8 +60,9 @@ class CudaRecording:
                     function(*self._inputs)
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads, such as those that pin batches for a loader, may go on allocating.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            # Other threads, such as those that pin batches for a loader, may go on allocating. Without a stream PyTorch has
+            # one for all recordings, which is of the device of the first one in the process.
+            with torch.cuda.graph(self._graph, pool=shared.pool, stream=side, capture_error_mode="thread_local"):
                 self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -99,21 +116,29 @@ class Replayed:
             if key in self._kept:
                 self._kept.move_to_end(key)
             else:
-                if len(self._kept) == self.limit:
-                    self._kept.popitem(last=False)[1].release()
-                self._kept[key] = self._record(self.function, inputs)
+                with _RECORDS:
+                    if len(self._kept) == self.limit:
+                        self._kept.popitem(last=False)[1].release()
+                    self._kept[key] = self._record(self.function, inputs)
             return self._kept[key](*inputs)
 
 
 class CudaRecorder:
-    """Makes recordings that share their memory, and that wait for each other on whatever streams they are replayed."""
+    """Makes recordings that share their memory, and that wait for each other on whatever streams they are replayed.
 
-    def __init__(self):
-        self._pool = self._done = None
+    Args:
+        shared: makes what the recordings of a device share.
+        recording: makes a recording, (function, inputs, shared).
+    """
+
+    def __init__(self, shared: Callable = Shared, recording: Callable = CudaRecording):
+        self._make, self._recording = shared, recording
+        self._shared: dict[torch.device, Shared] = {}
 
     def __call__(self, function: Function, inputs: tuple[Tensor, ...]) -> CudaRecording:
         """A recording of the function for inputs like these."""
-        with torch.cuda.device(inputs[0].device):
-            if self._pool is None:
-                self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
-            return CudaRecording(function, inputs, self._pool, self._done)
+        device = inputs[0].device
+        with torch.cuda.device(device):
+            if device not in self._shared:
+                self._shared[device] = self._make()
+            return self._recording(function, inputs, self._shared[device])

@@ -179,6 +179,24 @@ def test_nan_elsewhere_is_not_hidden(backend, place):
 
 
 @backends
+@pytest.mark.parametrize("shapes", [[(2, 2), (0, 0)], [(2, 2), (0, 3)]], ids=str)
+def test_a_weight_that_is_nan_shows_on_an_empty_level_too(backend, shapes):
+    value, places = torch.ones(1, 4, 1, 4), torch.full((1, 1, 1, 2, 1, 2), 0.5)
+    weights = torch.tensor([1.0, float("nan")]).view(1, 1, 1, 2, 1)
+    assert ms_deform_attn(value, shapes, places, weights, backend).isnan().all()
+    assert ms_deform_attn(value, shapes, places, weights.nan_to_num(7.0), backend).tolist() == [[[1.0] * 4]]
+
+
+@backends
+def test_a_location_outside_has_no_gradient_whatever_its_weight(backend):
+    value, places = torch.ones(1, 4, 1, 4), torch.full((1, 1, 1, 1, 1, 2), 5.0, requires_grad=True)
+    for weight in (1.0, float("nan"), float("inf")):
+        out = ms_deform_attn(value, [(2, 2)], places, torch.full((1, 1, 1, 1, 1), weight), backend)
+        (gradient,) = torch.autograd.grad(out.sum(), places)
+        assert gradient.tolist() == [[[[[[0.0, 0.0]]]]]]
+
+
+@backends
 def test_gradients_of_a_location_that_is_nan_are_nan(backend):
     value, shapes, loc, weights = make_inputs()
     loc[0, 1, 1, 0, 1, 0] = float("nan")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from naming import naming
 from op_cases import make_fused_inputs, make_inputs
 
 from dn_detr_d2.layers import MultiScaleDeformableAttention, missing_kernel, ms_deform_attn, ms_deform_attn_fused
@@ -190,6 +191,27 @@ def test_forward_mode_is_refused_where_it_would_be_zero(fused):
         torch.func.jvp(run, (value,), (torch.ones_like(value),))
     with torch.autograd.forward_ad.dual_level():
         assert run(value).shape == (1, 3, 4)  # what carries no gradient is taken
+
+
+@needs_kernel
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_of_torch_func_are_refused_with_a_way_out_that_works(fused):
+    places, weights = torch.rand(1, 3, 1, 1, 2, 2), torch.rand(1, 3, 1, 1, 2)
+    value, reference = torch.randn(2, 1, 4, 1, 4), torch.rand(1, 3, 1, 2)
+
+    def run(x, backend):
+        if fused:
+            return ms_deform_attn_fused(x, [(2, 2)], reference, places, weights, backend).sum()
+        return ms_deform_attn(x, [(2, 2)], places, weights, backend).sum()
+
+    for transformed in (torch.func.grad(run), torch.vmap(torch.func.grad(run), in_dims=(0, None))):
+        x = value[0] if transformed.__wrapped__ is run else value
+        with pytest.raises(NotImplementedError, match=naming("torch.func", "backend 'torch'", "torch.autograd.grad")):
+            transformed(x, "auto")
+        assert transformed(x, "torch").shape == x.shape
+    one = value[0].requires_grad_()
+    (expected,) = torch.autograd.grad(run(one, "auto"), one)
+    torch.testing.assert_close(torch.func.grad(run)(value[0].detach(), "torch"), expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

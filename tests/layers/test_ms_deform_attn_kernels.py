@@ -1,8 +1,10 @@
 """The compiled operators as PyTorch sees them: opcheck, threads, instruction sets, autocast, compile, export, backends."""
 
 import logging
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from dn_detr_d2.layers import (
 )
 from dn_detr_d2.layers.ms_deform_attn import ms_deform_attn_torch
 
+LIBRARY = ROOT / "dn_detr_d2" / "_C.abi3.so"
 needs_kernel = pytest.mark.skipif(bool(missing_kernel("cpu")), reason=missing_kernel("cpu") or "-")
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 6), (2, 3)]
@@ -129,6 +132,20 @@ def test_each_instruction_set_equals_pytorchs_operators_in_float64(instruction_s
     for wanted, found, again in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-10)
         assert torch.equal(found, again)
+
+
+@needs_kernel
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_float16_is_read_as_it_is(instruction_set, flush):
+    """All 65536 patterns; also where float32 flushes subnormals to 0, in which those of float16 are ordinary numbers."""
+    value = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(1, 1, 1, -1)
+    arguments = [(1, 1)], torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
+    torch.set_flush_denormal(flush)
+    try:
+        found = ms_deform_attn(value, *arguments, "cpu").flatten()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found.nan_to_num(7.0), value.flatten().nan_to_num(7.0))
 
 
 @needs_kernel
@@ -264,6 +281,7 @@ def test_a_library_of_another_pytorch_is_not_used():
         ({}, "_C.abi3.so' does not exist".replace("'", "")),
         ({"_build.txt": "no kernels were built: no C++ compiler was found"}, "no C++ compiler was found"),
         ({"_C.abi3.so": "not a library"}, "the compiled library does not load"),
+        ({"_build.txt": "no kernels were built: the compiler failed", "_C.abi3.so": LIBRARY}, "the compiler failed"),
     ],
 )
 def test_without_the_library_the_package_works_and_says_why(tmp_path, files, reason):
@@ -272,8 +290,8 @@ def test_without_the_library_the_package_works_and_says_why(tmp_path, files, rea
         target = package / path.relative_to(ROOT / "dn_detr_d2")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text())
-    for name, text in files.items():
-        (package / name).write_text(text)
+    for name, content in files.items():
+        shutil.copy(content, package / name) if isinstance(content, Path) else (package / name).write_text(content)
     code = (
         "import logging, sys, torch; logging.basicConfig(level='WARNING')\n"
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]  # it would find the real library\n"

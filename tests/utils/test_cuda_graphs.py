@@ -1,7 +1,11 @@
 """Recordings by shape with a stand-in for CUDA graphs; tests/test_gpu.py has the real ones."""
 
+import contextlib
+import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naming import naming
 
-from dn_detr_d2.utils.cuda_graphs import Replayed
+from dn_detr_d2.utils.cuda_graphs import CudaRecorder, Replayed
 
 
 class Recording:
@@ -105,6 +109,37 @@ def test_a_failed_recording_is_tried_again(recorder):
         replayed(torch.ones(1), sizes)
     fails.append(False)
     assert replayed(torch.ones(1), sizes)[0].tolist() == [2]
+
+
+def test_two_functions_are_not_recorded_at_the_same_time(recorder):
+    """PyTorch allows one recording in a process; a replay of one may run meanwhile."""
+    recording, overlaps, entered = threading.Semaphore(1), [], threading.Barrier(2, timeout=30)
+
+    def record(function, inputs):
+        overlaps.append(not recording.acquire(blocking=False))
+        time.sleep(0.05)
+        recording.release()
+        return recorder(function, inputs)
+
+    def use(shape):
+        replayed = Replayed(double, 1, record)
+        entered.wait()
+        for size in (shape, shape + 10, shape):
+            replayed(torch.ones(size), torch.ones(1))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(use, (1, 2)))
+    assert overlaps == [False] * 6
+
+
+def test_recordings_share_what_is_of_their_device(monkeypatch):
+    """The stream, the memory and the event of one GPU are of no use to another."""
+    current, made = [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(current.append(device)))
+    recorder = CudaRecorder(lambda: made.append(current[-1]) or f"of {current[-1]}", lambda *arguments: arguments[-1])
+    gpus = [SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 1, 0, 1)]
+    assert [recorder(double, (x,)) for x in gpus] == ["of cuda:0", "of cuda:1"] * 2
+    assert len(made) == 2
 
 
 def test_a_limit_without_a_recording_is_refused():
