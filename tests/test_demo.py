@@ -597,3 +597,9 @@ def test_a_class_name_with_dollar_signs_is_drawn(run, images, finished, tmp_path
     path.write_text(cfg.dump())
     code, _, said = run("--input", images, "--confidence-threshold", "0")
     assert (code, said) == (0, "")
+
+
+@pytest.mark.parametrize("threshold", [50, float("nan"), -1])
+def test_a_threshold_in_python_is_a_probability_too(finished, threshold):
+    with pytest.raises(ConfigError, match=naming("confidence_threshold", threshold)):
+        VisualizationDemo(finished[2], threshold)

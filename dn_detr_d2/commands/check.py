@@ -3,6 +3,7 @@
     dn-detr check train.json images/train --val val.json images/val --num-queries 300
     dn-detr check train.json images/train --fix repaired.json
     dn-detr check train.json images/train --fix repaired.json --drop-bad
+    dn-detr check train.json images/train --fix repaired.json --wrong-size scale
     dn-detr check all.json images --split 0.8 --seed 1
 
 Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or a file not be written. With --fix the
@@ -46,6 +47,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--boxes", choices=CHOICES, help="with --fix: what the boxes are written as; xywh = they are right as they are"
     )
     parser.add_argument(
+        "--wrong-size",
+        choices=("ignore", "scale"),
+        help="with --fix: where images have another size than annotated, the boxes are those of the image (ignore), or of "
+        "the annotated size, from which it was resized (scale)",
+    )
+    parser.add_argument(
         "--split",
         type=float,
         metavar="FRACTION",
@@ -58,6 +65,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def read(json_file: str, folder: str) -> dict:
     """The content of an annotation file whose image folder exists; raises DatasetError."""
     content = read_content(Path(json_file))
+    if any("segments_info" in entry for entry in objects_of(content, "annotations")):
+        raise DatasetError(
+            f"{json_file} is a panoptic file, whose annotations have segments_info; this program checks files of instances, "
+            "and a training with DATASETS.COCO_PANOPTIC names what is wrong with a panoptic one"
+        )
     if not Path(folder).is_dir():
         raise DatasetError(f"image folder {folder} does not exist or is no folder")
     return content
@@ -69,7 +81,15 @@ def check(args: argparse.Namespace) -> dict[str, Report]:
     other = read(*args.val) if args.val else None
     options = CheckOptions(args.num_queries, args.denoising_budget, not args.no_images, args.masks)
     if args.fix:
-        report = repair_set(content, args.folder, args.fix, options, drop_bad=args.drop_bad, boxes=args.boxes)
+        report = repair_set(
+            content,
+            args.folder,
+            args.fix,
+            options,
+            drop_bad=args.drop_bad,
+            boxes=args.boxes,
+            wrong_size=args.wrong_size,
+        )
     else:
         report = check_set(content, args.folder, options)
     reports = {args.annotations: report}
@@ -90,8 +110,10 @@ def refuse_arguments(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--split would overwrite {target}; move it away, or write the parts elsewhere with --fix OUT.json"
             )
-    if (args.drop_bad or args.boxes) and not args.fix:
-        raise UserError("--drop-bad and --boxes need --fix OUT.json, which the result is written to")
+    if (args.drop_bad or args.boxes or args.wrong_size) and not args.fix:
+        raise UserError("--drop-bad, --boxes and --wrong-size need --fix OUT.json, which the result is written to")
+    if args.wrong_size and args.no_images:
+        raise UserError("--wrong-size compares with the images; leave out --no-images")
     if args.split is not None and not 0 < args.split < 1:
         raise UserError(f"--split must lie between 0 and 1, got {args.split:g}")
     if min(args.num_queries, args.denoising_budget) < 0:

@@ -14,7 +14,7 @@ from .images import ImageFolder
 from .mask_check import with_repaired_masks
 from .masks import has_mask
 from .normalise import objects_of
-from .repair import converted, refuse_to_clip, repaired, rewritten, without_bad
+from .repair import converted, refuse_to_clip, repaired, rewritten, with_true_sizes, without_bad
 from .report import Report
 
 
@@ -57,6 +57,7 @@ def repair_set(
     *,
     drop_bad: bool = False,
     boxes: str | None = None,
+    wrong_size: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Writes a repaired copy and returns its problems.
@@ -66,6 +67,8 @@ def repair_set(
         target: the JSON file to write.
         drop_bad: leave out images, categories and annotations that cannot be used.
         boxes: convention that the boxes are written in, of ``conventions.CHOICES``; None = found out.
+        wrong_size: of images with another size than annotated: "ignore" = the boxes are those of the image, "scale" = those
+            of the annotated size; None = a problem.
         say: takes a line about each change.
 
     Raises:
@@ -75,6 +78,12 @@ def repair_set(
     content, _, changes = rewritten(content, ImageFolder(folder))
     images = objects_of(content, "images")
     sizes = check_images(images, folder, report, unusable) if options.read_images else annotated_sizes(images)
+    if wrong_size:
+        content, sized = with_true_sizes(content, sizes, scale=wrong_size == "scale")
+        changes += sized
+        images = objects_of(content, "images")
+        report, unusable = Report(masks=options.masks), {}
+        sizes = check_images(images, folder, report, unusable)
     if drop_bad:
         content, lines, rows = without_bad(content, unusable)
         sizes = sizes[rows]

@@ -49,6 +49,7 @@ FILES = {
 }
 # What the reader leaves out, with the level of its line in the log.
 LEFT_OUT = {Issue.UNKNOWN_IMAGE: logging.WARNING, Issue.TWIN: logging.WARNING, Issue.RESOURCE_FORK: logging.INFO}
+LEFT_OUT |= {Issue.TWICE: logging.WARNING}
 
 
 def dataset_path(path: str) -> Path:
@@ -326,9 +327,16 @@ def _annotations(content: dict, json_file: Path) -> list[dict]:
         if number is None:
             return annotations
         where, what = f"annotation number {number}: ", f"{annotations[number]!r:.200}"
+    numbered = not where or isinstance(annotations[number], dict)
     raise DatasetError(
         f"{json_file}: {where}annotations must be a list of objects with an id each, a whole number or text, got {what}; "
-        f"{FIX} numbers them"
+        + (
+            f"{FIX} numbers them"
+            if where and numbered
+            else f"{FIX} --drop-bad leaves such entries out"
+            if where
+            else "write a list, which may be empty"
+        )
     )
 
 
@@ -351,8 +359,15 @@ def categories_of(content: dict, json_file: Path) -> dict:
     return {c["id"]: escaped(str(c["name"])) for c in sorted(categories, key=lambda c: sort_key(c["id"]))}
 
 
-def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
-    """{image id: its record without annotations}; raises DatasetError if an image is not listed as it should, or missing."""
+def image_records(content: dict, json_file: Path, image_folder: Path, repair: str = FIX) -> dict:
+    """{image id: its record without annotations}; raises DatasetError if an image is not listed as it should, or missing.
+
+    Args:
+        content: of an annotation file.
+        json_file: for the sentences.
+        image_folder: what ``file_name`` is relative to.
+        repair: the program that mends such a file, "" where there is none.
+    """
     images = content.get("images")
     if not images or not isinstance(images, list):
         raise DatasetError(f"{json_file} has no images; is it an annotation file in COCO format?")
@@ -364,7 +379,9 @@ def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
                 "text"
             )
         if image["id"] in records:
-            raise DatasetError(f"{json_file}: image id {image['id']!r:.200} appears more than once")
+            raise DatasetError(
+                f"{json_file}: image id {image['id']!r:.200} appears more than once, with other values; give each its own id"
+            )
         try:
             path = folder.find(image["file_name"])
         except DatasetError as error:
@@ -372,10 +389,10 @@ def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
                 raise DatasetError(f"{json_file}, image {image['id']!r}: {error}") from None
             path = ""
             if folder.with_slashes(image["file_name"]):
-                hint = f" (but with / for each back slash it does; {FIX} writes it so)"
+                hint = f" (but with / for each back slash it does{repair and f'; {repair} writes it so'})"
             missing.append(str(image_folder / image["file_name"]))
         record = {"file_name": path, "image_id": image["id"]}
-        records[image["id"]] = record | _annotated_size(image, json_file)
+        records[image["id"]] = record | _annotated_size(image, json_file, repair)
     if len(missing) == len(images):
         names = [image["file_name"] for image in images[:20]]
         right, found = best_folder(image_folder, lambda folder: sum((folder / name).is_file() for name in names))
@@ -386,18 +403,18 @@ def image_records(content: dict, json_file: Path, image_folder: Path) -> dict:
     if missing:
         raise DatasetError(
             f"{json_file}: {len(missing)} of {len(images)} image files do not exist, first {missing[0]}{hint}; add them, or "
-            f"leave them out with {FIX} --drop-bad"
+            f"leave them out{repair and f' with {repair} --drop-bad'}"
         )
     return records
 
 
-def _annotated_size(image: dict, json_file: Path) -> dict:
+def _annotated_size(image: dict, json_file: Path, repair: str) -> dict:
     size = {key: image[key] for key in ("height", "width") if key in image}
     for key, value in size.items():
         if not is_length(value):
             raise DatasetError(
                 f"{json_file}: image {image['id']!r:.200} has {key} {value!r:.60}; it must be a positive number of pixels "
-                f"without a fraction; {FIX} takes it from the image"
+                f"without a fraction; {f'{repair} takes it from the image' if repair else 'leave it out'}"
             )
     return size
 
@@ -407,7 +424,7 @@ def _box(box, where: str) -> list[float]:
     numbers = as_box(box)
     if numbers is None:
         raise DatasetError(
-            f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels; {FIX} --drop-bad "
-            "leaves such annotations out"
+            f"{where} has bbox {box!r:.200}; it must be four numbers [x, y, width, height] in pixels; {FIX} takes a missing "
+            "one from the mask and reads numbers that are text, and with --drop-bad leaves other such annotations out"
         )
     return numbers

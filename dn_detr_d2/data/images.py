@@ -7,6 +7,7 @@ Everything that opens an image for training, evaluation or a check comes through
 import os
 import stat
 import struct
+import unicodedata
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -74,13 +75,18 @@ class ImageFolder:
             DatasetError: ``file_name`` leads out of the folder, or there is no such file; ``kind`` says which.
         """
         path = os.path.join(self.folder, file_name)
-        try:
-            inside = self._inside(path)
-            found = inside and stat.S_ISREG(os.stat(path).st_mode)
-        except OSError:
-            found = False
-        except ValueError:  # a name that no file can have
-            found, inside = False, not os.path.isabs(file_name) and ".." not in Path(file_name).parts
+        inside, found = self._look(path, file_name)
+        if not found and not file_name.isascii():  # macOS writes accents as characters of their own
+            for form in ("NFC", "NFD"):
+                other = unicodedata.normalize(form, file_name)
+                if other != file_name and self._look(os.path.join(self.folder, other), other) == (True, True):
+                    return os.path.join(self.folder, other)
+        if not inside and os.path.islink(path):
+            raise DatasetError(
+                f"image file {file_name!r} is a link to {os.path.realpath(path)}, outside the image folder {self.folder}; "
+                "put the file in place of the link, or name a folder that holds both",
+                Issue.OUTSIDE,
+            )
         if not inside:
             raise DatasetError(
                 f"image file {file_name!r} lies outside the image folder {self.folder}; put it there, or name the folder "
@@ -90,6 +96,16 @@ class ImageFolder:
         if not found:
             raise DatasetError(f"image file {path!r} does not exist or is no regular file", Issue.MISSING)
         return path
+
+    def _look(self, path: str, file_name: str) -> tuple[bool, bool]:
+        """Whether a path lies inside, and whether a regular file is there."""
+        try:
+            inside = self._inside(path)
+            return inside, inside and stat.S_ISREG(os.stat(path).st_mode)
+        except OSError:
+            return self._inside(path), False
+        except ValueError:  # a name that no file can have
+            return not os.path.isabs(file_name) and ".." not in Path(file_name).parts, False
 
     def with_slashes(self, file_name: str) -> str | None:
         """``file_name`` with / for each back slash, if it has some and only the other is a file of the folder."""

@@ -2,8 +2,9 @@
 
 from enum import Enum
 
-# 8192 x 8192: decoded, converted and turned, such an image takes less than 1 GB. Read from the header, before decoding.
-MAX_PIXELS = 8192 * 8192
+# Twice Image.MAX_IMAGE_PIXELS as Pillow sets it, above which it raises an error as well: photographs of 108 megapixels are
+# read, of which decoded and turned copies take 2 GB. Compared with the header, before decoding.
+MAX_PIXELS = 178_956_970
 
 
 class Severity(Enum):
@@ -90,6 +91,7 @@ class Issue(str, Enum):
     NOT_COMPARED = "file_name is in both sets, content not compared", Severity.FINE
     TWIN = "category without annotations whose name another one has too, left out", Severity.FINE
     RESOURCE_FORK = "macOS's ._ file without annotations, left out", Severity.FINE
+    TWICE = "image that is listed twice with the same values, listed once", Severity.FINE
     AREA = "area is no number from 0 to 1e10, width x height is taken", Severity.FINE
     TURNED = "EXIF orientation, applied", Severity.FINE
     GREY = "grey image, read as colours", Severity.FINE

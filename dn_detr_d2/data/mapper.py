@@ -240,7 +240,9 @@ class DetrDatasetMapper:
         if annotated != tuple(size):
             raise DatasetError(
                 f"image {record['file_name']} is {size[1]}x{size[0]} (after EXIF orientation), but its annotation says "
-                f"{annotated[1]}x{annotated[0]} (width x height)"
+                f"{annotated[1]}x{annotated[0]} (width x height); dn-detr check ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
+                " with --wrong-size ignore corrects the size, and with --wrong-size scale also moves the boxes of an image "
+                "that was resized"
             )
 
     def _raw_boxes(self, record: dict, image_size: tuple[int, int]) -> tuple[list[list[float]], list[int], list[int]]:

@@ -13,7 +13,7 @@ from .coco_custom import FIX
 from .columns import Columns, clip_boxes
 from .issues import Issue
 from .mapper import ROUNDING
-from .masks import MaskFault, fault_of_ring, has_mask, run_lengths
+from .masks import MaskFault, fault_of_ring, has_mask, polygons, run_lengths
 
 # In the order in which they are looked for.
 VERDICTS = (
@@ -147,6 +147,19 @@ def measure_runs(segmentation: dict, size: np.ndarray) -> tuple[list[int], int]:
     whole = (start // height != stop // height).any()  # a run into the next column reaches top and bottom
     rows = (0, height - 1) if whole else ((start % height).min(), (stop % height).max())
     return [int(start[0] // height), int(rows[0]), int(stop[-1] // height) + 1, int(rows[1]) + 1], int(runs[1::2].sum())
+
+
+def box_of_mask(segmentation) -> list[float] | None:
+    """[x, y, width, height] of what polygons or run lengths cover, None if they are unusable or empty."""
+    try:
+        if isinstance(segmentation, dict):
+            (x0, y0, x1, y1), _ = measure_runs(segmentation, np.full(2, np.inf))
+        else:
+            points = np.concatenate(polygons(segmentation))
+            (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
+    except MaskFault:
+        return None
+    return [x0, y0, x1 - x0, y1 - y0] if x1 > x0 and y1 > y0 else None
 
 
 def _iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:

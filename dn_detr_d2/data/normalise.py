@@ -26,8 +26,9 @@ def normalised(content: dict, report: Report) -> tuple[dict, list[int]]:
     """The content of an annotation file with one notation for each meaning.
 
     Ids and references 2.0 become 2; ``iscrowd`` null, false and 0.0 become 0, true and 1.0 become 1; a width or height of
-    null, 0 or -1 is taken out. Left out: annotations of images that are not listed, unless all are; categories without
-    annotations whose name another category has too; entries of macOS's ``._`` files without annotations.
+    null, 0 or -1 is taken out, and so are "annotations" of null. Left out: annotations of images that are not listed, unless
+    all are; categories without annotations whose name another category has too; entries of macOS's ``._`` files without
+    annotations; images that are listed again with the same values.
 
     Args:
         content: stays as it is; entries that need no change are shared.
@@ -39,14 +40,17 @@ def normalised(content: dict, report: Report) -> tuple[dict, list[int]]:
     given = {name: content.get(name) for name in ("images", "annotations", "categories")}
     lists = {name: entries for name, entries in given.items() if isinstance(entries, list)}
     if "annotations" in lists:
-        lists["annotations"] = [_annotation(entry) for entry in lists["annotations"]]
+        lists["annotations"] = [as_written(entry) for entry in lists["annotations"]]
     if "categories" in lists:
-        lists["categories"] = [_with_whole(entry, ("id",)) for entry in lists["categories"]]
+        lists["categories"] = [with_whole(entry, ("id",)) for entry in lists["categories"]]
     rows = list(range(len(objects_of(content, "images"))))
     if "images" in lists:
         lists["images"] = [_image(entry) for entry in lists["images"]]
         lists["images"], rows = _without_resource_forks(lists, report)
+        lists["images"], rows = _without_repeats(lists["images"], rows, report)
     result = content | lists
+    if "annotations" in content and content["annotations"] is None:
+        del result["annotations"]
     if "annotations" in lists and "images" in lists:
         result["annotations"] = _without_orphans(result, report)
     if "categories" in lists:
@@ -132,15 +136,17 @@ def _whole(value):
     return int(value) if type(value) is float and value.is_integer() else value
 
 
-def _with_whole(entry, fields: tuple[str, ...]):
+def with_whole(entry, fields: tuple[str, ...]):
+    """An entry with 2 for 2.0 in some of its fields; what is no object stays as it is."""
     if not isinstance(entry, dict):
         return entry
     changes = {field: int(x) for field in fields if type(x := entry.get(field)) is float and x.is_integer()}
     return entry | changes if changes else entry
 
 
-def _annotation(entry):
-    entry = _with_whole(entry, ("id", "image_id", "category_id"))
+def as_written(entry):
+    """An annotation, or a segment, with whole numbers for its ids and 0 or 1 for ``iscrowd`` where they mean that."""
+    entry = with_whole(entry, ("id", "image_id", "category_id"))
     if not isinstance(entry, dict) or type(entry.get("iscrowd", 0)) is int:
         return entry
     crowd = entry["iscrowd"]
@@ -150,7 +156,7 @@ def _annotation(entry):
 
 
 def _image(entry):
-    entry = _with_whole(entry, ("id", "width", "height"))
+    entry = with_whole(entry, ("id", "width", "height"))
     if not isinstance(entry, dict):
         return entry
     unknown = [key for key in ("width", "height") if key in entry and is_unknown(entry[key])]
@@ -182,6 +188,22 @@ def _without_resource_forks(lists: dict, report: Report) -> tuple[list, list[int
             rows += [row] * isinstance(entry, dict)
         row += isinstance(entry, dict)
     return kept, rows
+
+
+def _without_repeats(images: list, rows: list[int], report: Report) -> tuple[list, list[int]]:
+    """(images without those that are listed before with the same values, their rows)."""
+    seen, kept, kept_rows, row = set(), [], [], 0
+    for i, entry in enumerate(images):
+        known = isinstance(entry, dict)
+        text = repr(sorted(entry.items())) if known and is_id(entry.get("id")) else None
+        if text in seen:
+            report.add(Issue.TWICE, f"images[{i}], id {entry['id']!r:.60}")
+        else:
+            kept.append(entry)
+            kept_rows += rows[row : row + 1] if known else []
+            seen |= {text} if text else set()
+        row += known
+    return kept, kept_rows
 
 
 def _without_orphans(content: dict, report: Report) -> list:

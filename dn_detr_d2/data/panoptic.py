@@ -14,6 +14,7 @@ from detectron2.structures import BoxMode
 
 from ..errors import DatasetError
 from .coco_custom import (
+    LEFT_OUT,
     categories_of,
     dataset_path,
     image_records,
@@ -22,7 +23,9 @@ from .coco_custom import (
     require_files,
 )
 from .images import ImageFolder, read_map
-from .normalise import as_box, is_id, objects_of, sort_key, usable_area
+from .issues import Issue
+from .normalise import as_box, as_written, is_id, normalised, objects_of, sort_key, usable_area, with_whole
+from .report import Report
 from .segment_map import NOTHING, SegmentMap, require_size
 
 logger = logging.getLogger(__name__)
@@ -74,9 +77,9 @@ def load_panoptic(json_file: Path, png_folder: Path, image_folder: Path) -> tupl
     Raises:
         DatasetError: anything that is missing, doubled, of a wrong type or refers to nothing.
     """
-    content = read_content(json_file)
+    content = _normalised(read_content(json_file), json_file)
     classes, metadata = _classes(content, json_file)
-    records, pngs = image_records(content, json_file, image_folder), ImageFolder(png_folder)
+    records, pngs = image_records(content, json_file, image_folder, repair=""), ImageFolder(png_folder)
     for i, annotation in enumerate(objects_of(content, "annotations")):
         where = f"{json_file}: annotation number {i}"
         image_id, segments = annotation.get("image_id"), annotation.get("segments_info")
@@ -109,6 +112,45 @@ def load_panoptic(json_file: Path, png_folder: Path, image_folder: Path) -> tupl
     segments = sum(len(record["annotations"]) for record in found)
     logger.info("Loaded %d images with %d segments from %s", len(found), segments, json_file)
     return found, metadata
+
+
+def _normalised(content: dict, json_file: Path) -> dict:
+    """One notation for each meaning, as of a detection file, see :func:`.normalise.normalised`.
+
+    Annotations of images that are not listed are left out with a line in the log, unless all are.
+    """
+    if not isinstance(content.get("annotations"), list):
+        return content
+    segments = [_written_alike(x) for x in content["annotations"]]
+    flat = [
+        {"image_id": x.get("image_id"), "category_id": part.get("category_id")}
+        for x in segments
+        if isinstance(x, dict)
+        for part in objects_of(x, "segments_info") or [{}]
+    ]
+    report = Report()
+    alike, _ = normalised(content | {"annotations": flat}, report)
+    for kind, level in LEFT_OUT.items():
+        if kind != Issue.UNKNOWN_IMAGE and report.counts[kind]:
+            logger.log(level, "%s: %d x %s: %s", json_file, report.counts[kind], kind, "; ".join(report.first[kind]))
+    listed = {image.get("id") for image in objects_of(alike, "images") if is_id(image.get("id"))}
+    kept = [x for x in segments if not isinstance(x, dict) or (is_id(x.get("image_id")) and x["image_id"] in listed)]
+    if kept and len(kept) < len(segments):
+        logger.warning(
+            "%s: %d annotations of images that are not listed are left out", json_file, len(segments) - len(kept)
+        )
+        segments = kept
+    return alike | {"annotations": segments}
+
+
+def _written_alike(annotation):
+    """An annotation whose ids are whole numbers, and ``iscrowd`` of its segments 0 or 1, where they mean that."""
+    if not isinstance(annotation, dict):
+        return annotation
+    annotation = with_whole(annotation, ("image_id",))
+    if not isinstance(annotation.get("segments_info"), list):
+        return annotation
+    return annotation | {"segments_info": [as_written(x) for x in annotation["segments_info"]]}
 
 
 def _classes(content: dict, json_file: Path) -> tuple[dict, dict]:

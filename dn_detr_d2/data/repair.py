@@ -4,8 +4,9 @@
 
 What the reader reads as the same or leaves out is written that way, see :mod:`.normalise`. Boxes that are not finite, have
 no positive width and height or lie outside are dropped, those that stick out are clipped, and annotations without a usable
-id of their own get a new number. References become the id that is written as the same number, areas that are none width x
-height; sizes that are no sizes are those of the images; absolute paths and back slashes become paths below the folder.
+id of their own get a new number. A missing box is that of the mask, and text that is a number becomes one. References become
+the id that is written as the same number, areas that are none width x height; sizes that are no sizes are those of the
+images; absolute paths and back slashes become paths below the folder.
 Everything else needs a person and stays as it is, or is left out by :func:`without_bad`.
 """
 
@@ -19,6 +20,9 @@ from .columns import VERDICTS, Columns, clip_boxes
 from .conventions import UNITS, declared, other_convention, to_xywh, too_many_to_clip
 from .images import ImageFolder
 from .issues import Issue
+from .label_files import number
+from .mask_check import box_of_mask
+from .masks import fault_of_ring
 from .normalise import (
     REFERENCES,
     as_box,
@@ -34,7 +38,7 @@ from .report import Report
 
 CLIPPED = VERDICTS.index(Issue.STICKS_OUT)
 FILLED, RELATIVE = "image without a usable width and height", "file_name that is absolute or has back slashes"
-SAME_IMAGE = "image that is listed twice"
+FROM_MASK, FROM_TEXT = "bbox that is made from the mask", "bbox whose numbers were text"
 
 
 def repaired(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
@@ -78,10 +82,11 @@ def rewritten(content: dict, folder: ImageFolder | None = None) -> tuple[dict, l
     """
     report = Report()
     content, rows = normalised(content, report)
-    content, kept, changes = _with_images(content, folder)
+    content, changes = _with_images(content, folder)
     content, referred = _with_own_references(content)
+    content, boxes = _with_found_boxes(content)
     left_out = Counter({kind: count for kind, count in report.counts.items() if kind != Issue.NO_MATCH})
-    return content, [rows[i] for i in kept], left_out + changes + referred
+    return content, rows, left_out + changes + referred + boxes
 
 
 def without_bad(content: dict, unusable: dict[int, str]) -> tuple[dict, list[str], list[int]]:
@@ -184,6 +189,48 @@ def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     return content | {"annotations": entries + strangers}
 
 
+def with_true_sizes(content: dict, sizes: np.ndarray, *, scale: bool) -> tuple[dict, Counter]:
+    """A copy whose images have the sizes of their files where another is annotated.
+
+    Args:
+        content: as :func:`.normalise.normalised` gives it.
+        sizes: (I, 2) heights and widths of the files, infinite where one cannot be read.
+        scale: whether boxes, polygons and areas are those of an image of the annotated size, and change with it.
+
+    Returns:
+        (content, {kind: images changed}).
+    """
+    factors, images = {}, []
+    for image, (height, width) in zip(objects_of(content, "images"), sizes.tolist(), strict=True):
+        said = [image.get(key) for key in ("height", "width")]
+        wrong = all(map(is_length, said)) and np.isfinite([height, width]).all() and said != [height, width]
+        if wrong and is_id(image.get("id")):
+            factors[image["id"]] = width / said[1], height / said[0]
+        images.append(image | {"height": int(height), "width": int(width)} if wrong else image)
+    if not factors:
+        return content, Counter()
+    strangers = [entry for entry in content["images"] if not isinstance(entry, dict)]
+    content = content | {"images": images + strangers}
+    if scale and isinstance(content.get("annotations"), list):
+        entries = [_scaled(x, factors) if isinstance(x, dict) else x for x in content["annotations"]]
+        content = content | {"annotations": entries}
+    return content, Counter({Issue.SIZE: len(factors)})
+
+
+def _scaled(entry: dict, factors: dict) -> dict:
+    """The annotation in an image that was resized by ``factors`` {image id: (x, y)}; run lengths stay as they are."""
+    reference, box, mask = entry.get("image_id"), as_box(entry.get("bbox")), entry.get("segmentation")
+    if not is_id(reference) or reference not in factors or box is None:
+        return entry
+    x, y = factors[reference]
+    changes = {"bbox": [box[0] * x, box[1] * y, box[2] * x, box[3] * y]}
+    if isinstance(mask, list) and mask and not any(fault_of_ring(ring) for ring in mask):
+        changes["segmentation"] = [[value * (y if i % 2 else x) for i, value in enumerate(ring)] for ring in mask]
+    if (area := usable_area(entry.get("area"))) is not None:
+        changes["area"] = area * x * y
+    return entry | changes
+
+
 def refuse_to_clip(content: dict, sizes: np.ndarray) -> None:
     """Raises DatasetError if :func:`repaired` would clip so many boxes that their convention should be said first.
 
@@ -243,26 +290,14 @@ def _of_another_convention(columns: Columns) -> bool:
     return other_convention(*_used(columns)) is not None
 
 
-def _with_images(content: dict, folder: ImageFolder | None) -> tuple[dict, list[int], Counter]:
-    """Images with relative paths, each listed once; the rows of those that stay."""
+def _with_images(content: dict, folder: ImageFolder | None) -> tuple[dict, Counter]:
+    """Images with relative paths."""
     entries = content.get("images")
     if not isinstance(entries, list):
-        return content, [], Counter()
-    changes, images, rows, seen, row = Counter(), [], [], set(), -1
-    for entry in entries:
-        if not isinstance(entry, dict):
-            images.append(entry)
-            continue
-        row += 1
-        if is_id(entry.get("id")) and (text := repr(sorted(entry.items()))) in seen:
-            changes[SAME_IMAGE] += 1
-            continue
-        seen |= {text} if is_id(entry.get("id")) else set()
-        named = _with_path(entry, folder) if folder else entry
-        changes[RELATIVE] += named is not entry
-        images.append(named)
-        rows.append(row)
-    return content | {"images": images}, rows, +changes
+        return content, Counter()
+    images = [_with_path(entry, folder) if folder and isinstance(entry, dict) else entry for entry in entries]
+    changed = sum(new is not old for new, old in zip(images, entries, strict=True))
+    return content | {"images": images}, +Counter({RELATIVE: changed})
 
 
 def _with_sizes(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
@@ -307,6 +342,34 @@ def _with_own_references(content: dict) -> tuple[dict, Counter]:
             entry = entry | new if new else entry
         result.append(entry)
     return content | {"annotations": result}, +changes
+
+
+def _with_found_boxes(content: dict) -> tuple[dict, Counter]:
+    """Boxes of annotations that have none, from their masks; numbers of boxes that are written as text."""
+    entries, changes, result = content.get("annotations"), Counter(), []
+    if not isinstance(entries, list):
+        return content, changes
+    for entry in entries:
+        if isinstance(entry, dict) and as_box(given := entry.get("bbox")) is None:
+            if box := _as_numbers(given):
+                entry, kind = entry | {"bbox": box}, FROM_TEXT
+            elif given in (None, []) and (box := box_of_mask(entry.get("segmentation"))):
+                entry, kind = entry | {"bbox": box}, FROM_MASK
+            else:
+                kind = None
+            changes[kind] += kind is not None
+        result.append(entry)
+    return content | {"annotations": result}, +changes
+
+
+def _as_numbers(box) -> list[float] | None:
+    """Four numbers of which some are text; None if they are no such."""
+    if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float, str) for x in box):
+        return None
+    try:
+        return [number(x) if type(x) is str else x for x in box]
+    except ValueError:
+        return None
 
 
 def _with_areas(entries: list[dict]) -> tuple[list[dict], Counter]:

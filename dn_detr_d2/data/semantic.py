@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import DatasetError
 from .coco_custom import dataset_path, is_registered, require_files
 from .images import read_map
-from .label_files import SUFFIXES
+from .label_files import SUFFIXES, Tally, normal, walk
 from .segment_map import NOTHING, SegmentMap, require_size
 from .yolo_yaml import read_names
 
@@ -48,23 +48,23 @@ def register_semantic(
 def load_semantic(image_folder: Path, label_folder: Path) -> list[dict]:
     """Dataset dicts with ``file_name``, ``sem_seg_file_name`` and ``image_id``, in the order of the names; no file is read.
 
-    A map is the .png with the name of its image; images without one are left out with a line in the log.
+    A map is the .png with the name of its image, in the subfolder of the same name; images without one are left out with a
+    line in the log, hidden files (macOS's ``._`` files) without.
 
     Raises:
         DatasetError: no image has a map, or two images have the same one.
     """
-    maps = {path.stem: path for path in label_folder.iterdir() if path.suffix.lower() == ".png"}
-    images = sorted(path for path in image_folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    maps = {_stem(name): label_folder / name for name in walk(label_folder, (".png",), Tally())}
+    images = walk(image_folder, SUFFIXES, Tally())
     records = {}
-    for path in images:
-        if path.stem not in maps:
+    for name in images:
+        stem, path = _stem(name), image_folder / name
+        if stem not in maps:
             continue
-        if path.stem in records:
-            raise DatasetError(
-                f"{path} and {records[path.stem]['file_name']} have the same map {maps[path.stem]}; rename one"
-            )
-        files = {"file_name": str(path), "sem_seg_file_name": str(maps[path.stem])}
-        records[path.stem] = files | {"image_id": path.stem}
+        if stem in records:
+            raise DatasetError(f"{path} and {records[stem]['file_name']} have the same map {maps[stem]}; rename one")
+        files = {"file_name": str(path), "sem_seg_file_name": str(maps[stem])}
+        records[stem] = files | {"image_id": stem}
     if not records:
         raise DatasetError(
             f"none of {len(images)} images in {image_folder} has a semantic map in {label_folder}, a .png of the same name"
@@ -72,6 +72,11 @@ def load_semantic(image_folder: Path, label_folder: Path) -> list[dict]:
     if left_out := len(images) - len(records):
         logger.warning("%s: %d images without a semantic map are left out", image_folder, left_out)
     return list(records.values())
+
+
+def _stem(name: str) -> str:
+    """What an image and its map have in common: the path below the folder without its ending, accents in one spelling."""
+    return normal(name.rpartition(".")[0])
 
 
 def is_semantic(record: dict) -> bool:

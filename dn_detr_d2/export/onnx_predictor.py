@@ -76,8 +76,13 @@ class OnnxPredictor:
 
         Args:
             image: a path, a Pillow image, or a NumPy array (height, width, 3) of uint8 in RGB.
-            threshold: least score.
+            threshold: least score, in [0, 1].
+
+        Raises:
+            ValueError: another threshold.
         """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
         scores, classes, boxes, masks = self.arrays(image)
         names = self.metadata["class_names"]
         return [

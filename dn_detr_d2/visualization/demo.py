@@ -31,11 +31,14 @@ class VisualizationDemo:
             met in a second frame.
 
     Raises:
-        ConfigError: OpenCV, or for tracks the package trackers, is missing, or the model gives no boxes to track.
+        ConfigError: OpenCV, or for tracks the package trackers, is missing, or the model gives no boxes to track; or the
+            threshold is not in [0, 1].
     """
 
     def __init__(self, cfg, confidence_threshold: float = 0.5, *, track: bool = False):
         require_opencv("drawing")
+        if not 0 <= confidence_threshold <= 1:
+            raise ConfigError(f"confidence_threshold must lie between 0 and 1, got {confidence_threshold}")
         self.threshold, self.track = confidence_threshold, track
         if track:
             new_tracker(FRAME_RATE, confidence_threshold)

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import pytest
 from conftest import valid_coco
@@ -9,6 +10,7 @@ from PIL import Image
 from dn_detr_d2 import ConfigError, DatasetError
 from dn_detr_d2.data import load_coco_json, register_coco_json
 from dn_detr_d2.data.coco_custom import class_names, load_with_categories
+from dn_detr_d2.data.images import image_size
 
 
 def content(**changes):
@@ -84,11 +86,11 @@ def test_category_ids_of_any_kind_become_contiguous(write, tmp_path, ids):
         ({"annotations": annotation(bbox=[1, 2, "3", 4])}, ["annotation 1", "bbox", "[1, 2, '3', 4]"]),
         ({"annotations": annotation(iscrowd="0")}, ["annotation 1", "iscrowd", "'0'"]),
         ({"annotations": annotation() * 2}, ["annotation ids", "[1]"]),
-        ({"images": [{"id": 7, "file_name": "a.png"}] * 2}, ["image id 7"]),
+        ({"images": [{"id": 7, "file_name": x} for x in ("a.png", "b.png")]}, ["image id 7"]),
         ({"images": [{"id": 7, "file_name": "gone.png"}]}, ["none", "gone.png"]),
         ({"images": [{"id": 7}]}, ["image number 0", "file_name"]),
         ({"images": [3]}, ["image number 0", "file_name", 3]),
-        ({"annotations": None}, ["annotations", "id"]),
+        ({"annotations": 3}, ["annotations", "id"]),
         ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4]}]}, ["annotations", "id"]),
         ({"annotations": ["x"]}, ["annotations"]),
     ],
@@ -159,3 +161,43 @@ def test_a_class_name_with_half_a_surrogate_pair_can_be_written(tmp_path):
     _, categories = load_with_categories(tmp_path / "set.json", tmp_path)
     assert list(categories.values()) == ["cat \\ud83d", "dog"]
     assert all(name.encode() for name in categories.values())
+
+
+def test_an_image_that_is_listed_twice_with_the_same_values_is_one(write, tmp_path, caplog):
+    images = content()["images"]
+    path = write(images=[images[0], dict(images[0]), images[1], images[0]])
+    with caplog.at_level("INFO", "dn_detr_d2"):
+        records = load_coco_json(path, tmp_path)
+    assert [record["image_id"] for record in records] == sorted(image["id"] for image in images)
+    assert records == load_coco_json(write(), tmp_path)
+    assert naming(2, "listed twice").search(caplog.text)
+
+
+def test_annotations_of_null_are_none(write, tmp_path):
+    assert all("annotations" not in record for record in load_coco_json(write(annotations=None), tmp_path))
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_found_in_either_spelling(write, tmp_path, forms):
+    """macOS writes them as characters of their own, so that an archive or a JSON file from there may have the other one."""
+    listed, written = (unicodedata.normalize(form, "éclair.png") for form in forms)
+    assert listed != written
+    Image.new("RGB", (30, 20)).save(tmp_path / written)
+    [record] = load_coco_json(write(images=[{"id": 7, "file_name": listed}], annotations=annotation()), tmp_path)
+    assert record["file_name"] == str(tmp_path / written)
+
+
+def test_a_link_that_leads_out_is_called_so(write, tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    Image.new("RGB", (30, 20)).save(outside / "real.png")
+    (inside / "a.png").symlink_to(outside / "real.png")
+    path = write(images=[{"id": 7, "file_name": "a.png"}], annotations=annotation())
+    with pytest.raises(DatasetError, match=naming("'a.png'", "link", outside / "real.png", inside)):
+        load_coco_json(path, inside)
+
+
+def test_a_photograph_of_108_megapixels_is_no_bomb(tmp_path):
+    Image.new("1", (12000, 9000)).save(tmp_path / "a.png")
+    assert image_size(str(tmp_path / "a.png")) == (9000, 12000)

@@ -1,6 +1,7 @@
 """Panoptic and semantic sets: each segment, or each class, is an object with mask and box."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,49 @@ def test_a_semantic_map_that_cannot_be_used_is_named(tmp_path, mapper, labels, n
     [record] = load_semantic(*write_semantic(tmp_path, labels))
     with pytest.raises(DatasetError, match=naming("a.png", *named)):
         mapper(record)
+
+
+@pytest.mark.parametrize("change", ["floats", "crowd", "sizes", "stranger", "fork", "twin", "repeat"])
+def test_a_panoptic_file_may_be_written_as_a_detection_file_may(tmp_path, change):
+    """What means the same is read as the same."""
+    expected, _ = load_panoptic(*write(tmp_path / "as_it_should"))
+    files = write(tmp_path / "as_it_is")
+    content = json.loads(files[0].read_text())
+    [annotation], [image] = content["annotations"], content["images"]
+    if change == "floats":
+        image["id"] = annotation["image_id"] = 5.0
+        annotation["segments_info"] = [x | {k: float(x[k]) for k in ("id", "category_id")} for x in segments_info()]
+    elif change == "crowd":
+        annotation["segments_info"] = [x | {"iscrowd": bool(x["iscrowd"]) or None} for x in segments_info()]
+    elif change == "sizes":
+        image |= {"width": -1, "height": None}
+    elif change == "stranger":
+        content["annotations"].append({"image_id": 99, "file_name": "b.png", "segments_info": []})
+    elif change == "fork":
+        content["images"].append({"id": 9, "file_name": "._a.jpg"})
+    elif change == "twin":
+        content["categories"].append({"id": 77, "name": "car", "isthing": 1})
+    else:
+        content["images"].append(dict(image))
+    files[0].write_text(json.dumps(content))
+    found, _ = load_panoptic(*files)
+    same = ("image_id", "annotations", "segments_info")
+    assert [[record[key] for key in same] for record in found] == [[record[key] for key in same] for record in expected]
+
+
+def test_semantic_sets_have_subfolders_and_no_hidden_files(tmp_path):
+    """As Cityscapes has them, one a city, and as macOS leaves its ._ files in archives."""
+    images, maps = write_semantic(tmp_path)
+    for folder, name in ((images, "._a.jpg"), (maps, "._a.png")):
+        (folder / name).write_bytes(b"macOS")
+    for city in ("bonn", "ulm"):
+        for folder, name in ((images, "a.jpg"), (maps, "a.png")):
+            (folder / city).mkdir()
+            shutil.copy(folder / name, folder / city / name)
+    found = load_semantic(images, maps)
+    assert [record["image_id"] for record in found] == ["a", "bonn/a", "ulm/a"]
+    assert found[1]["file_name"] == str(images / "bonn" / "a.jpg")
+    assert found[1]["sem_seg_file_name"] == str(maps / "bonn" / "a.png")
 
 
 def test_images_and_maps_are_paired_by_name(tmp_path, caplog):

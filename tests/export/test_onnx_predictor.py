@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2.data import ResizeShortestEdge
@@ -94,6 +95,9 @@ def test_a_detection_has_a_name_and_the_threshold_holds():
     some = predictor_of(outputs, scores="sigmoid")(PICTURE, threshold=every[2].score)
     assert [x.class_name for x in every] == ["abcde"[x.class_number] for x in every]
     assert some == every[:3]
+    for threshold in (50, float("nan"), -0.1):
+        with pytest.raises(ValueError, match=naming("threshold", threshold)):
+            predictor_of(outputs, scores="sigmoid")(PICTURE, threshold=threshold)
 
 
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([(96, 160), (800, 1333), (64, 64), (0, 99)]))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import valid_coco
+from naming import naming
 from PIL import Image
 
 from dn_detr_d2 import DatasetError
@@ -180,6 +181,53 @@ def test_a_sentence_that_names_the_repair_is_true(run, tmp_path, change):
         load_coco_json(tmp_path / "set.json", tmp_path)
     assert run(content, "--fix", tmp_path / "out.json")[0] == 0
     assert sum(len(x["annotations"]) for x in load_coco_json(tmp_path / "out.json", tmp_path)) == 3
+
+
+MASK = [[2, 3, 12, 3, 12, 9, 2, 9]]
+RUNS = {"size": [20, 30], "counts": [2 * 20 + 3, 6, *[14, 6] * 9, 600 - (2 * 20 + 3 + 6 + 9 * 20)]}
+
+
+@pytest.mark.parametrize("change", [
+    {"bbox": ["2", "3", "10", "6.0"]}, {"bbox": [2, 3, "10", 6]},
+    *({"bbox": box, "segmentation": mask} for box in (None, []) for mask in (MASK, RUNS)),
+])  # fmt: skip
+def test_a_box_is_found_in_the_mask_or_in_text(run, tmp_path, change):
+    content = valid_coco()
+    content["annotations"][0] |= change
+    run(content)
+    with pytest.raises(DatasetError, match="--fix"):
+        load_coco_json(tmp_path / "set.json", tmp_path)
+    assert run(content, "--fix", tmp_path / "out.json")[0] == 0
+    assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["bbox"] == [2, 3, 10, 6]
+
+
+@pytest.mark.parametrize(("choice", "box", "area", "mask"), [
+    ("ignore", [1, 2, 10, 6], 60, MASK), ("scale", [0.5, 4, 5, 12], 60, [[1, 6, 6, 6, 6, 18, 1, 18]]),
+])  # fmt: skip
+def test_images_of_another_size_than_annotated(run, tmp_path, choice, box, area, mask):
+    """Annotated at 60 x 10, the file has 30 x 20: half as wide, twice as high."""
+    content = valid_coco()
+    content["images"][0] |= {"width": 60, "height": 10}
+    content["annotations"] = [{"id": 1, "image_id": content["images"][0]["id"], "category_id": 1, "bbox": [1, 2, 10, 6],
+                               "area": 60, "segmentation": MASK}]  # fmt: skip
+    assert run(content)[0] == 1
+    assert run(content, "--fix", tmp_path / "out.json")[0] == 1
+    code, out, _ = run(content, "--fix", tmp_path / "out.json", "--wrong-size", choice)
+    assert code == 0, out
+    fixed = json.loads((tmp_path / "out.json").read_text())
+    assert [(x["width"], x["height"]) for x in fixed["images"]] == [(30, 20)] * 2
+    [found] = fixed["annotations"]
+    assert (found["bbox"], found["area"], found["segmentation"]) == (box, area, mask)
+    assert run(content, "--wrong-size", choice)[0] == 2  # where to?
+
+
+def test_a_panoptic_file_is_refused_and_not_emptied(run, tmp_path):
+    content = valid_coco()
+    content["annotations"] = [{"image_id": 1, "file_name": "a.png", "segments_info": []}]
+    code, _, said = run(content, "--fix", tmp_path / "out.json", "--drop-bad")
+    assert code == 2
+    assert naming("segments_info", "DATASETS.COCO_PANOPTIC").search(said)
+    assert not (tmp_path / "out.json").exists()
 
 
 def corners(count=12):
