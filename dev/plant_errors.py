@@ -14,12 +14,13 @@ scores of cleanlab's ObjectLab (pip install 'dn_detr_d2[label-errors]') from a m
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def plant(content: dict, rate: float, seed: int, kinds: Iterable[str] = KINDS) -
     count = int(rate * len(usable))
     chosen = generator.sample(usable, count * len(kinds))
     victims = {kind: set(chosen[k * count : (k + 1) * count]) for k, kind in enumerate(kinds)}
+    others = iter(sorted(set(usable) - set(chosen)))
+    victims |= {BOX: {with_room(i, others, annotations, sizes) for i in chosen if i in victims.get(BOX, ())}}
     kind_of = {i: kind for kind, of_kind in victims.items() if kind != SPURIOUS for i in of_kind}
     result, planted = [], []
     for i, annotation in enumerate(annotations):
@@ -101,15 +104,30 @@ def plant(content: dict, rate: float, seed: int, kinds: Iterable[str] = KINDS) -
     return content | {"annotations": result, PLANTED: planted}
 
 
+def with_room(chosen: int, others: Iterator[int], annotations: list[dict], sizes: dict) -> int:
+    """The annotation that was chosen, or the next of the others, whose box can be moved far enough to be an error.
+
+    Raises:
+        DatasetError: there is none left.
+    """
+    for i in itertools.chain([chosen], others):
+        x, y, w, h = annotations[i]["bbox"]
+        width, height = sizes[annotations[i]["image_id"]]
+        if max(x, width - w - x) >= SHIFT[0] * w and max(y, height - h - y) >= SHIFT[0] * h:
+            return i
+    raise DatasetError("no other box has room to be moved in its image; lower --rate, or leave --kinds box out")
+
+
 def moved(annotation: dict, size: tuple[int, int], generator: random.Random) -> dict:
     """The annotation with its box elsewhere in the image (width, height); its mask, if it has one, is left out."""
     x, y, w, h = annotation["bbox"]
     place = []
     for start, length, side in ((x, w, size[0]), (y, h, size[1])):
         shift = generator.uniform(*SHIFT) * length * generator.choice((-1, 1))
-        place.append(start - shift if not 0 <= start + shift <= side - length else start + shift)
+        ways = [x for x in (start + shift, start - shift) if 0 <= x <= side - length]
+        farthest = max(0, side - length, key=lambda x: abs(x - start))  # where neither way is long enough
+        place.append(ways[0] if ways else farthest)
     kept = {key: value for key, value in annotation.items() if key != "segmentation"}
-    place = [min(max(start, 0), side - length) for start, length, side in zip(place, (w, h), size, strict=True)]
     return kept | {"bbox": [*place, w, h]}
 
 
@@ -134,7 +152,8 @@ def overlaps(box: list[float], others: list[list[float]]) -> list[float]:
 def hits_of(kind: str, ranking: list[dict], planted: list[dict]) -> list[bool]:
     """Whether each row of a ranking of one kind is a planted error of that kind; rows of other planted errors are left out.
 
-    What is missing is found by the first box that overlaps it; later ones are left out as well.
+    What is missing is found by the first box that overlaps it, of several missing objects the nearest; later boxes are left
+    out as well.
     """
     if kind != MISSING:
         ids = defaultdict(set)
@@ -151,9 +170,11 @@ def hits_of(kind: str, ranking: list[dict], planted: list[dict]) -> list[bool]:
         here = wanted[str(row["image_id"])]
         found = overlaps(box, [error[1] for error in here])
         near = [error for error, iou in zip(here, found, strict=True) if iou >= FOUND_IOU]
-        missed = [error for error in near if error[0] == MISSING]
-        if missed and not missed[0][2]:
-            missed[0][2] = True
+        missed = [
+            (iou, error) for error, iou in zip(here, found, strict=True) if iou >= FOUND_IOU and error[0] == MISSING
+        ]
+        if left := [pair for pair in missed if not pair[1][2]]:
+            max(left, key=lambda pair: pair[0])[1][2] = True
             hits.append(True)
         elif not near:
             hits.append(False)
@@ -214,7 +235,8 @@ def cleanlab_rankings(
     number = {category["id"]: i for i, category in enumerate(content["categories"])}
     own, found = defaultdict(list), defaultdict(lambda: [[] for _ in number])
     for annotation in content["annotations"]:
-        own[annotation["image_id"]].append(annotation)
+        if not annotation.get("iscrowd"):  # which our ranking does not judge
+            own[annotation["image_id"]].append(annotation)
     for x in detections:
         found[x["image_id"]][number[x["category_id"]]].append([*corners(x["bbox"]), x["score"]])
     images = [image["id"] for image in content["images"]]

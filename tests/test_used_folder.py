@@ -158,6 +158,8 @@ def test_weights_are_found_where_they_were_moved_to(tmp_path, options):
     target = set_aside(tmp_path)
     assert len(list(target.iterdir())) == 2
     assert moved_weights(f"{tmp_path}/model_final.pth{options}", target) == f"{target}/model_final.pth{options}"
+    (tmp_path / "start.pth").symlink_to(tmp_path / "model_final.pth")
+    assert moved_weights(f"{tmp_path}/start.pth{options}", target) == f"{target}/model_final.pth{options}"
     for other in ("", "pypi://x", f"{tmp_path}/other/model_final.pth{options}"):
         assert moved_weights(other, target) == other
 

@@ -170,8 +170,13 @@ def is_evaluated(run: Run, iterations: int) -> bool:
 
 
 def relative_times(runs: list[Run], base: list[Run]) -> list[float]:
-    """Seconds of a step as a multiple of those of the baseline with the same seed."""
-    return [seconds_per_step(run) / seconds_per_step(other) for run, other in zip(runs, base, strict=True)]
+    """Seconds of a step as a multiple of those of the baseline with the same seed.
+
+    Both over the steps that they took in turn: a shorter training has none where the machine may have been busier.
+    """
+    pairs = [(step_seconds(run), step_seconds(other)) for run, other in zip(runs, base, strict=True)]
+    lengths = [min(map(len, pair)) for pair in pairs]
+    return [median_step(a[:n]) / median_step(b[:n]) for (a, b), n in zip(pairs, lengths, strict=True)]
 
 
 def num_iterations(run: Run) -> int:
@@ -179,7 +184,11 @@ def num_iterations(run: Run) -> int:
     return run.config["SOLVER"]["MAX_ITER"]
 
 
-def seconds_per_step(run: Run) -> float:
-    """Median seconds of a step, the first ten left out."""
-    seconds = [float(line) for line in (run.folder / "step_seconds.txt").read_text().split()]
+def step_seconds(run: Run) -> list[float]:
+    """Seconds of each step of a training."""
+    return [float(line) for line in (run.folder / "step_seconds.txt").read_text().split()]
+
+
+def median_step(seconds: list[float]) -> float:
+    """The median, the first ten left out."""
     return float(np.median(seconds[min(10, len(seconds) - 1) :]))

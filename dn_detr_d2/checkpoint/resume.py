@@ -261,9 +261,10 @@ def set_aside(folder: Path) -> Path | None:
 def moved_weights(weights: str, target: Path) -> str:
     """``MODEL.WEIGHTS`` after :func:`set_aside` has moved files to ``target``, where it may be one of them."""
     path, question, options = weights.partition("?")
-    if "://" in path or Path(path).exists() or os.path.realpath(Path(path).parent) != os.path.realpath(target.parent):
+    real = Path(os.path.realpath(path))  # of a link, which may be elsewhere, the file that was moved
+    if "://" in path or not path or real.exists() or real.parent != Path(os.path.realpath(target.parent)):
         return weights
-    return f"{target / Path(path).name}{question}{options}"
+    return f"{target / real.name}{question}{options}"
 
 
 def bring_back(target: Path) -> None:

@@ -295,9 +295,11 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.SEMI_SUPERVISED.CLASS_THRESHOLDS = []
     # Of detections that overlap by more, of whatever class, the best one is a pseudo label; 1 = all.
     cfg.SEMI_SUPERVISED.NMS = 0.7
-    # Factor of all losses of unlabelled images. Their sums are divided by the number of their own pseudo labels, or of the
-    # annotated objects of the step if that is larger. 4 in SD, and for class losses alone in UT.
+    # Factor of the matching losses of unlabelled images. Their sums are divided by the number of their own pseudo labels, or
+    # of the annotated objects of the step if that is larger. 4 in SD, and for class losses alone in UT.
     cfg.SEMI_SUPERVISED.LOSS_WEIGHT = 4.0
+    # Factor of their denoising losses, which are divided likewise.
+    cfg.SEMI_SUPERVISED.DENOISING_WEIGHT = 4.0
     # What learns from pseudo labels: any of "matching", "denoising". Denoising bypasses the matching, which wrong boxes
     # would upset.
     cfg.SEMI_SUPERVISED.LOSSES = ["matching", "denoising"]

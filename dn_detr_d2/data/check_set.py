@@ -10,10 +10,11 @@ from ..utils.files import atomic_write
 from .check import annotated_sizes, check_content
 from .check_images import STOPPING, check_images
 from .columns import is_crowd
+from .conventions import UNITS
 from .images import ImageFolder
 from .mask_check import with_repaired_masks
 from .masks import has_mask
-from .normalise import objects_of
+from .normalise import listed_once, objects_of
 from .repair import converted, refuse_to_clip, repaired, rewritten, with_true_sizes, without_bad
 from .report import Report
 
@@ -79,10 +80,12 @@ def repair_set(
     images = objects_of(content, "images")
     sizes = check_images(images, folder, report, unusable) if options.read_images else annotated_sizes(images)
     if wrong_size:
-        content, sized = with_true_sizes(content, sizes, scale=wrong_size == "scale")
+        in_pixels = not UNITS.get((boxes or "").partition("-")[2])
+        content, sized = with_true_sizes(content, sizes, scale=wrong_size == "scale", in_pixels=in_pixels)
         changes += sized
-        images = objects_of(content, "images")
         report, unusable = Report(masks=options.masks), {}
+        content, _ = listed_once(content, list(range(len(images))), report)  # what differed may have been the size
+        images = objects_of(content, "images")
         sizes = check_images(images, folder, report, unusable)
     if drop_bad:
         content, lines, rows = without_bad(content, unusable)

@@ -180,7 +180,7 @@ def load_with_categories(
     """(dataset dicts, {category id: name}), see :func:`load_coco_json`.
 
     ``published`` allows what COCO's own files have: doubled ids in the minival of 2014. With ``masks`` annotations keep
-    their ``segmentation``, which takes more memory than everything else.
+    their ``segmentation``, which takes more memory than everything else, and have no ``area`` where the file has none.
     """
     report = Report()
     content, _ = normalised(read_content(json_file), report)
@@ -203,6 +203,8 @@ def load_with_categories(
         added = _add(annotation, records, classes, json_file)
         if masks and "segmentation" in annotation:
             added["segmentation"] = annotation["segmentation"]
+            if usable_area(annotation.get("area")) is None:
+                del added["area"]  # that of the mask then counts, which is measured where it is needed
     doubled = [key for key, count in seen.items() if count > 1]
     if doubled and not (published and "minival" in json_file.name):
         raise DatasetError(

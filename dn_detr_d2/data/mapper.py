@@ -21,6 +21,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 from ..coco import RAW_IDS, raw_names
 from ..errors import ConfigError, DatasetError
 from .augmentations import ResizeShortestEdge, training_augmentations
+from .coco_custom import FIX
 from .images import read_image
 from .masks import boxes_of, draw_mask, has_mask
 from .panoptic import panoptic_map
@@ -237,13 +238,22 @@ class DetrDatasetMapper:
     @staticmethod
     def _check_size(record: dict, size: tuple[int, int]) -> None:
         annotated = (record.setdefault("height", size[0]), record.setdefault("width", size[1]))
-        if annotated != tuple(size):
-            raise DatasetError(
-                f"image {record['file_name']} is {size[1]}x{size[0]} (after EXIF orientation), but its annotation says "
-                f"{annotated[1]}x{annotated[0]} (width x height); dn-detr check ANNOTATIONS.json IMAGE_FOLDER --fix OUT.json"
-                " with --wrong-size ignore corrects the size, and with --wrong-size scale also moves the boxes of an image "
-                "that was resized"
+        if annotated == tuple(size):
+            return
+        if annotated == tuple(size[::-1]):
+            way_out = (
+                "if it was annotated without its EXIF orientation, take that out of the file (exiftool -Orientation= FILE); "
+                f"if the two numbers alone are exchanged, {FIX} --wrong-size ignore corrects them"
             )
+        else:
+            way_out = (
+                f"{FIX} with --wrong-size ignore corrects the size, and with --wrong-size scale also moves the boxes of "
+                "an image that was resized"
+            )
+        raise DatasetError(
+            f"image {record['file_name']} is {size[1]}x{size[0]} (after EXIF orientation), but its annotation says "
+            f"{annotated[1]}x{annotated[0]} (width x height); {way_out}"
+        )
 
     def _raw_boxes(self, record: dict, image_size: tuple[int, int]) -> tuple[list[list[float]], list[int], list[int]]:
         """Checked boxes, absolute xyxy, their labels and annotation numbers; crowds are left out, as all DETRs do."""

@@ -47,8 +47,7 @@ def normalised(content: dict, report: Report) -> tuple[dict, list[int]]:
     if "images" in lists:
         lists["images"] = [_image(entry) for entry in lists["images"]]
         lists["images"], rows = _without_resource_forks(lists, report)
-        lists["images"], rows = _without_repeats(lists["images"], rows, report)
-    result = content | lists
+    result, rows = listed_once(content | lists, rows, report)
     if "annotations" in content and content["annotations"] is None:
         del result["annotations"]
     if "annotations" in lists and "images" in lists:
@@ -190,10 +189,18 @@ def _without_resource_forks(lists: dict, report: Report) -> tuple[list, list[int
     return kept, rows
 
 
-def _without_repeats(images: list, rows: list[int], report: Report) -> tuple[list, list[int]]:
-    """(images without those that are listed before with the same values, their rows)."""
+def listed_once(content: dict, rows: list[int], report: Report) -> tuple[dict, list[int]]:
+    """(the content without images that are listed before with the same values, the rows of those that stay).
+
+    Args:
+        content: of an annotation file.
+        rows: of its images.
+        report: what is left out is counted here.
+    """
+    if not isinstance(content.get("images"), list):
+        return content, rows
     seen, kept, kept_rows, row = set(), [], [], 0
-    for i, entry in enumerate(images):
+    for i, entry in enumerate(content["images"]):
         known = isinstance(entry, dict)
         text = repr(sorted(entry.items())) if known and is_id(entry.get("id")) else None
         if text in seen:
@@ -203,7 +210,7 @@ def _without_repeats(images: list, rows: list[int], report: Report) -> tuple[lis
             kept_rows += rows[row : row + 1] if known else []
             seen |= {text} if text else set()
         row += known
-    return kept, kept_rows
+    return content | {"images": kept}, kept_rows
 
 
 def _without_orphans(content: dict, report: Report) -> list:

@@ -12,6 +12,7 @@ Everything else needs a person and stays as it is, or is left out by :func:`with
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from .images import ImageFolder
 from .issues import Issue
 from .label_files import number
 from .mask_check import box_of_mask
-from .masks import fault_of_ring
+from .masks import MaskFault, decoded, encoded, fault_of_ring
 from .normalise import (
     REFERENCES,
     as_box,
@@ -30,6 +31,7 @@ from .normalise import (
     is_file_name,
     is_id,
     is_length,
+    listed_once,
     normalised,
     objects_of,
     usable_area,
@@ -56,6 +58,8 @@ def repaired(content: dict, sizes: np.ndarray) -> tuple[dict, Counter]:
     content, rows, changes = rewritten(content)
     sizes = sizes[rows]
     content, filled = _with_sizes(content, sizes)
+    content, found = _with_boxes_of_masks(content)
+    changes += found
     columns = Columns.of(content, sizes)
     changes += filled
     if not columns.entries:
@@ -83,8 +87,9 @@ def rewritten(content: dict, folder: ImageFolder | None = None) -> tuple[dict, l
     report = Report()
     content, rows = normalised(content, report)
     content, changes = _with_images(content, folder)
+    content, rows = listed_once(content, rows, report)  # paths may have been what differed
     content, referred = _with_own_references(content)
-    content, boxes = _with_found_boxes(content)
+    content, boxes = _with_numbers(content)
     left_out = Counter({kind: count for kind, count in report.counts.items() if kind != Issue.NO_MATCH})
     return content, rows, left_out + changes + referred + boxes
 
@@ -150,7 +155,7 @@ def _fault_of_annotation(entry, listed: set, dropped: set, known: set) -> str:
         return f"image_id {image!r:.60} is not listed"
     if not is_id(category) or category not in known:
         return f"category_id {category!r:.60} is not among the categories"
-    if as_box(entry.get("bbox")) is None:
+    if as_box(entry.get("bbox")) is None and not _box_of_own_mask(entry):
         return f"bbox {entry.get('bbox')!r:.80} is not four numbers"
     return "" if type(crowd) is int and crowd in (0, 1) else f"iscrowd {crowd!r:.60} is neither 0 nor 1"
 
@@ -180,7 +185,7 @@ def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = to_xywh(boxes, columns.sizes.astype(np.float64), convention)
     entries = [
-        _with_converted(entry, box, [x / unit for x in size] if unit else None, unit or 1) if formed else entry
+        _with_converted(entry, box if formed else None, [x / unit for x in size] if unit else None, unit or 1)
         for entry, box, size, formed in zip(
             columns.entries, boxes.tolist(), columns.sizes.tolist(), columns.formed, strict=True
         )
@@ -189,13 +194,15 @@ def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     return content | {"annotations": entries + strangers}
 
 
-def with_true_sizes(content: dict, sizes: np.ndarray, *, scale: bool) -> tuple[dict, Counter]:
+def with_true_sizes(content: dict, sizes: np.ndarray, *, scale: bool, in_pixels: bool = True) -> tuple[dict, Counter]:
     """A copy whose images have the sizes of their files where another is annotated.
 
     Args:
         content: as :func:`.normalise.normalised` gives it.
         sizes: (I, 2) heights and widths of the files, infinite where one cannot be read.
-        scale: whether boxes, polygons and areas are those of an image of the annotated size, and change with it.
+        scale: whether boxes, masks and areas are those of an image of the annotated size, and change with it. An image whose
+            width and height are exchanged was not resized but turned, and stays as it is.
+        in_pixels: whether boxes and polygons are written in pixels; others are shares of the image, whatever its size.
 
     Returns:
         (content, {kind: images changed}).
@@ -204,31 +211,46 @@ def with_true_sizes(content: dict, sizes: np.ndarray, *, scale: bool) -> tuple[d
     for image, (height, width) in zip(objects_of(content, "images"), sizes.tolist(), strict=True):
         said = [image.get(key) for key in ("height", "width")]
         wrong = all(map(is_length, said)) and np.isfinite([height, width]).all() and said != [height, width]
+        wrong = wrong and not (scale and said == [width, height])
         if wrong and is_id(image.get("id")):
-            factors[image["id"]] = width / said[1], height / said[0]
+            factors[image["id"]] = (int(height), int(width)), (height / said[0], width / said[1])
         images.append(image | {"height": int(height), "width": int(width)} if wrong else image)
     if not factors:
         return content, Counter()
     strangers = [entry for entry in content["images"] if not isinstance(entry, dict)]
     content = content | {"images": images + strangers}
     if scale and isinstance(content.get("annotations"), list):
-        entries = [_scaled(x, factors) if isinstance(x, dict) else x for x in content["annotations"]]
+        entries = [_scaled(x, factors, in_pixels) if isinstance(x, dict) else x for x in content["annotations"]]
         content = content | {"annotations": entries}
     return content, Counter({Issue.SIZE: len(factors)})
 
 
-def _scaled(entry: dict, factors: dict) -> dict:
-    """The annotation in an image that was resized by ``factors`` {image id: (x, y)}; run lengths stay as they are."""
+def _scaled(entry: dict, factors: dict, in_pixels: bool) -> dict:
+    """The annotation in an image that was resized: ``factors`` {image id: (its size, (down, right))}."""
     reference, box, mask = entry.get("image_id"), as_box(entry.get("bbox")), entry.get("segmentation")
-    if not is_id(reference) or reference not in factors or box is None:
+    if not is_id(reference) or reference not in factors:
         return entry
-    x, y = factors[reference]
-    changes = {"bbox": [box[0] * x, box[1] * y, box[2] * x, box[3] * y]}
-    if isinstance(mask, list) and mask and not any(fault_of_ring(ring) for ring in mask):
-        changes["segmentation"] = [[value * (y if i % 2 else x) for i, value in enumerate(ring)] for ring in mask]
-    if (area := usable_area(entry.get("area"))) is not None:
-        changes["area"] = area * x * y
+    size, (y, x) = factors[reference]
+    changes, area = {}, usable_area(entry.get("area"))
+    if isinstance(mask, dict):
+        changes["segmentation"] = _resized(mask, size)
+    if in_pixels:
+        changes |= {"bbox": [box[0] * x, box[1] * y, box[2] * x, box[3] * y]} if box else {}
+        changes |= {"area": area * x * y} if area is not None else {}
+        if isinstance(mask, list) and mask and not any(fault_of_ring(ring) for ring in mask):
+            changes["segmentation"] = [[value * (y if i % 2 else x) for i, value in enumerate(ring)] for ring in mask]
     return entry | changes
+
+
+def _resized(runs: dict, size: tuple[int, int]) -> dict:
+    """Run lengths in an image of another (height, width), each pixel that of the nearest place; as they are if unusable."""
+    try:
+        mask = decoded(runs, tuple(runs["size"]))
+    except (MaskFault, LookupError, TypeError, ValueError):
+        return runs
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, mask.shape, strict=True))
+    found = encoded(mask[rows[:, None], columns], size)
+    return found | {"size": list(size), "counts": found["counts"].decode("ascii")}
 
 
 def refuse_to_clip(content: dict, sizes: np.ndarray) -> None:
@@ -258,16 +280,17 @@ def _refuse_unknown_sizes(columns: Columns, convention: str) -> None:
         )
 
 
-def _with_converted(entry: dict, box: list[float], scales: list[float] | None, unit: int) -> dict:
-    """The annotation with another ``box``; ``scales`` = pixels of a step (down, right) of 1 / ``unit`` of the image."""
-    mask, old = entry.get("segmentation"), as_box(entry["bbox"])
-    area, changes = usable_area(entry.get("area")), {"bbox": box}
+def _with_converted(entry: dict, box: list[float] | None, scales: list[float] | None, unit: int) -> dict:
+    """The annotation with another ``box``, if it has one; ``scales`` = pixels of a step (down, right) of 1 / ``unit`` of the
+    image."""
+    mask, old = entry.get("segmentation"), as_box(entry.get("bbox"))
+    area, changes = usable_area(entry.get("area")), {"bbox": box} if box else {}
     if scales is not None and _is_within(mask, unit):
         height, width = scales
         changes["segmentation"] = [[x * (height if i % 2 else width) for i, x in enumerate(ring)] for ring in mask]
         if area is not None and area <= unit * unit:
             changes["area"] = area * height * width
-    if area is not None and (not mask or np.isclose(area, old[2] * old[3], rtol=1e-6, atol=0)):
+    if box and area is not None and (not mask or np.isclose(area, old[2] * old[3], rtol=1e-6, atol=0)):
         changes["area"] = box[2] * box[3]  # what is no area then is written anew by :func:`repaired`
     return entry | changes
 
@@ -344,22 +367,30 @@ def _with_own_references(content: dict) -> tuple[dict, Counter]:
     return content | {"annotations": result}, +changes
 
 
-def _with_found_boxes(content: dict) -> tuple[dict, Counter]:
-    """Boxes of annotations that have none, from their masks; numbers of boxes that are written as text."""
-    entries, changes, result = content.get("annotations"), Counter(), []
+def _with_numbers(content: dict) -> tuple[dict, Counter]:
+    """Boxes whose numbers are written as text, as numbers."""
+    return _with_boxes(content, lambda entry: _as_numbers(entry.get("bbox")), FROM_TEXT)
+
+
+def _with_boxes_of_masks(content: dict) -> tuple[dict, Counter]:
+    """Boxes of annotations that have none, from their masks in pixels: all other boxes must be in pixels too."""
+    return _with_boxes(content, _box_of_own_mask, FROM_MASK)
+
+
+def _with_boxes(content: dict, find: Callable[[dict], list[float] | None], kind: str) -> tuple[dict, Counter]:
+    """The content with boxes that ``find`` makes of annotations without one."""
+    entries = content.get("annotations")
     if not isinstance(entries, list):
-        return content, changes
-    for entry in entries:
-        if isinstance(entry, dict) and as_box(given := entry.get("bbox")) is None:
-            if box := _as_numbers(given):
-                entry, kind = entry | {"bbox": box}, FROM_TEXT
-            elif given in (None, []) and (box := box_of_mask(entry.get("segmentation"))):
-                entry, kind = entry | {"bbox": box}, FROM_MASK
-            else:
-                kind = None
-            changes[kind] += kind is not None
-        result.append(entry)
-    return content | {"annotations": result}, +changes
+        return content, Counter()
+    lacking = {i for i, x in enumerate(entries) if isinstance(x, dict) and as_box(x.get("bbox")) is None}
+    found = {i: box for i in lacking if (box := find(entries[i]))}
+    result = [entry | {"bbox": found[i]} if i in found else entry for i, entry in enumerate(entries)]
+    return content | {"annotations": result}, +Counter({kind: len(found)})
+
+
+def _box_of_own_mask(entry: dict) -> list[float] | None:
+    """The box of the mask of an annotation whose own is missing."""
+    return box_of_mask(entry.get("segmentation")) if entry.get("bbox") in (None, []) else None
 
 
 def _as_numbers(box) -> list[float] | None:

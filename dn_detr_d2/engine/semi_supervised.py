@@ -27,7 +27,8 @@ FAULT = "teacher_fault"  # key of a record: why the teacher has not labelled it
 def semi_supervised_options(cfg, teacher: nn.Module) -> dict:
     """What :class:`SemiSupervisedStep` takes besides what every step takes."""
     node = cfg.SEMI_SUPERVISED
-    weights = {name: node.LOSS_WEIGHT if name in node.LOSSES else 0.0 for name in LOSSES}
+    factors = {MATCHING: node.LOSS_WEIGHT, DENOISING: node.DENOISING_WEIGHT}
+    weights = {name: factors[name] if name in node.LOSSES else 0.0 for name in LOSSES}
     return {"teacher": teacher, "labels": PseudoLabels.from_config(cfg), "weights": weights}
 
 

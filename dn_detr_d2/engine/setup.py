@@ -38,7 +38,7 @@ def setup_cfg(
     if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
         raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     if used:
-        resolve_classes(cfg, used)
+        resolve_classes(cfg, used, evaluated="TRAIN" not in splits)
     share_num_classes(cfg)
     check_detector(cfg, training="TRAIN" in splits)
     evaluated_classes(cfg)  # or a wrong name would end the training at its first evaluation
@@ -91,11 +91,16 @@ def resolve_label_noise(cfg: CfgNode) -> None:
         )
 
 
-def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
+def resolve_classes(cfg: CfgNode, datasets: list[str], *, evaluated: bool = False) -> None:
     """Fills in NUM_CLASSES and CLASS_NAMES from ``datasets``, and compares them with the config.
 
     Classes are the same if their names are: data sets may list them in any order, and may lack some of them. The order of
     the model is that of CLASS_NAMES if the config of a training gives it, else that of the first data set with all names.
+
+    Args:
+        cfg: is changed.
+        datasets: names of registered data sets, those of DATASETS.TRAIN first.
+        evaluated: whether a trained model is evaluated on them, so that CLASS_NAMES are its classes.
 
     Raises:
         ConfigError: no order of the model holds the classes of all data sets, or NUM_CLASSES is not their number, or nothing
@@ -107,7 +112,7 @@ def resolve_classes(cfg: CfgNode, datasets: list[str]) -> None:
         raise ConfigError(
             f"MODEL.DN_DETR.NUM_CLASSES is 'auto', but no data set of {datasets} names its classes; set the number"
         )
-    classes = _order_of_classes(cfg, known) if known else None
+    classes = _order_of_classes(cfg, known, evaluated) if known else None
     if node.NUM_CLASSES is None:
         node.NUM_CLASSES = len(classes)
     elif node.NUM_CLASSES == NUM_RAW_CLASSES and classes == list(coco_names()):
@@ -148,12 +153,13 @@ def resolve_things(cfg: CfgNode, known: dict[str, list[str]]) -> None:
             return
 
 
-def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
+def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]], evaluated: bool) -> list[str]:
     """The classes of the model in their order.
 
     Args:
         cfg: the config.
         known: data set -> its classes in its order; those of DATASETS.TRAIN come first.
+        evaluated: whether names decide which of the trained classes are meant.
     """
     node = cfg.MODEL.DN_DETR
     found = list(dict.fromkeys(name for classes in known.values() for name in classes))
@@ -161,11 +167,10 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
     as_many = len(given) == node.NUM_CLASSES and given != list(raw_names())
     if set(given) == set(found) or (as_many and set(given) >= set(found)):
         return given
-    evaluated = not set(cfg.DATASETS.TRAIN) & known.keys()  # names decide which of the trained classes are meant
-    if evaluated and len(given) == node.NUM_CLASSES and set(given) & set(found):
+    if evaluated and len(given) == node.NUM_CLASSES:
         _refuse_unknown_objects(given, known)
         return given
-    trained = [known[name] for name in cfg.DATASETS.TRAIN if name in known]
+    trained = [known[name] for name in cfg.DATASETS.TRAIN if name in known and not evaluated]
     if not trained:
         return found
     most = max(trained, key=len)
@@ -186,9 +191,15 @@ def _order_of_classes(cfg: CfgNode, known: dict[str, list[str]]) -> list[str]:
 
 
 def _refuse_unknown_objects(classes: list[str], known: dict[str, list[str]]) -> None:
-    """A test set may list more classes than a trained model has, but raises ConfigError if it has objects of them."""
+    """A test set may list more classes than a trained model has, but raises ConfigError if it has objects of them, or if it
+    lists none of its classes."""
     for name, listed in known.items():
         unknown = [x for x in listed if x not in set(classes)]
+        if len(unknown) == len(listed):
+            raise ConfigError(
+                f"data set {name} has the classes {listed[:8]}, and the model other ones, {classes[:8]}: write the names "
+                "that it was trained with into the categories of the file"
+            )
         if unknown and (objects := used_classes(name) & set(unknown)):
             raise ConfigError(
                 f"data set {name} has objects of {sorted(objects)[:8]}, which the model does not know; it has the "

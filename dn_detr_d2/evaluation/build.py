@@ -9,7 +9,8 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..coco import raw_names
 from ..data import evaluated_classes
-from ..data.mapper import trains_masks
+from ..data.mapper import has_queries, mask_key, trains_masks
+from ..data.mask_check import refuse_unusable_masks
 from ..data.registered import records_of
 from ..errors import DatasetError
 from .coco_evaluator import TolerantCOCOEvaluator
@@ -64,7 +65,7 @@ def main_metric(cfg) -> str:
 def _instances(cfg, name: str, _) -> DatasetEvaluator:
     return TolerantCOCOEvaluator(
         name,
-        tasks=("bbox", "segm") if trains_masks(cfg) else ("bbox",),
+        tasks=("bbox", "segm") if trains_masks(cfg) and _has_masks(cfg, name) else ("bbox",),
         output_dir=inference_folder(cfg, name),
         raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
@@ -73,6 +74,19 @@ def _instances(cfg, name: str, _) -> DatasetEvaluator:
         only=evaluated_classes(cfg),
         computed_by=cfg.TEST.COCO_EVAL,
     )
+
+
+def _has_masks(cfg, name: str) -> bool:
+    """Whether the objects of a data set have masks. A model with object queries is refused without; other detectors have
+    boxes of their own."""
+    if has_queries(cfg):
+        return True
+    try:
+        refuse_unusable_masks(name, records_of(name, True), mask_key(cfg))
+    except DatasetError as error:
+        logger.warning("AP of masks is not computed: %s", error)
+        return False
+    return True
 
 
 def _panoptic(cfg, name: str, records: list[dict]) -> DatasetEvaluator:
@@ -84,12 +98,16 @@ def _panoptic(cfg, name: str, records: list[dict]) -> DatasetEvaluator:
 
 def _semantic(cfg, name: str, records: list[dict]) -> DatasetEvaluator:
     metadata = MetadataCatalog.get(name)
+    ids = metadata.get("stuff_dataset_id_to_contiguous_id", {})
+    if "panoptic_json" in metadata.as_dict():
+        ids = ids | metadata.thing_dataset_id_to_contiguous_id
     return SemanticEvaluator(
         records,
         metadata.stuff_classes,
         ignore_label=metadata.get("ignore_label", 255),
         output_dir=inference_folder(cfg, name),
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
+        category_ids={number: key for key, number in ids.items()} or None,
         name=name,
     )
 

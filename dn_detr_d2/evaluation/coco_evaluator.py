@@ -1,6 +1,8 @@
 """COCO's AP. The ground truth is the records that training and evaluation have read, not a second reading of the file."""
 
+import contextlib
 import copy
+import io
 import itertools
 import json
 import logging
@@ -318,13 +320,13 @@ class RecordsEvaluator(COCOEvaluator):
         numbered = [self._inside(x, sizes) for x in results]
         rows = sorted(row + 1 for row in wanted.values())
         with without_exchange():  # minutes on large data sets, while the other ranks wait
-            evaluated = {task: self._evaluated(numbered, rows, task) if numbered else None for task in self._tasks}
+            evaluated = {task: self._evaluated(numbered, rows, task) for task in self._tasks}
             self._write_confusions(numbered, rows)
         chosen = self._only or range(1, len(self._category_ids) + 1)
         names = self._class_names and [self._class_names[i - 1] for i in chosen]
         for task, evaluation in evaluated.items():
             self._results[task] = self._derive_coco_results(evaluation, task, class_names=names)
-            if self._output_dir and evaluation is not None:
+            if self._output_dir:
                 labels = [self._name_of(i) for i in chosen]
                 write_precision_recall(self._output_dir, task, evaluation, labels)
 
@@ -356,7 +358,7 @@ class RecordsEvaluator(COCOEvaluator):
         left_out = "bbox" if task == "segm" else "segmentation"
         results = [{key: value for key, value in x.items() if key != left_out} for x in results]
         ground_truth = copy.copy(self._coco_api)
-        found = ground_truth.loadRes(results)
+        found = ground_truth.loadRes(results) if results else _without_detections(ground_truth)
         usual = self._limits == list(LIMITS)
         evaluation = eval_class(self._computed_by, usual=usual)(ground_truth, found, task)
         evaluation.params.imgIds = image_ids
@@ -420,6 +422,15 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
         )
 
 
+def _without_detections(ground_truth: COCO) -> COCO:
+    """What ``loadRes`` would give for no results at all, of which it reads the first."""
+    found = COCO()
+    found.dataset = {key: ground_truth.dataset[key] for key in ("images", "categories")} | {"annotations": []}
+    with contextlib.redirect_stdout(io.StringIO()):  # as loadRes is called
+        found.createIndex()
+    return found
+
+
 def written_classes(dataset_name: str) -> tuple[list[str] | None, list | None]:
     """The classes of a registered data set whose records have been read, None where nothing says so.
 
@@ -461,8 +472,9 @@ def _mask_area(mask) -> float | None:
     try:
         if isinstance(mask, list) and mask:
             return float(PolygonMasks([mask]).area()[0])
-        if isinstance(mask, dict) and not isinstance(mask["counts"], list):
-            return float(mask_util.area(mask))
+        if isinstance(mask, dict):
+            counts = mask["counts"]
+            return float(sum(counts[1::2]) if isinstance(counts, list) else mask_util.area(mask))
     except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
         pass  # an unusable mask does not cost its box
     return None

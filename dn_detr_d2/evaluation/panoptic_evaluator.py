@@ -30,9 +30,10 @@ class PanopticEvaluator(DatasetEvaluator):
     """Panoptic quality (Kirillov et al., CVPR 2019, equation 1) by torchmetrics, with the rules of COCO's panopticapi.
 
     A predicted and a true segment of the same class match if their IoU is above one half; pixels that the ground truth
-    leaves empty do not count. torchmetrics would leave out pixels that the *prediction* leaves empty, too, and knows no
-    crowds. Here, as in panopticapi, the former count as not found; a crowd is no segment to be found, and a segment
-    without a match is no error if more than half of it lies on empty pixels and crowds of its class.
+    leaves empty do not count. torchmetrics would leave out pixels that the *prediction* leaves empty, too, would make one
+    segment of all of a stuff class, and knows no crowds. Here, as in panopticapi, pixels that are predicted to be empty
+    count as not found; segments of stuff match one by one; a crowd is no segment to be found, and a segment without a match
+    is no error if more than half of it lies on empty pixels and the crowd of its class, of several the last.
 
     Counting takes torchmetrics more than half a second of a CPU core for an image of 640 x 480; it is done on the device
     of the predicted map.
@@ -76,7 +77,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self._things, self._stuff = (
             sorted(x for x in range(len(class_names)) if (x in things) == thing) for thing in (True, False)
         )
-        self._metric = _new_metric(self._things, [*self._stuff, self._other])
+        self._metric = _new_metric(range(len(class_names)), [self._other])
         self.reset()
 
     def reset(self) -> None:
@@ -120,9 +121,9 @@ class PanopticEvaluator(DatasetEvaluator):
             )
         for name, values in zip(COUNTS, zip(*(x for _, x in gathered), strict=True), strict=True):
             setattr(self._metric.cpu(), name, torch.stack(values).sum(0))
-        quality = 100 * self._metric.compute().numpy()  # (things and stuff, 3)
+        quality = 100 * self._metric.compute().numpy()  # (classes and what is none, 3)
         occurs = sum(getattr(self._metric, name) for name in COUNTS[1:]).numpy() > 0
-        parts = {"": slice(-1), "_th": slice(len(self._things)), "_st": slice(len(self._things), -1)}
+        parts = {"": slice(-1), "_th": self._things, "_st": self._stuff}
         found = {}
         for suffix, part in parts.items():
             rows = quality[part][occurs[part]]
@@ -140,7 +141,8 @@ class PanopticEvaluator(DatasetEvaluator):
         values, true_place = truth.unique(return_inverse=True)
         true_labels = {x["id"]: x["category_id"] for x in annotated if not x.get("iscrowd", 0)} | {0: self._void}
         true_labels = labels.new_tensor([true_labels.get(x, self._other) for x in values.tolist()])
-        crowds = {x["id"]: x["category_id"] for x in annotated if x.get("iscrowd", 0)}
+        last = {x["category_id"]: x["id"] for x in annotated if x.get("iscrowd", 0)}
+        crowds = {number: label for label, number in last.items()}
         if crowds:
             crowd_labels = labels.new_tensor([crowds.get(x, -1) for x in values.tolist()])
             pairs = (true_place * len(predicted) + place).flatten().bincount(minlength=len(values) * len(predicted))

@@ -28,6 +28,7 @@ class SemanticEvaluator(SemSegEvaluator):
         output_dir: of ``sem_seg_predictions.json`` and ``sem_seg_evaluation.pth``; None = not written.
         model_classes: names of the classes that the model predicts, where they are others or in another order than
             ``class_names``; those that are not among them are left out.
+        category_ids: of each class number the id that ``sem_seg_predictions.json`` writes; None = the number.
         name: of the data set, for messages.
 
     Raises:
@@ -43,6 +44,7 @@ class SemanticEvaluator(SemSegEvaluator):
         distributed: bool = True,
         output_dir: str | None = None,
         model_classes: Sequence[str] | None = None,
+        category_ids: dict[int, int] | None = None,
         name: str = "the data set",
     ):
         if lacking := [r for r in records if not {"sem_seg_file_name", "pan_seg_file_name"} & r.keys()]:
@@ -55,7 +57,7 @@ class SemanticEvaluator(SemSegEvaluator):
         self._dataset_name, self._distributed, self._output_dir = name, distributed, output_dir
         self._records = {record["file_name"]: record for record in records}
         self._class_names, self._num_classes, self._ignore_label = class_names, len(class_names), ignore_label
-        self._contiguous_id_to_dataset_id = None
+        self._contiguous_id_to_dataset_id = category_ids
         self._compute_boundary_iou = is_installed("cv2") and self._num_classes < 255  # as Detectron2
         place = places(model_classes, class_names, -1)
         self._channels = None if place == [*range(self._num_classes)] else place
@@ -96,10 +98,11 @@ class SemanticEvaluator(SemSegEvaluator):
             labels = {x["id"]: x["category_id"] for x in record["segments_info"]}
             return np.array([labels.get(x, self._num_classes) for x in found.tolist()])[place]
         truth = read_semantic_map(path).astype(int)
-        truth[truth == self._ignore_label] = self._num_classes
-        if truth.max() > self._num_classes:
+        nothing = truth == self._ignore_label
+        if (highest := truth[~nothing].max(initial=0)) >= self._num_classes:
             raise DatasetError(
-                f"semantic map {path} has class {truth.max()}, but {self._dataset_name} has {self._num_classes} classes and "
+                f"semantic map {path} has class {highest}, but {self._dataset_name} has {self._num_classes} classes and "
                 f"{self._ignore_label} for what is not annotated"
             )
+        truth[nothing] = self._num_classes
         return truth

@@ -50,10 +50,14 @@ class StepNormalizers:
         return self.matching.step_counts
 
     def at_least(self, others: "StepNormalizers") -> "StepNormalizers":
-        """The same with numbers of pairs that are not below those of ``others``."""
+        """The same with a number of matched pairs that is not below that of ``others``; that of noised objects grows by the
+        same factor.
+
+        It may not be compared itself: where there are few objects each has more copies, of a budget of denoising queries.
+        """
+        factor = (others.matching.num_pairs / self.matching.num_pairs).clamp(min=1)
         matching, denoising = (
-            replace(one, num_pairs=torch.maximum(one.num_pairs, other.num_pairs))
-            for one, other in ((self.matching, others.matching), (self.denoising, others.denoising))
+            replace(one, num_pairs=one.num_pairs * factor) for one in (self.matching, self.denoising)
         )
         return StepNormalizers(matching, denoising)
 

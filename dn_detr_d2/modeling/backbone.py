@@ -96,8 +96,9 @@ def train_what_is_used(backbone: Backbone, cfg) -> None:
     was_training = backbone.training
     side = 2 * math.lcm(32, max(backbone.size_divisibility, 1))
     try:
-        maps = backbone.eval()(next(iter(trained.values())).new_zeros(1, 3, side, side))
-        reached = torch.autograd.grad(sum(maps[name].sum() for name in names), trained.values(), allow_unused=True)
+        with torch.enable_grad():
+            maps = backbone.eval()(next(iter(trained.values())).new_zeros(1, 3, side, side))
+            reached = torch.autograd.grad(sum(maps[name].sum() for name in names), trained.values(), allow_unused=True)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         logger.warning("which parameters of %s are used was not found: %s", type(backbone).__name__, error)
         return

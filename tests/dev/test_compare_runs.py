@@ -219,12 +219,12 @@ def groups(tmp_path):
         make_run(tmp_path / "a2", [0, 5, 10, 20, 28], [4, 4, 4, 4, 4], 0.7, [2.0]),
     ]
     denoised = [
-        make_run(tmp_path / "b1", [10, 30, 31, 40, 41], [2, 2, 2, 1, 1], 0.4, [2.1]),
+        make_run(tmp_path / "b1", [10, 30, 31, 40, 41], [2, 2, 2, 1, 1], 0.4, [1.05, 2.1, 3.15]),
         make_run(tmp_path / "b2", [10, 20, 30, 40, 43], [2, 2, 2, 2, 2], 0.4, [2.2]),
     ]
     half = [
-        make_run(tmp_path / "c1", [10, 31], [2, 2], 0.4, [2], 40),
-        make_run(tmp_path / "c2", [10, 27], [2, 2], 0.4, [2], 40),
+        make_run(tmp_path / "c1", [10, 31], [2, 2], 0.4, [1.04], 40),
+        make_run(tmp_path / "c2", [10, 27], [2, 2], 0.4, [2.08], 40),
     ]
     return [Group(MATCHING, alone), Group(DENOISED, denoised), Group(HALF, half)]
 
@@ -243,6 +243,7 @@ def test_the_table_holds_what_was_worked_out_by_hand(groups):
     assert denoised[2:6] == ["42.0 (41.0 to 43.0)", "50% (40% to 60%)", "1.80 (1.60 to 2.00)", "0.400 (0.400 to 0.400)"]
     assert denoised[6] == "1.08 (1.05 to 1.10)"
     assert half[3] == "40%, 1 of 2 runs"
+    assert half[6] == "1.04 (1.04 to 1.04)"  # of the steps that it took in turn with the baseline, not of those after
 
 
 def test_detectors_without_queries_have_no_matching_to_be_measured(tmp_path):

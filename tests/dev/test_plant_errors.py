@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 
 from dev import plant_errors
 from dev.plant_errors import PLANTED, cleanlab_rankings, corners, hits_of, measures, plant
+from dn_detr_d2 import DatasetError
 from dn_detr_d2.diagnostics.annotation_errors import KINDS
 
 CATEGORIES = [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}, {"id": 9, "name": "c"}]
@@ -194,3 +195,27 @@ def test_cleanlab_ranks_what_a_perfect_detector_contradicts(score, thresholds, f
     for kind in ("class", "missing") if not found else ("class", "box", "missing"):
         hits = hits_of(kind, rankings[kind], content[PLANTED])
         assert (sum(hits[:4]) == 4) == found, kind
+
+
+def test_missing_boxes_that_overlap_each_other_are_all_found():
+    planted = [{"kind": "missing", "id": i, "image_id": 0, "bbox": [20 * i, 0, 100, 100]} for i in (0, 1)]
+    rows = [row(0, 20, 0, 100, 100), row(0, 0, 0, 100, 100), row(0, 10, 0, 100, 100)]
+    assert hits_of("missing", rows, planted) == [True, True]  # the last repeats them
+
+
+def test_a_box_without_room_is_not_moved():
+    """Or what is no error would be counted as one that was not found."""
+    content = content_of()
+    for annotation in content["annotations"][1:]:
+        size = next(x for x in content["images"] if x["id"] == annotation["image_id"])
+        annotation["bbox"] = [0, 0, size["width"], size["height"]]
+    with pytest.raises(DatasetError, match=naming("--rate", "--kinds")):
+        plant(content, 0.25, 0, ["box"])
+    for annotation in content["annotations"][2:]:
+        size = next(x for x in content["images"] if x["id"] == annotation["image_id"])
+        annotation["bbox"] = [0, 0, 0.75 * size["width"], 0.75 * size["height"]]
+    result = plant(content, 0.25, 0, ["box"])
+    now = {x["id"]: x["bbox"] for x in result["annotations"]}
+    for error in result[PLANTED]:
+        moved, (x, y, w, h) = now[error["id"]], error["bbox"]
+        assert abs(moved[0] - x) >= 0.3 * w or abs(moved[1] - y) >= 0.3 * h

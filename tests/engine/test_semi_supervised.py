@@ -230,7 +230,9 @@ def test_few_pseudo_labels_are_divided_by_the_annotated_objects():
 
     found = made(1.0, 90.0).at_least(made(7.0, 35.0))
     assert found.matching.num_pairs.item() == 7
-    assert found.denoising.num_pairs.item() == 90
+    assert found.denoising.num_pairs.item() == 630  # one object has as many copies as seven: of a budget of queries
+    same = made(14.0, 90.0).at_least(made(7.0, 35.0))
+    assert (same.matching.num_pairs.item(), same.denoising.num_pairs.item()) == (14, 90)
     assert (found.matching.step_counts, found.denoising.step_counts) == ([3], [4])
 
 

@@ -181,3 +181,45 @@ def test_masks_that_cannot_be_evaluated_are_named(registered, caplog):
     record = {"image_id": 1, "annotations": [annotation(10, 10, 40, 30, segmentation=[[1, 2]], id=17)]}
     with pytest.raises(DatasetError, match=naming(17)):
         evaluate([record], [rectangle(0, (10, 10, 40, 30))])
+
+
+@pytest.mark.parametrize("form", ["polygon", "numbers", "text"])
+def test_objects_without_an_area_have_that_of_their_mask(tmp_path, form):
+    """A triangle of 861 pixels in a box of 42 x 42 is small, the box would be of middle size."""
+    triangle = [[10, 10, 52, 10, 10, 52]]
+    runs = mask_util.merge(mask_util.frPyObjects(triangle, HEIGHT, WIDTH))
+    mask = mask_util.decode(runs)
+    assert mask.sum() < 32**2 < 42**2
+    forms = {"polygon": triangle, "numbers": column_runs(mask), "text": runs | {"counts": runs["counts"].decode()}}
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}],
+        "categories": [{"id": 1, "name": "x"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 42, 42], "segmentation": forms[form]}
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name = f"area_{tmp_path.name}"
+    register_coco_json(name, str(tmp_path / "a.json"), str(tmp_path))
+    evaluator = TolerantCOCOEvaluator(name, tasks=("bbox", "segm"))
+    evaluator.reset()
+    found = Instances((HEIGHT, WIDTH), pred_boxes=Boxes(torch.tensor([[10.0, 10, 52, 52]])), scores=torch.ones(1))
+    found.pred_classes, found.pred_masks = torch.zeros(1, dtype=torch.int64), torch.from_numpy(mask)[None].bool()
+    evaluator.process([{"image_id": 1, "height": HEIGHT, "width": WIDTH}], [{"instances": found}])
+    results = evaluator.evaluate()["segm"]
+    assert results["APs"] == pytest.approx(100)
+    assert np.isnan(results["APm"])
+
+
+def test_no_detection_at_all_is_an_ap_of_0(tmp_path):
+    """As of a detector with a threshold at the beginning of its training; NaN would look like an evaluation that is not."""
+    record = {"image_id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH, "annotations": [
+        {"bbox": [5, 5, 10, 10], "bbox_mode": 1, "category_id": 0, "id": 1, "iscrowd": 0}]}  # fmt: skip
+    evaluator = RecordsEvaluator([record], ["x"], output_dir=str(tmp_path))
+    evaluator.reset()
+    none = Instances((HEIGHT, WIDTH), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
+    none.pred_classes = torch.zeros(0, dtype=torch.int64)
+    evaluator.process([record], [{"instances": none}])
+    assert evaluator.evaluate()["bbox"]["AP"] == 0
+    assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []

@@ -95,7 +95,7 @@ def slow_quality(truth, predicted):
                 counts[true["category_id"], 3] += 1
         for part in segments:
             own, label = at(found, part["id"]), part["category_id"]
-            crowds = [at(ids, x["id"]) for x in annotated if x["iscrowd"] and x["category_id"] == label]
+            crowds = [at(ids, x["id"]) for x in annotated if x["iscrowd"] and x["category_id"] == label][-1:]
             if own and part["id"] not in matched and len(own & empty.union(*crowds)) <= len(own) / 2:
                 counts[label, 2] += 1
     occurs = counts[:, 1:].sum(1) > 0
@@ -108,11 +108,8 @@ def slow_quality(truth, predicted):
 
 
 def random_segments(dice, numbers):
-    """Segments of these ids; of stuff one a class, as in COCO."""
-    labels, stuff = [], [2, 3]
-    for _ in numbers:
-        label = int(dice.integers(4))
-        labels.append(label if label < 2 else stuff.pop() if stuff else 0)
+    """Segments of these ids; of stuff several a class, which COCO has not."""
+    labels = [int(dice.integers(4)) for _ in numbers]
     return [segment(x, label, int(label < 2 and dice.random() < 0.3)) for x, label in zip(numbers, labels, strict=True)]
 
 
@@ -187,6 +184,30 @@ def test_what_cannot_be_evaluated_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=naming("pip install torchmetrics")):
         PanopticEvaluator([record], NAMES, THINGS)
     assert importlib.util.find_spec("torchmetrics")
+
+
+def test_segments_of_stuff_match_one_by_one(tmp_path):
+    """Two halves of sky, found as one: each has an IoU of one half, which is no match."""
+    truth = ([[1] * 10 + [2] * 10], [segment(1, 2), segment(2, 2)])
+    assert evaluated(tmp_path, [truth], [([[5] * 20], [segment(5, 2)])])["PQ"] == 0
+    assert evaluated(tmp_path, [truth], [truth])["PQ"] == 100
+
+
+def test_a_pixel_of_a_class_beyond_the_last_is_an_error(tmp_path):
+    for highest in (4, 7):
+        Image.fromarray(np.array([[0, 1, 255, highest]], np.uint8)).save(tmp_path / "a.png")
+        record = {"file_name": "a.jpg", "sem_seg_file_name": str(tmp_path / "a.png")}
+        with pytest.raises(DatasetError, match=naming("a.png", highest, 4)):
+            semantic([record], [{"sem_seg": torch.ones(4, 1, 4)}])
+
+
+def test_predictions_of_pixels_have_the_ids_of_the_data_set(tmp_path):
+    write_png(tmp_path / "a.png", TRUTH[0])
+    record = {"file_name": "a.jpg", "pan_seg_file_name": str(tmp_path / "a.png"), "segments_info": TRUTH[1]}
+    predicted = torch.eye(4)[:, [0] * 8 + [3] * 4 + [2] * 6 + [1] * 2][:, None]
+    semantic([record], [{"sem_seg": predicted}], output_dir=str(tmp_path), category_ids={0: 7, 1: 92, 2: 200, 3: 5})
+    written = json.loads((tmp_path / "sem_seg_predictions.json").read_text())
+    assert {x["category_id"] for x in written} == {7, 92, 200, 5}
 
 
 def semantic(records, sem_seg, **options):

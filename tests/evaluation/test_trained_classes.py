@@ -15,6 +15,7 @@ from dn_detr_d2.checkpoint.checkpointer import Checkpointer, classes_of_weights
 from dn_detr_d2.checkpoint.classes import ClassRows, take_rows
 from dn_detr_d2.engine import Trainer, load_for_evaluation
 from dn_detr_d2.engine.setup import setup_for_evaluation
+from dn_detr_d2.evaluation import build_evaluator
 from dn_detr_d2.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("forgotten_sets")
@@ -107,6 +108,35 @@ def test_a_mask_rcnn_is_evaluated_on_masks_too(tmp_path, masks):
     cfg = setup_cfg(str(ROOT / "configs" / f"{FASTER}.yaml"), [*opts, "OUTPUT_DIR", str(tmp_path)], splits=("TEST",))
     results = Trainer.test(cfg, build_model(cfg).eval())
     assert set(results) == ({"bbox", "segm"} if masks else {"bbox"})
+
+
+def test_a_mask_rcnn_on_a_set_of_boxes_is_evaluated_on_boxes(tmp_path, caplog):
+    """Its boxes do not need the masks; it says so with the key that it has."""
+    entry = file_of(tmp_path, "val", TRAINED, TRAINED)
+    content = json.loads((tmp_path / "val.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    opts = [*OPTIONS, *RCNN, *MASKS, "DATASETS.COCO_JSON", [entry], "DATASETS.TEST", (entry[0],)]
+    cfg = setup_cfg(str(ROOT / "configs" / f"{FASTER}.yaml"), opts, splits=("TEST",))
+    assert build_evaluator(cfg, entry[0])._tasks == ("bbox",)
+    assert naming("MODEL.MASK_ON", entry[0]).search(caplog.text)
+
+
+@pytest.mark.parametrize("host", ["dn_detr"])
+def test_a_set_that_is_trained_on_too_is_evaluated_like_any_other(tmp_path, host):
+    path = str(ROOT / "configs" / f"{HOSTS[host][0]}.yaml")
+    entry = file_of(tmp_path, "val", ["bolt", "washer", "nut"], ["bolt"])
+    opts = [*OPTIONS, "DATASETS.COCO_JSON", [entry], "DATASETS.TRAIN", (entry[0],), "DATASETS.TEST", (entry[0],)]
+    opts += ["MODEL.DN_DETR.NUM_CLASSES", 3, "MODEL.DN_DETR.CLASS_NAMES", TRAINED]
+    assert list(setup_cfg(path, opts, splits=("TEST",)).MODEL.DN_DETR.CLASS_NAMES) == TRAINED
+
+
+def test_names_of_which_the_model_knows_none_are_said(trained, tmp_path):
+    path, opts, _ = trained
+    with pytest.raises(ConfigError, match=naming("'cat'", "'nut'", "categories")) as caught:
+        evaluated(path, opts, file_of(tmp_path, "val", ["cat", "dog", "eel", "fox"], ["cat"]))
+    assert "auto" not in str(caught.value)
 
 
 def test_a_fine_tuning_carries_the_rows_of_box_and_mask_heads_over_by_name(tmp_path):

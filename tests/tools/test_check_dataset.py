@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import valid_coco
 from naming import naming
 from PIL import Image
+from pycocotools import mask as mask_util
 
-from dn_detr_d2 import DatasetError
+from dn_detr_d2 import DatasetError, setup_cfg
 from dn_detr_d2.commands import check as tool
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.issues import Issue
+from dn_detr_d2.data.mapper import DetrDatasetMapper
 
 
 @pytest.fixture
@@ -219,6 +222,81 @@ def test_images_of_another_size_than_annotated(run, tmp_path, choice, box, area,
     [found] = fixed["annotations"]
     assert (found["bbox"], found["area"], found["segmentation"]) == (box, area, mask)
     assert run(content, "--wrong-size", choice)[0] == 2  # where to?
+
+
+def of_one_image(box, **more):
+    content = valid_coco()
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box} | more]
+    return content
+
+
+def repaired_by(run, tmp_path, content, *options):
+    """The first annotation of what --fix writes."""
+    _, out, err = run(content, "--fix", tmp_path / "out.json", *options)
+    assert not err, out
+    return json.loads((tmp_path / "out.json").read_text())["annotations"][0]
+
+
+@pytest.mark.parametrize("drop", [[], ["--drop-bad"]])
+@pytest.mark.parametrize("convention", ["xyxy", "cxcywh", "yxhw"])
+def test_a_box_of_a_mask_is_not_converted(run, tmp_path, convention, drop):
+    """Masks are in pixels, whatever the boxes are written as."""
+    found = repaired_by(run, tmp_path, of_one_image(None, segmentation=MASK), "--boxes", convention, *drop)
+    assert found["bbox"] == [2, 3, 10, 6]
+
+
+def test_a_box_of_a_normalised_mask_is_one_in_pixels(run, tmp_path):
+    ring = [value / (20 if i % 2 else 30) for i, value in enumerate(MASK[0])]
+    found = repaired_by(run, tmp_path, of_one_image([], segmentation=[ring]), "--boxes", "xywh-normalised")
+    assert found["bbox"] == pytest.approx([2, 3, 10, 6])
+
+
+def test_boxes_that_are_shares_of_the_image_are_not_scaled_besides(run, tmp_path):
+    content = of_one_image([0.25, 0.25, 0.5, 0.5])
+    content["images"][0] |= {"width": 60, "height": 40}
+    found = repaired_by(run, tmp_path, content, "--boxes", "xywh-normalised", "--wrong-size", "scale")
+    assert found["bbox"] == [7.5, 5, 15, 10]
+
+
+def test_an_image_that_is_turned_is_not_scaled(run, tmp_path):
+    """Width and height exchanged: it was annotated without its EXIF orientation, and no factor makes that good."""
+    content = of_one_image([2, 3, 10, 6])
+    content["images"][0] |= {"width": 20, "height": 30}
+    code, out, _ = run(content, "--fix", tmp_path / "out.json", "--wrong-size", "scale")
+    assert code == 1, out
+    assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["bbox"] == [2, 3, 10, 6]
+    with pytest.raises(DatasetError, match=naming("a.png", "exiftool -Orientation=", "--wrong-size ignore")):
+        cfg = setup_cfg("", ["MODEL.DN_DETR.NUM_CLASSES", 2], splits=())
+        DetrDatasetMapper(cfg, False)(load_coco_json(tmp_path / "set.json", tmp_path)[0])
+
+
+def test_run_lengths_are_scaled_with_their_image(run, tmp_path):
+    """From 60 x 40 to 30 x 20: half of everything."""
+    mask = np.zeros((40, 60), np.uint8, order="F")
+    mask[6:18, 4:24] = 1
+    runs = mask_util.encode(mask)
+    content = of_one_image([4, 6, 20, 12], segmentation=runs | {"counts": runs["counts"].decode()})
+    content["images"][0] |= {"width": 60, "height": 40}
+    found = repaired_by(run, tmp_path, content, "--masks", "--wrong-size", "scale")
+    assert found["bbox"] == [2, 3, 10, 6]
+    assert np.array_equal(mask_util.decode(found["segmentation"]), mask[::2, ::2])
+
+
+@pytest.mark.parametrize("change", ["size", "path"])
+def test_an_image_that_is_the_same_after_a_repair_is_listed_once(run, tmp_path, change):
+    """And no mask is measured against the image that follows."""
+    content = valid_coco()
+    content["annotations"] = [{"id": i, "image_id": i, "category_id": 1, "bbox": [2, 3, 10, 6], "segmentation": MASK}
+                              for i in (1, 2)]  # fmt: skip
+    again = dict(content["images"][0])
+    again |= {"width": 60} if change == "size" else {"file_name": str(tmp_path / again["file_name"])}
+    content["images"].insert(1, again)
+    options = ["--wrong-size", "ignore"] if change == "size" else ["--drop-bad"]
+    code, out, _ = run(content, "--masks", "--fix", tmp_path / "out.json", *options)
+    assert code == 0, out
+    fixed = json.loads((tmp_path / "out.json").read_text())
+    assert len(fixed["images"]) == len(fixed["annotations"]) == 2
+    assert all(x["segmentation"] == MASK for x in fixed["annotations"])
 
 
 def test_a_panoptic_file_is_refused_and_not_emptied(run, tmp_path):
