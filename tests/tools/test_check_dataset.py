@@ -265,9 +265,10 @@ def test_an_image_that_is_turned_is_not_scaled(run, tmp_path):
     code, out, _ = run(content, "--fix", tmp_path / "out.json", "--wrong-size", "scale")
     assert code == 1, out
     assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["bbox"] == [2, 3, 10, 6]
+    mapper = DetrDatasetMapper(setup_cfg("", ["MODEL.DN_DETR.NUM_CLASSES", 2], splits=()), False)
+    record = load_coco_json(tmp_path / "set.json", tmp_path)[0]
     with pytest.raises(DatasetError, match=naming("a.png", "exiftool -Orientation=", "--wrong-size ignore")):
-        cfg = setup_cfg("", ["MODEL.DN_DETR.NUM_CLASSES", 2], splits=())
-        DetrDatasetMapper(cfg, False)(load_coco_json(tmp_path / "set.json", tmp_path)[0])
+        mapper(record)
 
 
 def test_run_lengths_are_scaled_with_their_image(run, tmp_path):
