@@ -48,7 +48,7 @@ def _without_annotation_5(annotation, *others, add=coco_custom._add):
         (normalise, "foreign_references", lambda content, field: {}),  # text against a number: left out, not refused
         (normalise, "is_unknown", lambda size: size in (None, 0, -1, 31)),  # a size that is known
         (coco_custom, "usable_area", lambda area: None),  # a usable area
-        (normalise, "_annotation", lambda entry: entry | {"iscrowd": 1} if isinstance(entry, dict) else entry),
+        (normalise, "as_written", lambda entry: entry | {"iscrowd": 1} if isinstance(entry, dict) else entry),
     ],
 )
 def test_a_reader_of_annotations_that_is_silent_is_found(tmp_path, monkeypatch, place, name, silent):
