@@ -51,6 +51,7 @@ KINDS = {
     OURS: SEMI,
     "in matching alone": SEMI | MATCHING,
     "in denoising alone": SEMI | DENOISING,
+    "in both, denoising a quarter as strong": SEMI | {"SEMI_SUPERVISED.DENOISING_WEIGHT": 1.0},
     "in both, without weights": SEMI | PLAIN,
     "in matching alone, without weights": SEMI | MATCHING | PLAIN,
     "in denoising alone, without weights": SEMI | DENOISING | PLAIN,
