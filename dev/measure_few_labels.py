@@ -43,6 +43,7 @@ SEMI = {"SEMI_SUPERVISED.ENABLED": True, "SEMI_SUPERVISED.BURN_IN": 200, "SEMI_S
 ALONE, OURS = "annotated images alone", "pseudo labels in matching and denoising"
 REGIONS = "pretrained on regions"
 PLAIN = {"SEMI_SUPERVISED.WEIGHTED": False, "SEMI_SUPERVISED.NOISE_GROWTH": 0.0}
+AS_STRONGLY = {"SEMI_SUPERVISED.DENOISING_WEIGHT": 4.0}  # as what is matched, SEMI_SUPERVISED.LOSS_WEIGHT
 MATCHING, DENOISING = ({"SEMI_SUPERVISED.LOSSES": (name,)} for name in ("matching", "denoising"))
 # What becomes of the images without annotations -> the overrides; of REGIONS the weights are added.
 KINDS = {
@@ -50,11 +51,11 @@ KINDS = {
     REGIONS: {},
     OURS: SEMI,
     "in matching alone": SEMI | MATCHING,
-    "in denoising alone": SEMI | DENOISING,
-    "in both, denoising a quarter as strong": SEMI | {"SEMI_SUPERVISED.DENOISING_WEIGHT": 1.0},
-    "in both, without weights": SEMI | PLAIN,
+    "in both, denoised as strongly": SEMI | AS_STRONGLY,
+    "in denoising alone": SEMI | DENOISING | AS_STRONGLY,
+    "in both, without weights": SEMI | PLAIN | AS_STRONGLY,
     "in matching alone, without weights": SEMI | MATCHING | PLAIN,
-    "in denoising alone, without weights": SEMI | DENOISING | PLAIN,
+    "in denoising alone, without weights": SEMI | DENOISING | PLAIN | AS_STRONGLY,
 }
 # Percent of the labels -> kinds and their seeds.
 PLAN = {

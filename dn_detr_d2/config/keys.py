@@ -298,8 +298,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Factor of the matching losses of unlabelled images. Their sums are divided by the number of their own pseudo labels, or
     # of the annotated objects of the step if that is larger. 4 in SD, and for class losses alone in UT.
     cfg.SEMI_SUPERVISED.LOSS_WEIGHT = 4.0
-    # Factor of their denoising losses, which are divided likewise.
-    cfg.SEMI_SUPERVISED.DENOISING_WEIGHT = 4.0
+    # Factor of their denoising losses, which are divided likewise. With 4, what many copies of a box say leaves too little
+    # of a clipped step to matching (docs/evidence/README.md).
+    cfg.SEMI_SUPERVISED.DENOISING_WEIGHT = 1.0
     # What learns from pseudo labels: any of "matching", "denoising". Denoising bypasses the matching, which wrong boxes
     # would upset.
     cfg.SEMI_SUPERVISED.LOSSES = ["matching", "denoising"]

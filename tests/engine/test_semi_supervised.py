@@ -174,7 +174,9 @@ def test_two_processes_resume_and_share_the_pseudo_labelled_images(tmp_path):
 def test_pseudo_labels_change_what_is_learned(tmp_path):
     """Or the tests above would compare trainings that leave them out."""
     train(make_cfg(tmp_path / "semi", *SEMI))
-    train(make_cfg(tmp_path / "plain", *SEMI, "SEMI_SUPERVISED.LOSS_WEIGHT", 0.0))
+    train(
+        make_cfg(tmp_path / "plain", *SEMI, "SEMI_SUPERVISED.LOSS_WEIGHT", 0.0, "SEMI_SUPERVISED.DENOISING_WEIGHT", 0.0)
+    )
     assert differing({"model": load(tmp_path / "semi")["model"]}, {"model": load(tmp_path / "plain")["model"]})
 
 
