@@ -169,11 +169,9 @@ def hits_of(kind: str, ranking: list[dict], planted: list[dict]) -> list[bool]:
         box = [x0, y0, x1 - x0, y1 - y0]
         here = wanted[str(row["image_id"])]
         found = overlaps(box, [error[1] for error in here])
-        near = [error for error, iou in zip(here, found, strict=True) if iou >= FOUND_IOU]
-        missed = [
-            (iou, error) for error, iou in zip(here, found, strict=True) if iou >= FOUND_IOU and error[0] == MISSING
-        ]
-        if left := [pair for pair in missed if not pair[1][2]]:
+        near = [(iou, error) for error, iou in zip(here, found, strict=True) if iou >= FOUND_IOU]
+        left = [pair for pair in near if pair[1][0] == MISSING and not pair[1][2]]
+        if left:
             max(left, key=lambda pair: pair[0])[1][2] = True
             hits.append(True)
         elif not near:

@@ -70,7 +70,7 @@ HELP = {
 
 def training_parser(text: str) -> argparse.ArgumentParser:
     """Detectron2's command line of trainings; its help begins with ``text``."""
-    own, parser = make_parser(text), default_argument_parser(epilog="")
+    own, parser = make_parser(text), default_argument_parser()
     parser.prog, parser.description, parser.epilog = own.prog, own.description, None
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)

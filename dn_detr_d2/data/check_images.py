@@ -5,6 +5,7 @@
 Every image is decoded by the code that decodes it for training. A *row* is the index of an image in its list.
 """
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from ..errors import DatasetError
 from ..utils.files import sha256_of
 from .check import annotated_sizes, name_of
-from .images import ImageFacts, ImageFolder, image_facts
+from .images import ImageFacts, ImageFolder, image_facts, image_size
 from .issues import Issue
 from .normalise import is_file_name, is_length
 from .report import Report
@@ -71,6 +72,16 @@ def check_images(
             sizes[i] = facts.size
             if reason := _compare(images[i], facts, report):
                 unusable[i] = reason
+    return sizes
+
+
+def header_sizes(images: list[dict], folder: str | Path) -> np.ndarray:
+    """(I, 2) float64 (height, width) of the files of an annotation file, from their headers; infinite without one."""
+    finder, sizes = ImageFolder(folder), np.full((len(images), 2), np.inf)
+    for i, image in enumerate(images):
+        if is_file_name(image.get("file_name")):
+            with contextlib.suppress(DatasetError):  # decoding it raises it again
+                sizes[i] = image_size(finder.find(image["file_name"]))
     return sizes
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from ..errors import DatasetError
 from ..utils.files import atomic_write
 from .check import annotated_sizes, check_content
-from .check_images import STOPPING, check_images
+from .check_images import STOPPING, check_images, header_sizes
 from .columns import is_crowd
-from .conventions import UNITS
+from .conventions import unit_of
 from .images import ImageFolder
 from .mask_check import with_repaired_masks
 from .masks import has_mask
@@ -77,16 +77,14 @@ def repair_set(
     """
     report, unusable = Report(masks=options.masks), {}
     content, _, changes = rewritten(content, ImageFolder(folder))
-    images = objects_of(content, "images")
-    sizes = check_images(images, folder, report, unusable) if options.read_images else annotated_sizes(images)
     if wrong_size:
-        in_pixels = not UNITS.get((boxes or "").partition("-")[2])
+        sizes = header_sizes(objects_of(content, "images"), folder)
+        in_pixels = unit_of(boxes or "") is None
         content, sized = with_true_sizes(content, sizes, scale=wrong_size == "scale", in_pixels=in_pixels)
         changes += sized
-        report, unusable = Report(masks=options.masks), {}
-        content, _ = listed_once(content, list(range(len(images))), report)  # what differed may have been the size
-        images = objects_of(content, "images")
-        sizes = check_images(images, folder, report, unusable)
+        content, _ = listed_once(content, list(range(len(sizes))), report)  # what differed may have been the size
+    images = objects_of(content, "images")
+    sizes = check_images(images, folder, report, unusable) if options.read_images else annotated_sizes(images)
     if drop_bad:
         content, lines, rows = without_bad(content, unusable)
         sizes = sizes[rows]

@@ -48,8 +48,12 @@ FILES = {
     "sem_seg_root": "folder of semantic maps",
 }
 # What the reader leaves out, with the level of its line in the log.
-LEFT_OUT = {Issue.UNKNOWN_IMAGE: logging.WARNING, Issue.TWIN: logging.WARNING, Issue.RESOURCE_FORK: logging.INFO}
-LEFT_OUT |= {Issue.TWICE: logging.WARNING}
+LEFT_OUT = {
+    Issue.UNKNOWN_IMAGE: logging.WARNING,
+    Issue.TWIN: logging.WARNING,
+    Issue.TWICE: logging.WARNING,
+    Issue.RESOURCE_FORK: logging.INFO,
+}
 
 
 def dataset_path(path: str) -> Path:
@@ -184,9 +188,7 @@ def load_with_categories(
     """
     report = Report()
     content, _ = normalised(read_content(json_file), report)
-    for kind, level in LEFT_OUT.items():
-        if report.counts[kind]:
-            logger.log(level, "%s: %d x %s: %s", json_file, report.counts[kind], kind, "; ".join(report.first[kind]))
+    log_left_out(report, json_file)
     categories = categories_of(content, json_file)
     records = image_records(content, json_file, image_folder)
     if "annotations" not in content:
@@ -215,6 +217,13 @@ def load_with_categories(
         _refuse_other_conventions(ordered, json_file)
     logger.info("Loaded %d images with %d boxes from %s", len(records), sum(seen.values()), json_file)
     return ordered, categories
+
+
+def log_left_out(report: Report, json_file: Path) -> None:
+    """A line for each kind of what :func:`.normalise.normalised` has left out of a file."""
+    for kind, level in LEFT_OUT.items():
+        if report.counts[kind]:
+            logger.log(level, "%s: %d x %s: %s", json_file, report.counts[kind], kind, "; ".join(report.first[kind]))
 
 
 def _add(annotation: dict, records: dict, classes: dict, json_file: Path) -> dict:
@@ -322,23 +331,18 @@ def _unique_keys(pairs: list[tuple]) -> dict:
 
 def _annotations(content: dict, json_file: Path) -> list[dict]:
     annotations = content.get("annotations")
-    where, what = "", f"{annotations!r:.60}"
+    where, what, way_out = "", f"{annotations!r:.60}", "write a list, which may be empty"
     if isinstance(annotations, list):
         bad = (i for i, x in enumerate(annotations) if not isinstance(x, dict) or not is_id(x.get("id")))
         number = next(bad, None)
         if number is None:
             return annotations
         where, what = f"annotation number {number}: ", f"{annotations[number]!r:.200}"
-    numbered = not where or isinstance(annotations[number], dict)
+        numbered = isinstance(annotations[number], dict)
+        way_out = f"{FIX} numbers them" if numbered else f"{FIX} --drop-bad leaves such entries out"
     raise DatasetError(
         f"{json_file}: {where}annotations must be a list of objects with an id each, a whole number or text, got {what}; "
-        + (
-            f"{FIX} numbers them"
-            if where and numbered
-            else f"{FIX} --drop-bad leaves such entries out"
-            if where
-            else "write a list, which may be empty"
-        )
+        f"{way_out}"
     )
 
 

@@ -27,6 +27,11 @@ SLACK = 4  # pixels, and at most REACH of the side, by which a box of another co
 MIN_CLIPPED, MAX_CLIPPED = 8, 0.25  # of so many boxes and more, the largest share that is clipped without asking
 
 
+def unit_of(convention: str) -> int | None:
+    """What the side of an image counts in one of :data:`CHOICES`; None = its pixels."""
+    return UNITS.get(convention.partition("-")[2])
+
+
 def declared(content: dict) -> bool:
     """Whether the file says itself that its boxes are COCO's."""
     info = content.get("info")

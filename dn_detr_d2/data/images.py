@@ -99,13 +99,12 @@ class ImageFolder:
 
     def _look(self, path: str, file_name: str) -> tuple[bool, bool]:
         """Whether a path lies inside, and whether a regular file is there."""
+        inside = not os.path.isabs(file_name) and ".." not in Path(file_name).parts
         try:
             inside = self._inside(path)
             return inside, inside and stat.S_ISREG(os.stat(path).st_mode)
-        except OSError:
-            return self._inside(path), False
-        except ValueError:  # a name that no file can have
-            return not os.path.isabs(file_name) and ".." not in Path(file_name).parts, False
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return inside, False
 
     def with_slashes(self, file_name: str) -> str | None:
         """``file_name`` with / for each back slash, if it has some and only the other is a file of the folder."""

@@ -14,11 +14,11 @@ from detectron2.structures import BoxMode
 
 from ..errors import DatasetError
 from .coco_custom import (
-    LEFT_OUT,
     categories_of,
     dataset_path,
     image_records,
     is_registered,
+    log_left_out,
     read_content,
     require_files,
 )
@@ -130,9 +130,8 @@ def _normalised(content: dict, json_file: Path) -> dict:
     ]
     report = Report()
     alike, _ = normalised(content | {"annotations": flat}, report)
-    for kind, level in LEFT_OUT.items():
-        if kind != Issue.UNKNOWN_IMAGE and report.counts[kind]:
-            logger.log(level, "%s: %d x %s: %s", json_file, report.counts[kind], kind, "; ".join(report.first[kind]))
+    del report.counts[Issue.UNKNOWN_IMAGE]  # of segments; their annotations are counted below
+    log_left_out(report, json_file)
     listed = {image.get("id") for image in objects_of(alike, "images") if is_id(image.get("id"))}
     kept = [x for x in segments if not isinstance(x, dict) or (is_id(x.get("image_id")) and x["image_id"] in listed)]
     if kept and len(kept) < len(segments):

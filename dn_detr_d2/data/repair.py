@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import DatasetError
 from .columns import VERDICTS, Columns, clip_boxes
-from .conventions import UNITS, declared, other_convention, to_xywh, too_many_to_clip
+from .conventions import declared, other_convention, to_xywh, too_many_to_clip, unit_of
 from .images import ImageFolder
 from .issues import Issue
 from .label_files import number
@@ -178,7 +178,7 @@ def converted(content: dict, sizes: np.ndarray, convention: str) -> dict:
     columns = Columns.of(content, sizes)
     if convention == "xywh" or not columns.entries:
         return content
-    unit = UNITS.get(convention.partition("-")[2])
+    unit = unit_of(convention)
     if unit:
         _refuse_unknown_sizes(columns, convention)
     boxes = np.array([as_box(entry.get("bbox")) or [0.0] * 4 for entry in columns.entries], np.float64).reshape(-1, 4)
@@ -238,8 +238,13 @@ def _scaled(entry: dict, factors: dict, in_pixels: bool) -> dict:
         changes |= {"bbox": [box[0] * x, box[1] * y, box[2] * x, box[3] * y]} if box else {}
         changes |= {"area": area * x * y} if area is not None else {}
         if isinstance(mask, list) and mask and not any(fault_of_ring(ring) for ring in mask):
-            changes["segmentation"] = [[value * (y if i % 2 else x) for i, value in enumerate(ring)] for ring in mask]
+            changes["segmentation"] = _scaled_rings(mask, y, x)
     return entry | changes
+
+
+def _scaled_rings(rings: list[list[float]], down: float, right: float) -> list[list[float]]:
+    """Polygons [x0, y0, x1, ...] times a factor in each direction."""
+    return [[value * (down if i % 2 else right) for i, value in enumerate(ring)] for ring in rings]
 
 
 def _resized(runs: dict, size: tuple[int, int]) -> dict:
@@ -287,7 +292,7 @@ def _with_converted(entry: dict, box: list[float] | None, scales: list[float] | 
     area, changes = usable_area(entry.get("area")), {"bbox": box} if box else {}
     if scales is not None and _is_within(mask, unit):
         height, width = scales
-        changes["segmentation"] = [[x * (height if i % 2 else width) for i, x in enumerate(ring)] for ring in mask]
+        changes["segmentation"] = _scaled_rings(mask, height, width)
         if area is not None and area <= unit * unit:
             changes["area"] = area * height * width
     if box and area is not None and (not mask or np.isclose(area, old[2] * old[3], rtol=1e-6, atol=0)):

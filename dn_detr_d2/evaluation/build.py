@@ -10,7 +10,6 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from ..coco import raw_names
 from ..data import evaluated_classes
 from ..data.mapper import has_queries, mask_key, trains_masks
-from ..data.mask_check import refuse_unusable_masks
 from ..data.registered import records_of
 from ..errors import DatasetError
 from .coco_evaluator import TolerantCOCOEvaluator
@@ -65,7 +64,9 @@ def main_metric(cfg) -> str:
 def _instances(cfg, name: str, _) -> DatasetEvaluator:
     return TolerantCOCOEvaluator(
         name,
-        tasks=("bbox", "segm") if trains_masks(cfg) and _has_masks(cfg, name) else ("bbox",),
+        tasks=("bbox", "segm") if trains_masks(cfg) else ("bbox",),
+        mask_key=mask_key(cfg),
+        masks_required=has_queries(cfg),  # other detectors have boxes of their own
         output_dir=inference_folder(cfg, name),
         raw_ids=list(cfg.MODEL.DN_DETR.CLASS_NAMES) == list(raw_names()),
         model_classes=list(cfg.MODEL.DN_DETR.CLASS_NAMES),
@@ -74,19 +75,6 @@ def _instances(cfg, name: str, _) -> DatasetEvaluator:
         only=evaluated_classes(cfg),
         computed_by=cfg.TEST.COCO_EVAL,
     )
-
-
-def _has_masks(cfg, name: str) -> bool:
-    """Whether the objects of a data set have masks. A model with object queries is refused without; other detectors have
-    boxes of their own."""
-    if has_queries(cfg):
-        return True
-    try:
-        refuse_unusable_masks(name, records_of(name, True), mask_key(cfg))
-    except DatasetError as error:
-        logger.warning("AP of masks is not computed: %s", error)
-        return False
-    return True
 
 
 def _panoptic(cfg, name: str, records: list[dict]) -> DatasetEvaluator:

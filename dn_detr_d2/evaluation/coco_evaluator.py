@@ -390,6 +390,9 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
         dataset_name: its records, class names and category ids are taken.
         tasks: ("bbox",), or ("bbox", "segm") for masks too.
         distributed, output_dir, options: as for RecordsEvaluator.
+        mask_key: of the config, which asks for masks; for messages.
+        masks_required: whether a data set whose objects lack masks is refused; otherwise a warning says that its boxes alone
+            are evaluated.
     """
 
     def __init__(
@@ -398,6 +401,8 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
         tasks: tuple[str, ...] = ("bbox",),
         distributed: bool = True,
         output_dir: str | None = None,
+        mask_key: str = "MODEL.DN_DETR.MASK.ENABLED",
+        masks_required: bool = True,
         **options,
     ):
         if tuple(tasks) not in (("bbox",), ("bbox", "segm")):
@@ -406,8 +411,7 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
         records, metadata = records_of(dataset_name, masks), MetadataCatalog.get(dataset_name)
         names, ids = written_classes(dataset_name)
         if "panoptic_json" not in metadata.as_dict():
-            if masks:
-                refuse_unusable_masks(dataset_name, records, "MODEL.DN_DETR.MASK.ENABLED")
+            masks = masks and _has_masks(dataset_name, records, mask_key, masks_required)
         elif things := metadata.get("thing_dataset_id_to_contiguous_id"):
             options["only"] = options.get("only") or [names[i] for i in sorted(things.values())]
         super().__init__(
@@ -420,6 +424,18 @@ class TolerantCOCOEvaluator(RecordsEvaluator):
             masks=masks,
             **options,
         )
+
+
+def _has_masks(name: str, records: list[dict], key: str, required: bool) -> bool:
+    """Whether the objects of a data set have masks; says so where they lack them, or raises DatasetError."""
+    try:
+        refuse_unusable_masks(name, records, key)
+    except DatasetError as error:
+        if required:
+            raise
+        logger.warning("AP of masks is not computed: %s", error)
+        return False
+    return True
 
 
 def _without_detections(ground_truth: COCO) -> COCO:

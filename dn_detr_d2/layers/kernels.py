@@ -95,24 +95,19 @@ def uses_kernel(backend: str, device: str | torch.device) -> bool:
     return backend != "torch" and not reason
 
 
-def refuse_forward_mode(*tensors: Tensor) -> None:
-    """Raises NotImplementedError for tensors with a forward gradient, which the operators would drop without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raises NotImplementedError where the operators would have no gradient.
+
+    For tensors with a forward gradient, which they would drop without a word; and inside of torch.func.grad, vjp and what is
+    made of them, where PyTorch's own sentence names no way out.
+    """
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "ms_deform_attn has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), nor has PyTorch's "
             "grid_sample; use reverse mode"
         )
-
-
-def refuse_functional_gradients() -> None:
-    """Raises NotImplementedError inside of torch.func.grad, vjp and what is made of them, which take no compiled operators.
-
-    PyTorch's own sentence for gradients of registered operators names no way out.
-    """
-    if torch.compiler.is_compiling():
-        return
     transforms = torch._C._functorch.get_interpreter_stack() or []
     if any(x.key() == torch._C._functorch.TransformType.Grad for x in transforms):
         raise NotImplementedError(
@@ -142,9 +137,7 @@ def _load() -> dict[str, str]:
     folder = Path(__file__).resolve().parent.parent
     report = folder / "_build.txt"
     said = report.read_text().strip() if report.exists() else ""
-    if said.startswith(
-        "no kernels were built"
-    ):  # a library that is there is older than the sources, and may not fit them
+    if said.startswith("no kernels were built"):  # a library that is there is older than the sources
         return dict.fromkeys(("cpu", "cuda"), f"at installation {said}")
     try:
         from .. import _C  # noqa: F401  loading it defines the operators

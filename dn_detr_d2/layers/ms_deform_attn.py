@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..structures import upload
 from .autocast import without_autocast
-from .kernels import refuse_forward_mode, refuse_functional_gradients, uses_kernel
+from .kernels import refuse_transforms, uses_kernel
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,8 +55,7 @@ def ms_deform_attn(
         {"sampling_locations": sampling_locations, "attention_weights": attention_weights},
     )
     if uses_kernel(backend, value.device):
-        refuse_forward_mode(value, sampling_locations, attention_weights)
-        refuse_functional_gradients()
+        refuse_transforms(value, sampling_locations, attention_weights)
         sizes = [size for shape in spatial_shapes for size in shape]
         return torch.ops.dn_detr_d2.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
     with without_autocast(value.device.type):
@@ -94,8 +93,7 @@ def ms_deform_attn_fused(
         value, spatial_shapes, {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits}, reference
     )
     if uses_kernel(backend, value.device):
-        refuse_forward_mode(value, reference, sampling_offsets, attention_logits)
-        refuse_functional_gradients()
+        refuse_transforms(value, reference, sampling_offsets, attention_logits)
         sizes = [size for shape in spatial_shapes for size in shape]
         return torch.ops.dn_detr_d2.ms_deform_attn_fused(value, sizes, reference, sampling_offsets, attention_logits)
     with without_autocast(value.device.type):
