@@ -87,8 +87,10 @@ def train_what_is_used(backbone: Backbone, cfg) -> None:
 
     Such as stages of a ResNet behind the last map, or convolutions of an FPN for other maps. They have no gradient anyway,
     and DistributedDataParallel would wait for it. A small image is passed through to find them; a backbone that refuses it
-    stays as it is.
+    stays as it is. Swin and ViTDet are built of what is used, and take seconds.
     """
+    if isinstance(backbone, SwinTransformer | PaddedPyramid):
+        return
     names = [name for name in wanted_maps(cfg) if name in backbone.output_shape()]
     trained = {name: x for name, x in backbone.named_parameters() if x.requires_grad}
     if not names or not trained:
