@@ -34,6 +34,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     node.NUM_QUERIES = 300
     # Channels C of the transformer. 256 in all published models.
     node.HIDDEN_DIM = 256
+    # Weights that a training from scratch starts with, where published codes differ. "detr": every matrix of encoder and
+    # decoder from Xavier, deformable attention on its rays, box heads from zero. "dn_encoder_only" (DN's code of the model
+    # with a deformable encoder only): also the matrices of deformable attention and the patterns from Xavier; box heads and
+    # the projections of the maps as PyTorch starts them. "anchor_detr": input projections of attention from Xavier, all else
+    # of encoder and decoder as PyTorch starts it, and the layers as copies of the first.
+    node.INITIALIZATION = "detr"
     # Backbone maps that enter the neck, high resolution first. DN: ["res5"]; deformable: ["res3", "res4", "res5"]. Low
     # resolution first in Mask2Former and some of the Mask DINO models, which changes the order of the levels.
     node.IN_FEATURES = ["res5"]

@@ -35,6 +35,7 @@ def check_config(cfg: CfgNode) -> None:
         "INPUT.FORMAT": ("RGB", "BGR"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
         "MODEL.DN_DETR.COMPILE": ("", "encoder", "all"),
+        "MODEL.DN_DETR.INITIALIZATION": ("detr", "dn_encoder_only", "anchor_detr"),
         "MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE.NAME": ("constant", "linear", "cosine"),
         "MODEL.DN_DETR.LOSS.CLASS_LOSS": ("focal", "softmax"),
         "MODEL.DN_DETR.MATCHER.CLASS_COST_KIND": ("", "focal", "softmax"),

@@ -42,6 +42,7 @@ class Decoder(LayerStack):
         update: how references pass from layer to layer.
         activation_checkpointing: of the layers and their positions, not of the heads; see
             :class:`~dn_detr_d2.layers.LayerStack`.
+        initialization: of layers and positions, see :func:`~dn_detr_d2.modeling.registry.initialise_transformer`.
     """
 
     BOXES = True  # whether the decoder predicts boxes
@@ -59,6 +60,7 @@ class Decoder(LayerStack):
         norm: bool,
         update: ReferenceUpdate,
         activation_checkpointing: bool = False,
+        initialization: str = "detr",
     ):
         super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(layer(dim=dim, index=i, **layer_arguments) for i in range(num_layers))
@@ -66,7 +68,7 @@ class Decoder(LayerStack):
         if num_layers == 1:  # then they get no gradient, for which DistributedDataParallel would wait
             for part in getattr(layer.Position, "AFTER_FIRST", ()):
                 getattr(self.position, part).requires_grad_(False)
-        initialise_transformer(self)
+        initialise_transformer(self, initialization)
         self.heads = heads  # joins after the Xavier pass; its start has a meaning
         self.norm = nn.LayerNorm(dim) if norm else None
         self.update = update
@@ -77,7 +79,7 @@ class Decoder(LayerStack):
         root = cfg.MODEL.DN_DETR
         node = root.DECODER
         arguments = transformer_arguments(cfg, "DECODER")
-        own = {key: arguments.pop(key) for key in ("dim", "num_layers", "activation_checkpointing")}
+        own = {key: arguments.pop(key) for key in ("dim", "num_layers", "activation_checkpointing", "initialization")}
         dim, num_layers = own["dim"], own["num_layers"]
         heads = DetectionHeads(
             dim,
@@ -88,6 +90,7 @@ class Decoder(LayerStack):
             no_object=root.LOSS.CLASS_LOSS == "softmax",
             class_prior=node.CLASS_PRIOR,
             boxes=cls.BOXES,
+            zero_boxes=root.INITIALIZATION != "dn_encoder_only",
             masks=root.MASK.ENABLED,
         )
         return {

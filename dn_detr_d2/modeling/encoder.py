@@ -42,6 +42,7 @@ def transformer_arguments(cfg, role: str) -> dict:
         "ffn_dim": node.FFN_DIM,
         "dropout": node.DROPOUT,
         "activation_checkpointing": node.ACTIVATION_CHECKPOINTING,
+        "initialization": root.INITIALIZATION,
     }
 
 
@@ -101,6 +102,7 @@ class PlainEncoder(LayerStack):
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
         activation_checkpointing: see :class:`~dn_detr_d2.layers.LayerStack`.
+        initialization: see :func:`~dn_detr_d2.modeling.registry.initialise_transformer`.
     """
 
     ACTIVATION = "relu"
@@ -115,12 +117,13 @@ class PlainEncoder(LayerStack):
         ffn_dim: int,
         dropout: float,
         activation_checkpointing: bool = False,
+        initialization: str = "detr",
     ):
         super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(
             DenseEncoderLayer(dim, num_heads, ffn_dim, dropout, self.ACTIVATION) for _ in range(num_layers)
         )
-        initialise_transformer(self)
+        initialise_transformer(self, initialization)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -157,9 +160,11 @@ class DenseEncoder(PlainEncoder):
     ACTIVATION = "prelu"
 
     @configurable
-    def __init__(self, *, dim: int, **arguments):
-        super().__init__(dim=dim, **arguments)
-        self.position_scale = initialise_transformer(MLP(dim, dim, dim))
+    def __init__(self, *, dim: int, initialization: str = "detr", **arguments):
+        super().__init__(dim=dim, initialization=initialization, **arguments)
+        self.position_scale = MLP(dim, dim, dim)
+        if initialization != "anchor_detr":
+            initialise_transformer(self.position_scale)
 
     def place(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Scaled by a learned function of the content (DAB-DETR Sec. 4)."""
@@ -190,6 +195,7 @@ class DeformableEncoder(LayerStack):
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
         activation_checkpointing: see :class:`~dn_detr_d2.layers.LayerStack`.
+        initialization: see :func:`~dn_detr_d2.modeling.registry.initialise_transformer`.
         num_levels: L.
         num_points: K.
     """
@@ -206,12 +212,13 @@ class DeformableEncoder(LayerStack):
         num_levels: int,
         num_points: int,
         activation_checkpointing: bool = False,
+        initialization: str = "detr",
     ):
         super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(dim, num_heads, ffn_dim, dropout, num_levels, num_points) for _ in range(num_layers)
         )
-        initialise_transformer(self)
+        initialise_transformer(self, initialization)
         self.level_embed = nn.Embedding(num_levels, dim)  # after the Xavier pass: it starts from N(0, 1)
 
     @classmethod
@@ -255,6 +262,7 @@ class RowColumnEncoder(LayerStack):
         dim: C.
         num_layers, num_heads, ffn_dim, dropout: of the layers.
         activation_checkpointing: see :class:`~dn_detr_d2.layers.LayerStack`.
+        initialization: see :func:`~dn_detr_d2.modeling.registry.initialise_transformer`.
     """
 
     @configurable
@@ -267,11 +275,12 @@ class RowColumnEncoder(LayerStack):
         ffn_dim: int,
         dropout: float,
         activation_checkpointing: bool = False,
+        initialization: str = "detr",
     ):
         super().__init__(activation_checkpointing)
         self.layers = nn.ModuleList(RowColumnEncoderLayer(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         self.axis_encoding = AxisEncoding(dim)
-        initialise_transformer(self)
+        initialise_transformer(self, initialization)
 
     @classmethod
     def from_config(cls, cfg) -> dict:

@@ -29,7 +29,8 @@ class DetectionHeads(nn.Module):
             prior, as in DETR.
         class_prior: whether class heads without "no object" start at the probability :data:`PRIOR_PROB`.
         boxes: whether there are box heads; Mask2Former has none.
-        masks: whether there are mask heads (Mask2Former, Mask DINO); box heads beside them start from zero.
+        masks: whether there are mask heads (Mask2Former, Mask DINO).
+        zero_boxes: whether box heads start from zero, so that the first boxes are the references; in DETR they never do.
     """
 
     FLOAT32 = ("box_heads",)  # children that run without autocast
@@ -45,13 +46,14 @@ class DetectionHeads(nn.Module):
         class_prior: bool = True,
         boxes: bool = True,
         masks: bool = False,
+        zero_boxes: bool = True,
     ):
         super().__init__()
         self.logit_eps = logit_eps
         classify, refine = nn.Linear(dim, num_classes), MLP(dim, dim, dim, 4)
         if class_prior and not no_object:
             nn.init.constant_(classify.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
-        if masks or not no_object:
+        if zero_boxes and (masks or not no_object):
             nn.init.zeros_(refine.layers[-1].weight)
             nn.init.zeros_(refine.layers[-1].bias)
         self.class_heads = nn.ModuleList(copy.deepcopy(classify) for _ in range(num_heads))

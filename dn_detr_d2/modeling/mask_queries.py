@@ -97,6 +97,7 @@ class MaskDinoQueries(TopKAnchors):
     """
 
     BOXES_FROM_MASKS = ("", "mask2box", "bitmask")
+    XAVIER = False
 
     @configurable
     def __init__(self, *, num_queries: int, dim: int, num_classes: int, boxes_from_masks: str, denoising: bool):

@@ -30,6 +30,8 @@ class Neck(nn.Module):
         dim: C.
         norm: "" for none (DETR, DAB-DETR, DN-DETR) or "GN" for 32 groups (deformable family).
         position_encoding: of the padding mask of each level.
+        xavier: whether convolutions in front of a norm start from Xavier and bias 0; otherwise, and without a norm, they start
+            as PyTorch's do.
     """
 
     NUM_GROUPS = 32
@@ -44,6 +46,7 @@ class Neck(nn.Module):
         dim: int,
         norm: str,
         position_encoding: SinePositionEncoding,
+        xavier: bool = True,
     ):
         super().__init__()
         self.in_features = list(in_features)
@@ -51,9 +54,9 @@ class Neck(nn.Module):
         self.coarse_first = len(in_features) > 1 and is_coarser(input_shape, in_features[0], in_features[-1])
         channels = [input_shape[name].channels for name in in_features]
         coarsest = channels[0 if self.coarse_first else -1]
-        projections = [self._projection(width, dim, 1, norm) for width in channels]
+        projections = [self._projection(width, dim, 1, norm, xavier) for width in channels]
         for level in range(len(channels), num_levels):
-            projections.append(self._projection(coarsest if level == len(channels) else dim, dim, 3, norm))
+            projections.append(self._projection(coarsest if level == len(channels) else dim, dim, 3, norm, xavier))
         self.projections = nn.ModuleList(projections)
         self.position_encoding = position_encoding
 
@@ -89,16 +92,18 @@ class Neck(nn.Module):
             "dim": node.HIDDEN_DIM,
             "norm": node.NECK.NORM,
             "position_encoding": build_position_encoding(cfg),
+            "xavier": node.INITIALIZATION != "dn_encoder_only",
         }
 
     @classmethod
-    def _projection(cls, in_channels: int, dim: int, kernel: int, norm: str) -> nn.Sequential:
+    def _projection(cls, in_channels: int, dim: int, kernel: int, norm: str, xavier: bool) -> nn.Sequential:
         stride, padding = (1, 0) if kernel == 1 else (2, 1)
         convolution = nn.Conv2d(in_channels, dim, kernel, stride=stride, padding=padding)
         if not norm:
             return nn.Sequential(convolution)
-        nn.init.xavier_uniform_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        if xavier:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
         return nn.Sequential(convolution, nn.GroupNorm(cls.NUM_GROUPS, dim))
 
     def forward(self, features: dict[str, Tensor], padding: Tensor, *, hidden: bool = False) -> Pyramid:

@@ -63,18 +63,29 @@ class LearnedAnchors(nn.Module):
         num_patterns: 0, or how many content patterns share each anchor (Anchor DETR); Q = num_queries * num_patterns,
             pattern-major.
         denoising: whether ``embed`` will be called; then contents end in an indicator.
+        xavier_patterns: whether patterns start from Xavier instead of N(0, 1).
     """
 
     CONTENTS = ("zero", "unknown", "learned")
 
     @configurable
     def __init__(
-        self, *, num_queries: int, dim: int, num_classes: int, content: str, num_patterns: int, denoising: bool
+        self,
+        *,
+        num_queries: int,
+        dim: int,
+        num_classes: int,
+        content: str,
+        num_patterns: int,
+        denoising: bool,
+        xavier_patterns: bool = False,
     ):
         super().__init__()
         self.dim = dim
         self.anchors = nn.Embedding(num_queries, 4)  # logits
         self.patterns = nn.Embedding(num_patterns, dim) if num_patterns else None
+        if num_patterns and xavier_patterns:
+            nn.init.xavier_uniform_(self.patterns.weight)
         self.label_encoder = LabelEncoder(num_classes, dim) if denoising or content == "unknown" else None
         self.content = nn.Embedding(num_queries, dim - denoising) if content == "learned" else None
         self.num_queries = num_queries * max(num_patterns, 1)
@@ -96,7 +107,11 @@ class LearnedAnchors(nn.Module):
                 f"MODEL.DN_DETR.NUM_QUERIES = {root.NUM_QUERIES} must be positive and QUERY_SOURCE.NUM_PATTERNS = "
                 f"{node.NUM_PATTERNS} not negative"
             )
-        return common_arguments(root) | {"content": node.CONTENT, "num_patterns": node.NUM_PATTERNS}
+        return common_arguments(root) | {
+            "content": node.CONTENT,
+            "num_patterns": node.NUM_PATTERNS,
+            "xavier_patterns": root.INITIALIZATION == "dn_encoder_only",
+        }
 
     def forward(self, memory: Memory) -> ObjectQueries:
         """The matching queries, the same for every image."""
@@ -305,6 +320,7 @@ class TopKAnchors(nn.Module):
     CONTENTS = ("learned", "memory")
     SIDE = 0.05  # of a proposal on the finest level
     MARGIN = 0.01  # proposals that reach closer to 0 or 1 are not used
+    XAVIER = True  # whether the projection of the cells starts from Xavier, or as PyTorch's linear layers do
     ALL_CELLS_LEARN = False  # whether proposals have losses that were not chosen
 
     @configurable
@@ -313,7 +329,8 @@ class TopKAnchors(nn.Module):
         self.num_queries = num_queries
         self.project = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        nn.init.xavier_uniform_(self.project.weight)
+        if self.XAVIER:
+            nn.init.xavier_uniform_(self.project.weight)
         self.make_heads(dim, num_classes)
         self.content = nn.Embedding(num_queries, dim) if content == "learned" else None
         if self.content is not None:

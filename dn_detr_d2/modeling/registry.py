@@ -3,8 +3,10 @@
 A new detector is a new class registered here and named in a YAML file, never a new flag.
 """
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 
+import torch
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -46,12 +48,33 @@ def name_the_node(node: str):
         raise ConfigError(f"{node}: {error.args[0] if error.args else repr(error)}") from None
 
 
-def initialise_transformer(module: nn.Module) -> nn.Module:
-    """Xavier-uniform on every matrix, as all DETRs do; deformable attention keeps its own start. Returns ``module``."""
+def initialise_transformer(module: nn.Module, initialization: str = "detr") -> nn.Module:
+    """Gives an encoder, a decoder or a part of one its start weights, in place; returns ``module``.
+
+    Args:
+        module: attention has its own start already.
+        initialization: ``MODEL.DN_DETR.INITIALIZATION``. "detr": Xavier-uniform on every matrix, but deformable attention
+            keeps its own start. "dn_encoder_only": Xavier-uniform also on the matrices of its sampling offsets and attention
+            weights. "anchor_detr": as PyTorch starts them, with all layers as copies of the first.
+    """
+    if initialization == "anchor_detr":
+        start_as_the_first(getattr(module, "layers", ()))
+        return module
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
-    for child in module.modules():
-        if isinstance(child, MultiScaleDeformableAttention):
-            child.reset_parameters()
+    if initialization == "detr":
+        for child in module.modules():
+            if isinstance(child, MultiScaleDeformableAttention):
+                child.reset_parameters()
     return module
+
+
+@torch.no_grad()
+def start_as_the_first(layers: Sequence[nn.Module]) -> None:
+    """Copies the weights of the first of some layers to those of the same name and shape in the others."""
+    for layer in layers[1:]:
+        for name, parameter in layer.named_parameters():
+            first = dict(layers[0].named_parameters()).get(name)
+            if first is not None and first.shape == parameter.shape:
+                parameter.copy_(first)
