@@ -30,8 +30,8 @@ class Neck(nn.Module):
         dim: C.
         norm: "" for none (DETR, DAB-DETR, DN-DETR) or "GN" for 32 groups (deformable family).
         position_encoding: of the padding mask of each level.
-        xavier: whether convolutions in front of a norm start from Xavier and bias 0; otherwise, and without a norm, they start
-            as PyTorch's do.
+        xavier: whether convolutions in front of a norm start from Xavier and bias 0; otherwise, and without a norm, they
+            start as PyTorch's do.
     """
 
     NUM_GROUPS = 32
