@@ -1,10 +1,13 @@
 """Lists everything that is wrong with a COCO-format data set and its images, and repairs what needs no judgement.
 
+Of a folder without annotations, such as DATASETS.UNLABELED takes, the images alone are checked.
+
     dn-detr check train.json images/train --val val.json images/val --num-queries 300
     dn-detr check train.json images/train --fix repaired.json
     dn-detr check train.json images/train --fix repaired.json --drop-bad
     dn-detr check train.json images/train --fix repaired.json --wrong-size scale
     dn-detr check all.json images --split 0.8 --seed 1
+    dn-detr check unlabeled_images --val val.json images/val
 
 Exit code: 0 = no problems, 1 = problems, 2 = the file or the folder cannot be read or a file not be written. With --fix the
 report and the code are about the repaired file. What is checked and repaired, and how a set is split: docs/datasets.md.
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from ..command_line import make_parser, run_command
 from ..data.check_images import check_overlap
-from ..data.check_set import CheckOptions, check_set, repair_set, write_json
+from ..data.check_set import CheckOptions, check_folder, check_set, folder_content, repair_set, write_json
 from ..data.coco_custom import load_coco_json, read_content
 from ..data.conventions import CHOICES
 from ..data.normalise import objects_of
@@ -28,8 +31,8 @@ from ..errors import DatasetError, UserError
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("annotations", metavar="ANNOTATIONS.json", help="COCO format")
-    parser.add_argument("folder", metavar="IMAGE_FOLDER", help="what file_name is relative to")
+    parser.add_argument("annotations", metavar="ANNOTATIONS.json", help="COCO format; or a folder of images alone")
+    parser.add_argument("folder", metavar="IMAGE_FOLDER", nargs="?", help="what file_name is relative to")
     parser.add_argument("--val", nargs=2, metavar=("JSON", "FOLDER"), help="second set, checked too and compared")
     parser.add_argument("--num-queries", type=int, default=0, metavar="N", help="MODEL.DN_DETR.NUM_QUERIES")
     parser.add_argument(
@@ -76,14 +79,18 @@ def read(json_file: str, folder: str) -> dict:
 
 
 def check(args: argparse.Namespace) -> dict[str, Report]:
-    """Annotation file -> what is wrong with it; with ``--fix`` the first is repaired before."""
-    content = read(args.annotations, args.folder)
+    """Annotation file or folder -> what is wrong with it; with ``--fix`` the first is repaired before."""
+    alone = Path(args.annotations).is_dir()
+    folder = args.annotations if alone else args.folder
+    content = folder_content(folder) if alone else read(args.annotations, folder)
     other = read(*args.val) if args.val else None
     options = CheckOptions(args.num_queries, args.denoising_budget, not args.no_images, args.masks)
-    if args.fix:
+    if alone:
+        report = check_folder(content, folder)
+    elif args.fix:
         report = repair_set(
             content,
-            args.folder,
+            folder,
             args.fix,
             options,
             drop_bad=args.drop_bad,
@@ -91,17 +98,45 @@ def check(args: argparse.Namespace) -> dict[str, Report]:
             wrong_size=args.wrong_size,
         )
     else:
-        report = check_set(content, args.folder, options)
+        report = check_set(content, folder, options)
     reports = {args.annotations: report}
     if other is not None:
         reports[args.val[0]] = check_set(other, args.val[1], options)
         images = objects_of(content, "images"), objects_of(other, "images")
-        check_overlap(images[0], args.folder, images[1], args.val[1], report, not args.no_images)
+        check_overlap(images[0], folder, images[1], args.val[1], report, not args.no_images)
     return reports
+
+
+NEED_ANNOTATIONS = (
+    "fix",
+    "drop_bad",
+    "boxes",
+    "wrong_size",
+    "split",
+    "masks",
+    "num_queries",
+    "denoising_budget",
+    "no_images",
+)
+
+
+def refuse_inputs(args: argparse.Namespace) -> None:
+    """Raises UserError unless there is an annotation file and its folder, or a folder alone with options for it."""
+    if not Path(args.annotations).is_dir():
+        if args.folder is None:
+            raise UserError(f"name the IMAGE_FOLDER that file_name in {args.annotations} is relative to")
+        return
+    if args.folder is not None:
+        raise UserError(f"{args.annotations} is a folder; give it alone, or ANNOTATIONS.json and then IMAGE_FOLDER")
+    if given := [name for name in NEED_ANNOTATIONS if getattr(args, name) not in (None, False, 0)]:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} needs an annotation file; {args.annotations} is a folder of images"
+        )
 
 
 def refuse_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not fit together, or would overwrite a file."""
+    refuse_inputs(args)
     read_files = [args.annotations, *(args.val or [])[:1]]
     if args.fix and os.path.realpath(args.fix) in map(os.path.realpath, read_files):
         raise UserError(f"--fix {args.fix} is an input; name another file")

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import DatasetError
 from ..utils.files import atomic_write
@@ -12,6 +13,7 @@ from .check_images import STOPPING, check_images, header_sizes
 from .columns import is_crowd
 from .conventions import unit_of
 from .images import ImageFolder
+from .label_files import SUFFIXES, Tally, walk
 from .mask_check import with_repaired_masks
 from .masks import has_mask
 from .normalise import listed_once, objects_of
@@ -47,6 +49,32 @@ def check_set(content: dict, folder: str, options: CheckOptions) -> Report:
     report, images = Report(masks=options.masks), objects_of(content, "images")
     sizes = check_images(images, folder, report) if options.read_images else annotated_sizes(images)
     check_content(content, report, sizes, options.num_queries, options.denoising_budget)
+    return report
+
+
+def folder_content(folder: str, say: Callable[[str], None] = print) -> dict:
+    """The content of an annotation file that lists the images below a folder and annotates none.
+
+    Args:
+        folder: hidden files and links to folders in it are left out.
+        say: takes a line about what is left out.
+
+    Raises:
+        DatasetError: there is no file whose name ends as those of images do.
+    """
+    left_out = Tally()
+    names = walk(Path(folder), SUFFIXES, left_out)
+    for line in left_out.lines():
+        say(line)
+    if not names:
+        raise DatasetError(f"the folder {folder} and its subfolders have no image ({', '.join(SUFFIXES)})")
+    return {"images": [{"id": name, "file_name": name} for name in names], "annotations": [], "categories": []}
+
+
+def check_folder(content: dict, folder: str) -> Report:
+    """What is wrong with the images of :func:`folder_content`."""
+    report = Report(annotated=False, num_images=len(content["images"]))
+    check_images(content["images"], folder, report)
     return report
 
 

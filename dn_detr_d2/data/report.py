@@ -20,6 +20,7 @@ class Report:
         objects: {range of objects in an image: images}.
         classes: {name: boxes}, in the order of the category ids.
         masks: whether masks are trained, so that what is wrong with them is a problem.
+        annotated: whether there is an annotation file; else there are images alone.
     """
 
     counts: Counter = field(default_factory=Counter)
@@ -31,6 +32,7 @@ class Report:
     objects: dict[str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
     masks: bool = False
+    annotated: bool = True
 
     def add(self, kind: Issue, where: str) -> None:
         """Counts one finding of a kind; ``where`` names the record and the value."""
@@ -60,8 +62,10 @@ class Report:
 
     def lines(self) -> list[str]:
         """The findings for a reader."""
-        lines = [f"{self.num_images} images, {self.num_annotations} annotations, {self.num_categories} categories"]
-        lines.append(f"objects in an image: at most {self.fullest[0]} ({self.fullest[1]})")
+        lines = [f"{self.num_images} images"]
+        if self.annotated:
+            lines[0] += f", {self.num_annotations} annotations, {self.num_categories} categories"
+            lines.append(f"objects in an image: at most {self.fullest[0]} ({self.fullest[1]})")
         lines += [f"{objects:>9} objects: {images} images" for objects, images in self.objects.items()]
         if self.classes:
             lines.append("boxes of each class: " + ", ".join(f"{name!r} {n}" for name, n in self.classes.items()))

@@ -92,7 +92,10 @@ def _fault_of(path: Path) -> str:
 
 
 def _of_folder(folder: Path) -> list[dict]:
-    everything = walk(folder, ("",), Tally())
+    left_out = Tally()
+    everything = walk(folder, ("",), left_out)
+    for line in left_out.lines():
+        logger.info("%s: %s", folder, line)
     names = [name for name in everything if name.lower().endswith(SUFFIXES)]
     if others := len(everything) - len(names):
         logger.info("%s: %d files are left out, their names do not end in %s", folder, others, ", ".join(SUFFIXES))

@@ -13,6 +13,7 @@ from dn_detr_d2 import DatasetError, setup_cfg
 from dn_detr_d2.commands import check as tool
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.issues import Issue
+from dn_detr_d2.data.label_files import LINKED
 from dn_detr_d2.data.mapper import DetrDatasetMapper
 
 
@@ -375,3 +376,66 @@ def test_masks_are_problems_and_repaired_only_on_request(run, tmp_path):
     assert kept == {0: [ring], 1: [ring], 4: [[5, 5, 30, 5, 30, 14, 5, 14]]}
     assert "left out: annotation 5" in out
     assert (code, "mask disagrees" in out) == (1, True)  # which needs a person
+
+
+@pytest.fixture
+def unlabeled(tmp_path):
+    """A folder of its own with a whole image, a damaged one in a subfolder, and what is no image."""
+    folder = tmp_path / "unlabeled"
+    (folder / "sub").mkdir(parents=True)
+    noise = Image.effect_noise((30, 20), 90).convert("RGB")
+    noise.save(folder / "whole.png")
+    noise.save(folder / "sub" / "half.png")
+    (folder / "sub" / "half.png").write_bytes((folder / "sub" / "half.png").read_bytes()[:-300])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_images_without_annotations_are_checked(unlabeled, capsys):
+    """DATASETS.UNLABELED takes such folders."""
+    assert tool.main([str(unlabeled)]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[1] == "2 images"
+    assert f"1 x {Issue.DAMAGED}" in out
+    assert "half.png" in out
+    assert "annotations" not in out
+    (unlabeled / "sub" / "half.png").unlink()
+    assert tool.main([str(unlabeled)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no problems"
+
+
+def test_images_without_annotations_that_are_tested_on_are_named(run, unlabeled, tmp_path, capsys):
+    """A detector that has learned from them looks better than it is."""
+    run(valid_coco())
+    (unlabeled / "sub" / "half.png").write_bytes((tmp_path / "a.png").read_bytes())
+    assert tool.main([str(unlabeled), "--val", str(tmp_path / "set.json"), str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert f"1 x {Issue.SAME_BYTES}" in out
+    assert "half.png" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["{folder}", "{folder}"], ["unlabeled", "alone"]),
+        (["{folder}", "--split", "0.5"], ["--split", "unlabeled"]),
+        (["{folder}", "--no-images"], ["--no-images", "unlabeled"]),
+        (["{folder}", "--num-queries", "300"], ["--num-queries", "unlabeled"]),
+        (["{set}"], ["IMAGE_FOLDER", "set.json"]),
+        (["{empty}"], ["empty", ".png"]),
+    ],
+)
+def test_a_folder_of_images_takes_nothing_about_annotations(run, unlabeled, tmp_path, arguments, named, capsys):
+    run(valid_coco())
+    (tmp_path / "empty").mkdir()
+    places = {"folder": unlabeled, "set": tmp_path / "set.json", "empty": tmp_path / "empty"}
+    assert tool.main([argument.format(**places) for argument in arguments]) == 2
+    assert naming(*named).search(capsys.readouterr().err)
+
+
+def test_folders_behind_links_are_named_and_not_searched(unlabeled, tmp_path, capsys):
+    (unlabeled / "linked").symlink_to(tmp_path, target_is_directory=True)
+    tool.main([str(unlabeled)])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{LINKED}: 1 ({unlabeled / 'linked'})" in lines
+    assert "2 images" in lines
