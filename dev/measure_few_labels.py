@@ -8,7 +8,8 @@
 model of configs/bccd.yaml and equally many iterations with annotated images; they differ in what becomes of the images that
 are not annotated: nothing, pseudo labels, or a pretraining, as long as the training itself, on regions of all images
 (tools/propose_regions.py). Trainings that have ended are taken from --runs; an interrupted one is resumed. Writes
-few_labels.md and few_labels.png. Exit code 2: bad input.
+few_labels.md, few_labels.png and few_labels.json, the values of both. What few_labels.json already holds is reported again
+where --runs has fewer seeds, so the parts of the plan can be trained on several machines. Exit code 2: bad input.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from dn_detr_d2.visualization.runs import Run
 from dn_detr_d2.visualization.style import colour, new_figure, save
 from tools.propose_regions import content_of
 
+RESULTS, SECONDS = "few_labels.json", "seconds an iteration"
 LISTS = Path(__file__).resolve().parent / "few_labels"
 SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 200, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
 SHORT |= {"MODEL_EMA.WARMUP": True}  # or the teacher lags behind the model
@@ -137,7 +139,8 @@ def pretrained(args: argparse.Namespace, seed: int) -> dict:
 def report(args: argparse.Namespace) -> str:
     """Trains, writes the page, and returns it."""
     check_arguments(args)
-    rows, wanting, ends = [], [], {}
+    output = Path(args.output or args.runs)
+    results = read_results(output / RESULTS)
     for percent in args.percent:
         data = data_overrides(args, percent)
         for kind, seeds in PLAN[percent].items():
@@ -146,21 +149,77 @@ def report(args: argparse.Namespace) -> str:
                 train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind] | start, seed)
                 for seed, start in zip(seeds, starts, strict=True)
             ]
-            add_row(rows, wanting, f"{percent} %", kind, runs)
-            ends[percent, kind] = [last(run, "AP") for run in runs if run]
-    if not rows:
+            found = [run for run in runs if run is not None]
+            if len(found) >= len(results.get((percent, kind), {}).get("AP", [])) and found:
+                results[percent, kind] = values_of(found)
+    if not results:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
-    headers = ["labels", "images without", "seeds", *METRICS, "seconds an iteration"]
+    page = write_page(args, results)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "few_labels.md").write_text(page)
+    draw({key: values["AP"] for key, values in results.items()}, output / "few_labels.png")
+    nested = {str(percent): {kind: results[percent, kind] for kind in of_percent(results, percent)} for percent in PLAN}
+    (output / RESULTS).write_text(json.dumps(nested, indent=2) + "\n")
+    return page
+
+
+def values_of(runs: list[Run]) -> dict[str, list[float]]:
+    """Column of the table -> the values of the seeds, rounded as the table needs them, ascending."""
+    values = {name: [last(run, metric) for run in runs] for name, metric in METRICS.items()}
+    values[SECONDS] = [run.seconds_an_iteration for run in runs]
+    return {name: sorted(round(x, 2) for x in column) for name, column in values.items()}
+
+
+def read_results(path: Path) -> dict[tuple[int, str], dict[str, list[float]]]:
+    """(percent, kind) -> :func:`values_of` its trainings, from the file that an earlier report has written.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        found = {(int(percent), kind): x for percent, kinds in content.items() for kind, x in kinds.items()}
+        counts = [{len(x[name]) for name in (*METRICS, SECONDS)} for x in found.values()]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of results ({error!r}); delete it, or name another --output") from None
+    if any(len(count) != 1 for count in counts) or not all(kind in PLAN.get(percent, ()) for percent, kind in found):
+        raise UserError(f"{path} holds results of another plan; delete it, or name another --output")
+    return found
+
+
+def of_percent(results: dict, percent: int) -> list[str]:
+    """Kinds of a share of the labels of which there are results, in the order of the plan."""
+    return [kind for kind in PLAN[percent] if (percent, kind) in results]
+
+
+def write_page(args: argparse.Namespace, results: dict) -> str:
+    """The page: what was trained, and what was not."""
+    rows, wanting = [], []
+    for percent, kinds in PLAN.items():
+        for kind, seeds in kinds.items():
+            columns = results.get((percent, kind), {"AP": []})
+            count = len(columns["AP"])
+            if count < len(seeds):
+                wanting.append(f"{percent} % {kind} ({len(seeds) - count} of {len(seeds)} seeds)")
+            if count:
+                values = [spread(columns[name], ".1f") for name in METRICS]
+                rows.append([f"{percent} %", kind, str(count), *values, spread(columns[SECONDS], ".2f")])
+    headers = ["labels", "images without", "seeds", *METRICS, SECONDS]
+    iterations, burn_in = SHORT["SOLVER.MAX_ITER"], SEMI["SEMI_SUPERVISED.BURN_IN"]
+    how = (
+        f"The last weights on the test split after {iterations} iterations of 2 annotated images, with pseudo labels 2 "
+        f"others besides after {burn_in} of them; means over seeds, with the lowest and the highest. Those pretrained on "
+        f"regions had {iterations} iterations of them before. Trainings did not take turns, so their times can be compared "
+        "within a few tenths only. Each dot of the picture is a seed."
+    )
     lines = [
         "# Few labels, many pictures: BCCD",
         "",
         f"`{command_line(args)}`, {machine()}.",
         "",
-        f"The last weights on the test split after {SHORT['SOLVER.MAX_ITER']} iterations of 2 annotated",
-        f"images, with pseudo labels 2 others besides after {SEMI['SEMI_SUPERVISED.BURN_IN']} of them; means over seeds,",
-        f"with the lowest and the highest. Those pretrained on regions had {SHORT['SOLVER.MAX_ITER']} iterations of them",
-        "before. Trainings did not take turns, so their times can be compared within a few tenths only. Each dot of the",
-        "picture is a seed.",
+        textwrap.fill(how, 118),
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
@@ -168,22 +227,7 @@ def report(args: argparse.Namespace) -> str:
         "![AP against labels, and at 10 % of them by the use of pseudo labels](few_labels.png)",
         "",
     ]
-    output = Path(args.output or args.runs)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "few_labels.md").write_text("\n".join(lines))
-    draw(ends, output / "few_labels.png")
     return "\n".join(lines)
-
-
-def add_row(rows: list, wanting: list, share: str, kind: str, runs: list[Run | None]) -> None:
-    """Adds a line of the table for the runs that there are, and the name of what has not been trained."""
-    found = [run for run in runs if run is not None]
-    if len(found) < len(runs):
-        wanting.append(f"{share} {kind} ({len(runs) - len(found)} of {len(runs)} seeds)")
-    if found:
-        values = [spread([last(run, metric) for run in found], ".1f") for metric in METRICS.values()]
-        seconds = spread([run.seconds_an_iteration for run in found], ".2f")
-        rows.append([share, kind, str(len(found)), *values, seconds])
 
 
 def draw(ends: dict[tuple[int, str], list[float]], path: Path) -> None:

@@ -66,6 +66,71 @@ def test_the_table_has_what_was_trained_and_names_what_was_not(tmp_path, monkeyp
     assert Image.open(tmp_path / "few_labels.png").width > 1000
 
 
+COLUMNS = ("AP", "AP50", "platelets", "red cells", "white cells", "seconds an iteration")
+ONE = {name: [1.0] for name in COLUMNS}
+
+
+@pytest.fixture
+def a_report(tmp_path, monkeypatch):
+    """Reports what lies in a folder for the shares that are named; (exit code, rows of the table, results)."""
+    monkeypatch.setattr(measure_few_labels, "data_overrides", lambda args, percent: {})
+    (tmp_path / "data" / "bccd").mkdir(parents=True)
+    (tmp_path / "data" / "bccd" / "train.json").write_text("{}")
+
+    def report(runs, *percents):
+        line = ["--bccd", str(tmp_path / "data"), "--runs", str(runs), "--output", str(tmp_path), "--report"]
+        code = main([*line, "--percent", *percents])
+        page = (tmp_path / "few_labels.md").read_text() if code == 0 else ""
+        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if " % " in row[:8]]
+        return code, rows, json.loads((tmp_path / "few_labels.json").read_text())
+
+    return report
+
+
+def test_a_report_adds_to_the_results_of_another_machine(tmp_path, a_report):
+    for seed, ap in ((1, 40.0), (2, 44.0)):
+        finished(tmp_path / "first" / f"{folder_name(f'10 percent {ALONE}')}_seed{seed}", ap)
+    finished(tmp_path / "first" / f"{folder_name(f'10 percent {OURS}')}_seed1", 46.0)
+    assert a_report(tmp_path / "first", "10")[0] == 0
+    for seed, ap in ((1, 50.0), (2, 53.0)):
+        finished(tmp_path / "second" / f"{folder_name(f'10 percent {OURS}')}_seed{seed}", ap)
+    finished(tmp_path / "second" / f"{folder_name(f'10 percent {ALONE}')}_seed1", 60.0)
+    finished(tmp_path / "second" / f"{folder_name(f'20 percent {ALONE}')}_seed1", 70.0)
+    code, rows, results = a_report(tmp_path / "second", "10", "20")
+    assert code == 0
+    assert [row[:4] for row in rows] == [
+        ["10 %", ALONE, "2", "42.0 (40.0 to 44.0)"],  # one seed does not replace two
+        ["10 %", OURS, "2", "51.5 (50.0 to 53.0)"],
+        ["20 %", ALONE, "1", "70.0"],
+    ]
+    assert results["10"][OURS] == {name: [50.0 + i, 53.0 + i] for i, name in enumerate(COLUMNS[:5])} | {
+        COLUMNS[5]: [0.5, 0.5]
+    }
+    assert a_report(tmp_path / "second", "20") == (code, rows, results)  # whatever is named, the page is whole
+    assert a_report(tmp_path / "nothing", "5") == (code, rows, results)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        json.dumps({"10": {ALONE: {"AP": [1.0]}}}),
+        json.dumps({"10": {ALONE: ONE | {"AP": [1.0, 2.0]}}}),
+        json.dumps({"10": {"by magic": ONE}}),
+        json.dumps({"11": {ALONE: ONE}}),
+    ],
+    ids=["damaged", "a list", "column missing", "seeds missing", "unknown kind", "unknown share"],
+)
+def test_other_results_are_refused_and_kept(tmp_path, a_report, capsys, content):
+    finished(tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed1", 40.0)
+    (tmp_path / "few_labels.json").write_text(content)
+    line = ["--bccd", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--output", str(tmp_path), "--report"]
+    assert main([*line, "--percent", "10"]) == 2
+    assert "few_labels.json" in capsys.readouterr().err
+    assert (tmp_path / "few_labels.json").read_text() == content
+
+
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
     (tmp_path / "bccd").mkdir()
     (tmp_path / "bccd" / "train.json").write_text(json.dumps(valid_coco()))
