@@ -10,10 +10,9 @@ import torch._inductor.config
 from tabulate import tabulate
 from torch._dynamo.utils import counters
 
-from dn_detr_d2.inference import accelerate
 from dn_detr_d2.modeling.compiling import COMPILED
 
-from .detectors import Case, Detector, build_ours, config_of, seconds
+from .detectors import Case, Detector, build_accelerated, seconds
 
 # What is timed -> (attribute of a detector, key of the config, its values; the first one compiles nothing).
 PASSES = {
@@ -63,11 +62,8 @@ def _beside(plain: Callable[[], object], case: Case, what: str, key: str, value:
 
 
 def _build(case: Case, key: str, value: object) -> Detector:
-    """The detector with one key changed, as an evaluation prepares it."""
-    changed = replace(case, opts=(*case.opts, key, value))
-    detector = build_ours(changed)
-    accelerate(detector.model, config_of(changed))
-    return detector
+    """The detector with one key changed."""
+    return build_accelerated(replace(case, opts=(*case.opts, key, value)))
 
 
 def first_seconds(run: Callable[[], object], device: str) -> float:

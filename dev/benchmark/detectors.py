@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.engine.optimizer import build_optimizer
 from dn_detr_d2.engine.train_step import TrainStep
-from dn_detr_d2.inference import settle
+from dn_detr_d2.inference import accelerate, settle
 from dn_detr_d2.utils.precision import DTYPES
 
 PRECISIONS = {"fp32": None, **DTYPES}
@@ -132,6 +132,13 @@ def build_ours(case: Case, *, settled: bool = False) -> Detector:
             return model(batch)
 
     return Detector(model, step, detect, optimizer, batch, folder)
+
+
+def build_accelerated(case: Case, *, settled: bool = False) -> Detector:
+    """As :func:`build_ours`, and images pass as ``TEST.COMPILE`` and ``TEST.CUDA_GRAPHS`` say."""
+    detector = build_ours(case, settled=settled)
+    accelerate(detector.model, config_of(case))
+    return detector
 
 
 class _Again:

@@ -174,6 +174,15 @@ def test_settings_are_those_of_inference(capsys):
     assert rows == ["setting", "as built", "settled", "TEST.FOLD_NORMS False"]
 
 
+def test_a_setting_that_compiles_is_compiled(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: asked.append(f.__name__) or f)
+    size = ["--size", "64", "64", "--rounds", "1", "--batch", "1"]
+    settings = ["--setting", "settled TEST.COMPILE True", "--setting", "settled"]
+    assert benchmark_detector.main(["--config-file", DEFORMABLE, *size, *settings, *map(str, TOY)]) == 0
+    assert asked == ["forward_tensors"]
+
+
 def test_a_settled_detector_detects_the_same_with_folded_norms(detector):
     settled = build_ours(CASE, settled=True)
     fresh = build_ours(CASE)
