@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from detectron2.config import get_cfg
 
-from dn_detr_d2 import add_dn_detr_config
+from dn_detr_d2 import add_dn_detr_config, setup_cfg
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
@@ -53,6 +53,20 @@ def test_programs_and_tests_that_a_page_names_exist(path):
     named = re.findall(r"(?<![\w/.])((?:tools|dev|tests|configs|csrc|dn_detr_d2|docs)/[\w/.-]*\w)", path.read_text())
     made_by_user = {"configs/cells.yaml", "configs/NAME.yaml", "configs/CONFIG.yaml", "dn_detr_d2/_build.txt"}
     assert [x for x in named if x not in made_by_user and not (ROOT / x).exists()] == []
+
+
+CONFIGS = [
+    pytest.param(text, id=f"{path.relative_to(ROOT)}-{i}")
+    for path in PAGES
+    for i, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))
+    if "/path/to/" not in text  # Detectron2's own configs lie where its repository was cloned
+]
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_configs_of_a_page_are_taken(text, tmp_path):
+    (tmp_path / "page.yaml").write_text(text)
+    setup_cfg(str(tmp_path / "page.yaml"), [], splits=())
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -124,6 +124,8 @@ def refuse_inputs(args: argparse.Namespace) -> None:
     """Raises UserError unless there is an annotation file and its folder, or a folder alone with options for it."""
     if not Path(args.annotations).is_dir():
         if args.folder is None:
+            if not Path(args.annotations).exists():
+                raise UserError(f"{args.annotations} does not exist; paths are relative to the current folder")
             raise UserError(f"name the IMAGE_FOLDER that file_name in {args.annotations} is relative to")
         return
     if args.folder is not None:

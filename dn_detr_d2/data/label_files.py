@@ -106,7 +106,7 @@ def normal(name: str) -> str:
 def walk(folder: Path, suffixes: tuple[str, ...], tally: Tally) -> list[str]:
     """Files below ``folder`` that end in one of ``suffixes``, relative to it with slashes, in order.
 
-    Hidden ones (.DS_Store, ._name, __MACOSX) and links to folders are left out and counted; raises OSError.
+    Hidden ones (.DS_Store, ._name, __MACOSX) and links to folders are left out and counted; raises DatasetError.
     """
     found = []
 
@@ -124,7 +124,9 @@ def walk(folder: Path, suffixes: tuple[str, ...], tally: Tally) -> list[str]:
 
 
 def _fail(error: OSError):
-    raise error
+    raise DatasetError(
+        f"{error.filename} cannot be searched: {error.strerror}; allow it, or move it elsewhere"
+    ) from None
 
 
 def check_label_file(path: Path, roots: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Images without annotations: which they are, their two views, and their place in the stream."""
 
 import io
+import json
 from itertools import islice
 
 import numpy as np
@@ -18,7 +19,14 @@ from dn_detr_d2.data import build_train_loader
 from dn_detr_d2.data.mapper import DetrDatasetMapper
 from dn_detr_d2.data.registered import records_of
 from dn_detr_d2.data.stream import MixedPositions, MixedStream, Positions, TrainingStream
-from dn_detr_d2.data.unlabeled import WEAK, StrongAugmentation, UnlabeledMapper, UnlabeledStream, unlabeled_records
+from dn_detr_d2.data.unlabeled import (
+    WEAK,
+    StrongAugmentation,
+    UnlabeledMapper,
+    UnlabeledStream,
+    images_below,
+    unlabeled_records,
+)
 from dn_detr_d2.utils.rng import isolated_rng
 
 SEMI = ["SEMI_SUPERVISED.ENABLED", True, "MODEL_EMA.ENABLED", True, "SEMI_SUPERVISED.BURN_IN", 1]
@@ -50,8 +58,6 @@ def test_folders_are_relative_to_the_data_sets(tmp_path, monkeypatch):
 
 
 def test_a_coco_file_needs_no_annotations(tmp_path):
-    import json
-
     content = valid_coco()
     del content["annotations"]
     (tmp_path / "test.json").write_text(json.dumps(content))
@@ -61,6 +67,31 @@ def test_a_coco_file_needs_no_annotations(tmp_path):
     cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.COCO_JSON", [entry], "DATASETS.UNLABELED", ("test_unlabeled",))
     assert len(unlabeled_records(cfg)) == len(content["images"])
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3  # those of the training
+
+
+def test_sizes_of_a_coco_file_that_are_exchanged_do_no_harm(tmp_path):
+    """As they are where a photograph's orientation was applied to its size, and its annotations are not used anyway."""
+    content = valid_coco()
+    for image in content["images"]:
+        picture(tmp_path / "images" / image["file_name"], (40, 30))
+        image.update(width=30, height=40)
+    content["annotations"] = []
+    (tmp_path / "turned.json").write_text(json.dumps(content))
+    entry = ["turned_unlabeled", str(tmp_path / "turned.json"), str(tmp_path / "images")]
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.COCO_JSON", [entry], "DATASETS.UNLABELED", ("turned_unlabeled",))
+    mapper = UnlabeledMapper(cfg)
+    made = [mapper(record) for record in unlabeled_records(cfg)]
+    assert len(made) == len(content["images"])
+    assert all((x["height"], x["width"]) == (30, 40) for x in made)
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Whoever runs the tests may be root, who can read everything."""
+    picture(tmp_path / "pictures" / "a.png")
+    refused = PermissionError(13, "Permission denied", str(tmp_path / "pictures" / "lost+found"))
+    monkeypatch.setattr("os.walk", lambda folder, onerror: onerror(refused))
+    with pytest.raises(DatasetError, match=naming("lost+found", "Permission denied")):
+        images_below(tmp_path / "pictures")
 
 
 def test_what_is_neither_a_data_set_nor_a_folder_is_refused_before_anything_starts(tmp_path):
