@@ -150,15 +150,19 @@ def report(args: argparse.Namespace) -> str:
                 for seed, start in zip(seeds, starts, strict=True)
             ]
             found = [run for run in runs if run is not None]
-            if len(found) >= len(results.get((percent, kind), {}).get("AP", [])) and found:
+            kept = results.get((percent, kind))
+            if found and (kept is None or len(found) >= len(kept["AP"])):
                 results[percent, kind] = values_of(found)
     if not results:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
-    page = write_page(args, results)
+    page = page_of(args, results)
     output.mkdir(parents=True, exist_ok=True)
     (output / "few_labels.md").write_text(page)
     draw({key: values["AP"] for key, values in results.items()}, output / "few_labels.png")
-    nested = {str(percent): {kind: results[percent, kind] for kind in of_percent(results, percent)} for percent in PLAN}
+    nested = {
+        str(percent): {kind: results[percent, kind] for kind in kinds if (percent, kind) in results}
+        for percent, kinds in PLAN.items()
+    }
     (output / RESULTS).write_text(json.dumps(nested, indent=2) + "\n")
     return page
 
@@ -189,12 +193,7 @@ def read_results(path: Path) -> dict[tuple[int, str], dict[str, list[float]]]:
     return found
 
 
-def of_percent(results: dict, percent: int) -> list[str]:
-    """Kinds of a share of the labels of which there are results, in the order of the plan."""
-    return [kind for kind in PLAN[percent] if (percent, kind) in results]
-
-
-def write_page(args: argparse.Namespace, results: dict) -> str:
+def page_of(args: argparse.Namespace, results: dict) -> str:
     """The page: what was trained, and what was not."""
     rows, wanting = [], []
     for percent, kinds in PLAN.items():
