@@ -6,7 +6,8 @@
 
 The boxes have one class, "region", and come from a segmentation of the image alone. A training on them, in COCO format,
 learns to find and to restore them; one with labels then begins with its weights (docs/few_labels.md). Needs scikit-image:
-pip install 'dn_detr_d2[regions]'. Exit code 1: images that cannot be read were left out; 2: bad input.
+pip install 'dn_detr_d2[regions]'. Exit code 1: images that a training would refuse were left out, those that cannot be read
+and links that lead out of the folder; 2: bad input.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from dn_detr_d2 import DatasetError, UserError
 from dn_detr_d2.command_line import FAILED, require_new_file, run_command
 from dn_detr_d2.data import load_coco_json, read_image
 from dn_detr_d2.data.check_set import write_json
+from dn_detr_d2.data.images import ImageFolder
 from dn_detr_d2.data.regions import propose_regions
 from dn_detr_d2.data.unlabeled import images_below
 
@@ -43,17 +45,17 @@ def chosen_images(args: argparse.Namespace) -> list[Path]:
 
 
 def content_of(files: list[Path], folder: Path, top: int) -> dict:
-    """COCO-format dict of the regions of images, whose names are relative to ``folder``; of those that can be read."""
-    images, annotations = [], []
+    """COCO-format dict of the regions of images, whose names are relative to ``folder``; of those that can be trained on."""
+    images, annotations, finder = [], [], ImageFolder(folder)
     for number, file in enumerate(files, 1):
+        name = str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
         try:
-            image = read_image(str(file), "RGB")
+            image = read_image(finder.find(name), "RGB")
         except DatasetError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
         boxes, scores = propose_regions(image, top)
         height, width = image.shape[:2]
-        name = str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for (x0, y0, x1, y1), score in zip(boxes.tolist(), scores.tolist(), strict=True):
             box = [x0, y0, x1 - x0, y1 - y0]
@@ -74,7 +76,7 @@ def write(args: argparse.Namespace) -> int:
     files = chosen_images(args)
     content = content_of(files, Path(args.images), args.top)
     if not content["images"]:
-        raise UserError(f"{args.images} holds no image that can be read")
+        raise UserError(f"{args.images} holds no image that a training takes")
     write_json(content, args.output)
     print(f"{args.output}: {len(content['annotations'])} regions of {len(content['images'])} images")
     return FAILED if len(content["images"]) < len(files) else 0

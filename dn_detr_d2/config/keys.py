@@ -390,7 +390,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
     # End the training after PATIENCE evaluations in a row whose AP (of the first test set; with EMA, the larger of both) is
-    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never.
+    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never. Evaluations within
+    # SEMI_SUPERVISED.BURN_IN do not count.
     cfg.SOLVER.EARLY_STOPPING = CfgNode()
     cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
     cfg.SOLVER.EARLY_STOPPING.MIN_DELTA = 0.0

@@ -7,6 +7,7 @@ Every image is decoded by the code that decodes it for training. A *row* is the 
 
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +47,12 @@ STOPPING = (
 
 
 def check_images(
-    images: list[dict], folder: str | Path, report: Report, unusable: dict[int, str] | None = None
+    images: list[dict],
+    folder: str | Path,
+    report: Report,
+    unusable: dict[int, str] | None = None,
+    *,
+    links: bool = False,
 ) -> np.ndarray:
     """Decodes every image and adds what is wrong with it to ``report``.
 
@@ -55,15 +61,17 @@ def check_images(
         folder: what their ``file_name`` is relative to.
         report: is added to.
         unusable: {row of an image that training would stop at: the reason} is added to.
+        links: whether files may be links that lead out of the folder: where it was searched and no annotation file has
+            named them.
 
     Returns:
         numpy.ndarray: (I, 2) float64 (height, width) of the files; as annotated, or infinite, where one cannot be read.
     """
-    sizes, finder = annotated_sizes(images), ImageFolder(folder)
+    sizes, find = annotated_sizes(images), Path(folder).joinpath if links else ImageFolder(folder).find
     unusable = {} if unusable is None else unusable
     rows = [i for i, image in enumerate(images) if is_file_name(image.get("file_name"))]  # the others are reported
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
-        looks = pool.map(lambda i: _look(finder, images[i]["file_name"]), rows)
+        looks = pool.map(lambda i: _look(find, images[i]["file_name"]), rows)
         for i, facts in zip(rows, looks, strict=True):
             if isinstance(facts, DatasetError):
                 report.add(facts.kind, f"{name_of(images[i])}: {facts}")
@@ -85,9 +93,9 @@ def header_sizes(images: list[dict], folder: str | Path) -> np.ndarray:
     return sizes
 
 
-def _look(finder: ImageFolder, file_name: str) -> ImageFacts | DatasetError:
+def _look(find: Callable[[str], str | Path], file_name: str) -> ImageFacts | DatasetError:
     try:
-        return image_facts(finder.find(file_name))
+        return image_facts(str(find(file_name)))
     except DatasetError as error:
         return error
 

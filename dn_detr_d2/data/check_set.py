@@ -56,7 +56,7 @@ def folder_content(folder: str, say: Callable[[str], None] = print) -> dict:
     """The content of an annotation file that lists the images below a folder and annotates none.
 
     Args:
-        folder: hidden files and links to folders in it are left out.
+        folder: hidden files and links to folders in it are left out; links to files are followed.
         say: takes a line about what is left out.
 
     Raises:
@@ -74,7 +74,7 @@ def folder_content(folder: str, say: Callable[[str], None] = print) -> dict:
 def check_folder(content: dict, folder: str) -> Report:
     """What is wrong with the images of :func:`folder_content`."""
     report = Report(annotated=False, num_images=len(content["images"]))
-    check_images(content["images"], folder, report)
+    check_images(content["images"], folder, report, links=True)
     return report
 
 

@@ -178,6 +178,28 @@ def load_coco_json(json_file: str | Path, image_folder: str | Path) -> list[dict
     return load_with_categories(Path(json_file), Path(image_folder))[0]
 
 
+def load_images(json_file: Path, image_folder: Path) -> list[dict]:
+    """``file_name`` and ``image_id`` of the images that a COCO-format file lists, in the order of the ids.
+
+    Nothing else in the file is looked at, so it needs no categories, and sizes or annotations may be wrong.
+
+    Args:
+        json_file: with "images".
+        image_folder: what ``file_name`` is relative to.
+
+    Raises:
+        DatasetError: a file is missing, or the images are not listed as they should be.
+    """
+    images, report = read_content(json_file).get("images"), Report()
+    if isinstance(images, list):
+        kept = ("id", "file_name")
+        images = [{key: x[key] for key in kept if key in x} if isinstance(x, dict) else x for x in images]
+    content, _ = normalised({"images": images}, report)
+    log_left_out(report, json_file)
+    records = image_records(content, json_file, image_folder)
+    return [records[key] for key in sorted(records, key=sort_key)]
+
+
 def load_with_categories(
     json_file: Path, image_folder: Path, published: bool = False, masks: bool = False
 ) -> tuple[list[dict], dict]:

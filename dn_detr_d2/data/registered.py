@@ -1,6 +1,6 @@
 """The records of a registered data set; Detectron2's COCO sets come through our reader, like those of the config."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -25,8 +25,14 @@ USERS_SETS = {
 }
 
 
-def register_data_sets(cfg, used: Iterable[str]) -> None:
-    """Registers the data sets that the config lists; those of ``used`` are read and must be there.
+def register_data_sets(cfg, used: Collection[str], unlabeled: Collection[str] = ()) -> None:
+    """Registers the data sets that the config lists; those that are used are read and must be there.
+
+    Args:
+        cfg: its ``DATASETS``.
+        used: names of data sets whose annotations are used.
+        unlabeled: entries whose images alone are used. A set of ``COCO_JSON`` is not registered for them: that its images
+            can be read without categories is the affair of :mod:`.unlabeled`.
 
     Raises:
         ConfigError: an entry of another form, or a name that is taken.
@@ -36,7 +42,8 @@ def register_data_sets(cfg, used: Iterable[str]) -> None:
         for entry in cfg.DATASETS[key]:
             if not isinstance(entry, list | tuple) or len(entry) != parts.count(",") + 1 or not entry[0]:
                 raise ConfigError(f"DATASETS.{key} takes [{parts}] entries, got {entry!r}")
-            register(*entry, must_exist=entry[0] in used)
+            images_alone = entry[0] in unlabeled and key != "COCO_JSON"
+            register(*entry, must_exist=entry[0] in used or images_alone)
 
 
 def listed_sets(cfg) -> set[str]:

@@ -72,7 +72,8 @@ class Report:
         for level in Severity:
             found = [(kind, n) for kind, n in self.ordered() if kind.severity is level]
             if found:
-                lines.append(f"{level.value}:")
+                stops = level is Severity.STOPS and not self.annotated
+                lines.append("the training leaves it out:" if stops else f"{level.value}:")
             for kind, n in found:
                 more = f", and {n - len(self.first[kind])} more" if n > len(self.first[kind]) else ""
                 lines.append(f"  {n} x {kind}: {'; '.join(self.first[kind])}{more}")

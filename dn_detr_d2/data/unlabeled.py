@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..errors import ConfigError, DatasetError
-from .coco_custom import check_files, class_names, dataset_path
+from .coco_custom import check_files, class_names, dataset_path, load_images, require_files
 from .images import image_size
 from .label_files import SUFFIXES, Tally, walk
 from .mapper import DetrDatasetMapper
@@ -34,27 +34,45 @@ def check_unlabeled(cfg) -> None:
 
     Raises:
         ConfigError: there is no entry, or such a one.
-        DatasetError: a folder without an image whose header can be read, or files of a data set are missing.
+        DatasetError: a folder without an image whose header can be read, files of a data set that are missing, or a file of
+            ``DATASETS.COCO_JSON`` whose images are not listed as they should be.
     """
     if not cfg.DATASETS.UNLABELED:
         raise ConfigError("DATASETS.UNLABELED is empty; name data sets, or folders of images")
     for entry in cfg.DATASETS.UNLABELED:
-        if not isinstance(entry, str):
-            raise ConfigError(f"DATASETS.UNLABELED takes names of data sets and folders of images, got {entry!r}")
-        folder = dataset_path(entry)
-        if entry not in DatasetCatalog and folder.is_dir():
-            if all(map(_fault_of, images_below(folder))):
-                raise DatasetError(
-                    f"DATASETS.UNLABELED: the folder {folder} has no image that can be read ({', '.join(SUFFIXES)})"
-                )
-            continue
-        try:
-            class_names(entry)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{error}; an entry of DATASETS.UNLABELED may also be a folder of images, but there is none at {folder}"
-            ) from None
-        check_files(entry)
+        reader, *arguments = _reader_of(cfg, entry)
+        if reader is _of_data_set:
+            check_files(entry)
+        elif reader is load_images:
+            reader(*arguments)
+        elif all(map(_fault_of, images_below(*arguments))):
+            raise DatasetError(
+                f"DATASETS.UNLABELED: the folder {arguments[0]} has no image that can be read ({', '.join(SUFFIXES)})"
+            )
+
+
+def _reader_of(cfg, entry) -> tuple:
+    """What reads the images of an entry of ``DATASETS.UNLABELED``, and its arguments; raises ConfigError.
+
+    A set of ``DATASETS.COCO_JSON`` that is not used otherwise has not been registered, because it needs no categories.
+    """
+    if not isinstance(entry, str):
+        raise ConfigError(f"DATASETS.UNLABELED takes names of data sets and folders of images, got {entry!r}")
+    listed = {name: files for name, *files in cfg.DATASETS.COCO_JSON}
+    if entry in listed and entry not in DatasetCatalog:
+        json_file, folder = map(dataset_path, listed[entry])
+        require_files(entry, {"json_file": json_file, "image_root": folder})
+        return load_images, json_file, folder
+    folder = dataset_path(entry)
+    if entry not in DatasetCatalog and folder.is_dir():
+        return _of_folder, folder
+    try:
+        class_names(entry)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; an entry of DATASETS.UNLABELED may also be a folder of images, but there is none at {folder}"
+        ) from None
+    return _of_data_set, entry
 
 
 def unlabeled_records(cfg) -> list[dict]:
@@ -65,10 +83,10 @@ def unlabeled_records(cfg) -> list[dict]:
     Raises:
         ConfigError, DatasetError: see :func:`check_unlabeled`; or no image can be read.
     """
-    check_unlabeled(cfg)
     records = []
     for entry in cfg.DATASETS.UNLABELED:
-        found = _of_data_set(entry) if entry in DatasetCatalog else _of_folder(dataset_path(entry))
+        reader, *arguments = _reader_of(cfg, entry)
+        found = reader(*arguments)
         logger.info("DATASETS.UNLABELED: %s has %d images", entry, len(found))
         records += found
     if not records:
@@ -78,7 +96,10 @@ def unlabeled_records(cfg) -> list[dict]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders in order; hidden ones and links to folders are left out."""
+    """The image files of a folder and its subfolders, and links to such, in order.
+
+    Hidden ones and links to folders are left out.
+    """
     return [folder / name for name in walk(folder, SUFFIXES, Tally())]
 
 

@@ -34,7 +34,7 @@ def setup_cfg(
     cfg = load_config(config_file, opts)
     used = [name for split in splits for name in cfg.DATASETS[split]]
     unlabeled = cfg.DATASETS.UNLABELED if "TRAIN" in splits and cfg.SEMI_SUPERVISED.ENABLED else ()
-    register_data_sets(cfg, [*used, *unlabeled])
+    register_data_sets(cfg, used, unlabeled)
     if "TRAIN" in splits and not used and cfg.MODEL.DN_DETR.NUM_CLASSES is None:
         raise ConfigError("MODEL.DN_DETR.NUM_CLASSES is 'auto', but DATASETS names no data set; set the number")
     if used:

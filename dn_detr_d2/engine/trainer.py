@@ -139,8 +139,8 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         found = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
         period, metrics = cfg.TEST.EVAL_PERIOD, best_metrics(cfg)
-        restart = cfg.SEMI_SUPERVISED.BURN_IN if cfg.SEMI_SUPERVISED.ENABLED else 0
-        averages = [AverageHook(self.averaged, unwrap(self.model), restart)] if self.averaged else []
+        burn_in = cfg.SEMI_SUPERVISED.BURN_IN if cfg.SEMI_SUPERVISED.ENABLED else 0
+        averages = [AverageHook(self.averaged, unwrap(self.model), burn_in)] if self.averaged else []
         added = [hooks.EvalHook(period, self.test_averaged)] if self.averaged else []
         added += [BestCheckpointer(period, self.checkpointer, metric) for metric in metrics] + build_diagnostics(cfg)
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
@@ -154,10 +154,9 @@ class Trainer(DefaultTrainer):
         settling = SettleHook((cfg.SOLVER.CHECKPOINT_PERIOD, period, cfg.TEST.INSTABILITY.PERIOD, writing), stop)
         checkpoints = self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, stop)
         found[evaluation:evaluation] = [checkpoints, LeaveHook(stop)]
-        node = cfg.SOLVER.EARLY_STOPPING
-        ends = (
-            [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA)] if node.PATIENCE else []
-        )
+        node, ends = cfg.SOLVER.EARLY_STOPPING, []
+        if node.PATIENCE:
+            ends = [EarlyStopping(self.checkpointer, period, metrics, node.PATIENCE, node.MIN_DELTA, burn_in)]
         noise = cfg.MODEL.DN_DETR.DENOISING.NOISE_SCHEDULE
         schedule = NoiseSchedule(noise.NAME, noise.START, noise.END)
         self._progress = ProgressBar(cfg.PROGRESS_BAR)

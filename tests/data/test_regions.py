@@ -1,10 +1,12 @@
 """Regions that look like objects, on drawn discs whose boxes are known, and the file that is written of them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from naming import naming
 from PIL import Image
 from torchvision.ops import box_iou
 
@@ -99,3 +101,14 @@ def test_bad_input_is_refused(line, tmp_path, monkeypatch, capsys):
     assert main(line) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_the_file_names_no_image_that_a_training_would_refuse(tmp_path, capsys):
+    """A link that leads out of the image folder."""
+    (tmp_path / "images").mkdir()
+    for name in ("images/a.png", "elsewhere.png"):
+        Image.fromarray(scene()).save(tmp_path / name)
+    (tmp_path / "images" / "b.png").symlink_to(tmp_path / "elsewhere.png")
+    assert main([str(tmp_path / "images"), str(tmp_path / "all.json")]) == 1
+    assert naming("left out", "b.png", "elsewhere.png").search(capsys.readouterr().err)
+    assert [Path(x["file_name"]).name for x in load_coco_json(tmp_path / "all.json", tmp_path / "images")] == ["a.png"]

@@ -69,6 +69,50 @@ def test_a_coco_file_needs_no_annotations(tmp_path):
     assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3  # those of the training
 
 
+@pytest.mark.parametrize("missing", ["categories", "annotations", "both"])
+def test_a_coco_file_lists_images_whatever_else_is_in_it(tmp_path, missing):
+    """Neither categories nor annotations of such a file are used, and its sizes are not either."""
+    content = valid_coco()
+    for image in content["images"]:
+        picture(tmp_path / "images" / image["file_name"], (40, 30))
+        image["width"] = "wide"
+    content["annotations"][0]["bbox"] = None
+    for key in ("categories", "annotations") if missing == "both" else (missing,):
+        del content[key]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    name = f"unlabeled_without_{missing}"
+    entry = [name, str(tmp_path / "test.json"), str(tmp_path / "images")]
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.COCO_JSON", [entry], "DATASETS.UNLABELED", (name,))
+    expected = [str(tmp_path / "images" / x["file_name"]) for x in sorted(content["images"], key=lambda x: x["id"])]
+    assert [x["file_name"] for x in unlabeled_records(cfg)] == expected
+    assert cfg.MODEL.DN_DETR.NUM_CLASSES == 3  # those of the training
+    with pytest.raises(DatasetError, match=naming("test.json")):  # annotations are wanted of it
+        make_cfg(tmp_path / "out", "DATASETS.COCO_JSON", [entry], "DATASETS.TRAIN", (name,))
+
+
+@pytest.mark.parametrize(("change", "named"), [("image", "a.png"), ("file", "gone.json"), ("folder", "nowhere")])
+def test_a_coco_file_whose_images_are_not_there_is_refused_before_anything_starts(tmp_path, change, named):
+    content = {"images": [{"id": 1, "file_name": "a.png"}]}
+    (tmp_path / "images").mkdir()
+    if change != "image":
+        picture(tmp_path / "images" / "a.png")
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    file = tmp_path / ("gone.json" if change == "file" else "set.json")
+    folder = tmp_path / ("nowhere" if change == "folder" else "images")
+    entry = ["absent_images", str(file), str(folder)]
+    with pytest.raises(DatasetError, match=naming(named)):
+        make_cfg(tmp_path / "out", *SEMI, "DATASETS.COCO_JSON", [entry], "DATASETS.UNLABELED", ("absent_images",))
+
+
+def test_links_to_images_elsewhere_are_images_of_a_folder(tmp_path):
+    """A folder of links is how some of many images are chosen; no annotation file has a say in where they lead."""
+    picture(tmp_path / "archive" / "a.png")
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen" / "a.png").symlink_to(tmp_path / "archive" / "a.png")
+    cfg = make_cfg(tmp_path / "out", *SEMI, "DATASETS.UNLABELED", (str(tmp_path / "chosen"),))
+    assert [x["image_id"] for x in unlabeled_records(cfg)] == ["a.png"]
+
+
 def test_sizes_of_a_coco_file_that_are_exchanged_do_no_harm(tmp_path):
     """As they are where a photograph's orientation was applied to its size, and its annotations are not used anyway."""
     content = valid_coco()

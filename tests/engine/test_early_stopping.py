@@ -52,7 +52,20 @@ def _scored(monkeypatch):
     ([math.nan, 1], 0, 0),
 ])  # fmt: skip
 def test_evaluations_without_improvement(values, min_delta, expected):
-    assert without_improvement(list(enumerate(values)), min_delta) == expected
+    assert without_improvement(list(enumerate(values, 1)), min_delta) == expected
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0, 4), (1, 4), (3, 2), (4, 1), (5, 0), (9, 0)])
+def test_evaluations_before_the_start_do_not_count_but_are_what_is_improved_on(start, expected):
+    assert without_improvement(list(enumerate([5, 4, 4, 4.5, 4.9], 1)), start=start) == expected
+
+
+@pytest.mark.usefixtures("_scored")
+def test_patience_does_not_run_out_before_pseudo_labels_are_used(tmp_path):
+    """It would after iteration 4, as above: with the burn-in, 2.5 after it is the only one that counts before 9."""
+    semi = ["SEMI_SUPERVISED.ENABLED", True, "SEMI_SUPERVISED.BURN_IN", 5, "DATASETS.UNLABELED", ("shapes_val",)]
+    train(make_cfg(tmp_path, *PATIENT, *semi, "MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5))
+    assert load(tmp_path)["iteration"] == 7
 
 
 @pytest.mark.usefixtures("_scored")

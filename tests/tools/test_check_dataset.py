@@ -12,7 +12,7 @@ from pycocotools import mask as mask_util
 from dn_detr_d2 import DatasetError, setup_cfg
 from dn_detr_d2.commands import check as tool
 from dn_detr_d2.data import load_coco_json
-from dn_detr_d2.data.issues import Issue
+from dn_detr_d2.data.issues import Issue, Severity
 from dn_detr_d2.data.label_files import LINKED
 from dn_detr_d2.data.mapper import DetrDatasetMapper
 
@@ -399,6 +399,7 @@ def test_images_without_annotations_are_checked(unlabeled, capsys):
     assert f"1 x {Issue.DAMAGED}" in out
     assert "half.png" in out
     assert "annotations" not in out
+    assert Severity.STOPS.value not in out  # a training leaves it out
     (unlabeled / "sub" / "half.png").unlink()
     assert tool.main([str(unlabeled)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no problems"
@@ -431,6 +432,18 @@ def test_a_folder_of_images_takes_nothing_about_annotations(run, unlabeled, tmp_
     places = {"folder": unlabeled, "set": tmp_path / "set.json", "empty": tmp_path / "empty"}
     assert tool.main([argument.format(**places) for argument in arguments]) == 2
     assert naming(*named).search(capsys.readouterr().err)
+
+
+def test_links_to_images_elsewhere_are_images_of_a_folder(unlabeled, capsys):
+    """As for a training; a link that leads nowhere is left out."""
+    (unlabeled / "sub" / "half.png").unlink()
+    (unlabeled / "whole.png").rename(unlabeled.parent / "elsewhere.png")
+    (unlabeled / "linked.png").symlink_to(unlabeled.parent / "elsewhere.png")
+    assert tool.main([str(unlabeled)]) == 0
+    assert "1 images" in capsys.readouterr().out
+    (unlabeled / "lost.png").symlink_to(unlabeled.parent / "nowhere.png")
+    assert tool.main([str(unlabeled)]) == 1
+    assert f"1 x {Issue.MISSING}" in capsys.readouterr().out
 
 
 def test_folders_behind_links_are_named_and_not_searched(unlabeled, tmp_path, capsys):

@@ -22,18 +22,19 @@ class EarlyEnd(BaseException):
     """A training ends before its last iteration. No error, so ``except Exception`` must not catch it."""
 
 
-def without_improvement(history: History, min_delta: float = 0.0) -> int:
+def without_improvement(history: History, min_delta: float = 0.0, start: int = 0) -> int:
     """Number of evaluations since the last that was better than all before it by more than ``min_delta``.
 
     Args:
         history: (iterations done, value) in order of time; a value that is no number is no improvement. Before the first
             number nothing is counted: there is nothing to improve on.
         min_delta: in units of the value, which is to grow.
+        start: evaluations after so many iterations or fewer are not counted; what comes later must be better than they.
     """
     best, since = -math.inf, 0
-    for _, value in history:
+    for done, value in history:
         better = math.isfinite(value) and value > best + min_delta
-        best, since = (value, 0) if better else (best, since + 1)
+        best, since = (value, 0) if better else (best, since + (done > start))
     return since if math.isfinite(best) else 0
 
 
@@ -59,17 +60,24 @@ class EarlyStopping(HookBase):
         metrics: names of values in the event storage; the largest of them counts.
         patience: evaluations without improvement after which it ends.
         min_delta: what a value must be above the best to count as an improvement, in its units.
+        start: iterations within which patience does not run out, such as the burn-in of a semi-supervised training.
 
     Raises:
         ConfigError: nothing is evaluated during the training.
     """
 
     def __init__(
-        self, checkpointer: Checkpointer, period: int, metrics: list[str], patience: int, min_delta: float = 0.0
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        metrics: list[str],
+        patience: int,
+        min_delta: float = 0.0,
+        start: int = 0,
     ):
         require_evaluations(period, metrics, patience)
         self.checkpointer, self.period, self.metrics = checkpointer, period, metrics
-        self.patience, self.min_delta, self.history = patience, min_delta, []
+        self.patience, self.min_delta, self.start, self.history = patience, min_delta, start, []
 
     @property
     def _record(self) -> Path:
@@ -129,7 +137,7 @@ class EarlyStopping(HookBase):
 
     def _is_over(self) -> bool:
         """Rank 0 knows the values and decides for all."""
-        return comm.all_gather(without_improvement(self.history, self.min_delta) >= self.patience)[0]
+        return comm.all_gather(without_improvement(self.history, self.min_delta, self.start) >= self.patience)[0]
 
 
 def _history(record: dict) -> History:
