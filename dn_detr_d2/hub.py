@@ -110,12 +110,15 @@ def prepare_folder(cfg, folder: Path, repo: str) -> str:
 
 
 def portable(cfg) -> str:
-    """The config as YAML without paths of this machine; data sets keep their names."""
+    """The config as YAML without paths of this machine; data sets keep their names.
+
+    Without its unlabelled images a semi-supervised training is one of annotated images.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     changes = [x for key in LOCAL_KEYS for x in (key, "")] + [x for key in LOCAL_LISTS for x in (key, [])]
     cfg.merge_from_list(changes)
-    cfg.OUTPUT_DIR = "output"
+    cfg.OUTPUT_DIR, cfg.SEMI_SUPERVISED.ENABLED = "output", False
     return cfg.dump()
 
 

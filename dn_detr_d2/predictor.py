@@ -137,6 +137,12 @@ class Predictor(DefaultPredictor):
         """
         return to_supervision(found, list(self.cfg.MODEL.DN_DETR.CLASS_NAMES))
 
+    def require_prompts(self, kind: str) -> None:
+        """Raises ConfigError where the model takes no prompts of a kind, "known" or "labels", whatever the image."""
+        nothing = Instances((1, 1), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
+        prompts = {"known": None, "labels": None} | {kind: nothing if kind == "known" else []}
+        self._prompts(np.zeros((1, 1, 3), np.uint8), **prompts)
+
     def _prompts(self, image: np.ndarray, known: Instances | None, labels: Sequence[str | int] | None) -> dict:
         """What the model is told of an image, checked in pixels of the image."""
         prompts = {}

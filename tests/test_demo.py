@@ -287,10 +287,22 @@ def test_labels_that_do_not_exist_are_one_sentence(run, images, promptable, labe
     assert naming(*named).search(said)
 
 
-def test_a_model_with_learnt_contents_refuses_labels(run, images):
-    code, _, said = run("--input", images / "wide.jpg", "--labels", "a")
-    assert code == 1  # found at the image
+def test_a_model_with_learnt_contents_refuses_labels_once(run, images):
+    code, out, said = run("--input", images, "--labels", "a")
+    assert (code, out) == (2, "")  # found before the first image
     assert naming("QUERY_SOURCE.CONTENT").search(said)
+    assert not any(name in said for name in ("wide.jpg", "tall.png"))
+
+
+def test_a_model_with_masks_refuses_labels_once(run, toy_cfg, toy_model, finished, images):
+    cfg = toy_cfg("mask_dino")
+    torch.save({"model": toy_model("mask_dino").state_dict()}, finished[1])
+    cfg.MODEL.WEIGHTS = str(finished[1])
+    finished[0].write_text(cfg.dump())
+    code, out, said = run("--input", images, "--labels", "0")
+    assert (code, out) == (2, "")
+    assert naming("MASK.ENABLED").search(said)
+    assert not any(name in said for name in ("wide.jpg", "tall.png"))
 
 
 @pytest.mark.parametrize(("outputs", "word"), [

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from dn_detr_d2 import CheckpointError, setup_cfg
 from dn_detr_d2.checkpoint import CheckpointFile, download, write_checkpoint
 from dn_detr_d2.checkpoint import hub as hub_files
-from dn_detr_d2.hub import model_card, prepare_folder, results_of
+from dn_detr_d2.hub import model_card, portable, prepare_folder, results_of
 from dn_detr_d2.predictor import Predictor
 from dn_detr_d2.utils.files import sha256_of
 from tools import push_to_hub
@@ -102,6 +102,13 @@ def test_metrics_are_those_of_the_weights(trained, name, averaged, expected):
     cfg.MODEL.WEIGHTS = str(folder / f"{name}.pth")
     cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = averaged
     assert results_of(cfg) == expected
+
+
+def test_the_config_of_a_semi_supervised_training_is_one_without_its_images(trained):
+    cfg, _ = trained
+    cfg.merge_from_list(["SEMI_SUPERVISED.ENABLED", True, "DATASETS.UNLABELED", ["/data/not_annotated"]])
+    found = yaml.safe_load(portable(cfg))
+    assert (found["SEMI_SUPERVISED"]["ENABLED"], found["DATASETS"]["UNLABELED"]) == (False, [])
 
 
 def test_weights_that_were_not_evaluated_have_a_card_that_says_so(trained):

@@ -184,6 +184,13 @@ def read_known(path: str, images: list[Path], cfg) -> dict[Path, list[tuple[list
     return found
 
 
+def require_prompts(args: argparse.Namespace, demo: VisualizationDemo) -> None:
+    """Raises ConfigError where the model cannot take ``--known`` or ``--labels``, which no image changes."""
+    for kind in ("known", "labels"):
+        if getattr(args, kind) is not None:
+            demo.predictor.require_prompts(kind)
+
+
 def read_labels(text: str, cfg) -> list[int]:
     """Numbers of the classes of ``--labels``; raises UserError for unknown classes, or those that are named twice."""
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -316,6 +323,7 @@ def predict_images(args: argparse.Namespace) -> int:
     if folder is not None:
         make_folder(folder)
     demo = VisualizationDemo(cfg, threshold_of(args))
+    require_prompts(args, demo)
     records, failed = [], 0
     for path, target in progress_bar(targets.items(), len(targets), "image"):
         try:

@@ -313,6 +313,7 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Whether the losses of a pseudo label are weighted by its score.
     cfg.SEMI_SUPERVISED.WEIGHTED = True
     # Box noise of a pseudo label of score s is f = 1 + NOISE_GROWTH * (1 - s) times as large; 0 = as that of annotations.
+    # Where f * SIZE_NOISE_SCALE exceeds 1, some sides become 0.
     # Of contrastive denoising, whose near copies have a limit, a corner moves by u^(1/f) of it instead of u in [0, 1).
     cfg.SEMI_SUPERVISED.NOISE_GROWTH = 1.0
 
@@ -390,8 +391,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
     # End the training after PATIENCE evaluations in a row whose AP (of the first test set; with EMA, the larger of both) is
-    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never. Evaluations within
-    # SEMI_SUPERVISED.BURN_IN do not count.
+    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never. Evaluations
+    # within SEMI_SUPERVISED.BURN_IN do not count.
     cfg.SOLVER.EARLY_STOPPING = CfgNode()
     cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
     cfg.SOLVER.EARLY_STOPPING.MIN_DELTA = 0.0

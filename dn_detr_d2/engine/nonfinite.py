@@ -5,7 +5,6 @@ weights, images and boxes, inputs and outputs of every module, loss terms, gradi
 the cause, or the cause lies between the two modules around it.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -96,7 +95,7 @@ def search(
     parts: list[tuple],
     losses_of: Callable[[tuple], dict[str, Tensor]],
     with_gradients: bool,
-) -> tuple[NonfiniteTensor | None, tuple]:
+) -> tuple[NonfiniteTensor | None, tuple, bool]:
     """The first tensor that is not finite. A collective: the passes all-reduce.
 
     Args:
@@ -106,21 +105,25 @@ def search(
         with_gradients: whether to check gradients too, where the forward passes are finite.
 
     Returns:
-        tuple: the tensor, None if all are finite this time, and the part of the batch it belongs to.
+        tuple: the tensor, None if all are finite this time; the part of the batch that it belongs to, or whose pass has
+        raised FloatingPointError again; and whether there is such a tensor or part.
     """
-    state = [*model.named_parameters(), *model.named_buffers()]
+    state, failing = [*model.named_parameters(), *model.named_buffers()], []
     found = [(first_nonfinite((f"weight {name}", x) for name, x in state), parts[0])]
     for part in parts:
         found.append((first_nonfinite(_inputs(part[0])), part))
         with NonfiniteDetector(model) as detector, torch.set_grad_enabled(with_gradients):
-            losses = {}
-            with contextlib.suppress(FloatingPointError):  # of the matcher; the detector knows more
+            try:
                 losses = losses_of(part)
+            except FloatingPointError:  # where it is the matcher's, the detector knows more
+                losses = {}
+                failing.append(part)
         found.append((detector.found, part))
         found.append((first_nonfinite((f"loss term {name}", x) for name, x in losses.items()), part))
         if with_gradients and losses:
             found.append((_nonfinite_gradient(model, sum(losses.values()), detector), part))
-    return next(((finding, part) for finding, part in found if finding is not None), (None, parts[0]))
+    nothing = None, (failing or parts)[0], bool(failing)
+    return next(((finding, part, True) for finding, part in found if finding is not None), nothing)
 
 
 def _inputs(batch: list[dict]) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -26,18 +27,22 @@ class PseudoLabels:
         nms_iou: in [0, 1]; of detections that overlap by more, of whatever class, the best one is kept.
         weighted: losses of an object are multiplied with its score.
         noise_growth: an object of score s has the noise factor 1 + noise_growth * (1 - s).
+        most: detections that the teacher gives of an image at most; a warning says once where all of them reach the
+            thresholds, so that there may be more.
     """
 
     thresholds: Sequence[float]
     nms_iou: float = 0.7
     weighted: bool = True
     noise_growth: float = 1.0
+    most: int | None = None
 
     @classmethod
     def from_config(cls, cfg) -> "PseudoLabels":
         """From ``SEMI_SUPERVISED``."""
         node = cfg.SEMI_SUPERVISED
-        return cls(class_thresholds(cfg), node.NMS, node.WEIGHTED, node.NOISE_GROWTH)
+        most = cfg.TEST.DETECTIONS_PER_IMAGE
+        return cls(class_thresholds(cfg), node.NMS, node.WEIGHTED, node.NOISE_GROWTH, most)
 
     def __call__(self, detections: Instances) -> Instances:
         """``gt_boxes``, ``gt_classes`` and ``scores`` of an image, and the ``gt_weights`` and ``gt_noise_factors`` that are
@@ -48,7 +53,10 @@ class PseudoLabels:
         """
         found = detections.to("cpu")
         floors = torch.tensor(self.thresholds, dtype=found.scores.dtype)
-        found = found[(found.scores >= floors[found.pred_classes]) & found.pred_boxes.nonempty()]
+        sure = found.scores >= floors[found.pred_classes]
+        if len(found) == self.most and sure.all():
+            _warn_of_limit(self.most)
+        found = found[sure & found.pred_boxes.nonempty()]
         found = found[nms(found.pred_boxes.tensor, found.scores, self.nms_iou)]
         labels = Instances(
             found.image_size, gt_boxes=found.pred_boxes, gt_classes=found.pred_classes, scores=found.scores
@@ -63,6 +71,16 @@ class PseudoLabels:
         """What there is of an image of (height, width) in which nothing was detected."""
         empty = torch.zeros(0)
         return self(Instances(size, pred_boxes=Boxes(empty.reshape(0, 4)), scores=empty, pred_classes=empty.long()))
+
+
+@cache
+def _warn_of_limit(most: int) -> None:
+    logger.warning(
+        "all %d detections of the teacher in an image have become pseudo labels, as many as TEST.DETECTIONS_PER_IMAGE "
+        "allows: other objects of it are trained as background; raise TEST.DETECTIONS_PER_IMAGE, or "
+        "SEMI_SUPERVISED.THRESHOLD",
+        most,
+    )
 
 
 def class_thresholds(cfg) -> list[float]:

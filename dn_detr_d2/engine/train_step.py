@@ -347,12 +347,12 @@ class TrainStep(SimpleTrainer):
         present = self._snapshot()
         self._restore(step.before)
         model, message = unwrap(self.model), ""
-        finding, (images, *_) = search(
+        finding, (images, *_), again = search(
             model, step.parts, lambda part: self._losses(model, *part), with_gradients=only_gradients
         )
         found_somewhere = any(comm.all_gather(finding is not None))
         if finding is not None or (fault and not found_somewhere):
-            message = self._report(finding, fault, step, images)
+            message = self._report(finding, fault if again else f"{fault}, but not when repeated", step, images)
         self._restore(present)
         return next(message for message in comm.all_gather(message) if message)
 
@@ -361,7 +361,7 @@ class TrainStep(SimpleTrainer):
         rank = comm.get_rank()
         path = self.dump_folder / f"iteration_{step.iteration}_rank_{rank}"
         names = [file_name(image) for image in images]
-        what = f"{finding} ({fault})" if finding and fault else str(finding or f"{fault}, but not when repeated")
+        what = f"{finding} ({fault})" if finding and fault else str(finding or fault)
         content = {
             "iteration": step.iteration,
             "rank": rank,

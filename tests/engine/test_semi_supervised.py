@@ -16,7 +16,7 @@ from dn_detr_d2 import ConfigError
 from dn_detr_d2.data.registered import records_of
 from dn_detr_d2.engine import Trainer
 from dn_detr_d2.engine import trainer as trainer_module
-from dn_detr_d2.engine.pseudo_labels import PseudoLabels, class_thresholds
+from dn_detr_d2.engine.pseudo_labels import PseudoLabels, _warn_of_limit, class_thresholds
 from dn_detr_d2.engine.semi_supervised import SemiSupervisedStep
 from dn_detr_d2.engine.trainer import scaled_to_workers
 from dn_detr_d2.losses import LossNormalizers, StepNormalizers
@@ -55,6 +55,20 @@ def test_pseudo_labels_of_a_worked_example():
     assert len(plain) == 4
     assert not plain.has("gt_weights")
     assert not plain.has("gt_noise_factors")
+
+
+@pytest.mark.parametrize(("most", "scores", "warned"), [
+    (2, [0.9, 0.8], True), (2, [0.9, 0.3], False), (3, [0.9, 0.8], False), (None, [0.9, 0.8], False),
+])  # fmt: skip
+def test_as_many_pseudo_labels_as_there_may_be_detections_are_warned_of_once(most, scores, warned, caplog):
+    """An image may have more objects then, which would be trained as background."""
+    _warn_of_limit.cache_clear()
+    found = detections([[0, 0, 10, 10], [50, 50, 60, 60]], scores, [0, 1])
+    labels = PseudoLabels([0.4, 0.4], most=most)
+    with caplog.at_level("WARNING", "dn_detr_d2"):
+        labels(found)
+        labels(found)
+    assert caplog.text.count("all 2 detections") == warned
 
 
 def test_no_detection_is_no_pseudo_label():
@@ -276,7 +290,10 @@ def test_a_teacher_that_fails_costs_a_step_and_is_named(tmp_path):
     cfg = make_cfg(tmp_path / "out", *SEMI)
     with pytest.raises(FloatingPointError, match=naming("SEMI_SUPERVISED", "shapes_val")):
         train_with_failing_teacher(cfg, 0)
-    assert (tmp_path / "out" / "nan_report" / "iteration_3_rank_0.json").is_file()
+    report = json.loads((tmp_path / "out" / "nan_report" / "iteration_3_rank_0.json").read_text())
+    assert report["images"]
+    assert all("shapes_val" in name for name in report["images"])  # not the annotated ones of the step
+    assert "not when repeated" not in report["fault"]
 
 
 def skips(cfg):
