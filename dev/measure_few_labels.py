@@ -8,8 +8,8 @@
 model of configs/bccd.yaml and equally many iterations with annotated images; they differ in what becomes of the images that
 are not annotated: nothing, pseudo labels, or a pretraining, as long as the training itself, on regions of all images
 (tools/propose_regions.py). Trainings that have ended are taken from --runs; an interrupted one is resumed. Writes
-few_labels.md, few_labels.png and few_labels.json, the values of both. What few_labels.json already holds is reported again
-where --runs has fewer seeds, so the parts of the plan can be trained on several machines. Exit code 2: bad input.
+few_labels.md, few_labels.png and few_labels.json, the values of both. What few_labels.json already holds of other seeds is
+reported again, so the parts of the plan can be trained on several machines. Exit code 2: bad input.
 """
 
 import argparse
@@ -36,21 +36,24 @@ from dn_detr_d2.visualization.runs import Run
 from dn_detr_d2.visualization.style import colour, new_figure, save
 from tools.propose_regions import content_of
 
-RESULTS, SECONDS = "few_labels.json", "seconds an iteration"
+RESULTS, SECONDS, SEEDS = "few_labels.json", "seconds an iteration", "seeds"
 LISTS = Path(__file__).resolve().parent / "few_labels"
 SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 200, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
 SHORT |= {"MODEL_EMA.WARMUP": True}  # or the teacher lags behind the model
 # With this threshold an image has as many pseudo labels as objects, about 14, from the burn-in on.
 SEMI = {"SEMI_SUPERVISED.ENABLED": True, "SEMI_SUPERVISED.BURN_IN": 200, "SEMI_SUPERVISED.THRESHOLD": 0.3}
 ALONE, OURS = "annotated images alone", "pseudo labels in matching and denoising"
-REGIONS = "pretrained on regions"
+REGIONS, FROZEN = "pretrained on regions", "pretrained on regions, the backbone frozen"
+BACKBONE = {"MODEL.FREEZE": ["backbone"]}  # as DETReg has it: the backbone keeps what ImageNet has taught it
 PLAIN = {"SEMI_SUPERVISED.WEIGHTED": False, "SEMI_SUPERVISED.NOISE_GROWTH": 0.0}
 AS_STRONGLY = {"SEMI_SUPERVISED.DENOISING_WEIGHT": 4.0}  # as what is matched, SEMI_SUPERVISED.LOSS_WEIGHT
 MATCHING, DENOISING = ({"SEMI_SUPERVISED.LOSSES": (name,)} for name in ("matching", "denoising"))
-# What becomes of the images without annotations -> the overrides; of REGIONS the weights are added.
+# What becomes of the images without annotations -> the overrides; after a pretraining the weights are added.
+PRETRAININGS = {REGIONS: {}, FROZEN: BACKBONE}
 KINDS = {
     ALONE: {},
     REGIONS: {},
+    FROZEN: {},
     OURS: SEMI,
     "in matching alone": SEMI | MATCHING,
     "in both, denoised as strongly": SEMI | AS_STRONGLY,
@@ -61,10 +64,10 @@ KINDS = {
 }
 # Percent of the labels -> kinds and their seeds.
 PLAN = {
-    10: {kind: (1, 2) for kind in KINDS if kind != REGIONS},
-    5: {ALONE: (1, 2), OURS: (1,), REGIONS: (1, 2)},
-    20: {ALONE: (1, 2), OURS: (1,), REGIONS: (1, 2)},
-    100: {ALONE: (1, 2), REGIONS: (1, 2)},
+    10: {kind: (1, 2) for kind in KINDS if kind not in PRETRAININGS},
+    5: {ALONE: (1, 2), OURS: (1,), REGIONS: (1, 2), FROZEN: (1, 2)},
+    20: {ALONE: (1, 2), OURS: (1,), FROZEN: (1, 2)},
+    100: {ALONE: (1, 2), FROZEN: (1, 2)},
 }
 
 
@@ -73,6 +76,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bccd", metavar="FOLDER", required=True, help="folder that holds bccd/")
     parser.add_argument("--percent", nargs="+", type=int, choices=list(PLAN), default=list(PLAN), help="default: all")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="default: 1 2, as the plan has them")
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument("--runs", metavar="DIR", default="output/few_labels", help="where the trainings go")
     parser.add_argument("--output", metavar="DIR", help="where the page goes (default: beside the trainings)")
@@ -119,7 +124,7 @@ def data_overrides(args: argparse.Namespace, percent: int) -> dict:
     }
 
 
-def pretrained(args: argparse.Namespace, seed: int) -> dict:
+def pretrained(args: argparse.Namespace, kind: str, seed: int) -> dict:
     """Trains on regions of all training images, unless that has been done; overrides that start from the weights.
 
     Each seed has a pretraining of its own, so that the range of the results is that of both.
@@ -132,7 +137,7 @@ def pretrained(args: argparse.Namespace, seed: int) -> dict:
         write_json(content_of(images, bccd / "images", top=30), str(file))
     data = {"DATASETS.COCO_JSON": [["bccd_regions", str(file), str(bccd / "images")]]}
     sets = {"DATASETS.TRAIN": ("bccd_regions",), "DATASETS.TEST": ()}
-    run = train(args, REGIONS, SHORT | data | sets, seed)
+    run = train(args, kind, SHORT | data | sets | PRETRAININGS[kind], seed)
     return {"MODEL.WEIGHTS": str((run.folder if run else runs) / "model_final.pth")}
 
 
@@ -144,15 +149,13 @@ def report(args: argparse.Namespace) -> str:
     for percent in args.percent:
         data = data_overrides(args, percent)
         for kind, seeds in PLAN[percent].items():
-            starts = [pretrained(args, seed) if kind == REGIONS else {} for seed in seeds]
-            runs = [
-                train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind] | start, seed)
-                for seed, start in zip(seeds, starts, strict=True)
-            ]
-            found = [run for run in runs if run is not None]
-            kept = results.get((percent, kind))
-            if found and (kept is None or len(found) >= len(kept["AP"])):
-                results[percent, kind] = values_of(found)
+            runs = {}
+            for seed in seeds if kind in args.kinds else ():
+                if seed in args.seeds:
+                    start = pretrained(args, kind, seed) if kind in PRETRAININGS else {}
+                    runs[seed] = train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind] | start, seed)
+            if found := {seed: run for seed, run in runs.items() if run is not None}:
+                results[percent, kind] = merged(results.get((percent, kind)), values_of(found))
     if not results:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
     page = page_of(args, results)
@@ -167,15 +170,33 @@ def report(args: argparse.Namespace) -> str:
     return page
 
 
-def values_of(runs: list[Run]) -> dict[str, list[float]]:
-    """Column of the table -> the values of the seeds, rounded as the table needs them, ascending."""
-    values = {name: [last(run, metric) for run in runs] for name, metric in METRICS.items()}
-    values[SECONDS] = [run.seconds_an_iteration for run in runs]
-    return {name: sorted(round(x, 2) for x in column) for name, column in values.items()}
+def values_of(runs: dict[int, Run]) -> dict[str, list]:
+    """Column of the table -> the values of the seeds, rounded as the table needs them; and the seeds, in the same order."""
+    values = {name: [last(run, metric) for run in runs.values()] for name, metric in METRICS.items()}
+    values[SECONDS] = [run.seconds_an_iteration for run in runs.values()]
+    return {SEEDS: list(runs)} | {name: [round(x, 2) for x in column] for name, column in values.items()}
 
 
-def read_results(path: Path) -> dict[tuple[int, str], dict[str, list[float]]]:
+def merged(kept: dict | None, found: dict) -> dict:
+    """The values of both, of ``found`` where both have a seed.
+
+    Where it is not known which seeds were kept, either all are reported or none.
+    """
+    if kept is None:
+        return found
+    if SEEDS not in kept:
+        return found if len(found[SEEDS]) >= len(kept["AP"]) else kept
+    rows = {}
+    for values in (kept, found):
+        for i, seed in enumerate(values[SEEDS]):
+            rows[seed] = {name: column[i] for name, column in values.items()}
+    return {name: [rows[seed][name] for seed in sorted(rows)] for name in found}
+
+
+def read_results(path: Path) -> dict[tuple[int, str], dict[str, list]]:
     """(percent, kind) -> :func:`values_of` its trainings, from the file that an earlier report has written.
+
+    What was measured before seeds were kept has none.
 
     Raises:
         UserError: it is not such a file.
@@ -185,7 +206,8 @@ def read_results(path: Path) -> dict[tuple[int, str], dict[str, list[float]]]:
     try:
         content = json.loads(path.read_text())
         found = {(int(percent), kind): x for percent, kinds in content.items() for kind, x in kinds.items()}
-        counts = [{len(x[name]) for name in (*METRICS, SECONDS)} for x in found.values()]
+        columns = (*METRICS, SECONDS)
+        counts = [{len(x[name]) for name in (*columns, *({SEEDS} & set(x)))} for x in found.values()]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a file of results ({error!r}); delete it, or name another --output") from None
     if any(len(count) != 1 for count in counts) or not all(kind in PLAN.get(percent, ()) for percent, kind in found):
@@ -237,7 +259,7 @@ def draw(ends: dict[tuple[int, str], list[float]], path: Path) -> None:
         path: of the picture.
     """
     figure, (left, right) = new_figure(1, 2, (6.4, 3.4))
-    for i, kind in enumerate((ALONE, OURS, REGIONS)):
+    for i, kind in enumerate((ALONE, OURS, REGIONS, FROZEN)):
         of_kind = {percent: values for (percent, name), values in sorted(ends.items()) if name == kind and values}
         left.plot(of_kind.keys(), list(map(np.mean, of_kind.values())), color=colour(i), label=kind, linewidth=1.5)
         for percent, values in of_kind.items():

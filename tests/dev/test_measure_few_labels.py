@@ -9,7 +9,7 @@ from PIL import Image
 
 from dev import measure_few_labels
 from dev.ablate_bccd import folder_name
-from dev.measure_few_labels import ALONE, LISTS, OURS, PLAN, REGIONS, main, write_split
+from dev.measure_few_labels import ALONE, FROZEN, LISTS, OURS, PLAN, REGIONS, main, write_split
 from dn_detr_d2 import UserError
 from dn_detr_d2.data import load_coco_json
 
@@ -99,15 +99,46 @@ def test_a_report_adds_to_the_results_of_another_machine(tmp_path, a_report):
     code, rows, results = a_report(tmp_path / "second", "10", "20")
     assert code == 0
     assert [row[:4] for row in rows] == [
-        ["10 %", ALONE, "2", "42.0 (40.0 to 44.0)"],  # one seed does not replace two
+        ["10 %", ALONE, "2", "52.0 (44.0 to 60.0)"],  # seed 1 of this machine, 2 of the other
         ["10 %", OURS, "2", "51.5 (50.0 to 53.0)"],
         ["20 %", ALONE, "1", "70.0"],
     ]
-    assert results["10"][OURS] == {name: [50.0 + i, 53.0 + i] for i, name in enumerate(COLUMNS[:5])} | {
-        COLUMNS[5]: [0.5, 0.5]
-    }
+    values = {name: [50.0 + i, 53.0 + i] for i, name in enumerate(COLUMNS[:5])}
+    assert results["10"][OURS] == {"seeds": [1, 2]} | values | {COLUMNS[5]: [0.5, 0.5]}
     assert a_report(tmp_path / "second", "20") == (code, rows, results)  # whatever is named, the page is whole
     assert a_report(tmp_path / "nothing", "5") == (code, rows, results)
+
+
+def test_of_results_without_seeds_all_are_reported_or_none(tmp_path, a_report):
+    """Which of them a training would take the place of is not known."""
+    two = {name: [1.0, 2.0] for name in COLUMNS}
+    (tmp_path / "few_labels.json").write_text(json.dumps({"10": {ALONE: two, OURS: two}}))
+    finished(tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed1", 40.0)
+    for seed, ap in ((1, 50.0), (2, 53.0)):
+        finished(tmp_path / "runs" / f"{folder_name(f'10 percent {OURS}')}_seed{seed}", ap)
+    _, rows, _ = a_report(tmp_path / "runs", "10")
+    assert [row[2:4] for row in rows] == [["2", "1.5 (1.0 to 2.0)"], ["2", "51.5 (50.0 to 53.0)"]]
+
+
+def test_kinds_and_seeds_can_be_chosen(tmp_path, monkeypatch):
+    (tmp_path / "bccd").mkdir()
+    (tmp_path / "bccd" / "train.json").write_text("{}")
+    calls = []
+
+    def fake(args, name, overrides, seed):
+        calls.append((name, seed, overrides.get("MODEL.WEIGHTS"), overrides.get("MODEL.FREEZE")))
+
+    monkeypatch.setattr(measure_few_labels, "train", fake)
+    monkeypatch.setattr(measure_few_labels, "data_overrides", lambda args, percent: {})
+    monkeypatch.setattr(measure_few_labels, "content_of", lambda *_, **__: {})
+    monkeypatch.setattr(measure_few_labels, "load_coco_json", lambda *_: [])
+    line = ["--bccd", str(tmp_path), "--runs", str(tmp_path / "runs"), "--percent", "20", "100", "--seeds", "2"]
+    assert main([*line, "--kinds", FROZEN, OURS]) == 2  # nothing has been trained
+    start = str(tmp_path / "runs" / "model_final.pth")
+    pretraining = (FROZEN, 2, None, ["backbone"])
+    assert calls == [
+        pretraining, (f"20 percent {FROZEN}", 2, start, None), pretraining, (f"100 percent {FROZEN}", 2, start, None)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,10 +148,11 @@ def test_a_report_adds_to_the_results_of_another_machine(tmp_path, a_report):
         "[1]",
         json.dumps({"10": {ALONE: {"AP": [1.0]}}}),
         json.dumps({"10": {ALONE: ONE | {"AP": [1.0, 2.0]}}}),
+        json.dumps({"10": {ALONE: ONE | {"seeds": [1, 2]}}}),
         json.dumps({"10": {"by magic": ONE}}),
         json.dumps({"11": {ALONE: ONE}}),
     ],
-    ids=["damaged", "a list", "column missing", "seeds missing", "unknown kind", "unknown share"],
+    ids=["damaged", "a list", "column missing", "seeds missing", "other seeds", "unknown kind", "unknown share"],
 )
 def test_other_results_are_refused_and_kept(tmp_path, a_report, capsys, content):
     finished(tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed1", 40.0)
@@ -156,7 +188,7 @@ def test_regions_of_the_training_images_are_pretrained_on_with_each_seed(tmp_pat
 
     monkeypatch.setattr(measure_few_labels, "train", fake)
     line = ["--bccd", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
-    found = measure_few_labels.pretrained(measure_few_labels.parse_arguments(line), 7)
+    found = measure_few_labels.pretrained(measure_few_labels.parse_arguments(line), REGIONS, 7)
     assert found == {"MODEL.WEIGHTS": str(tmp_path / "runs" / "model_final.pth")}
     assert calls == [(REGIONS, ("bccd_regions",), (), 7)]
     written = json.loads((tmp_path / "runs" / "regions.json").read_text())
