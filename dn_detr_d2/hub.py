@@ -189,7 +189,8 @@ def model_card(cfg, repo: str, sha256: str, results: dict[str, float]) -> str:
         version=__version__,
         classes=f"{node.NUM_CLASSES} classes" + (f" ({names})" if names else ""),
         results=table if results else "These weights were not evaluated; *to be filled in*.",
-        data=", ".join(cfg.DATASETS.TRAIN) or "not named",
+        data=(", ".join(cfg.DATASETS.TRAIN) or "not named")
+        + (", and images without annotations by pseudo labels" if cfg.SEMI_SUPERVISED.ENABLED else ""),
         iterations=solver.MAX_ITER,
         batch=solver.IMS_PER_BATCH,
         optimizer=solver.OPTIMIZER,

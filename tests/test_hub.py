@@ -107,6 +107,8 @@ def test_metrics_are_those_of_the_weights(trained, name, averaged, expected):
 def test_the_config_of_a_semi_supervised_training_is_one_without_its_images(trained):
     cfg, _ = trained
     cfg.merge_from_list(["SEMI_SUPERVISED.ENABLED", True, "DATASETS.UNLABELED", ["/data/not_annotated"]])
+    assert "pseudo labels" in (card := model_card(cfg, "user/name", "0" * 64, {}))
+    assert "not_annotated" not in card  # a path of this machine
     found = yaml.safe_load(portable(cfg))
     assert (found["SEMI_SUPERVISED"]["ENABLED"], found["DATASETS"]["UNLABELED"]) == (False, [])
 

@@ -111,7 +111,8 @@ def _summary(training: Training) -> str:
     words = f"{done} of {cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
     if len(run.clock) > 1:
         words += f", {run.clock[-1, 1] / 60:.1f} minutes of training without evaluations"
-    body = paragraph(f"{words}; trained on {', '.join(cfg.DATASETS.TRAIN)}.")
+    taught = f" and, by pseudo labels, {', '.join(cfg.DATASETS.UNLABELED)}" if cfg.SEMI_SUPERVISED.ENABLED else ""
+    body = paragraph(f"{words}; trained on {', '.join(cfg.DATASETS.TRAIN)}{taught}.")
     try:
         results = _results(training)
     except DatasetError as reason:

@@ -133,6 +133,15 @@ def test_ground_truth_and_predictions_are_those_of_the_files(folder):
     assert sum(map(len, evaluated.truths)) == objects
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_images_without_annotations_are_named_where_they_were_used(copied, quick, enabled):
+    made, _ = copied
+    cfg = config(made, "SEMI_SUPERVISED.ENABLED", enabled, "DATASETS.UNLABELED", ["cells/not_annotated"])
+    text = sections(write_report(cfg))["Results"]
+    assert "shapes_train" in text
+    assert ("cells/not_annotated" in text) == enabled
+
+
 def test_a_report_without_evaluations_says_so(tmp_path, quick):
     cfg = make_cfg(tmp_path / "out", "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ())
     train(cfg)
