@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
+from dev.compare.report import is_evaluated
 from dev.compare_runs import machine
 from dn_detr_d2 import UserError, setup_cfg
 from dn_detr_d2.command_line import add_overrides, parse, run_command
@@ -90,7 +91,7 @@ def train(args: argparse.Namespace, name: str, overrides: dict, seed: int) -> Ru
         UserError: it fails.
     """
     folder = Path(args.runs) / f"{folder_name(name)}_seed{seed}"
-    if not (folder / "model_final.pth").exists():
+    if not has_ended(folder, evaluated=overrides.get("DATASETS.TEST") != ()):
         if args.report:
             return None
         print(f"training {name}, seed {seed}", file=sys.stderr, flush=True)
@@ -103,6 +104,14 @@ def train(args: argparse.Namespace, name: str, overrides: dict, seed: int) -> Ru
         if done.returncode:
             raise UserError(f"the training of {name!r} ended with code {done.returncode}; see {folder / 'output.txt'}")
     return read_run(folder)
+
+
+def has_ended(folder: Path, *, evaluated: bool) -> bool:
+    """Whether a training has written its last weights and, if it is ``evaluated``, its AP with them, which comes later."""
+    if not (folder / "model_final.pth").exists():
+        return False
+    run = read_run(folder)
+    return not evaluated or is_evaluated(run, max(points[-1, 0] for points in run.curves.values()))
 
 
 def last(run: Run, metric: str, prefix: str = "") -> float:

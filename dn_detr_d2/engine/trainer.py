@@ -221,7 +221,8 @@ class Trainer(DefaultTrainer):
 
         After early stopping too: everything has just been evaluated and written.
         """
-        self.storage.iter = self.iter
+        # Detectron2 counts one more even where a training that has ended is resumed, and nothing is left to train.
+        self.iter = self.storage.iter = min(self.iter, max(self.start_iter, self.max_iter))
         cut_off = sys.exc_info()[0]
         if cut_off is not None:
             self._trainer.close()

@@ -8,7 +8,7 @@ from naming import naming
 from PIL import Image
 
 from dev import measure_few_labels
-from dev.ablate_bccd import folder_name
+from dev.ablate_bccd import folder_name, has_ended
 from dev.measure_few_labels import ALONE, FROZEN, LISTS, OURS, PLAN, REGIONS, main, write_split
 from dn_detr_d2 import UserError
 from dn_detr_d2.data import load_coco_json
@@ -81,7 +81,11 @@ def a_report(tmp_path, monkeypatch):
         line = ["--bccd", str(tmp_path / "data"), "--runs", str(runs), "--output", str(tmp_path), "--report"]
         code = main([*line, "--percent", *percents])
         page = (tmp_path / "few_labels.md").read_text() if code == 0 else ""
-        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if " % " in row[:8]]
+        rows = [
+            [cell.strip() for cell in row.split("|")[1:-1]]
+            for row in page.splitlines()
+            if row[:1] == "|" and " % " in row[:8]
+        ]
         return code, rows, json.loads((tmp_path / "few_labels.json").read_text())
 
     return report
@@ -139,6 +143,18 @@ def test_kinds_and_seeds_can_be_chosen(tmp_path, monkeypatch):
     assert calls == [
         pretraining, (f"20 percent {FROZEN}", 2, start, None), pretraining, (f"100 percent {FROZEN}", 2, start, None)
     ]  # fmt: skip
+
+
+def test_a_training_that_was_stopped_before_its_last_evaluation_has_not_ended(tmp_path, a_report):
+    """model_final.pth is written before it; --resume evaluates."""
+    run = tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed1"
+    finished(run, 40.0)
+    with (run / "metrics.json").open("a") as file:
+        file.write('{"iteration": 819, "time": 0.5, "total_loss": 1.0}\n')
+    finished(tmp_path / "runs" / f"{folder_name(f'10 percent {OURS}')}_seed1", 46.0)
+    assert [row[1] for row in a_report(tmp_path / "runs", "10")[1]] == [OURS]
+    assert has_ended(run, evaluated=False)  # as a pretraining
+    assert not has_ended(tmp_path, evaluated=False)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,16 @@ def test_a_resumed_training_equals_one_that_was_not_stopped(tmp_path, options):
     assert differing(load(tmp_path / "whole"), load(tmp_path / "stopped")) == []
 
 
+def test_a_finished_training_that_is_resumed_is_evaluated_at_its_last_iteration(tmp_path):
+    options = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "DATASETS.TEST", ("shapes_val",), "TEST.EVAL_PERIOD", 2]
+    for resume in (False, True):
+        assert train(make_cfg(tmp_path, *options), resume=resume).iter == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    evaluated = {line["iteration"]: line["bbox/AP"] for line in lines if "bbox/AP" in line}
+    assert list(evaluated) == [2]
+    assert json.loads((tmp_path / "last_evaluation.json").read_text()) == {"iteration": 2}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_processes_resumed_equal_two_that_were_not_stopped(tmp_path, workers):
     options = ["DATALOADER.NUM_WORKERS", workers]
