@@ -7,11 +7,13 @@
     python dev/compare_runs.py --pairs deformable --noise --seeds 1 2
     python dev/compare_runs.py --pairs dense --backbone output/convergence/deformable_matching_alone_seed1/model_final.pth
     DETECTRON2_DATASETS=datasets python dev/compare_runs.py --pairs bccd_deformable --resume
+    DETECTRON2_DATASETS=datasets python dev/compare_runs.py --pairs bccd_dino --seeds 1 --variants "with denoising"
 
 Trains DAB-DETR and DN-DETR, DAB-Deformable-DETR and DN-Deformable-DETR (dev/compare/*.yaml), DN also with half the
 iterations, on embedded shapes or on BCCD. All trainings of one pair and seed take turns in one process: same images in
-the same order, and comparable times. They write checkpoints, from which --resume goes on. Writes OUTPUT/<pair>.md and
-<pair>.png; the runs themselves, and what pycocotools prints, stay in --runs. Exit code 2: bad input.
+the same order, and comparable times. They write checkpoints, from which --resume goes on. With --variants some of them are
+trained and nothing is reported: the others are in another process or on another machine, and --report comes last. Writes
+OUTPUT/<pair>.md and <pair>.png; the runs themselves, and what pycocotools prints, stay in --runs. Exit code 2: bad input.
 """
 
 import argparse
@@ -31,7 +33,19 @@ from tabulate import tabulate
 
 from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
 from dev.compare.train import folders_of, train_interleaved
-from dev.compare.variants import ABLATIONS, FOLDER, HOSTS, LONG_PAIRS, NOISES, PAIRS, variants_of
+from dev.compare.variants import (
+    ABLATIONS,
+    DENOISED,
+    FOLDER,
+    HALF,
+    HOSTS,
+    LONG_PAIRS,
+    MATCHING,
+    NOISES,
+    PAIRS,
+    Variant,
+    variants_of,
+)
 from dn_detr_d2 import UserError
 from dn_detr_d2.checkpoint import read_checkpoint
 from dn_detr_d2.command_line import add_overrides, parse, run_command
@@ -55,6 +69,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(
             f"--{kind}", nargs="*", choices=names[kind], help=f"also {text}: all, or those that are named"
         )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=[MATCHING, DENOISED, HALF],
+        help="train these alone; their times do not compare",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings in --runs that were cut off")
     parser.add_argument(
@@ -105,6 +125,15 @@ def take_backbone(checkpoint: str, folder: Path) -> Path:
     return folder / "backbone.pth"
 
 
+def chosen_variants(args: argparse.Namespace, pair: str) -> list[Variant]:
+    """The variants of a pair that the command line asks for; raises UserError if the pair has none of them."""
+    known = variants_of(pair, args.ablations + args.noise)
+    found = [variant for variant in known if not args.variants or variant.name in args.variants]
+    if not found:
+        raise UserError(f"{pair} has no variant of {args.variants}; it has {[variant.name for variant in known]}")
+    return found
+
+
 def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     """Runs all pairs and seeds; {pair: a group of runs for each variant, the baseline first}."""
     opts, seeds = options(args), args.seeds[:1] if args.quick else args.seeds
@@ -112,7 +141,7 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     tasks = {
         (pair, seed): (
             FOLDER / f"{pair}.yaml",
-            variants_of(pair, args.ablations + args.noise),
+            chosen_variants(args, pair),
             seed,
             Path(args.runs),
             opts,
@@ -130,7 +159,7 @@ def train(args: argparse.Namespace) -> dict[str, list[Group]]:
     found = {}
     for pair in args.pairs:
         columns = zip(*(folders[pair, seed] for seed in seeds), strict=True)
-        names = [variant.name for variant in variants_of(pair, args.ablations + args.noise)]
+        names = [variant.name for variant in chosen_variants(args, pair)]
         found[pair] = [Group(name, [read_run(x) for x in column]) for name, column in zip(names, columns, strict=True)]
         require_complete(found[pair])
     return found
@@ -142,8 +171,12 @@ def report(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--jobs must be positive, got {args.jobs}")
     if args.threads < 0:
         raise UserError(f"--threads must not be negative, got {args.threads}")
+    if args.report and args.variants:
+        raise UserError("--report compares all variants; leave out --variants")
     start = time.monotonic()
     groups = train(args)
+    if args.variants:
+        return [f"trained: {run.folder}" for found in groups.values() for group in found for run in group.runs]
     spent, pages = "" if args.report else f"; {(time.monotonic() - start) / 60:.0f} minutes", []
     for pair, found in groups.items():
         picture = draw(found, Path(args.output) / f"{pair}.png")

@@ -94,7 +94,8 @@ def train_interleaved(
     torch.set_num_threads(threads)
     configs = [configure(config, variant, seed, output, opts) for variant in variants]
     output.mkdir(parents=True, exist_ok=True)
-    with (output / f"{config.stem}_seed{seed}.log").open("a" if resume else "w") as log, redirect_stdout(log):
+    # Named after the first, because other variants may be trained in another process.
+    with Path(f"{configs[0].OUTPUT_DIR}.log").open("a" if resume else "w") as log, redirect_stdout(log):
         advance_in_turn([InterleavedRun(cfg, resume) for cfg in configs], f"{config.stem}, seed {seed}")
     return [Path(cfg.OUTPUT_DIR) for cfg in configs]
 

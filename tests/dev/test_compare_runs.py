@@ -19,7 +19,7 @@ from PIL import Image
 from toy_training import rates_of
 
 from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
-from dev.compare.train import InterleavedRun, advance_in_turn, configure, train_interleaved
+from dev.compare.train import InterleavedRun, advance_in_turn, configure, folders_of, train_interleaved
 from dev.compare.variants import (
     ABLATIONS,
     DENOISED,
@@ -368,6 +368,43 @@ def test_what_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
             assert len((second / "step_seconds.txt").read_text().split()) == 4
     written = [(folder / "model_0000001.pth").stat().st_mtime_ns for folder in cut]
     assert written[0] < written[1]
+
+
+def test_variants_can_be_trained_by_themselves(tmp_path, monkeypatch, capsys):
+    """In another process, or on another machine; only then is anything reported."""
+    calls = []
+
+    def fake(config, variants, seed, output, *_):
+        calls.append((config.stem, [variant.name for variant in variants], seed))
+        folders = folders_of(config, variants, seed, output, [])
+        for folder, variant in zip(folders, variants, strict=True):
+            make_run(folder, [0, 5, 20], [2, 2, 1], 0.5, [1.0], int(600 * variant.share))
+            (folder / "config.yaml").write_text(f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\n")
+        return folders
+
+    class Here:
+        """A pool of this process."""
+
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, function, *arguments):
+            found = function(*arguments)
+            return SimpleNamespace(result=lambda: found)
+
+    monkeypatch.setattr("dev.compare_runs.train_interleaved", fake)
+    monkeypatch.setattr("dev.compare_runs.ProcessPoolExecutor", Here)
+    line = ["--pairs", "deformable", "--seeds", "4", "--runs", str(tmp_path)]
+    assert main([*line, "--variants", HALF, MATCHING]) == 0
+    assert calls == [("deformable", [MATCHING, HALF], 4)]
+    out = capsys.readouterr().out
+    assert [Path(row.removeprefix("trained: ")).is_dir() for row in out.splitlines()] == [True, True]
+    assert not list(tmp_path.glob("*.md"))
+    assert main(["--report", *line, "--variants", HALF]) == 2
+    assert main(["--pairs", "detr", "--seeds", "4", "--runs", str(tmp_path), "--variants", HALF]) == 2
+    assert naming("detr", HALF, MATCHING).search(capsys.readouterr().err)
 
 
 def test_those_that_are_behind_come_first():
