@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tabulate import tabulate
 
+from dev.compare.keep import keep
 from dev.compare.report import HEADERS, check_claims, require_complete, table_rows
 from dev.compare.train import folders_of, train_interleaved
 from dev.compare.variants import (
@@ -84,6 +85,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of a process; 0 = what the processes share (default)")
     parser.add_argument(
         "--runs", metavar="DIR", help="where the trainings go (default output/KIND, by what is trained)"
+    )
+    parser.add_argument(
+        "--keep", metavar="DIR", help="copy what a report reads of each training there, to report it with later seeds"
     )
     parser.add_argument("--output", metavar="DIR", help="where tables and pictures go (default: beside the trainings)")
     add_overrides(parser)
@@ -175,6 +179,8 @@ def report(args: argparse.Namespace) -> list[str]:
         raise UserError("--report compares all variants; leave out --variants")
     start = time.monotonic()
     groups = train(args)
+    for run in (run for found in groups.values() for group in found for run in group.runs if args.keep):
+        keep(run.folder, Path(args.keep))
     if args.variants:
         return [f"trained: {run.folder}" for found in groups.values() for group in found for run in group.runs]
     spent, pages = "" if args.report else f"; {(time.monotonic() - start) / 60:.0f} minutes", []

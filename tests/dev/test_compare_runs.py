@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, valid_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from naming import naming
 from PIL import Image
 from toy_training import rates_of
 
+from dev.compare.keep import keep
 from dev.compare.report import check_claims, iterations_until, require_complete, table_rows
 from dev.compare.train import InterleavedRun, advance_in_turn, configure, folders_of, train_interleaved
 from dev.compare.variants import (
@@ -405,6 +407,38 @@ def test_variants_can_be_trained_by_themselves(tmp_path, monkeypatch, capsys):
     assert main(["--report", *line, "--variants", HALF]) == 2
     assert main(["--pairs", "detr", "--seeds", "4", "--runs", str(tmp_path), "--variants", HALF]) == 2
     assert naming("detr", HALF, MATCHING).search(capsys.readouterr().err)
+
+
+RUNS = sorted(x for x in (ROOT / "docs" / "evidence" / "long" / "runs").iterdir() if x.is_dir())
+
+
+def test_what_is_kept_of_a_training_gives_the_same_report(tmp_path):
+    """Losses of parts, other layers and keys of the config that a report does not read are left out."""
+    whole = tmp_path / RUNS[0].name
+    whole.mkdir()
+    lines = [json.loads(line) for line in (RUNS[0] / "metrics.json").read_text().splitlines()]
+    more = {"main/class": 0.123456789, "instability/layer_0": 3.0, "bbox/AP-circle": 40.0}
+    with (whole / "metrics.json").open("w") as file:
+        for line in lines:
+            finer = {key: x * (1 + 1e-7) if isinstance(x, float) else x for key, x in line.items()}
+            file.write(json.dumps(finer | more) + "\n")
+    config = yaml.safe_load((RUNS[0] / "config.yaml").read_text())
+    config["OUTPUT_DIR"], config["MODEL"]["WEIGHTS"] = str(whole), "/secret/model.pth"
+    (whole / "config.yaml").write_text(yaml.safe_dump(config))
+    seconds = (RUNS[0] / "step_seconds.txt").read_text().split()
+    (whole / "step_seconds.txt").write_text("".join(f"{float(x) + 1e-5}\n" for x in seconds))
+    kept = keep(whole, tmp_path / "kept")
+    for name in ("metrics.json", "config.yaml", "step_seconds.txt"):
+        assert (kept / name).read_text() == (RUNS[0] / name).read_text()
+    assert sum(path.stat().st_size for path in kept.iterdir()) < 60_000
+    rows = [table_rows([Group(MATCHING, [read_run(x)])]) for x in (whole, kept)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def test_what_is_kept_is_kept_as_it_is(run, tmp_path):
+    kept = keep(run, tmp_path)
+    assert all((kept / path.name).read_text() == path.read_text() for path in run.iterdir())
 
 
 def test_those_that_are_behind_come_first():
