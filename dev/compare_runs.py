@@ -177,6 +177,8 @@ def report(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--threads must not be negative, got {args.threads}")
     if args.report and args.variants:
         raise UserError("--report compares all variants; leave out --variants")
+    if args.keep and Path(args.keep).resolve() == Path(args.runs).resolve():
+        raise UserError(f"--keep {args.keep} would cut the trainings in --runs themselves; name another folder")
     start = time.monotonic()
     groups = train(args)
     for run in (run for found in groups.values() for group in found for run in group.runs if args.keep):

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 # Of the last layer alone the instability is shown.
-KEPT = re.compile(r"iteration|bbox/AP(50)?|(loss_main|loss_dn|total_loss|time)|anchors/distance")
+KEPT = re.compile(r"iteration|time|bbox/AP(50)?|loss_main|loss_dn|total_loss|anchors/distance")
 LAYER = re.compile(r"instability/layer_(\d+)")
 PARTS = ("DENOISING", "DECODER", "MASK", "INITIALIZATION")  # of MODEL.DN_DETR
 
@@ -38,8 +38,8 @@ def keep(run: Path, target: Path) -> Path:
         "SEED": config["SEED"],
         "SOLVER": config["SOLVER"],
         "DATASETS": {key: data[key] for key in ("TRAIN", "TEST")},
+        "MODEL": {"DN_DETR": {key: node[key] for key in PARTS}},
     }
-    few["MODEL"] = {"DN_DETR": {key: node[key] for key in PARTS}}
     (folder / "config.yaml").write_text(yaml.safe_dump(few))
     seconds = (run / "step_seconds.txt").read_text().split()
     (folder / "step_seconds.txt").write_text("".join(f"{float(x):.3f}\n" for x in seconds))

@@ -127,10 +127,7 @@ def _of_folder(folder: Path) -> list[dict]:
 
 
 def _of_data_set(name: str) -> list[dict]:
-    kept = (
-        "file_name",
-        "image_id",
-    )  # sizes that do not fit the images, as of photographs since turned, do no harm here
+    kept = ("file_name", "image_id")  # no sizes: those of photographs that have been turned since would not fit
     return [{key: record[key] for key in kept if key in record} for record in records_of(name)]
 
 

@@ -76,9 +76,8 @@ class PseudoLabels:
 @cache
 def _warn_of_limit(most: int) -> None:
     logger.warning(
-        "all %d detections of the teacher in an image have become pseudo labels, as many as TEST.DETECTIONS_PER_IMAGE "
-        "allows: other objects of it are trained as background; raise TEST.DETECTIONS_PER_IMAGE, or "
-        "SEMI_SUPERVISED.THRESHOLD",
+        "all %d detections of the teacher in an image reach SEMI_SUPERVISED.THRESHOLD, as many as TEST.DETECTIONS_PER_IMAGE "
+        "allows: it may have more objects, which are trained as background; raise either of them",
         most,
     )
 

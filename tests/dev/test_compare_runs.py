@@ -503,6 +503,7 @@ def test_comparisons_of_different_kinds_lie_in_folders_of_their_own():
     [
         (["--jobs", "0"], ["error: ", "--jobs", 0]),
         (["--threads", "-1"], ["error: ", "--threads", -1]),
+        (["--report", "--runs", "somewhere", "--keep", "./somewhere"], ["error: ", "--keep", "--runs"]),
         (["--jobs", "1", "--pairs", "bccd_dino"], ["nowhere", "train.json"]),
         (["--report", "--pairs", "dense", "--seeds", "1"], ["metrics.json", "OUTPUT_DIR"]),
         (["--backbone", "nowhere.pth"], ["'nowhere.pth'"]),
