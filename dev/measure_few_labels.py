@@ -13,6 +13,8 @@ reported again, so the parts of the plan can be trained on several machines. Exi
 """
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import textwrap
@@ -22,6 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 from dev.ablate_bccd import METRICS, check_arguments, last, train
@@ -31,12 +37,14 @@ from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.split import split_by_ids
+from dn_detr_d2.modeling.postprocess import without_duplicates
 from dn_detr_d2.visualization.curves import spread
 from dn_detr_d2.visualization.runs import Run
 from dn_detr_d2.visualization.style import colour, new_figure, save
 from tools.propose_regions import content_of
 
 RESULTS, SECONDS, SEEDS = "few_labels.json", "seconds an iteration", "seeds"
+DISTINCT, NMS_IOU = "AP with NMS", 0.7
 LISTS = Path(__file__).resolve().parent / "few_labels"
 SHORT = {"SOLVER.MAX_ITER": 800, "TEST.EVAL_PERIOD": 200, "SOLVER.CHECKPOINT_PERIOD": 100, "DATALOADER.NUM_WORKERS": 0}
 SHORT |= {"MODEL_EMA.WARMUP": True}  # or the teacher lags behind the model
@@ -155,7 +163,8 @@ def report(args: argparse.Namespace) -> str:
                     start = pretrained(args, kind, seed) if kind in PRETRAININGS else {}
                     runs[seed] = train(args, f"{percent} percent {kind}", SHORT | data | KINDS[kind] | start, seed)
             if found := {seed: run for seed, run in runs.items() if run is not None}:
-                results[percent, kind] = merged(results.get((percent, kind)), values_of(found))
+                annotations = Path(args.bccd) / "bccd" / "test.json"
+                results[percent, kind] = merged(results.get((percent, kind)), values_of(found, annotations))
     if not results:
         raise UserError(f"--report finds no training in {args.runs}; run it first")
     page = page_of(args, results)
@@ -170,11 +179,58 @@ def report(args: argparse.Namespace) -> str:
     return page
 
 
-def values_of(runs: dict[int, Run]) -> dict[str, list]:
-    """Column of the table -> the values of the seeds, rounded as the table needs them; and the seeds, in the same order."""
+def values_of(runs: dict[int, Run], annotations: Path) -> dict[str, list]:
+    """Column of the table -> the values of the seeds, rounded as the table needs them; and the seeds, in the same order.
+
+    Args:
+        runs: of each seed.
+        annotations: of the images that they are evaluated on.
+    """
     values = {name: [last(run, metric) for run in runs.values()] for name, metric in METRICS.items()}
     values[SECONDS] = [run.seconds_an_iteration for run in runs.values()]
-    return {SEEDS: list(runs)} | {name: [round(x, 2) for x in column] for name, column in values.items()}
+    values = {name: [round(x, 2) for x in column] for name, column in values.items()}
+    return {SEEDS: list(runs)} | values | {DISTINCT: [ap_with_nms(run.folder, annotations) for run in runs.values()]}
+
+
+def ap_with_nms(folder: Path, annotations: Path, iou: float = NMS_IOU) -> float | None:
+    """AP of the detections that the last evaluation of a training has left, after class-wise NMS, as ``TEST.NMS`` does it.
+
+    Args:
+        folder: of the training.
+        annotations: COCO-format file of the images.
+        iou: above which the better one of two detections is kept.
+
+    Returns:
+        In percent; None where there are no detections, as in a part of a folder that was kept.
+    """
+    file = folder / "inference" / "coco_instances_results.json"
+    if not file.is_file():
+        return None
+    images: dict[int, list[dict]] = {}
+    for found in json.loads(file.read_text()):
+        images.setdefault(found["image_id"], []).append(found)
+    kept = [one for found in images.values() for one in distinct(found, iou)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(annotations)
+        scores = COCOeval(truth, truth.loadRes(kept), "bbox")
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+    return round(100 * float(scores.stats[0]), 2)
+
+
+def distinct(found: list[dict], iou: float) -> list[dict]:
+    """Of COCO-format detections of one image those that NMS leaves."""
+    found = sorted(found, key=lambda x: -x["score"])
+    boxes = BoxMode.convert(torch.tensor([x["bbox"] for x in found]), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+    instances = Instances(
+        (0, 0),
+        pred_boxes=Boxes(boxes),
+        scores=torch.tensor([x["score"] for x in found]),
+        pred_classes=torch.tensor([x["category_id"] for x in found]),
+        place=torch.arange(len(found)),
+    )
+    return [found[i] for i in without_duplicates(instances, iou).place.tolist()]
 
 
 def merged(kept: dict | None, found: dict) -> dict:
@@ -189,7 +245,7 @@ def merged(kept: dict | None, found: dict) -> dict:
     rows = {}
     for values in (kept, found):
         for i, seed in enumerate(values[SEEDS]):
-            rows[seed] = {name: column[i] for name, column in values.items()}
+            rows[seed] = {DISTINCT: None} | {name: column[i] for name, column in values.items()}
     return {name: [rows[seed][name] for seed in sorted(rows)] for name in found}
 
 
@@ -226,14 +282,17 @@ def page_of(args: argparse.Namespace, results: dict) -> str:
                 wanting.append(f"{percent} % {kind} ({len(seeds) - count} of {len(seeds)} seeds)")
             if count:
                 values = [spread(columns[name], ".1f") for name in METRICS]
-                rows.append([f"{percent} %", kind, str(count), *values, spread(columns[SECONDS], ".2f")])
-    headers = ["labels", "images without", "seeds", *METRICS, SECONDS]
+                known = [x for x in columns.get(DISTINCT, ()) if x is not None]
+                values += [of_some(known, count), spread(columns[SECONDS], ".2f")]
+                rows.append([f"{percent} %", kind, str(count), *values])
+    headers = ["labels", "images without", "seeds", *METRICS, DISTINCT, SECONDS]
     iterations, burn_in = SHORT["SOLVER.MAX_ITER"], SEMI["SEMI_SUPERVISED.BURN_IN"]
     how = (
         f"The last weights on the test split after {iterations} iterations of 2 annotated images, with pseudo labels 2 "
         f"others besides after {burn_in} of them; means over seeds, with the lowest and the highest. Those pretrained on "
         f"regions had {iterations} iterations of them before. Trainings did not take turns, so their times can be compared "
-        "within a few tenths only. Each dot of the picture is a seed."
+        f"within a few tenths only. {DISTINCT}: of the same detections, where those of one class overlap by an IoU above "
+        f"{NMS_IOU}, the best one alone, as with TEST.NMS {NMS_IOU}. Each dot of the picture is a seed."
     )
     lines = [
         "# Few labels, many pictures: BCCD",
@@ -249,6 +308,11 @@ def page_of(args: argparse.Namespace, results: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def of_some(values: list[float], count: int) -> str:
+    """The :func:`~dn_detr_d2.visualization.curves.spread` of the values that are known of ``count`` seeds."""
+    return spread(values, ".1f") + (f", {len(values)} of {count}" if 0 < len(values) < count else "")
 
 
 def draw(ends: dict[tuple[int, str], list[float]], path: Path) -> None:

@@ -153,12 +153,12 @@ def test_what_cannot_be_done_is_refused(toy_cfg, options, named):
         toy_cfg("dn_detr", *options)
 
 
-@pytest.mark.parametrize("key", ["TEST.COMPILE", "TEST.HIDE_PADDING"])
-def test_detectron2s_own_detectors_have_no_such_thing(tmp_path, key):
+@pytest.mark.parametrize(("key", "value"), [("TEST.COMPILE", True), ("TEST.HIDE_PADDING", True), ("TEST.NMS", 0.7)])
+def test_detectron2s_own_detectors_have_no_such_thing(tmp_path, key, value):
     from toy_training import make_rcnn_cfg
 
-    with pytest.raises(ConfigError, match=naming(key, "GeneralizedRCNN")):
-        make_rcnn_cfg(tmp_path, key, True)
+    with pytest.raises(ConfigError, match=naming(key, value, "GeneralizedRCNN")):
+        make_rcnn_cfg(tmp_path, key, value)
 
 
 def test_an_evaluation_leaves_nothing_behind(toy_cfg, monkeypatch):

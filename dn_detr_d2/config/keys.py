@@ -401,6 +401,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
 
     # Detections per image; 300 in DAB and DN.
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    # Class-wise NMS of these: of two whose boxes have a larger IoU than this only the better one is kept. 1 = none, as in
+    # the papers; less, such as 0.7, where a model finds objects more than once (docs/predictor.md).
+    cfg.TEST.NMS = 1.0
     # Detections of an image and class that AP counts. 0 = COCO's 100; where an image has more than 100 objects of one class,
     # as many as it has, or DETECTIONS_PER_IMAGE if that is more, and a warning says so.
     cfg.TEST.MAX_DETECTIONS_EVALUATED = 0

@@ -122,6 +122,7 @@ CHECKS: tuple[tuple[Sequence[str], str, Callable], ...] = (
             "MODEL.WEIGHTS_MATCHED",
             "SEMI_SUPERVISED.NMS",
             "SEMI_SUPERVISED.THRESHOLD",
+            "TEST.NMS",
         ),
         "lie in [0, 1]",
         lambda x: 0 <= x <= 1,

@@ -38,6 +38,11 @@ def check_detector(cfg: CfgNode, *, training: bool) -> None:
             f"TEST.{asked[0]} = {cfg.TEST[asked[0]]} is for DenoisingDETR, but MODEL.META_ARCHITECTURE is {name!r}; set it "
             f"to {type(cfg.TEST[asked[0]])()}"
         )
+    if cfg.TEST.NMS < 1:
+        raise ConfigError(
+            f"TEST.NMS = {cfg.TEST.NMS} is for DenoisingDETR, but MODEL.META_ARCHITECTURE is {name!r}; set it to 1.0, and "
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST or what your detector has in its place"
+        )
     node, default = cfg.MODEL.DN_DETR, get_cfg()
     add_dn_detr_config(default)
     changed = [key for key, value in node.items() if value != default.MODEL.DN_DETR[key] and key not in READ_BY_ALL]

@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import __version__
 from ..utils.files import sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # 2 where NMS is wanted, which readers of version 1 leave out
 INPUTS = ("images", "sizes")
 
 
@@ -25,7 +25,7 @@ def describe(cfg, model, weights: Path) -> dict[str, str]:
     """
     root = cfg.MODEL.DN_DETR
     entries = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if cfg.TEST.NMS >= 1 else 2,
         "package_version": __version__,
         "class_names": list(root.CLASS_NAMES) or [str(i) for i in range(root.NUM_CLASSES)],
         "channel_order": cfg.INPUT.FORMAT,
@@ -39,6 +39,7 @@ def describe(cfg, model, weights: Path) -> dict[str, str]:
         "outputs": output_names(model),
         "scores": "softmax" if root.LOSS.CLASS_LOSS == "softmax" else "sigmoid",
         "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "nms": cfg.TEST.NMS,
         "weights_sha256": sha256_of(weights),
     }
     if root.MASK.ENABLED:

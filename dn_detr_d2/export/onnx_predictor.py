@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-KNOWN_VERSION = 1  # of the metadata
+KNOWN_VERSIONS = ("1", "2")  # of the metadata
 STRIDE = 4  # of mask logits, in pixels of the padded image
 
 
@@ -64,10 +64,10 @@ class OnnxPredictor:
         options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         found = self.session.get_modelmeta().custom_metadata_map
-        if found.get("format_version") != str(KNOWN_VERSION):
+        if found.get("format_version") not in KNOWN_VERSIONS:
             raise ValueError(
-                f"{path} has metadata of version {found.get('format_version')}, but this program reads version "
-                f"{KNOWN_VERSION}; export the model anew"
+                f"{path} has metadata of version {found.get('format_version')}, but this program reads versions "
+                f"{' and '.join(KNOWN_VERSIONS)}; export the model anew"
             )
         self.metadata = {name: text if name == "config" else json.loads(text) for name, text in found.items()}
 
@@ -106,8 +106,11 @@ class OnnxPredictor:
         outputs = self.raw(images, np.array([size], np.int64))
         outputs = {name: x[0].astype(np.float32) for name, x in outputs.items()}
         if "masks" in outputs:
-            return self._with_masks(outputs, size, images.shape[2:], wanted)
-        return self._boxes(outputs, wanted)
+            scores, classes, boxes, masks = self._with_masks(outputs, size, images.shape[2:], wanted)
+        else:
+            scores, classes, boxes, masks = self._boxes(outputs, wanted)
+        kept = distinct(classes, boxes, self.metadata.get("nms", 1.0))
+        return scores[kept], classes[kept], boxes[kept], None if masks is None else masks[kept]
 
     def prepare(self, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """(1, 3, H, W) float32 for the file, and (height, width) of the image in it without padding."""
@@ -220,6 +223,24 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def best(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the ``count`` largest, largest first."""
     return np.argsort(-scores, kind="stable")[:count]
+
+
+def distinct(classes: np.ndarray, boxes: np.ndarray, limit: float) -> np.ndarray:
+    """Indices of detections, best first, without those whose IoU with a better one of their class is above ``limit``."""
+    kept = []
+    for i in range(len(boxes)):
+        others = [j for j in kept if limit < 1 and classes[j] == classes[i]]
+        if not others or (overlaps(boxes[i], boxes[others]) <= limit).all():
+            kept.append(i)
+    return np.array(kept, np.int64)
+
+
+def overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """(n,) IoU of a box with (n, 4) others; 0 where neither has an area."""
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    common = sides.clip(0).prod(1)
+    whole = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - common
+    return common / np.maximum(whole, 1e-9)
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from .postprocess import (
     select_best,
     select_top,
     size_of,
+    without_duplicates,
 )
 
 # Logits that are resized at a time, at least one map: so they stay in a processor's cache, and an image's instances need the
@@ -207,6 +208,7 @@ class MaskPostprocess:
         overlap_threshold: see :func:`panoptic_output`.
         score_by_mask: see :func:`instance_output`.
         temperature: T of softmax(sigmoid / T), the class probabilities of sigmoid heads in panoptic and semantic outputs.
+        nms_iou: of the boxes of instances, see :func:`~.postprocess.without_duplicates`; 1 = no NMS.
     """
 
     def __init__(
@@ -220,11 +222,12 @@ class MaskPostprocess:
         overlap_threshold: float = 0.8,
         score_by_mask: bool = True,
         temperature: float = 0.06,
+        nms_iou: float = 1.0,
     ):
         self.outputs, self.num_classes, self.top_k = tuple(outputs), num_classes, top_k
         self.things = frozenset(things or range(num_classes))
         self.object_threshold, self.overlap_threshold = object_threshold, overlap_threshold
-        self.score_by_mask, self.temperature = score_by_mask, temperature
+        self.score_by_mask, self.temperature, self.nms_iou = score_by_mask, temperature, nms_iou
 
     def __call__(self, predictions: Predictions, batched_inputs: list[dict]) -> list[dict]:
         """Outputs of the last prediction set, in pixels of the wanted output size.
@@ -260,7 +263,7 @@ class MaskPostprocess:
         return outputs
 
     def _instances(self, logits, masks, boxes, image_size, wanted) -> Instances:
-        return instance_output(
+        found = instance_output(
             logits,
             masks,
             boxes,
@@ -271,6 +274,7 @@ class MaskPostprocess:
             classes=self.things if "panoptic_seg" in self.outputs else None,
             score_by_mask=self.score_by_mask,
         )
+        return without_duplicates(found, self.nms_iou)
 
     def _panoptic(self, logits, masks, _, image_size, wanted) -> tuple[Tensor, list[dict]]:
         best = (logits.sigmoid() if self._sigmoid(logits) else logits.softmax(-1)).max(-1)
@@ -307,10 +311,10 @@ def build_postprocess(cfg) -> Postprocess | MaskPostprocess:
     Raises:
         ConfigError: outputs that there are not, or things that are no classes of the model.
     """
-    root, top_k = cfg.MODEL.DN_DETR, cfg.TEST.DETECTIONS_PER_IMAGE
+    root, top_k, nms_iou = cfg.MODEL.DN_DETR, cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.NMS
     node = root.MASK
     if not node.ENABLED:
-        return Postprocess(select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, top_k)
+        return Postprocess(select_best if root.LOSS.CLASS_LOSS == "softmax" else select_top, top_k, nms_iou)
     if not node.OUTPUTS or set(node.OUTPUTS) - set(OUTPUTS):
         raise ConfigError(f"MODEL.DN_DETR.MASK.OUTPUTS must be any of {list(OUTPUTS)}, got {node.OUTPUTS!r}")
     if wrong := [x for x in node.THING_CLASSES if type(x) is not int or not 0 <= x < root.NUM_CLASSES]:
@@ -326,4 +330,5 @@ def build_postprocess(cfg) -> Postprocess | MaskPostprocess:
         overlap_threshold=node.OVERLAP_THRESHOLD,
         score_by_mask=node.SCORE_BY_MASK,
         temperature=node.TEMPERATURE,
+        nms_iou=nms_iou,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from ..boxes import cxcywh_to_xyxy, image_scale
 from ..structures import Predictions, file_name, upload
@@ -95,6 +96,22 @@ def _detections(scores: Tensor, boxes: Tensor, classes: Tensor, image_size: tupl
     )
 
 
+def without_duplicates(found: Instances, iou: float) -> Instances:
+    """Of detections of one class whose boxes overlap by more than ``iou`` the best one; the order stays.
+
+    Class-wise NMS. It waits for the device, unless ``iou`` is 1, where all are kept.
+
+    Args:
+        found: with ``pred_boxes``, ``scores`` and ``pred_classes``.
+        iou: in [0, 1].
+    """
+    if iou >= 1 or not len(found):
+        return found
+    boxes = found.pred_boxes.tensor.double()  # batched_nms moves classes apart, for which boxes must not be negative
+    kept = batched_nms(boxes - boxes.amin(), found.scores.double(), found.pred_classes, iou)
+    return found[kept.sort().values]
+
+
 @dataclass
 class PendingDetections:
     """Detections of one image of which the host does not know yet how many there are.
@@ -118,10 +135,11 @@ class Postprocess:
     Args:
         select: from logits, boxes, image size and ``top_k`` to detections: :func:`select_top` or :func:`select_best`.
         top_k: detections per image.
+        nms_iou: of these, see :func:`without_duplicates`; 1 = no NMS, as in the papers.
     """
 
-    def __init__(self, select: Callable[..., Instances], top_k: int):
-        self.select, self.top_k = select, top_k
+    def __init__(self, select: Callable[..., Instances], top_k: int, nms_iou: float = 1.0):
+        self.select, self.top_k, self.nms_iou = select, top_k, nms_iou
 
     def __call__(self, predictions: Predictions, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detections of the last layer, in pixels of the wanted output size.
@@ -144,9 +162,10 @@ class Postprocess:
                 for *predicted, x in zip(logits, boxes, batched_inputs, strict=True)
             ]
 
-    @staticmethod
-    def finish(pending: list[PendingDetections]) -> list[dict[str, Instances]]:
+    def finish(self, pending: list[PendingDetections]) -> list[dict[str, Instances]]:
         """Detectron2's output dicts, without boxes that have no size; all images together wait once for the device.
+
+        With NMS each image waits once more.
 
         Args:
             pending: of :meth:`start`, of all images, whether or not they have passed the model together.
@@ -164,7 +183,8 @@ class Postprocess:
                 raise FloatingPointError(NONFINITE.format([one.image]))
             kept = [place for place, usable in enumerate(nonempty) if usable]
             all_of_them = len(kept) == len(nonempty)
-            outputs.append({"instances": one.instances if all_of_them else one.instances[upload(kept, one.nonempty)]})
+            found = one.instances if all_of_them else one.instances[upload(kept, one.nonempty)]
+            outputs.append({"instances": without_duplicates(found, self.nms_iou)})
         return outputs
 
     def of_labels(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dev import measure_few_labels
 from dev.ablate_bccd import folder_name, has_ended
-from dev.measure_few_labels import ALONE, FROZEN, LISTS, OURS, PLAN, REGIONS, main, write_split
+from dev.measure_few_labels import ALONE, FROZEN, LISTS, OURS, PLAN, REGIONS, ap_with_nms, main, write_split
 from dn_detr_d2 import UserError
 from dn_detr_d2.data import load_coco_json
 
@@ -60,7 +60,7 @@ def test_the_table_has_what_was_trained_and_names_what_was_not(tmp_path, monkeyp
     page = (tmp_path / "few_labels.md").read_text()
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("| 1")]
     assert rows[0][:5] == ["10 %", ALONE, "2", "42.0 (40.0 to 44.0)", "43.0 (41.0 to 45.0)"]
-    assert rows[1] == ["10 %", OURS, "1", "50.0", "51.0", "52.0", "53.0", "54.0", "0.50"]
+    assert rows[1] == ["10 %", OURS, "1", "50.0", "51.0", "52.0", "53.0", "54.0", "-", "0.50"]
     assert len(rows) == 2
     assert f"10 % {OURS} (1 of 2 seeds)" in " ".join(page.split())
     assert Image.open(tmp_path / "few_labels.png").width > 1000
@@ -108,9 +108,41 @@ def test_a_report_adds_to_the_results_of_another_machine(tmp_path, a_report):
         ["20 %", ALONE, "1", "70.0"],
     ]
     values = {name: [50.0 + i, 53.0 + i] for i, name in enumerate(COLUMNS[:5])}
-    assert results["10"][OURS] == {"seeds": [1, 2]} | values | {COLUMNS[5]: [0.5, 0.5]}
+    assert results["10"][OURS] == {"seeds": [1, 2]} | values | {COLUMNS[5]: [0.5, 0.5], "AP with NMS": [None, None]}
     assert a_report(tmp_path / "second", "20") == (code, rows, results)  # whatever is named, the page is whole
     assert a_report(tmp_path / "nothing", "5") == (code, rows, results)
+
+
+def leave_detections(run, data):
+    """One image with two objects; the first is found twice before the second is found once."""
+    boxes = [[10, 10, 20, 20], [60, 60, 30, 30]]
+    truth = {"images": [{"id": 1, "width": 100, "height": 100}], "categories": [{"id": 3, "name": "cell"}]}
+    truth["annotations"] = [
+        {"id": i + 1, "image_id": 1, "category_id": 3, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for i, box in enumerate(boxes)
+    ]
+    (data / "bccd" / "test.json").write_text(json.dumps(truth))
+    found = [
+        {"image_id": 1, "category_id": 3, "bbox": box, "score": score}
+        for box, score in ((boxes[1], 0.3), (boxes[0], 0.9), ([10, 10, 20, 21], 0.8))
+    ]
+    (run / "inference").mkdir()
+    (run / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+
+
+def test_what_was_found_twice_is_left_out_in_a_column_of_its_own(tmp_path, a_report):
+    """Without NMS half of the objects are found at precision 1, the others at 2 / 3: AP (51 + 50 * 2 / 3) / 101 = 0.835."""
+    for seed in (1, 2):
+        finished(tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed{seed}", 40.0)
+    run = tmp_path / "runs" / f"{folder_name(f'10 percent {ALONE}')}_seed2"
+    leave_detections(run, tmp_path / "data")
+    _, rows, results = a_report(tmp_path / "runs", "10")
+    assert results["10"][ALONE]["AP with NMS"] == [None, 100.0]
+    assert rows[0][-2] == "100.0, 1 of 2"
+    annotations = tmp_path / "data" / "bccd" / "test.json"
+    assert ap_with_nms(run, annotations, 1.0) == pytest.approx(100 * (51 + 50 * 2 / 3) / 101, abs=0.01)
+    _, rows, kept = a_report(tmp_path / "nothing", "10")  # from the file of results
+    assert (rows[0][-2], kept) == ("100.0, 1 of 2", results)
 
 
 def test_of_results_without_seeds_all_are_reported_or_none(tmp_path, a_report):

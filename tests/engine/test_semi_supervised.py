@@ -57,18 +57,19 @@ def test_pseudo_labels_of_a_worked_example():
     assert not plain.has("gt_noise_factors")
 
 
-@pytest.mark.parametrize(("most", "scores", "warned"), [
-    (2, [0.9, 0.8], True), (2, [0.9, 0.3], False), (3, [0.9, 0.8], False), (None, [0.9, 0.8], False),
+@pytest.mark.parametrize(("most", "after_nms", "scores", "warned"), [
+    (2, False, [0.9, 0.8], True), (2, False, [0.9, 0.3], False), (3, False, [0.9, 0.8], False),
+    (None, False, [0.9, 0.8], False), (3, True, [0.9, 0.8], True), (3, True, [0.9, 0.3], False),
 ])  # fmt: skip
-def test_as_many_pseudo_labels_as_there_may_be_detections_are_warned_of_once(most, scores, warned, caplog):
-    """An image may have more objects then, which would be trained as background."""
+def test_as_many_pseudo_labels_as_there_may_be_detections_are_warned_of_once(most, after_nms, scores, warned, caplog):
+    """An image may have more objects then, which would be trained as background. NMS leaves fewer than so many."""
     _warn_of_limit.cache_clear()
     found = detections([[0, 0, 10, 10], [50, 50, 60, 60]], scores, [0, 1])
-    labels = PseudoLabels([0.4, 0.4], most=most)
+    labels = PseudoLabels([0.4, 0.4], most=most, after_nms=after_nms)
     with caplog.at_level("WARNING", "dn_detr_d2"):
         labels(found)
         labels(found)
-    assert caplog.text.count("all 2 detections") == warned
+    assert caplog.text.count(f"TEST.DETECTIONS_PER_IMAGE = {most}") == warned
 
 
 def test_no_detection_is_no_pseudo_label():

@@ -17,6 +17,7 @@ from PIL import Image
 from dn_detr_d2.data import ResizeShortestEdge
 from dn_detr_d2.export import onnx_predictor
 from dn_detr_d2.export.detector import LastPredictions
+from dn_detr_d2.export.metadata import describe
 from dn_detr_d2.export.onnx_predictor import OnnxPredictor, new_size, open_image, resize
 from dn_detr_d2.modeling.mask_postprocess import MaskPostprocess
 from dn_detr_d2.modeling.postprocess import Postprocess, select_best, select_top
@@ -59,24 +60,33 @@ def check_same(instances, arrays):
         assert (masks != instances.pred_masks.numpy()).mean() < 1e-4  # logits of 0 but for rounding
 
 
+@pytest.mark.parametrize("nms", [1.0, 0.2])
 @pytest.mark.parametrize(("scores", "select", "logits"), [("sigmoid", select_top, 5), ("softmax", select_best, 6)])
-def test_boxes_are_those_of_the_package(scores, select, logits):
+def test_boxes_are_those_of_the_package(scores, select, logits, nms):
     outputs = made_up(logits)
     outputs["boxes"][0, 0] = torch.tensor([-0.5, 0.5, 0.2, 0.2])  # outside: left out
     predictions = LastPredictions(outputs["logits"][None], outputs["boxes"][None])
-    expected = Postprocess(select, 7)(predictions, [record()])[0]["instances"]
-    check_same(expected, predictor_of(outputs, scores=scores).arrays(PICTURE))
+    expected = Postprocess(select, 7, nms)(predictions, [record()])[0]["instances"]
+    check_same(expected, predictor_of(outputs, scores=scores, nms=nms).arrays(PICTURE))
 
 
+def test_detections_that_overlap_are_left_out_where_the_file_asks_for_it():
+    outputs = {"logits": torch.tensor([[[3.0, 1.0], [2.0, 2.5]]]), "boxes": torch.tensor([[[0.5, 0.5, 0.4, 0.4]] * 2])}
+    every, some = (predictor_of(outputs, scores="sigmoid", **x)(PICTURE) for x in ({}, {"nms": 0.5}))
+    assert [x.class_name for x in every] == ["a", "b", "a", "b"]
+    assert some == every[:2]
+
+
+@pytest.mark.parametrize("nms", [1.0, 0.2])
 @pytest.mark.parametrize("by_mask", [True, False])
 @pytest.mark.parametrize("boxes", [True, False])
 @pytest.mark.parametrize(("scores", "logits"), [("sigmoid", 5), ("softmax", 6)])
-def test_masks_are_those_of_the_package(scores, logits, boxes, by_mask):
+def test_masks_are_those_of_the_package(scores, logits, boxes, by_mask, nms):
     outputs = made_up(logits, masks=True)
     if not boxes:
         del outputs["boxes"]
     kinds, things = ["instances", "panoptic_seg"], [0, 2, 3]
-    ours = MaskPostprocess(["instances"], 5, top_k=7, score_by_mask=by_mask)
+    ours = MaskPostprocess(["instances"], 5, top_k=7, score_by_mask=by_mask, nms_iou=nms)
     ours.outputs, ours.things = kinds, frozenset(things)
     predictions = LastPredictions(
         outputs["logits"][None], outputs["boxes"][None] if boxes else None, maps=outputs["masks"]
@@ -84,9 +94,18 @@ def test_masks_are_those_of_the_package(scores, logits, boxes, by_mask):
     ours._make = {"instances": MaskPostprocess._instances, "panoptic_seg": lambda *_: None}
     expected = ours(predictions, [record()])[0]["instances"]
     rule = {"outputs": kinds, "things": things, "score_by_mask": by_mask}
-    found = predictor_of(outputs, scores=scores, masks=rule).arrays(PICTURE)
+    found = predictor_of(outputs, scores=scores, masks=rule, nms=nms).arrays(PICTURE)
     check_same(expected, found)
     assert found[3].shape == (len(found[0]), 50, 70)
+
+
+@pytest.mark.parametrize(("nms", "version"), [(1.0, "1"), (0.7, "2")])
+def test_a_file_with_nms_has_a_version_that_earlier_readers_refuse(toy_cfg, toy_model, tmp_path, nms, version):
+    """They would give every detection without a word."""
+    (tmp_path / "model.pth").touch()
+    found = describe(toy_cfg("dn_detr", "TEST.NMS", nms), toy_model("dn_detr"), tmp_path / "model.pth")
+    assert (found["format_version"], json.loads(found["nms"])) == (version, nms)
+    assert version in onnx_predictor.KNOWN_VERSIONS
 
 
 def test_a_detection_has_a_name_and_the_threshold_holds():

@@ -4,12 +4,13 @@ import pytest
 import torch
 from conftest import make_batch
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
 from hypothesis import given
 from hypothesis import strategies as st
 from naming import naming
 
 from dev.benchmark_criterion import OperatorCount
-from dn_detr_d2.modeling.postprocess import Postprocess, select_best, select_top
+from dn_detr_d2.modeling.postprocess import Postprocess, select_best, select_top, without_duplicates
 from dn_detr_d2.structures import Predictions
 
 
@@ -81,3 +82,66 @@ def test_labels_that_are_looked_for_come_out_alike():
     made.boxes[-1, 2, 0, 0] = torch.inf
     with pytest.raises(FloatingPointError, match=naming("1.png")):
         post.of_labels(made, [torch.tensor([2, 0]), torch.tensor([1])], batch)
+
+
+def overlap(one, other):
+    """IoU of two boxes; 0 where there is nothing in common."""
+    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    if min(width, height) <= 0:
+        return 0.0
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (one, other)]
+    return width * height / (sum(areas) - width * height)
+
+
+def slow_nms(boxes, classes, iou):
+    """Indices of what is kept of detections that are sorted by score, one pair at a time."""
+    boxes, kept = boxes.tolist(), []
+    for i in range(len(boxes)):
+        if not any(classes[i] == classes[j] and overlap(boxes[i], boxes[j]) > iou for j in kept):
+            kept.append(i)
+    return kept
+
+
+def random_detections(count, seed, classes=3):
+    """Sorted by score, some with equal scores; boxes lie outside the image too, and some have no area."""
+    torch.manual_seed(seed)
+    corner = torch.randint(-30, 30, (count, 2)).float()
+    boxes = torch.cat([corner, corner + torch.randint(0, 40, (count, 2))], 1)
+    scores = (torch.rand(count) * 10).round().div(10).sort(descending=True).values
+    return Instances((20, 20), pred_boxes=Boxes(boxes), scores=scores, pred_classes=torch.randint(classes, (count,)))
+
+
+@given(st.integers(0, 40), st.integers(0, 99), st.sampled_from([0.0, 0.3, 0.7, 0.999, 1.0]))
+def test_nms_is_greedy_within_a_class(count, seed, iou):
+    found = random_detections(count, seed)
+    kept = without_duplicates(found, iou)
+    expected = slow_nms(found.pred_boxes.tensor, found.pred_classes, iou) if iou < 1 else list(range(count))
+    assert torch.equal(kept.pred_boxes.tensor, found.pred_boxes.tensor[expected])
+    assert torch.equal(kept.pred_classes, found.pred_classes[expected])
+    assert torch.equal(kept.scores, found.scores[expected])
+
+
+def test_what_lies_outside_the_image_does_not_meet_another_class():
+    """NMS of several classes at a time moves them apart, by the largest coordinate; negative ones must not come back."""
+    boxes = torch.tensor([[90.0, 90.0, 100.0, 100.0], [-11.0, -11.0, -1.0, -1.0]])
+    found = Instances(
+        (9, 9), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.8]), pred_classes=torch.tensor([0, 1])
+    )
+    assert len(without_duplicates(found, 0.5)) == 2
+
+
+@pytest.mark.parametrize("system", ["dn_deformable_detr", "detr", "mask2former"])
+def test_a_model_with_nms_keeps_the_best_of_what_it_finds_without(toy_model, system):
+    every = toy_model(system).eval()
+    model = toy_model(system, "TEST.NMS", 0.02).eval()
+    model.load_state_dict(every.state_dict())
+    batch = make_batch(*[0] * 2, sizes=((64, 96), (80, 80)))
+    with torch.no_grad():
+        for whole, some in zip(every(batch), model(batch), strict=True):
+            whole, some = whole["instances"], some["instances"]
+            kept = slow_nms(whole.pred_boxes.tensor, whole.pred_classes, 0.02)
+            assert 0 < len(kept) < len(whole)
+            assert torch.equal(some.scores, whole.scores[kept])
+            assert torch.equal(some.pred_boxes.tensor, whole.pred_boxes.tensor[kept])
+            if whole.has("pred_masks"):
+                assert torch.equal(some.pred_masks, whole.pred_masks[kept])
