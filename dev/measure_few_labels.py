@@ -210,6 +210,8 @@ def ap_with_nms(folder: Path, annotations: Path, iou: float = NMS_IOU) -> float 
     for found in json.loads(file.read_text()):
         images.setdefault(found["image_id"], []).append(found)
     kept = [one for found in images.values() for one in distinct(found, iou)]
+    if not kept:
+        return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(annotations)
         scores = COCOeval(truth, truth.loadRes(kept), "bbox")
@@ -245,7 +247,11 @@ def merged(kept: dict | None, found: dict) -> dict:
     rows = {}
     for values in (kept, found):
         for i, seed in enumerate(values[SEEDS]):
-            rows[seed] = {DISTINCT: None} | {name: column[i] for name, column in values.items()}
+            row = {DISTINCT: None} | {name: column[i] for name, column in values.items()}
+            before = rows.get(seed)
+            if before and before["AP"] == row["AP"]:  # the same training, whose detections may not be there any more
+                row[DISTINCT] = before[DISTINCT] if row[DISTINCT] is None else row[DISTINCT]
+            rows[seed] = row
     return {name: [rows[seed][name] for seed in sorted(rows)] for name in found}
 
 

@@ -8,14 +8,15 @@ import math
 
 import numpy as np
 import torch
-from detectron2.layers import batched_nms, cat
+from detectron2.layers import cat
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from .data import ResizeShortestEdge
 from .errors import ConfigError
+from .modeling.postprocess import class_wise_nms
 
-NMS_THRESHOLD = 0.5  # IoU above which two detections of one class are taken for one object
+NMS_THRESHOLD = 0.5  # or TEST.NMS where that is less
 FIELDS = {"pred_boxes", "pred_classes", "pred_masks", "scores"}
 
 
@@ -45,6 +46,7 @@ class TiledDetector(nn.Module):
         resize: of each tile before it passes the model.
         batch_size: tiles that pass the model together.
         top_k: detections of an image.
+        nms_iou: above which two detections of one class are taken for one object.
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class TiledDetector(nn.Module):
         resize: ResizeShortestEdge,
         batch_size: int = 1,
         top_k: int = 300,
+        nms_iou: float = NMS_THRESHOLD,
     ):
         super().__init__()
         self.model, self.size, self.overlap, self.resize = model, size, overlap, resize
-        self.batch_size, self.top_k = batch_size, top_k
+        self.batch_size, self.top_k, self.nms_iou = batch_size, top_k, nms_iou
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """Detectron2's interface at inference.
@@ -104,7 +107,7 @@ class TiledDetector(nn.Module):
         """Detections of all tiles in pixels of the image of (height, width), of which NMS leaves the best."""
         boxes = cat([x.pred_boxes.tensor + _shift(*corner, x) for x, corner in zip(found, corners, strict=True)])
         scores, classes = (cat([getattr(x, name) for x in found]) for name in ("scores", "pred_classes"))
-        kept = batched_nms(boxes, scores, classes, NMS_THRESHOLD)[: self.top_k]
+        kept = class_wise_nms(boxes, scores, classes, self.nms_iou)[: self.top_k]
         merged = Instances(size, pred_boxes=Boxes(boxes[kept]), scores=scores[kept], pred_classes=classes[kept])
         if found[0].has("pred_masks"):
             merged.pred_masks = _paste(found, corners, size, kept)
@@ -162,4 +165,5 @@ def with_tiles(model: nn.Module, cfg) -> nn.Module:
         resize=ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         top_k=cfg.TEST.DETECTIONS_PER_IMAGE,
+        nms_iou=min(NMS_THRESHOLD, cfg.TEST.NMS),
     ).train(model.training)

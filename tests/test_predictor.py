@@ -328,12 +328,18 @@ def test_half_is_the_16_bit_precision_of_the_device(made, monkeypatch):
         made("dn_detr", half=True)
 
 
-@pytest.mark.parametrize("system", ["dn_detr", "mask_dino"])
-def test_what_a_predictor_gives_may_be_changed_in_place(made, system):
+@pytest.mark.parametrize("nms", [1.0, 0.1])
+@pytest.mark.parametrize(("system", "prompts"), [
+    ("dn_detr", {}), ("mask_dino", {}), ("dn_detr", {"known": (4, 6, 20, 40)}), ("dn_detr", {"labels": [1, 3]}),
+])  # fmt: skip
+def test_what_a_predictor_gives_may_be_changed_in_place(made, system, prompts, nms):
     """Tensors made in inference mode may not, and autograd would refuse them."""
-    predictor, modes = made(system), set()
+    image = pictures(1)[0]
+    if "known" in prompts:
+        prompts = {"known": known(prompts["known"], size=image.shape[:2])}
+    predictor, modes = made(system, "TEST.NMS", nms), set()
     predictor.model.decoder.register_forward_hook(lambda *_: modes.add(torch.is_inference_mode_enabled()))
-    found = predictor(pictures(1)[0])["instances"]
+    found = predictor(image, **prompts)["instances"]
     assert modes == {True}
     assert not any(getattr(x, "tensor", x).is_inference() for x in found.get_fields().values())
     found.pred_boxes.scale(2, 2)

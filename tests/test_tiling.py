@@ -133,6 +133,24 @@ def test_objects_of_two_classes_in_one_place_stay():
     assert len(tiled(Both(), size=50, overlap=0, top_k=5)([record])[0]["instances"]) == 5
 
 
+@pytest.mark.parametrize(("nms", "left"), [(1.0, 2), (0.7, 2), (0.4, 1)])
+def test_test_nms_holds_between_tiles_too(toy_cfg, nms, left):
+    """Two tiles see parts of one object that overlap by 40 / 90 = 0.44; merged are such above 0.5, or above TEST.NMS."""
+
+    class Whole(nn.Module):
+        def forward(self, batched_inputs):
+            return [self.box(*x["image"].shape[-2:]) for x in batched_inputs]
+
+        def box(self, height, width):
+            box = Boxes(torch.tensor([[0.0, 0, 60, 60]]))
+            fields = {"scores": torch.tensor([0.9]), "pred_classes": torch.tensor([0])}
+            return {"instances": Instances((height, width), pred_boxes=box, **fields)}
+
+    cfg = toy_cfg("dn_detr", "TEST.NMS", nms, "TEST.TILE.SIZE", 60, "TEST.TILE.OVERLAP", 0.6, "INPUT.MIN_SIZE_TEST", 60)
+    record = {"image": torch.zeros(3, 60, 83, dtype=torch.uint8), "height": 60, "width": 83}
+    assert len(with_tiles(Whole(), cfg)([record])[0]["instances"]) == left
+
+
 @pytest.mark.parametrize("system", ["dn_deformable_detr", "mask_dino"])
 def test_one_tile_is_the_whole_image_to_the_bit(toy_cfg, toy_model, tmp_path, system):
     torch.save({"model": toy_model(system).state_dict()}, tmp_path / "model.pth")

@@ -40,8 +40,8 @@ def check_detector(cfg: CfgNode, *, training: bool) -> None:
         )
     if cfg.TEST.NMS < 1:
         raise ConfigError(
-            f"TEST.NMS = {cfg.TEST.NMS} is for DenoisingDETR, but MODEL.META_ARCHITECTURE is {name!r}; set it to 1.0, and "
-            "MODEL.ROI_HEADS.NMS_THRESH_TEST or what your detector has in its place"
+            f"TEST.NMS = {cfg.TEST.NMS} is for DenoisingDETR, but MODEL.META_ARCHITECTURE is {name!r}; set it to 1.0 "
+            "and use MODEL.ROI_HEADS.NMS_THRESH_TEST, or what your detector has in its place"
         )
     node, default = cfg.MODEL.DN_DETR, get_cfg()
     add_dn_detr_config(default)

@@ -29,7 +29,6 @@ class PseudoLabels:
         noise_growth: an object of score s has the noise factor 1 + noise_growth * (1 - s).
         most: detections that the teacher gives of an image at most; a warning says once where all of them reach the
             thresholds, so that there may be more.
-        after_nms: fewer are as many, because ``TEST.NMS`` has left some out of so many.
     """
 
     thresholds: Sequence[float]
@@ -37,14 +36,13 @@ class PseudoLabels:
     weighted: bool = True
     noise_growth: float = 1.0
     most: int | None = None
-    after_nms: bool = False
 
     @classmethod
     def from_config(cls, cfg) -> "PseudoLabels":
         """From ``SEMI_SUPERVISED``."""
         node = cfg.SEMI_SUPERVISED
         most = cfg.TEST.DETECTIONS_PER_IMAGE
-        return cls(class_thresholds(cfg), node.NMS, node.WEIGHTED, node.NOISE_GROWTH, most, cfg.TEST.NMS < 1)
+        return cls(class_thresholds(cfg), node.NMS, node.WEIGHTED, node.NOISE_GROWTH, most)
 
     def __call__(self, detections: Instances) -> Instances:
         """``gt_boxes``, ``gt_classes`` and ``scores`` of an image, and the ``gt_weights`` and ``gt_noise_factors`` that are
@@ -56,7 +54,7 @@ class PseudoLabels:
         found = detections.to("cpu")
         floors = torch.tensor(self.thresholds, dtype=found.scores.dtype)
         sure = found.scores >= floors[found.pred_classes]
-        if (len(found) == self.most or (self.after_nms and len(found))) and sure.all():
+        if len(found) == self.most and sure.all():
             _warn_of_limit(self.most)
         found = found[sure & found.pred_boxes.nonempty()]
         found = found[nms(found.pred_boxes.tensor, found.scores, self.nms_iou)]
@@ -78,8 +76,8 @@ class PseudoLabels:
 @cache
 def _warn_of_limit(most: int) -> None:
     logger.warning(
-        "all detections of the teacher in an image reach SEMI_SUPERVISED.THRESHOLD, and TEST.DETECTIONS_PER_IMAGE = %d "
-        "allows no more: it may have more objects, which are trained as background; raise either of them",
+        "all %d detections of the teacher in an image reach SEMI_SUPERVISED.THRESHOLD, as many as TEST.DETECTIONS_PER_IMAGE "
+        "allows: it may have more objects, which are trained as background; raise either of them",
         most,
     )
 

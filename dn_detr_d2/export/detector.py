@@ -9,6 +9,7 @@ from detectron2.structures import ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..modeling.outputs import LastPredictions
+from ..modeling.postprocess import without_nms
 from ..structures import map_by_size
 from .formats import Run
 
@@ -108,12 +109,14 @@ def compare(model: nn.Module, exported: ExportedDetector, batches: list[list[dic
 
 
 def with_instances(model: nn.Module) -> nn.Module:
-    """A shallow copy of a model that gives instances, and of models with masks only these."""
-    if model.pixel_decoder is None:
-        return model
+    """A shallow copy of a model that gives instances, of models with masks only these, without NMS.
+
+    Of two duplicates with nearly equal scores, rounding decides which one NMS keeps.
+    """
     model = copy.copy(model)
-    model.postprocess = copy.copy(model.postprocess)
-    model.postprocess.outputs = ("instances",)
+    model.postprocess = without_nms(model.postprocess)
+    if model.pixel_decoder is not None:
+        model.postprocess.outputs = ("instances",)
     return model
 
 

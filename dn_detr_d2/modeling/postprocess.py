@@ -1,7 +1,9 @@
 """From predictions to Instances in pixels."""
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -96,20 +98,32 @@ def _detections(scores: Tensor, boxes: Tensor, classes: Tensor, image_size: tupl
     )
 
 
-def without_duplicates(found: Instances, iou: float) -> Instances:
-    """Of detections of one class whose boxes overlap by more than ``iou`` the best one; the order stays.
+def class_wise_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou: float) -> Tensor:
+    """(m,) indices, best first, of detections of which none of one class overlap by more than ``iou``; waits for the device.
 
-    Class-wise NMS. It waits for the device, unless ``iou`` is 1, where all are kept.
+    Args:
+        boxes: (n, 4) corners, also outside of an image.
+        scores, classes: (n,).
+        iou: in [0, 1].
+    """
+    if not len(boxes):
+        return torch.zeros_like(classes)
+    boxes = boxes.double()  # batched_nms moves classes apart, for which boxes must not be negative
+    return batched_nms(boxes - boxes.amin(), scores.double(), classes, iou)
+
+
+def without_duplicates(found: Instances, iou: float) -> Instances:
+    """Of detections of one class whose boxes overlap by more than ``iou`` the best one, in the order that they have.
+
+    Waits for the device, unless ``iou`` is 1, where all are kept.
 
     Args:
         found: with ``pred_boxes``, ``scores`` and ``pred_classes``.
         iou: in [0, 1].
     """
-    if iou >= 1 or not len(found):
+    if iou >= 1:
         return found
-    boxes = found.pred_boxes.tensor.double()  # batched_nms moves classes apart, for which boxes must not be negative
-    kept = batched_nms(boxes - boxes.amin(), found.scores.double(), found.pred_classes, iou)
-    return found[kept.sort().values]
+    return found[class_wise_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, iou).sort().values]
 
 
 @dataclass
@@ -175,6 +189,10 @@ class Postprocess:
         """
         if not pending:
             return []
+        with after_inference(pending[0].nonempty.device.type):
+            return self._finish(pending)
+
+    def _finish(self, pending: list[PendingDetections]) -> list[dict[str, Instances]]:
         flags = iter(torch.cat([x for one in pending for x in (one.finite[None], one.nonempty)]).tolist())
         outputs = []
         for one in pending:
@@ -209,6 +227,23 @@ class Postprocess:
                     for *predicted, own, x in zip(logits, boxes, labels, batched_inputs, strict=True)
                 ]
             )
+
+
+def without_nms(postprocess):
+    """A copy of a :class:`Postprocess`, or one for masks, that leaves no detection out because it overlaps another."""
+    postprocess = copy.copy(postprocess)
+    postprocess.nms_iou = 1.0
+    return postprocess
+
+
+@contextmanager
+def every_detection(model) -> Iterator[None]:
+    """Inside, a :class:`~dn_detr_d2.modeling.DenoisingDETR` detects without the NMS of ``TEST.NMS``."""
+    own, model.postprocess = model.postprocess, without_nms(model.postprocess)
+    try:
+        yield
+    finally:
+        model.postprocess = own
 
 
 def size_of(record: dict) -> tuple[int, int]:

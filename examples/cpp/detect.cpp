@@ -2,6 +2,7 @@
 //
 //     detect out/model_aoti.pt2 dn_detr_d2/_C.abi3.so 480 640 < pixels
 //
+// It prints the five best pairs of a query and a class as the model gives them, without the NMS that "nms" asks for below 1.
 // `pixels` are 480 x 640 x 3 bytes in rows, of an image that is resized and in the channel order that the metadata say.
 #include <dlfcn.h>
 
@@ -30,7 +31,7 @@ int main(int count, char** arguments) {
   const auto metadata = model.get_metadata();
   if (metadata.at("outputs").find("\"boxes\"") == std::string::npos) return std::fprintf(stderr, "the model gives no boxes\n"), 1;
   for (const auto& [name, value] : metadata) {
-    if (name == "class_names" || name == "resize" || name == "channel_order") std::printf("%s: %s\n", name.c_str(), value.c_str());
+    if (name == "class_names" || name == "resize" || name == "channel_order" || name == "nms") std::printf("%s: %s\n", name.c_str(), value.c_str());
   }
 
   const int64_t height = std::atoll(arguments[3]), width = std::atoll(arguments[4]);

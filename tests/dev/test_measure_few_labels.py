@@ -143,6 +143,13 @@ def test_what_was_found_twice_is_left_out_in_a_column_of_its_own(tmp_path, a_rep
     assert ap_with_nms(run, annotations, 1.0) == pytest.approx(100 * (51 + 50 * 2 / 3) / 101, abs=0.01)
     _, rows, kept = a_report(tmp_path / "nothing", "10")  # from the file of results
     assert (rows[0][-2], kept) == ("100.0, 1 of 2", results)
+    (run / "inference" / "coco_instances_results.json").unlink()
+    assert a_report(tmp_path / "runs", "10")[2] == results  # the same training, of which less is left
+    (run / "metrics.json").unlink()
+    finished(tmp_path / "other" / run.name, 41.0)
+    assert a_report(tmp_path / "other", "10")[2]["10"][ALONE]["AP with NMS"] == [None, None]  # another one
+    (run / "inference" / "coco_instances_results.json").write_text("[]")
+    assert ap_with_nms(run, annotations) == 0.0
 
 
 def test_of_results_without_seeds_all_are_reported_or_none(tmp_path, a_report):

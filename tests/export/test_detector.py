@@ -1,5 +1,7 @@
 """Detections as sets: which belong together, and how many have nobody."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_batch
@@ -7,6 +9,8 @@ from detectron2.structures import Boxes, Instances
 
 from dn_detr_d2.export.detector import ExportedDetector, Tolerance, compare, partners
 from dn_detr_d2.export.metadata import output_names
+from dn_detr_d2.modeling.outputs import LastPredictions
+from dn_detr_d2.modeling.postprocess import Postprocess, select_top
 
 NEAR = Tolerance(score=0.01, iou=0.9, share=0.95)
 
@@ -64,6 +68,26 @@ def test_the_model_itself_in_the_place_of_a_file_agrees_entirely(toy_model, syst
             assert torch.equal(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
     agreement = compare(model, exported, [batch[:1], batch[:2]], NEAR)
     assert (agreement.share, agreement.score) == (1.0, 0.0)
+
+
+def test_duplicates_that_rounding_puts_in_another_order_agree():
+    """NMS would keep the one of the model and the other of the file."""
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.32]]])
+    logits = torch.tensor([[[1.0], [0.9999]]])
+
+    class Model:
+        pixel_decoder, size_divisibility, backbone = None, 32, SimpleNamespace(padding_constraints={})
+        postprocess = Postprocess(select_top, 7, 0.5)
+
+        def detect(self, batch):
+            return self.postprocess(LastPredictions(logits[None], boxes[None]), batch)
+
+    batch = make_batch(1)
+    exported = ExportedDetector(Model(), ["logits", "boxes"], lambda *_: (logits.flip(1), boxes))
+    ours, theirs = (x.detect(batch)[0]["instances"].pred_boxes.tensor for x in (Model(), exported))
+    assert len(ours) == len(theirs) == 1
+    assert not torch.equal(ours, theirs)
+    assert compare(Model(), exported, [batch], Tolerance(1e-3, 0.9, 0.95)).share == 1.0
 
 
 def test_a_file_of_another_model_does_not_agree(toy_model):
