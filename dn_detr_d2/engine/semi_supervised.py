@@ -14,7 +14,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..data.unlabeled import WEAK
-from ..modeling.postprocess import every_detection
 from ..structures import file_name
 from .pseudo_labels import DENOISING, LOSSES, MATCHING, PseudoLabels
 from .train_step import TrainStep
@@ -78,7 +77,7 @@ class SemiSupervisedStep(TrainStep):
             views.append({"image": record[WEAK], "height": height, "width": width, "file_name": file_name(record)})
         fault = {}
         try:
-            with torch.no_grad(), every_detection(self.teacher):  # SEMI_SUPERVISED has thresholds and an NMS of its own
+            with torch.no_grad(), self.teacher.without_nms():  # SEMI_SUPERVISED has thresholds and an NMS of its own
                 found = [self.labels(output["instances"]) for output in self.teacher(views)]
         except FloatingPointError as error:
             found = [self.labels.none((view["height"], view["width"])) for view in views]

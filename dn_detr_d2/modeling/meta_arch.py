@@ -3,7 +3,8 @@
 Shapes: N images, D denoising queries, Q matching queries, K decoder layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,7 @@ from .hidden_padding import resnet_maps
 from .neck import padding_mask
 from .outputs import ForwardOutputs, LastPredictions
 from .pixel_decoder import padded_size
-from .postprocess import Postprocess
+from .postprocess import Postprocess, without_nms
 from .prepared_weights import PreparedWeights
 from .prompting import check_prompts, denoising_part, is_prompted, prompt_labels, prompted
 from .training_losses import training_losses
@@ -156,6 +157,15 @@ class DenoisingDETR(nn.Module):
                 found |= enumerate(self.postprocess(self.decoder(queries, memory), batched_inputs))
             found |= prompted(self, batched_inputs, memory, queries)
         return [found[i] for i in range(len(batched_inputs))]
+
+    @contextmanager
+    def without_nms(self) -> Iterator[None]:
+        """Inside, the model gives every detection, whatever ``TEST.NMS`` is."""
+        own, self.postprocess = self.postprocess, without_nms(self.postprocess)
+        try:
+            yield
+        finally:
+            self.postprocess = own
 
     def _start_detection(self, batched_inputs: list[dict]) -> list:
         """:meth:`detect` without prompts and without the last wait for the device."""

@@ -2,8 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -234,16 +233,6 @@ def without_nms(postprocess):
     postprocess = copy.copy(postprocess)
     postprocess.nms_iou = 1.0
     return postprocess
-
-
-@contextmanager
-def every_detection(model) -> Iterator[None]:
-    """Inside, a :class:`~dn_detr_d2.modeling.DenoisingDETR` detects without the NMS of ``TEST.NMS``."""
-    own, model.postprocess = model.postprocess, without_nms(model.postprocess)
-    try:
-        yield
-    finally:
-        model.postprocess = own
 
 
 def size_of(record: dict) -> tuple[int, int]:
