@@ -6,6 +6,7 @@ same for all, whatever else they draw.
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
@@ -116,17 +117,20 @@ def advance_in_turn(runs: list[InterleavedRun], name: str) -> None:
 
 
 def folders_of(config: Path, variants: list[Variant], seed: int, output: Path, opts: list) -> list[Path]:
-    """Where :func:`train_interleaved` puts, or has put, the trainings."""
-    return [Path(configure(config, variant, seed, output, opts).OUTPUT_DIR) for variant in variants]
+    """Where :func:`train_interleaved` puts, or has put, the trainings; needs no data."""
+    return [Path(configure(config, variant, seed, output, opts, ()).OUTPUT_DIR) for variant in variants]
 
 
-def configure(config: Path, variant: Variant, seed: int, output: Path, opts: list):
+def configure(
+    config: Path, variant: Variant, seed: int, output: Path, opts: list, splits: Sequence[str] = ("TRAIN", "TEST")
+):
     """The config of one variant: probes, evaluations and checkpoints at every tenth of the whole training.
 
-    A shorter schedule is that of the whole training in all its parts, warm-up included.
+    A shorter schedule is that of the whole training in all its parts, warm-up included. Data sets of ``splits`` must be
+    there, see :func:`~dn_detr_d2.setup_cfg`.
     """
     folder = output / f"{config.stem}_{variant.name.replace(' ', '_').replace(',', '')}_seed{seed}"
-    solver = setup_cfg(str(config), opts).SOLVER
+    solver = setup_cfg(str(config), opts, splits=()).SOLVER
     whole, share = solver.MAX_ITER, variant.share
     period = max(whole // 10, 1)
     made = {
@@ -138,4 +142,4 @@ def configure(config: Path, variant: Variant, seed: int, output: Path, opts: lis
         "TEST.EVAL_PERIOD": period,
         "SOLVER.CHECKPOINT_PERIOD": period,
     }
-    return setup_cfg(str(config), [*opts, *variant.overrides, *chain(*made.items())])
+    return setup_cfg(str(config), [*opts, *variant.overrides, *chain(*made.items())], splits=splits)

@@ -412,6 +412,18 @@ def test_variants_can_be_trained_by_themselves(tmp_path, monkeypatch, capsys):
 RUNS = sorted(x for x in (ROOT / "docs" / "evidence" / "long" / "runs").iterdir() if x.is_dir())
 
 
+@pytest.mark.parametrize(("pair", "seeds"), [("bccd_dino", "1"), ("shapes_hard_deformable", "1 2")])
+def test_the_pages_of_the_evidence_come_from_the_runs_that_are_kept_without_the_data(
+    tmp_path, monkeypatch, pair, seeds
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    evidence = ROOT / "docs" / "evidence" / "long"
+    line = ["--report", "--pairs", pair, "--seeds", *seeds.split(), "--runs", str(evidence / "runs")]
+    assert main([*line, "--output", str(tmp_path)]) == 0
+    ours, theirs = ((folder / f"{pair}.md").read_text().splitlines()[3:] for folder in (tmp_path, evidence))
+    assert ours == theirs
+
+
 def test_what_is_kept_of_a_training_gives_the_same_report(tmp_path):
     """Losses of parts, other layers and keys of the config that a report does not read are left out."""
     whole = tmp_path / RUNS[0].name
