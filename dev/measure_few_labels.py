@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
@@ -37,7 +37,7 @@ from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.data import load_coco_json
 from dn_detr_d2.data.check_set import write_json
 from dn_detr_d2.data.split import split_by_ids
-from dn_detr_d2.modeling.postprocess import without_duplicates
+from dn_detr_d2.modeling.postprocess import class_wise_nms
 from dn_detr_d2.visualization.curves import spread
 from dn_detr_d2.visualization.runs import Run
 from dn_detr_d2.visualization.style import colour, new_figure, save
@@ -202,10 +202,17 @@ def ap_with_nms(folder: Path, annotations: Path, iou: float = NMS_IOU) -> float 
 
     Returns:
         In percent; None where there are no detections, as in a part of a folder that was kept.
+
+    Raises:
+        UserError: there are detections, but no annotations.
     """
     file = folder / "inference" / "coco_instances_results.json"
     if not file.is_file():
         return None
+    if not annotations.is_file():
+        raise UserError(
+            f"{annotations} does not exist, the annotations of {file}; name the folder above BCCD as --bccd"
+        )
     images: dict[int, list[dict]] = {}
     for found in json.loads(file.read_text()):
         images.setdefault(found["image_id"], []).append(found)
@@ -222,17 +229,10 @@ def ap_with_nms(folder: Path, annotations: Path, iou: float = NMS_IOU) -> float 
 
 
 def distinct(found: list[dict], iou: float) -> list[dict]:
-    """Of COCO-format detections of one image those that NMS leaves."""
-    found = sorted(found, key=lambda x: -x["score"])
-    boxes = BoxMode.convert(torch.tensor([x["bbox"] for x in found]), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-    instances = Instances(
-        (0, 0),
-        pred_boxes=Boxes(boxes),
-        scores=torch.tensor([x["score"] for x in found]),
-        pred_classes=torch.tensor([x["category_id"] for x in found]),
-        place=torch.arange(len(found)),
-    )
-    return [found[i] for i in without_duplicates(instances, iou).place.tolist()]
+    """Of COCO-format detections of one image those that NMS leaves, best first."""
+    boxes, scores, classes = (torch.tensor([x[key] for x in found]) for key in ("bbox", "score", "category_id"))
+    boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+    return [found[i] for i in class_wise_nms(boxes, scores, classes, iou).tolist()]
 
 
 def merged(kept: dict | None, found: dict) -> dict:
@@ -249,8 +249,8 @@ def merged(kept: dict | None, found: dict) -> dict:
         for i, seed in enumerate(values[SEEDS]):
             row = {DISTINCT: None} | {name: column[i] for name, column in values.items()}
             before = rows.get(seed)
-            if before and before["AP"] == row["AP"]:  # the same training, whose detections may not be there any more
-                row[DISTINCT] = before[DISTINCT] if row[DISTINCT] is None else row[DISTINCT]
+            if row[DISTINCT] is None and before and before["AP"] == row["AP"]:
+                row[DISTINCT] = before[DISTINCT]  # of the same training, whose detections are not there any more
             rows[seed] = row
     return {name: [rows[seed][name] for seed in sorted(rows)] for name in found}
 

@@ -106,11 +106,14 @@ class OnnxPredictor:
         outputs = self.raw(images, np.array([size], np.int64))
         outputs = {name: x[0].astype(np.float32) for name, x in outputs.items()}
         if "masks" in outputs:
-            scores, classes, boxes, masks = self._with_masks(outputs, size, images.shape[2:], wanted)
+            found = self._with_masks(outputs, size, images.shape[2:], wanted)
         else:
-            scores, classes, boxes, masks = self._boxes(outputs, wanted)
-        kept = distinct(classes, boxes, self.metadata.get("nms", 1.0))
-        return scores[kept], classes[kept], boxes[kept], None if masks is None else masks[kept]
+            found = self._boxes(outputs, wanted)
+        limit = self.metadata.get("nms", 1.0)
+        if limit >= 1:
+            return found
+        kept = distinct(*found[1:3], limit)
+        return tuple(None if x is None else x[kept] for x in found)
 
     def prepare(self, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """(1, 3, H, W) float32 for the file, and (height, width) of the image in it without padding."""
@@ -226,10 +229,13 @@ def best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def distinct(classes: np.ndarray, boxes: np.ndarray, limit: float) -> np.ndarray:
-    """Indices of detections, best first, without those whose IoU with a better one of their class is above ``limit``."""
+    """Indices of detections, best first, without those whose IoU with a better one of their class is above ``limit``.
+
+    Of (n,) class numbers and (n, 4) boxes, in any one unit, in the order of their scores.
+    """
     kept = []
     for i in range(len(boxes)):
-        others = [j for j in kept if limit < 1 and classes[j] == classes[i]]
+        others = [j for j in kept if classes[j] == classes[i]]
         if not others or (overlaps(boxes[i], boxes[others]) <= limit).all():
             kept.append(i)
     return np.array(kept, np.int64)

@@ -101,7 +101,7 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou: float) -
     """(m,) indices, best first, of detections of which none of one class overlap by more than ``iou``; waits for the device.
 
     Args:
-        boxes: (n, 4) corners, also outside of an image.
+        boxes: (n, 4) corners in any one unit, also outside of an image.
         scores, classes: (n,).
         iou: in [0, 1].
     """
@@ -189,19 +189,16 @@ class Postprocess:
         if not pending:
             return []
         with after_inference(pending[0].nonempty.device.type):
-            return self._finish(pending)
-
-    def _finish(self, pending: list[PendingDetections]) -> list[dict[str, Instances]]:
-        flags = iter(torch.cat([x for one in pending for x in (one.finite[None], one.nonempty)]).tolist())
-        outputs = []
-        for one in pending:
-            finite, *nonempty = itertools.islice(flags, 1 + len(one.nonempty))
-            if not finite:
-                raise FloatingPointError(NONFINITE.format([one.image]))
-            kept = [place for place, usable in enumerate(nonempty) if usable]
-            all_of_them = len(kept) == len(nonempty)
-            found = one.instances if all_of_them else one.instances[upload(kept, one.nonempty)]
-            outputs.append({"instances": without_duplicates(found, self.nms_iou)})
+            flags = iter(torch.cat([x for one in pending for x in (one.finite[None], one.nonempty)]).tolist())
+            outputs = []
+            for one in pending:
+                finite, *nonempty = itertools.islice(flags, 1 + len(one.nonempty))
+                if not finite:
+                    raise FloatingPointError(NONFINITE.format([one.image]))
+                kept = [place for place, usable in enumerate(nonempty) if usable]
+                all_of_them = len(kept) == len(nonempty)
+                found = one.instances if all_of_them else one.instances[upload(kept, one.nonempty)]
+                outputs.append({"instances": without_duplicates(found, self.nms_iou)})
         return outputs
 
     def of_labels(

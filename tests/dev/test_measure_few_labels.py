@@ -150,6 +150,8 @@ def test_what_was_found_twice_is_left_out_in_a_column_of_its_own(tmp_path, a_rep
     assert a_report(tmp_path / "other", "10")[2]["10"][ALONE]["AP with NMS"] == [None, None]  # another one
     (run / "inference" / "coco_instances_results.json").write_text("[]")
     assert ap_with_nms(run, annotations) == 0.0
+    with pytest.raises(UserError, match=naming("gone.json", "--bccd")):
+        ap_with_nms(run, tmp_path / "gone.json")
 
 
 def test_of_results_without_seeds_all_are_reported_or_none(tmp_path, a_report):
