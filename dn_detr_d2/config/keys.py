@@ -445,12 +445,12 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # time; logged as validation/total_loss and validation/<term> (docs/diagnostics.md).
     cfg.TEST.VALIDATION_LOSS = 0
 
-    # Diagnostics, see docs/diagnostics.md. They look at the first data set of DATASETS.TEST, at every evaluation and when
-    # the training is over; the values go to TensorBoard and metrics.json. Weights and random streams stay as without them.
+    # Diagnostics, see docs/diagnostics.md. They look at the first data set of DATASETS.TEST, every PERIOD iterations and at
+    # the end of the training; the values go to TensorBoard and metrics.json. Weights and random states stay the same.
     cfg.TEST.INSTABILITY = CfgNode()
     # Images to look at, evenly spaced by image id; 0 = no diagnostics. DN Sec. 3.2 takes the 5000 of val2017.
     cfg.TEST.INSTABILITY.NUM_IMAGES = 0
-    # Look also every so many iterations; 0 = at evaluations only. For equal steps take a divisor of TEST.EVAL_PERIOD.
+    # Iterations between two looks; 0 = TEST.EVAL_PERIOD. An epoch in the paper.
     cfg.TEST.INSTABILITY.PERIOD = 0
     # k of ATD(k), the mean of the k largest distances between an anchor and its object (DINO Sec. 4). 100 in DINO.
     cfg.TEST.INSTABILITY.ATD_K = 100

@@ -1,8 +1,8 @@
 """A harder embedded data set: twelve classes by shape and texture, many objects, occlusion.
 
-``shapes_hard_train`` and ``shapes_hard_val`` are drawn like :mod:`.shapes`, from a seed with integer arithmetic, when they
-are first used (the files take 190 MB). Scenes of 256 x 256 pixels have 5 to 25 objects, of which others may hide up to 60 %;
-shape alone and texture alone tell no class. Boxes and masks are those of whole objects.
+``shapes_hard_train``, ``shapes_hard_val`` and ``shapes_hard_test`` are drawn like :mod:`.shapes`, from a seed with integer
+arithmetic, when they are first used (the files take 230 MB). Scenes of 256 x 256 pixels have 5 to 25 objects, of which
+others may hide up to 60 %; shape alone and texture alone tell no class. Boxes and masks are those of whole objects.
 """
 
 import numpy as np
@@ -23,7 +23,8 @@ SHAPES = ("circle", "rectangle", "triangle", "rhombus")
 TEXTURES = ("plain", "striped", "dotted")
 CLASSES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
 VERSION = 1  # part of the cache folder's name; raise it when the files change
-SPLITS = {"shapes_hard_train": (21, 800), "shapes_hard_val": (22, 150)}  # name: (seed, images)
+# name: (seed, images)
+SPLITS = {"shapes_hard_train": (21, 800), "shapes_hard_val": (22, 150), "shapes_hard_test": (23, 200)}
 SIDE = 256
 OBJECTS = (5, 25)  # fewest and most
 SIDES = (20, 80)  # shortest and longest side of an object, pixels
@@ -34,7 +35,7 @@ TEXTURE_CONTRAST = 110  # in each channel
 
 
 def register_shapes_hard() -> None:
-    """Registers both splits; nothing is drawn or read yet."""
+    """Registers all splits; nothing is drawn or read yet."""
     root = cache_folder().parent / f"shapes-hard-v{VERSION}"
     for name, (seed, num_images) in SPLITS.items():
         register_split(name, Split(root / name, seed, num_images, draw_scene, CLASSES))

@@ -63,13 +63,13 @@ def build_diagnostics(cfg) -> list[HookBase]:
                 load_annotated(cfg, records),
                 [str(record["image_id"]) for record in records],
                 Path(cfg.OUTPUT_DIR) / "instability.npz",
-                periods=(cfg.TEST.EVAL_PERIOD, node.PERIOD),
+                period=node.PERIOD or cfg.TEST.EVAL_PERIOD,
                 top_k=node.ATD_K,
                 scales=node.HEALTH_SCALES,
             )
         )
     if cfg.TEST.VALIDATION_LOSS:
-        hooks.append(ValidationLossHook(_validation_sets(cfg), (cfg.TEST.EVAL_PERIOD,)))
+        hooks.append(ValidationLossHook(_validation_sets(cfg), cfg.TEST.EVAL_PERIOD))
     return hooks
 
 
@@ -100,16 +100,16 @@ class MeasuringHook(HookBase):
     """Base of what is measured now and then, and once more when the training is over.
 
     Args:
-        periods: measure whenever one of them divides the number of iterations done; 0 = never.
+        period: iterations between two measurements; 0 = only at the end.
     """
 
-    def __init__(self, periods: tuple[int, ...]):
-        self.periods = [period for period in periods if period > 0]
+    def __init__(self, period: int):
+        self.period = period
 
     def after_step(self) -> None:
         """Measures if it is time; the last time is left to :meth:`after_train`."""
         done = self.trainer.iter + 1
-        if done != self.trainer.max_iter and any(done % period == 0 for period in self.periods):
+        if done != self.trainer.max_iter and self.period and done % self.period == 0:
             self.measure(done)
 
     def after_train(self) -> None:
@@ -127,11 +127,11 @@ class ValidationLossHook(MeasuringHook):
 
     Args:
         loaders: what their names begin with -> annotated images.
-        periods: as for :class:`MeasuringHook`.
+        period: as for :class:`MeasuringHook`.
     """
 
-    def __init__(self, loaders: dict[str, Iterable[list[dict]]], periods: tuple[int, ...]):
-        super().__init__(periods)
+    def __init__(self, loaders: dict[str, Iterable[list[dict]]], period: int):
+        super().__init__(period)
         self.loaders = loaders
 
     def measure(self, done: int) -> None:
@@ -147,13 +147,15 @@ class ValidationLossHook(MeasuringHook):
 class InstabilityHook(MeasuringHook):
     """Probes the model now and then, and once more when the training is over.
 
-    The last assignment is kept in a file, so that a training that is resumed goes on with its curve.
+    The last assignment is kept in a file, so that a training that is resumed goes on with its curve. A probe that is not
+    ``period`` iterations after the one before, as the last of a training may be, has no instability: its value grows with
+    that distance.
 
     Args:
         loader: annotated images, the same in every probe.
         image_ids: of all ranks.
         record: the file, ``.npz``.
-        periods: as for :class:`MeasuringHook`.
+        period: as for :class:`MeasuringHook`.
         top_k: k of ATD(k).
         scales: of box noise for :func:`~.denoising_health.measure_restoration`; none = not measured.
     """
@@ -164,13 +166,14 @@ class InstabilityHook(MeasuringHook):
         image_ids: Iterable[str],
         record: Path,
         *,
-        periods: tuple[int, ...],
+        period: int,
         top_k: int,
         scales: Iterable[float] = (),
     ):
-        super().__init__(periods)
+        super().__init__(period)
         self.loader, self.image_ids, self.record = loader, set(image_ids), record
-        self.top_k, self.scales, self.previous = top_k, list(scales), None
+        self.top_k, self.scales = top_k, list(scales)
+        self.previous, self.previous_iteration = None, 0
 
     def before_train(self) -> None:
         """Takes up the last assignment of the training that is resumed; raises ConfigError if it is of other images."""
@@ -192,7 +195,7 @@ class InstabilityHook(MeasuringHook):
                 "new curve"
             )
         else:
-            self.previous = assignment
+            self.previous, self.previous_iteration = assignment, iteration
 
     def measure(self, done: int) -> None:
         """Logs instability, anchors and the restoring of noised objects."""
@@ -201,11 +204,25 @@ class InstabilityHook(MeasuringHook):
         if comm.is_main_process():
             assignment = {image.image_id: image.matched for image in images}
             self._require_same_shape(assignment)
-            scalars = describe(images, self.previous, self.top_k) | describe_health(health)
+            scalars = describe(images, self._comparable(done), self.top_k) | describe_health(health)
             self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
             write_assignment(self.record, done, assignment)
-            self.previous = assignment
+            self.previous, self.previous_iteration = assignment, done
         comm.synchronize()
+
+    def _comparable(self, done: int) -> dict[str, np.ndarray] | None:
+        """The last assignment, if it is one period old."""
+        step = done - self.previous_iteration
+        if self.previous is None or self.period in (0, step):
+            return self.previous
+        logger.info(
+            "no instability after %d iterations: the last probe was %d iterations before, and the others of the curve are "
+            "%d apart",
+            done,
+            step,
+            self.period,
+        )
+        return None
 
     def _require_same_shape(self, assignment: dict[str, np.ndarray]) -> None:
         """Raises ConfigError if the last assignment is of a model with other layers or queries."""

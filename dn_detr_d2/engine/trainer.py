@@ -147,7 +147,8 @@ class Trainer(DefaultTrainer):
         record = EvaluationRecord(cfg.OUTPUT_DIR, period)
         evaluating = [found[evaluation], *added, record]
         found[evaluation + 1 : evaluation + 1] = evaluating[1:]
-        writing = math.gcd(WRITER_PERIOD, cfg.TEST.INSTABILITY.PERIOD)  # or a probe would replace the one before
+        # Two measurements between two writes would leave the later one alone in the logs.
+        writing = min(x for x in (WRITER_PERIOD, period, cfg.TEST.INSTABILITY.PERIOD) if x > 0)
         for writer in (hook for hook in found if isinstance(hook, hooks.PeriodicWriter)):
             writer._period = writing
         stop = StopHook(self.stop_request)

@@ -91,16 +91,28 @@ def test_diagnostics_leave_the_training_as_it_is_and_write_the_last_probe(toy_cf
     assert sorted(assignment) == sorted(str(i * 200 // 6) for i in range(6))
 
 
-@pytest.mark.parametrize(("periods", "probed"), [((2, 0), [1, 3, 6]), ((0, 4), [3, 6]), ((3, 2), [1, 2, 3, 6])])
-def test_every_probe_is_in_both_logs(toy_cfg, tmp_path, periods, probed):
+@pytest.mark.parametrize(
+    ("period", "evaluations", "probed", "compared"),
+    [
+        (2, 0, [1, 3, 6], [3, 6]),
+        (0, 2, [1, 3, 6], [3, 6]),
+        (3, 2, [2, 6], [6]),  # evaluations between two probes would shorten the steps
+        (0, 4, [3, 6], []),  # the last step is half as long as a period
+    ],
+)
+def test_every_probe_is_in_both_logs_and_steps_are_equal(
+    toy_cfg, tmp_path, caplog, period, evaluations, probed, compared
+):
     """Detectron2 writes every 20 iterations and keeps the last value: two probes between were one."""
     options = [*SMALL, "TEST.INSTABILITY.NUM_IMAGES", 2, "OUTPUT_DIR", str(tmp_path)]
-    train(toy_cfg("dn_detr", *options, "TEST.INSTABILITY.PERIOD", periods[0], "TEST.EVAL_PERIOD", periods[1]))
+    with caplog.at_level(logging.INFO, "dn_detr_d2"):
+        train(toy_cfg("dn_detr", *options, "TEST.INSTABILITY.PERIOD", period, "TEST.EVAL_PERIOD", evaluations))
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if "anchors/distance" in line] == probed
     board = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in board.Scalars("anchors/distance")] == probed
-    assert [event.step for event in board.Scalars("instability/layer_1")] == probed[1:]
+    for name, iterations in (("anchors/distance", probed), ("instability/layer_1", compared)):
+        assert [line["iteration"] for line in lines if name in line] == iterations
+        assert [event.step for event in board.Scalars(name)] == iterations if iterations else name not in board.Tags()
+    assert bool(naming("no instability", 6, 2, 4).search(caplog.text)) == (not compared)
 
 
 def stop_after(cfg, monkeypatch, iterations):
