@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--variants",
         nargs="+",
         choices=[MATCHING, DENOISED, HALF],
-        help="train these alone; their times do not compare",
+        help="train these alone; their times are not compared",
     )
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings in --runs that were cut off")

@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import yaml
+
+from .report import IN_TURN
 
 # Of the last layer alone the instability is shown.
 KEPT = re.compile(r"iteration|time|bbox/AP(50)?|loss_main|loss_dn|total_loss|anchors/distance")
@@ -13,7 +16,7 @@ PARTS = ("DENOISING", "DECODER", "MASK", "INITIALIZATION")  # of MODEL.DN_DETR
 
 
 def keep(run: Path, target: Path) -> Path:
-    """Copies metrics.json, config.yaml and step_seconds.txt of a training, cut to what ``dev/compare_runs.py`` reads.
+    """Copies metrics.json, config.yaml, step_seconds.txt and in_turn.txt, cut to what ``dev/compare_runs.py`` reads.
 
     Args:
         run: the folder of the training.
@@ -43,6 +46,8 @@ def keep(run: Path, target: Path) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(few))
     seconds = (run / "step_seconds.txt").read_text().split()
     (folder / "step_seconds.txt").write_text("".join(f"{float(x):.3f}\n" for x in seconds))
+    if (run / IN_TURN).is_file():
+        shutil.copyfile(run / IN_TURN, folder / IN_TURN)
     return folder
 
 

@@ -21,7 +21,7 @@ from dn_detr_d2.engine import Trainer
 from dn_detr_d2.utils.rng import random_state, set_random_state
 from dn_detr_d2.visualization.runs import read_run
 
-from .report import is_evaluated
+from .report import IN_TURN, is_evaluated
 from .variants import Variant
 
 
@@ -35,7 +35,7 @@ class InterleavedRun:
     """
 
     def __init__(self, cfg, resume: bool = False):
-        folder = Path(cfg.OUTPUT_DIR)
+        folder = self.folder = Path(cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
         if not (resume and has_checkpoints(folder)):
             set_aside(folder)
@@ -97,8 +97,20 @@ def train_interleaved(
     output.mkdir(parents=True, exist_ok=True)
     # Named after the first, because other variants may be trained in another process.
     with Path(f"{configs[0].OUTPUT_DIR}.log").open("a" if resume else "w") as log, redirect_stdout(log):
-        advance_in_turn([InterleavedRun(cfg, resume) for cfg in configs], f"{config.stem}, seed {seed}")
+        runs = [InterleavedRun(cfg, resume) for cfg in configs]
+        record_turns(runs)
+        advance_in_turn(runs, f"{config.stem}, seed {seed}")
     return [Path(cfg.OUTPUT_DIR) for cfg in configs]
+
+
+def record_turns(runs: list[InterleavedRun]) -> None:
+    """Writes into the folder of each training with which others it has taken turns from its first step on."""
+    names = {run.folder.name for run in runs}
+    for run in runs:
+        path, others = run.folder / IN_TURN, names
+        if run.trainer.iter:
+            others = names & {run.folder.name, *(path.read_text().split() if path.is_file() else ())}
+        path.write_text("".join(f"{name}\n" for name in sorted(others)))
 
 
 def advance_in_turn(runs: list[InterleavedRun], name: str) -> None:

@@ -172,6 +172,15 @@ def test_a_training_side_by_side_is_the_training_alone(tmp_path):
     )
     assert all(torch.equal(first[name], x) for name, x in second.items())
     assert len((alone / "step_seconds.txt").read_text().split()) == 4
+    assert turns_of(alone) == {alone.name}
+    assert turns_of(tmp_path / "both" / alone.name) == {
+        alone.name,
+        alone.name.replace("with_denoising", "matching_alone"),
+    }
+
+
+def turns_of(folder):
+    return set((folder / "in_turn.txt").read_text().split())
 
 
 def test_the_backbone_of_a_checkpoint_is_where_all_start(tmp_path):
@@ -228,6 +237,9 @@ def groups(tmp_path):
         make_run(tmp_path / "c1", [10, 31], [2, 2], 0.4, [1.04], 40),
         make_run(tmp_path / "c2", [10, 27], [2, 2], 0.4, [2.08], 40),
     ]
+    for seed in zip(alone, denoised, half, strict=True):
+        for run in seed:
+            (run.folder / "in_turn.txt").write_text("".join(f"{x.folder.name}\n" for x in seed))
     return [Group(MATCHING, alone), Group(DENOISED, denoised), Group(HALF, half)]
 
 
@@ -246,6 +258,18 @@ def test_the_table_holds_what_was_worked_out_by_hand(groups):
     assert denoised[6] == "1.08 (1.05 to 1.10)"
     assert half[3] == "40%, 1 of 2 runs"
     assert half[6] == "1.04 (1.04 to 1.04)"  # of the steps that it took in turn with the baseline, not of those after
+
+
+def test_times_of_trainings_that_did_not_take_turns_are_not_compared(groups):
+    """Seed 2 of the half schedule was trained by itself, and seed 1 of the baseline was trained again without it."""
+    for name in ("a1", "c2"):
+        (groups[0].runs[0].folder.parent / name / "in_turn.txt").write_text("a1\nb1\n" if name == "a1" else "c2\n")
+    assert [row[6] for row in table_rows(groups)] == ["1.00 (1.00 to 1.00)", "1.08 (1.05 to 1.10)", "-"]
+    (groups[0].runs[0].folder / "in_turn.txt").unlink()
+    assert [row[6] for row in table_rows(groups)] == ["1.00 (1.00 to 1.00)", "1.10, 1 of 2 runs", "-"]
+    assert any("1.10 times as long: yes (1.10)" in line for line in check_claims(groups))
+    (groups[1].runs[1].folder / "in_turn.txt").unlink()
+    assert not any("1.10 times" in line for line in check_claims(groups))
 
 
 def test_detectors_without_queries_have_no_matching_to_be_measured(tmp_path):
@@ -368,6 +392,8 @@ def test_what_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
             expected, found = final_weights(first), final_weights(second)
             assert all(torch.equal(expected[name], x) for name, x in found.items())
             assert len((second / "step_seconds.txt").read_text().split()) == 4
+            assert turns_of(first) == {folder.name for folder in whole}
+            assert turns_of(second) == {second.name}  # their first steps were made by themselves
     written = [(folder / "model_0000001.pth").stat().st_mtime_ns for folder in cut]
     assert written[0] < written[1]
 
@@ -439,7 +465,9 @@ def test_what_is_kept_of_a_training_gives_the_same_report(tmp_path):
     (whole / "config.yaml").write_text(yaml.safe_dump(config))
     seconds = (RUNS[0] / "step_seconds.txt").read_text().split()
     (whole / "step_seconds.txt").write_text("".join(f"{float(x) + 1e-5}\n" for x in seconds))
+    (whole / "in_turn.txt").write_text("a\nb\n")
     kept = keep(whole, tmp_path / "kept")
+    assert turns_of(kept) == {"a", "b"}
     for name in ("metrics.json", "config.yaml", "step_seconds.txt"):
         assert (kept / name).read_text() == (RUNS[0] / name).read_text()
     assert sum(path.stat().st_size for path in kept.iterdir()) < 60_000
