@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--variants",
         nargs="+",
         choices=[MATCHING, DENOISED, HALF],
-        help="train these alone; their times are not compared",
+        help="train these alone, and report later; their times are not compared",
     )
     parser.add_argument("--report", action="store_true", help="train nothing, report what lies in --runs")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings in --runs that were cut off")
@@ -175,15 +175,17 @@ def report(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--jobs must be positive, got {args.jobs}")
     if args.threads < 0:
         raise UserError(f"--threads must not be negative, got {args.threads}")
-    if args.report and args.variants:
-        raise UserError("--report compares all variants; leave out --variants")
+    if args.report and args.variants and not {MATCHING, DENOISED} <= set(args.variants):
+        raise UserError(
+            f"--report compares {MATCHING!r} and {DENOISED!r}; name both in --variants, got {args.variants}"
+        )
     if args.keep and Path(args.keep).resolve() == Path(args.runs).resolve():
         raise UserError(f"--keep {args.keep} would cut the trainings in --runs themselves; name another folder")
     start = time.monotonic()
     groups = train(args)
     for run in (run for found in groups.values() for group in found for run in group.runs if args.keep):
         keep(run.folder, Path(args.keep))
-    if args.variants:
+    if args.variants and not args.report:
         return [f"trained: {run.folder}" for found in groups.values() for group in found for run in group.runs]
     spent, pages = "" if args.report else f"; {(time.monotonic() - start) / 60:.0f} minutes", []
     for pair, found in groups.items():
@@ -192,7 +194,8 @@ def report(args: argparse.Namespace) -> list[str]:
         lines = [
             f"# {pair}: {config['DATASETS']['TRAIN'][0]}, {config['SOLVER']['MAX_ITER']} iterations",
             "",
-            f"`{command_line()}`, seeds {seeds}, {machine()}{spent}.{of_masks(config)}",
+            f"`{command_line()}`, seeds {seeds}, {machine()}{spent}. Evaluated on {config['DATASETS']['TEST'][0]}."
+            f"{of_masks(config)}",
             "",
             tabulate(table_rows(found), HEADERS, tablefmt="github", disable_numparse=True),
             "",

@@ -349,9 +349,7 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
         for seed in (4, 5):
             folder = Path(configure(FOLDER / "deformable.yaml", variant, seed, tmp_path / "runs", []).OUTPUT_DIR)
             make_run(folder, made, [2, 2, 1], 0.5, [1.0], 300 if variant.name == HALF else 600)
-            text = (
-                f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\nDATASETS: {{TRAIN: [shapes_train]}}\n"
-            )
+            text = f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\nDATASETS: {{TRAIN: [shapes_train], TEST: [b]}}\n"
             (folder / "config.yaml").write_text(text)
     line = ["--report", "--pairs", "deformable", "--seeds", "4", "5", "--runs", str(tmp_path / "runs")]
     assert main([*line, "--output", str(tmp_path / "pages")]) == 0
@@ -362,6 +360,7 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
         "python dev/compare_runs.py",
         "seeds [4, 5]",
         "CPU cores",
+        "Evaluated on b.",
         "| with denoising",
         "30.0 (30.0 to 30.0)",
         "- ends higher: yes",
@@ -430,21 +429,31 @@ def test_variants_can_be_trained_by_themselves(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert [Path(row.removeprefix("trained: ")).is_dir() for row in out.splitlines()] == [True, True]
     assert not list(tmp_path.glob("*.md"))
-    assert main(["--report", *line, "--variants", HALF]) == 2
+    assert main(["--report", *line, "--variants", HALF, MATCHING]) == 2
+    assert naming(DENOISED, HALF).search(capsys.readouterr().err)
     assert main(["--pairs", "detr", "--seeds", "4", "--runs", str(tmp_path), "--variants", HALF]) == 2
     assert naming("detr", HALF, MATCHING).search(capsys.readouterr().err)
 
 
-RUNS = sorted(x for x in (ROOT / "docs" / "evidence" / "long" / "runs").iterdir() if x.is_dir())
+LONG = ROOT / "docs" / "evidence" / "long"
+RUNS = sorted(x.parent for x in LONG.glob("**/runs/*/metrics.json"))
 
 
-@pytest.mark.parametrize(("pair", "seeds"), [("bccd_dino", "1"), ("shapes_hard_deformable", "1 2 3")])
+@pytest.mark.parametrize(
+    ("folder", "pair", "seeds", "variants"),
+    [
+        ("", "bccd_dino", "1", []),
+        ("", "shapes_hard_deformable", "1 2 3", []),
+        ("is200", "shapes_hard_deformable", "1", [MATCHING, DENOISED]),
+    ],
+)
 def test_the_pages_of_the_evidence_come_from_the_runs_that_are_kept_without_the_data(
-    tmp_path, monkeypatch, pair, seeds
+    tmp_path, monkeypatch, folder, pair, seeds, variants
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
-    evidence = ROOT / "docs" / "evidence" / "long"
+    evidence = LONG / folder
     line = ["--report", "--pairs", pair, "--seeds", *seeds.split(), "--runs", str(evidence / "runs")]
+    line += ["--variants", *variants] if variants else []
     assert main([*line, "--output", str(tmp_path)]) == 0
     ours, theirs = ((folder / f"{pair}.md").read_text().splitlines()[3:] for folder in (tmp_path, evidence))
     assert ours == theirs
@@ -475,7 +484,7 @@ def test_what_is_kept_of_a_training_gives_the_same_report(tmp_path):
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+@pytest.mark.parametrize("run", RUNS, ids=[str(run.relative_to(LONG)) for run in RUNS])
 def test_what_is_kept_is_kept_as_it_is(run, tmp_path):
     kept = keep(run, tmp_path)
     assert all((kept / path.name).read_text() == path.read_text() for path in run.iterdir())
