@@ -110,15 +110,18 @@ def prepare_folder(cfg, folder: Path, repo: str) -> str:
 
 
 def portable(cfg) -> str:
-    """The config as YAML without paths of this machine; data sets keep their names.
+    """The config as YAML without paths and device of this machine; data sets keep their names.
 
-    Without its unlabelled images a semi-supervised training is one of annotated images.
+    Without its unlabelled images a semi-supervised training is one of annotated images. The weights that are pushed are the
+    model's, also where they were an average of others.
     """
     cfg = cfg.clone()
     cfg.defrost()
     changes = [x for key in LOCAL_KEYS for x in (key, "")] + [x for key in LOCAL_LISTS for x in (key, [])]
     cfg.merge_from_list(changes)
     cfg.OUTPUT_DIR, cfg.SEMI_SUPERVISED.ENABLED = "output", False
+    cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = False
+    del cfg.MODEL["DEVICE"]  # where the key is not set, it is what the machine has
     return cfg.dump()
 
 

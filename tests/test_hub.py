@@ -113,6 +113,19 @@ def test_the_config_of_a_semi_supervised_training_is_one_without_its_images(trai
     assert (found["SEMI_SUPERVISED"]["ENABLED"], found["DATASETS"]["UNLABELED"]) == (False, [])
 
 
+def test_averaged_weights_are_those_of_the_pushed_model_wherever_it_runs(trained, tmp_path):
+    """The file holds the average alone; a device of the machine that pushed is not one of the machine that loads."""
+    cfg, _ = trained
+    cfg.MODEL_EMA.ENABLED = cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = True
+    cfg.MODEL.DEVICE = "cuda:1"
+    (tmp_path / "pushed.yaml").write_text(portable(cfg))
+    assert "DEVICE" not in yaml.safe_load(portable(cfg))["MODEL"]
+    again = setup_cfg(str(tmp_path / "pushed.yaml"), splits=())
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert again.MODEL.DEVICE == here
+    assert not again.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
+
+
 def test_weights_that_were_not_evaluated_have_a_card_that_says_so(trained):
     cfg, _ = trained
     text = model_card(cfg, "user/name", "0" * 64, {})

@@ -11,7 +11,7 @@ from naming import naming
 from toy_training import OPTIONS, command, load, make_cfg, train
 
 from dn_detr_d2 import ConfigError, DatasetError
-from dn_detr_d2.checkpoint.resume import has_checkpoints, moved_weights, set_aside
+from dn_detr_d2.checkpoint.resume import has_checkpoints, moved_path, set_aside
 from dn_detr_d2.commands import convert_checkpoint
 from dn_detr_d2.commands import train as program
 from dn_detr_d2.engine import Trainer, check_processes
@@ -139,6 +139,38 @@ def test_a_training_that_cannot_begin_puts_back_what_it_has_moved(run, tmp_path,
     assert not list((tmp_path / "out").glob("earlier_*"))
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["anew", "resumed"])
+def test_what_a_hook_refuses_before_the_first_step_leaves_the_training_as_it_was(run, tmp_path, monkeypatch, resume):
+    """Such as a record of other images than those that the diagnostics are to look at."""
+    assert run([], "SOLVER.MAX_ITER", 2)[0] == 0
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr("dn_detr_d2.engine.hooks.settle.SettleHook.before_train", lambda *_: refuse(), raising=False)
+    code, said = run(resume, "SOLVER.MAX_ITER", 3)
+    assert (code, said.splitlines()[-1]) == (1, "error: no box")
+    assert contents(tmp_path / "out") == before
+    assert not list((tmp_path / "out").glob("earlier_*"))
+
+
+def test_predictions_and_reports_of_the_earlier_training_move_with_it(run, tmp_path):
+    """A confusion matrix of theirs, with which the new training noises labels, too."""
+    out = tmp_path / "out"
+    assert run()[0] == 0
+    kept = {out / folder / "a.json" for folder in ("inference", "ema", "report", "nan_report")}
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    matrix = out / "inference" / "confusion_matrix.json"
+    matrix.write_text("{}")
+    assert moved_path(str(matrix), out / "earlier_1") == str(matrix)  # as long as it is there
+    key = "MODEL.DN_DETR.DENOISING.LABEL_NOISE.CONFUSION_MATRIX"
+    assert run([], key, matrix)[0] == 0
+    moved = out / "earlier_1" / "inference" / "confusion_matrix.json"
+    assert all((out / "earlier_1" / path.relative_to(out)).is_file() for path in kept)
+    assert not any(path.exists() for path in kept)
+    noise = yaml.safe_load((out / "config.yaml").read_text())["MODEL"]["DN_DETR"]["DENOISING"]["LABEL_NOISE"]
+    assert noise["CONFUSION_MATRIX"] == str(moved)
+
+
 def refuse():
     raise DatasetError("no box")
 
@@ -157,11 +189,11 @@ def test_weights_are_found_where_they_were_moved_to(tmp_path, options):
         (tmp_path / name).write_text("x")
     target = set_aside(tmp_path)
     assert len(list(target.iterdir())) == 2
-    assert moved_weights(f"{tmp_path}/model_final.pth{options}", target) == f"{target}/model_final.pth{options}"
+    assert moved_path(f"{tmp_path}/model_final.pth{options}", target) == f"{target}/model_final.pth{options}"
     (tmp_path / "start.pth").symlink_to(tmp_path / "model_final.pth")
-    assert moved_weights(f"{tmp_path}/start.pth{options}", target) == f"{target}/model_final.pth{options}"
+    assert moved_path(f"{tmp_path}/start.pth{options}", target) == f"{target}/model_final.pth{options}"
     for other in ("", "pypi://x", f"{tmp_path}/other/model_final.pth{options}"):
-        assert moved_weights(other, target) == other
+        assert moved_path(other, target) == other
 
 
 def test_a_resume_does_not_need_the_weights_that_its_training_began_with(run, tmp_path):

@@ -29,6 +29,7 @@ def fetch(weights: str, expected: str = "") -> str:
         return _packaged(weights, expected)
     named = _NAMED.search(weights)
     wanted = (expected or (named[1] if named else "")).lower()
+    require_digits(wanted)
     if not wanted:
         raise CheckpointError(
             f"MODEL.WEIGHTS {weights!r} would be downloaded, and nothing says which file it must be; set "
@@ -52,8 +53,18 @@ def fetch(weights: str, expected: str = "") -> str:
     return path
 
 
+def require_digits(digits: str) -> None:
+    """Raises CheckpointError unless they are none, or enough of a SHA-256 that no other file has them by chance."""
+    if digits and not re.fullmatch(r"[0-9a-f]{8,64}", digits.lower()):
+        raise CheckpointError(
+            f"MODEL.WEIGHTS_SHA256 must be the first 8 to 64 hexadecimal digits of a SHA-256, got {digits!r}; "
+            "sha256sum prints those of a file"
+        )
+
+
 def _packaged(weights: str, expected: str) -> str:
     """The path of a package's file, whose SHA-256 must be the known one and, if it is given, ``expected``."""
+    require_digits(expected.lower())
     path, known = find_packaged(weights)
     found = sha256_of(path)
     for wanted in (known, expected.lower()):

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 POINTER = "last_checkpoint"  # the file in which Detectron2 notes the name of the newest checkpoint of a folder
 MAX_NAME_LENGTH = 255
-# What a training writes besides config.yaml, and reads again when it is resumed.
+# What a training writes besides config.yaml and log.txt.
 OF_A_TRAINING = (
     "model_*.pth",
     "model_*.pth.sha256",
@@ -33,6 +33,7 @@ OF_A_TRAINING = (
     "last_evaluation.json",
     "instability.npz",
     "events.out.tfevents.*",
+    *("inference", "ema", "nan_report", "report"),  # folders
 )
 STARTED = time.time()  # of this process
 
@@ -230,8 +231,8 @@ def point_to(folder: Path, name: str) -> None:
 def set_aside(folder: Path) -> Path | None:
     """Moves what an earlier training has left in a folder into a folder of its own below, so that none of it is mixed.
 
-    ``config.yaml`` is copied: it may be read once more. A checkpoint that the new training begins with moves too, or the new
-    one would be resumed from it, and would overwrite it at last; see :func:`moved_weights`.
+    ``config.yaml`` is copied: it may be read once more; ``log.txt`` goes on. A checkpoint that the new training begins with
+    moves too, or the new one would be resumed from it, and would overwrite it at last; see :func:`moved_path`.
 
     Args:
         folder: of the training that begins.
@@ -250,21 +251,27 @@ def set_aside(folder: Path) -> Path | None:
     if (folder / "config.yaml").is_file():
         shutil.copy2(folder / "config.yaml", target)
     logger.warning(
-        "%s holds an earlier training, and --resume was not given or found nothing to go on from: its checkpoints and its "
-        "metrics were moved to %s",
+        "%s holds an earlier training, and --resume was not given or found nothing to go on from: its checkpoints, metrics, "
+        "predictions and report were moved to %s",
         folder,
         target,
     )
     return target
 
 
-def moved_weights(weights: str, target: Path) -> str:
-    """``MODEL.WEIGHTS`` after :func:`set_aside` has moved files to ``target``, where it may be one of them."""
-    path, question, options = weights.partition("?")
-    real = Path(os.path.realpath(path))  # of a link, which may be elsewhere, the file that was moved
-    if "://" in path or not path or real.exists() or real.parent != Path(os.path.realpath(target.parent)):
-        return weights
-    return f"{target / real.name}{question}{options}"
+def moved_path(named: str, target: Path) -> str:
+    """A path of the config after :func:`set_aside` has moved files to ``target``, where it may be one of them.
+
+    Args:
+        named: ``MODEL.WEIGHTS``, whose options behind a "?" stay, or another path.
+        target: what :func:`set_aside` returned.
+    """
+    path, question, options = named.partition("?")
+    real, folder = (Path(os.path.realpath(x)) for x in (path, target.parent))  # of a link the file that was moved
+    if "://" in path or not path or real.exists() or not real.is_relative_to(folder):
+        return named
+    moved = target / real.relative_to(folder)
+    return f"{moved}{question}{options}" if moved.exists() or real.parent == folder else named
 
 
 def bring_back(target: Path) -> None:

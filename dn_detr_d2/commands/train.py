@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.engine import default_argument_parser
+from detectron2.engine import HookBase, default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -35,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..checkpoint.checksums import write_record
 from ..checkpoint.packages import SCHEME, find_packaged
-from ..checkpoint.resume import POINTER, bring_back, has_checkpoints, moved_weights, set_aside
+from ..checkpoint.resume import POINTER, bring_back, has_checkpoints, moved_path, set_aside
 from ..command_line import BAD_INPUT, FAILED, make_parser
 from ..config import device_is_named
 from ..config.zoo import find_config_file
@@ -100,22 +100,46 @@ def run_process(args: argparse.Namespace) -> dict | None:
     earlier = comm.all_gather(earlier)[0]
     if earlier:
         cfg.defrost()
-        cfg.MODEL.WEIGHTS = moved_weights(cfg.MODEL.WEIGHTS, earlier)
+        cfg.MODEL.WEIGHTS = moved_path(cfg.MODEL.WEIGHTS, earlier)
+        noise = cfg.MODEL.DN_DETR.DENOISING.LABEL_NOISE
+        noise.CONFUSION_MATRIX = moved_path(noise.CONFUSION_MATRIX, earlier)
         cfg.freeze()
     begin(cfg, args)
     announce(cfg)
+    beginning = Beginning(cfg)
     try:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
+        trainer.register_hooks([beginning])
+        results = trainer.train()
     except Exception:
-        if earlier and comm.is_main_process():
+        if earlier and not beginning.reached and comm.is_main_process():
             bring_back(earlier)
         raise
-    if comm.is_main_process():  # not before: a --resume that is refused names this file as the way out
-        write_record(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
-    results = trainer.train()
     report_after_training(cfg)
     return results
+
+
+class Beginning(HookBase):
+    """Writes config.yaml before the first step, as the last hook: what refuses a training has looked at it by then.
+
+    A ``--resume`` that is refused names the config.yaml of the training as the way out, so it must still be there.
+
+    Args:
+        cfg: of the training.
+
+    Attributes:
+        reached: whether the training has begun.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.reached = cfg, False
+
+    def before_train(self) -> None:
+        """Writes the file on rank 0."""
+        self.reached = True
+        if comm.is_main_process():
+            write_record(Path(self.cfg.OUTPUT_DIR) / "config.yaml", self.cfg.dump())
 
 
 def begin(cfg, args: argparse.Namespace) -> None:

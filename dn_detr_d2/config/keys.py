@@ -191,7 +191,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # Contrastive only: swap corners that have crossed. Off in the official code, where at scale 1 seven in sixteen far
     # copies have a width or height that is not positive.
     node.DENOISING.KEEP_CORNER_ORDER = False
-    # Hard limit on denoising queries; 0 = none. Above it each group gets a fresh random subset of an image's objects.
+    # Hard limit on denoising queries; 0 = none. Above it contrastive denoising has fewer groups, and one group, or each of a
+    # fixed number of groups, gets a fresh random subset of an image's objects.
     # The official code has none: its memory grows with the fullest image.
     node.DENOISING.MAX_QUERIES = 0
     # Hide padded slots from the real queries of their group. Off in the official code, which lets them be seen.
@@ -258,9 +259,9 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # First 8 or more hexadecimal digits of the SHA-256 that a MODEL.WEIGHTS with "://" must have; "" = those in the file's
     # name, as PyTorch publishes it. Without either nothing is downloaded.
     cfg.MODEL.WEIGHTS_SHA256 = ""
-    # Parts that a training leaves as they are, by name: any of "backbone", "neck", "encoder", "query_source", "decoder", or
-    # parts of these, such as "decoder.layers.0". The statistics of their batch norms stay too. MODEL.BACKBONE.FREEZE_AT
-    # freezes the first stages of the backbone alone.
+    # Parts that a training leaves as they are, by name: "backbone", "neck", "encoder", "query_source", "decoder" and what
+    # else the model has (of mask models "pixel_decoder"), or parts of these, such as "decoder.layers.0". The statistics
+    # of their batch norms stay too. MODEL.BACKBONE.FREEZE_AT freezes the first stages of the backbone alone.
     cfg.MODEL.FREEZE = []
     # Backbone "build_swin_backbone" (maps p0 to p3): "T", "S", "B" or "L", and the chance that a residual branch is
     # dropped in training, growing to this rate in the last block (needs the package timm). 0.2 in DINO.
@@ -391,8 +392,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     # model_final.pth and the one to resume from are never deleted.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
     # End the training after PATIENCE evaluations in a row whose AP (of the first test set; with EMA, the larger of both) is
-    # not more than MIN_DELTA points above the best before, with model_final.pth and exit code 0. 0 = never. Evaluations
-    # within SEMI_SUPERVISED.BURN_IN do not count.
+    # not more than MIN_DELTA points above the last that was, with model_final.pth and exit code 0. 0 = never. Patience does
+    # not run out within SEMI_SUPERVISED.BURN_IN; later evaluations must be better than those within it.
     cfg.SOLVER.EARLY_STOPPING = CfgNode()
     cfg.SOLVER.EARLY_STOPPING.PATIENCE = 0
     cfg.SOLVER.EARLY_STOPPING.MIN_DELTA = 0.0
@@ -424,7 +425,8 @@ def add_dn_detr_config(cfg: CfgNode) -> None:
     cfg.TEST.FOLD_NORMS = True
     # What autocast computes in wherever images are detected: evaluation, the periodic one too, the predictor, `dn-detr
     # predict`. "" = float32, "bf16" (on CPUs only with instructions for it), "fp16" (on GPUs only). Scores, boxes and masks
-    # come out in float32 in any case, and losses of validation, diagnostics and exports are not concerned.
+    # come out in float32 in any case; losses of validation, TEST.INSTABILITY and exports are not concerned. With
+    # SEMI_SUPERVISED the teacher's detections are.
     cfg.TEST.AMP = ""
     # True = torch.compile compiles the model for evaluation and the predictor, once for all image sizes; it takes a minute
     # or more.

@@ -33,6 +33,7 @@ def check_config(cfg: CfgNode) -> None:
         "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
         "INPUT.FORMAT": ("RGB", "BGR"),
+        "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
         "MODEL.DN_DETR.OP_BACKEND": ("auto", "cuda", "cpu", "torch"),
         "MODEL.DN_DETR.COMPILE": ("", "encoder", "all"),
         "MODEL.DN_DETR.INITIALIZATION": ("detr", "dn_encoder_only", "anchor_detr"),

@@ -333,6 +333,7 @@ def scaled_to_workers(cfg, num_workers: int):
         scaled.defrost()
         share = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
         scaled.SEMI_SUPERVISED.BURN_IN = round(cfg.SEMI_SUPERVISED.BURN_IN * share)
+        scaled.TEST.INSTABILITY.PERIOD = math.ceil(cfg.TEST.INSTABILITY.PERIOD * share)
         scaled.freeze()
     return scaled
 

@@ -21,6 +21,7 @@ from .detector import TOLERANCES, Agreement, ExportedDetector, compare
 from .formats import FORMATS, OPSETS, require_onnx
 from .metadata import describe, output_names
 
+PLAIN = ["MODEL.DEVICE", "cpu", "TEST.AMP", "", "TEST.CUDA_GRAPHS", 0]  # what is exported, and what it is compared with
 NUM_IMAGES = 4  # of DATASETS.TEST that eager and exported model are compared on
 
 
@@ -96,7 +97,7 @@ def export_model(config_file: str, opts: list, weights: str, wish: Wish) -> tupl
         ExportError: the file does not agree with the model, and is deleted.
     """
     wish.check()
-    cfg = config_of(config_file, [*opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights], wish)
+    cfg = config_of(config_file, [*opts, *PLAIN, "MODEL.WEIGHTS", weights], wish)
     model = load_for_evaluation(cfg)
     batches = sample_batches(cfg, wish.sample)
     wish.folder.mkdir(parents=True, exist_ok=True)

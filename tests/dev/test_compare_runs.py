@@ -349,8 +349,8 @@ def test_a_page_says_what_was_done_on_what_and_shows_the_curves(tmp_path, capsys
         for seed in (4, 5):
             folder = Path(configure(FOLDER / "deformable.yaml", variant, seed, tmp_path / "runs", []).OUTPUT_DIR)
             make_run(folder, made, [2, 2, 1], 0.5, [1.0], 300 if variant.name == HALF else 600)
-            text = f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\nDATASETS: {{TRAIN: [shapes_train], TEST: [b]}}\n"
-            (folder / "config.yaml").write_text(text)
+            text = f"SOLVER: {{MAX_ITER: {int(600 * variant.share)}}}\nSEED: {seed}\n"
+            (folder / "config.yaml").write_text(f"{text}DATASETS: {{TRAIN: [shapes_train], TEST: [b]}}\n")
     line = ["--report", "--pairs", "deformable", "--seeds", "4", "5", "--runs", str(tmp_path / "runs")]
     assert main([*line, "--output", str(tmp_path / "pages")]) == 0
     page = (tmp_path / "pages" / "deformable.md").read_text()

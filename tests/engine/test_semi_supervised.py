@@ -264,7 +264,10 @@ def test_iterations_are_scaled_with_the_number_of_workers(tmp_path):
         tmp_path, *SEMI, "SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 60, "SEMI_SUPERVISED.BURN_IN", 20
     )
     assert scaled_to_workers(cfg, 2).SOLVER.MAX_ITER == 30
+    cfg.defrost()
+    cfg.TEST.INSTABILITY.PERIOD = 4
     assert scaled_to_workers(cfg, 2).SEMI_SUPERVISED.BURN_IN == 10
+    assert scaled_to_workers(cfg, 2).TEST.INSTABILITY.PERIOD == 2  # as many images between two probes
     assert scaled_to_workers(cfg, 1).SEMI_SUPERVISED.BURN_IN == 20
 
 

@@ -209,6 +209,19 @@ def test_classes_that_the_config_leaves_open_are_the_checkpoints(trained, tmp_pa
         run.config_of("dn_detr_R50_50ep", zoo, wish)
 
 
+def test_autocast_and_graphs_of_evaluations_do_not_concern_an_export(trained, tmp_path, monkeypatch):
+    """fp16 and graphs need a GPU, and a file in float32 would not agree with a model in bfloat16."""
+    trained()
+    seen = []
+    monkeypatch.setattr(run, "write", lambda cfg, model, wish, draft: draft.write_bytes(b""))
+    monkeypatch.setattr(run, "verify", lambda cfg, *_: seen.append(cfg.TEST) or (None, {}))
+    wish = Wish("torch_export", tmp_path / "out", sample=str(tmp_path / "image.png"))
+    opts = ["TEST.AMP", "fp16", "TEST.CUDA_GRAPHS", 2]
+    path = run.export_model(str(tmp_path / "config.yaml"), opts, str(tmp_path / "model.pth"), wish)[0]
+    assert path.is_file()
+    assert [(node.AMP, node.CUDA_GRAPHS) for node in seen] == [("", 0)]
+
+
 def test_both_are_evaluated_on_the_test_set(toy_model, toy_cfg, tmp_path, capsys):
     options = [*SMALL, "MODEL.DN_DETR.NUM_CLASSES", 3, "MODEL.DN_DETR.CLASS_NAMES", []]
     torch.save({"model": toy_model("dn_deformable_detr", *options).state_dict()}, tmp_path / "model.pth")
