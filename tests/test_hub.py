@@ -122,7 +122,7 @@ def test_averaged_weights_are_those_of_the_pushed_model_wherever_it_runs(trained
     assert "DEVICE" not in yaml.safe_load(portable(cfg))["MODEL"]
     again = setup_cfg(str(tmp_path / "pushed.yaml"), splits=())
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    assert again.MODEL.DEVICE == here
+    assert here == again.MODEL.DEVICE
     assert not again.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY
 
 
