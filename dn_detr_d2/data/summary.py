@@ -22,7 +22,7 @@ from .shapes import cache_folder
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # part of the file's name; raise it when the summary changes
+VERSION = 3  # part of the file's name; raise it when the summary changes
 
 
 def log_summary(name: str, records: list[dict], num_queries: int) -> int:
@@ -52,7 +52,7 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
         found["boxes"],
         found["crowds"],
         problems,
-        found["fullest_name"],
+        records[found["fullest_at"]]["file_name"] if records else "",
         found["fullest"],
         f", NUM_QUERIES is {num_queries}" if num_queries else "",
         ": the rest of its objects is not learned" if crowded else "",
@@ -108,7 +108,7 @@ def summarise(records: list[dict]) -> dict:
         "crowds": crowds,
         "problems": {kind: problems[kind] for kind in VERDICTS[1:] if problems[kind]},
         "fullest": max(counts, default=0),
-        "fullest_name": str(records[fullest]["file_name"]) if records else "",
+        "fullest_at": fullest,
     }
 
 

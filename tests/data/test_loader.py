@@ -12,7 +12,7 @@ from PIL import Image
 from dn_detr_d2 import DatasetError, setup_cfg
 from dn_detr_d2.data import build_annotated_batch, build_probe_loader, build_test_loader, build_train_loader
 from dn_detr_d2.data.loader import in_model_order, probe_records
-from dn_detr_d2.data.summary import summarise
+from dn_detr_d2.data.summary import log_summary, summarise
 
 SHAPES = [
     "MODEL.DN_DETR.NUM_CLASSES",
@@ -114,6 +114,10 @@ def test_a_training_starts_with_a_summary_that_a_second_start_takes_from_the_cac
         assert any(naming("shapes_train", 1200, empty, boxes).search(text) for text in caplog.messages)
         assert naming("4 objects", "NUM_QUERIES", 3).search(caplog.text)
         monkeypatch.setattr("dn_detr_d2.data.summary.summarise", lambda records: pytest.fail("made a second time"))
+    elsewhere = [record | {"file_name": f"/elsewhere/{record['image_id']}.bmp"} for record in records]
+    caplog.clear()
+    log_summary("shapes_train", elsewhere, 3)
+    assert "/elsewhere/" in caplog.text  # the same annotations of images in another folder
 
 
 def test_a_summary_counts_what_the_mapper_will_do():
@@ -123,7 +127,7 @@ def test_a_summary_counts_what_the_mapper_will_do():
     found = summarise(
         [{"file_name": "x.png", "height": 20, "width": 30, "annotations": annotations}, {"file_name": "y"}]
     )
-    assert (found["boxes"], found["crowds"], found["empty"], found["fullest_name"]) == (5, 1, 1, "x.png")
+    assert (found["boxes"], found["crowds"], found["empty"], found["fullest_at"]) == (5, 1, 1, 0)
     assert list(found["problems"].values()) == [1, 1, 1, 1]
 
 
