@@ -10,6 +10,7 @@ from .checkpoint import CheckpointFile, read_checkpoint, write_checkpoint
 from .checkpoint.checkpointer import classes_of_weights
 from .checkpoint.checksums import sum_file
 from .checkpoint.hub import SCHEME, WEIGHTS_NAME
+from .checkpoint.resume import iterations_of
 from .errors import UserError
 from .utils.files import atomic_write, sha256_of
 from .visualization.runs import Run, read_run
@@ -145,8 +146,8 @@ def _iterations_of(path: Path, run: Run) -> int:
     """How many iterations a checkpoint has been trained for, by its name; -1 if it does not say."""
     if path.stem == "model_final":
         return int(max(points[-1, 0] for points in run.curves.values()))
-    if number := re.fullmatch(r"model_(\d+)", path.stem):
-        return int(number[1]) + 1
+    if done := iterations_of(path):
+        return done
     record = path.with_name(f"best_metric{path.stem.removeprefix('model_best')}.json")
     if path.stem.startswith("model_best") and record.is_file():
         return int(json.loads(record.read_text())["iteration"]) + 1

@@ -12,7 +12,6 @@ IS grows with the iterations between two checkpoints, so take equal steps. What 
 import argparse
 import json
 import logging
-import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from dn_detr_d2 import ConfigError
+from dn_detr_d2.checkpoint.resume import iterations_of, periodic_checkpoints
 from dn_detr_d2.command_line import add_overrides, parse, run_command
 from dn_detr_d2.data import build_probe_loader, check_files
 from dn_detr_d2.diagnostics import probe, require_queries
@@ -35,8 +35,6 @@ from dn_detr_d2.diagnostics.diagnostic_hooks import describe
 from dn_detr_d2.engine import load_for_evaluation
 from dn_detr_d2.engine.setup import setup_for_evaluation
 from dn_detr_d2.utils.files import atomic_write
-
-NUMBERED = re.compile(r"model_(\d{7})\.pth")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +57,7 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
     """The files, and the numbered ones of each folder in order; raises ConfigError unless there are two that exist."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(x for x in path.iterdir() if NUMBERED.fullmatch(x.name)) if path.is_dir() else [path]
+        inside = periodic_checkpoints(path) if path.is_dir() else [path]
         if not inside:
             raise ConfigError(f"--checkpoints {path} holds no numbered checkpoint, such as model_0000299.pth")
         found += inside
@@ -70,12 +68,6 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
             f"--checkpoints takes two or more, got {[str(path) for path in found]}: IS compares two of them"
         )
     return found
-
-
-def iterations_of(path: Path) -> int | None:
-    """Iterations after which a numbered checkpoint was written; None for another name."""
-    found = NUMBERED.fullmatch(path.name)
-    return int(found[1]) + 1 if found else None
 
 
 def measure(args: argparse.Namespace) -> list[dict]:

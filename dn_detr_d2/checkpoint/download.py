@@ -9,6 +9,7 @@ from ..utils.files import sha256_of
 from . import hub
 from .packages import SCHEME, find_packaged
 
+_DIGITS = re.compile(r"[0-9a-f]{8,64}")  # so many that no other file has them by chance
 _NAMED = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # as PyTorch publishes: resnet50-0676ba61.pth
 
 
@@ -25,11 +26,16 @@ def fetch(weights: str, expected: str = "") -> str:
     """
     if "://" not in weights:
         return weights
+    expected = expected.lower()
+    if expected and not _DIGITS.fullmatch(expected):
+        raise CheckpointError(
+            f"MODEL.WEIGHTS_SHA256 must be the first 8 to 64 hexadecimal digits of a SHA-256, got {expected!r}; sha256sum "
+            "prints those of a file"
+        )
     if weights.startswith(SCHEME):
         return _packaged(weights, expected)
     named = _NAMED.search(weights)
-    wanted = (expected or (named[1] if named else "")).lower()
-    require_digits(wanted)
+    wanted = expected or (named[1] if named else "")
     if not wanted:
         raise CheckpointError(
             f"MODEL.WEIGHTS {weights!r} would be downloaded, and nothing says which file it must be; set "
@@ -53,21 +59,11 @@ def fetch(weights: str, expected: str = "") -> str:
     return path
 
 
-def require_digits(digits: str) -> None:
-    """Raises CheckpointError unless they are none, or enough of a SHA-256 that no other file has them by chance."""
-    if digits and not re.fullmatch(r"[0-9a-f]{8,64}", digits.lower()):
-        raise CheckpointError(
-            f"MODEL.WEIGHTS_SHA256 must be the first 8 to 64 hexadecimal digits of a SHA-256, got {digits!r}; "
-            "sha256sum prints those of a file"
-        )
-
-
 def _packaged(weights: str, expected: str) -> str:
     """The path of a package's file, whose SHA-256 must be the known one and, if it is given, ``expected``."""
-    require_digits(expected.lower())
     path, known = find_packaged(weights)
     found = sha256_of(path)
-    for wanted in (known, expected.lower()):
+    for wanted in (known, expected):
         if not found.startswith(wanted):
             raise CheckpointError(
                 f"MODEL.WEIGHTS {weights!r} is {path} with the SHA-256 {found}, not {wanted}...; it is not read. Install "

@@ -286,6 +286,17 @@ def bring_back(target: Path) -> None:
     logger.warning("the training was refused; what lay in %s is back", target.parent)
 
 
+def iterations_of(path: Path) -> int | None:
+    """Iterations after which a periodic checkpoint was written, by its name ``model_0000299.pth``; None for other names."""
+    found = re.fullmatch(r"model_(\d+)", path.stem)
+    return int(found[1]) + 1 if found else None
+
+
+def periodic_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that have their iteration in their name, oldest first."""
+    return sorted((path for path in folder.glob("model_*.pth") if iterations_of(path)), key=iterations_of)
+
+
 def remove_old(folder: Path, keep: int) -> None:
     """Deletes periodic checkpoints but the ``keep`` newest; never the one to resume from, the best, or the final one.
 
@@ -299,7 +310,7 @@ def remove_old(folder: Path, keep: int) -> None:
         with suppress(FileNotFoundError):
             if part.stat().st_mtime < STARTED:  # of a process that was killed, not of another one that writes now
                 part.unlink()
-    periodic = sorted(path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+", path.stem))
+    periodic = periodic_checkpoints(folder)
     if not keep or not (folder / POINTER).is_file():
         return
     last = Path(pointed_checkpoint(folder))

@@ -1,6 +1,7 @@
 """One paragraph about a training set in the log, before the first iteration; no image is read.
 
-It is made from the records that are loaded anyway, and kept in the cache folder under the annotation file's SHA-256.
+It is made from the records that are loaded anyway, and kept in the cache folder under the annotation file's SHA-256 and the
+number of images.
 """
 
 import json
@@ -62,12 +63,15 @@ def log_summary(name: str, records: list[dict], num_queries: int) -> int:
 
 
 def _cached(name: str, records: list[dict]) -> dict:
-    """The summary from the cache if the annotation file has been summarised before."""
+    """The summary from the cache if as many images of the annotation file have been summarised before.
+
+    A function of the user's may return a part of the file that its metadata name.
+    """
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("panoptic_json") or metadata.get("json_file")
     if not json_file or not os.path.isfile(json_file):
         return summarise(records)
-    kept = cache_folder().parent / f"summary-v{VERSION}" / f"{sha256_of(json_file)}.json"
+    kept = cache_folder().parent / f"summary-v{VERSION}" / f"{sha256_of(json_file)}-{len(records)}.json"
     if kept.is_file():
         try:
             return json.loads(kept.read_bytes())

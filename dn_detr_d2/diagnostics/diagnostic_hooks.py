@@ -100,11 +100,11 @@ class MeasuringHook(HookBase):
     """Base of what is measured now and then, and once more when the training is over.
 
     Args:
-        period: iterations between two measurements; 0 = only at the end.
+        period: iterations between two measurements; 0 or less = only at the end.
     """
 
     def __init__(self, period: int):
-        self.period = period
+        self.period = max(period, 0)
 
     def after_step(self) -> None:
         """Measures if it is time; the last time is left to :meth:`after_train`."""

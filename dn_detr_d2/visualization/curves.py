@@ -67,9 +67,8 @@ def _draw_panel(panel, groups: list[Group], pattern: str, label: str, axis: str)
             panel.fill_between(x, low, high, color=colour(i), alpha=0.2, linewidth=0)
     panel.set(xlabel=UNITS[axis], ylabel=label)
     panel.set_xlim(left=0)
-    panel.set_ylim(
-        0, 1.03 * panel.get_ylim()[1]
-    )  # the margin above is a share of the values' range, which may be small
+    top = panel.get_ylim()[1]  # its margin is a share of the values' range, which may be small
+    panel.set_ylim(0, 1.03 * top)
     panel.grid(alpha=0.3)
 
 

@@ -120,6 +120,15 @@ def test_a_training_starts_with_a_summary_that_a_second_start_takes_from_the_cac
     assert "/elsewhere/" in caplog.text  # the same annotations of images in another folder
 
 
+def test_the_summary_of_a_part_of_a_file_is_not_that_of_the_whole(caplog):
+    """A function of the user's returns a part, and the metadata name the whole file."""
+    records = DatasetCatalog.get("shapes_train")
+    with caplog.at_level(logging.INFO, "dn_detr_d2"):
+        found = [log_summary("shapes_train", part, 3) for part in (records, records[:2], records)]
+    assert found[1] == sum(len(record["annotations"]) for record in records[:2]) < found[0] == found[2]
+    assert any(naming("2 images").search(text) for text in caplog.messages)
+
+
 def test_a_summary_counts_what_the_mapper_will_do():
     boxes = [[1, 1, 5, 5], [1, 1, -5, 5], [50, 50, 5, 5], [-5, 1, 20, 5], [float("nan"), 1, 5, 5]]
     annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for box in boxes]
